@@ -1,0 +1,5 @@
+"""`python -m optikit` is `optikit`."""
+
+from optikit.cli.app import main
+
+main()

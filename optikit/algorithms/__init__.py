@@ -1,0 +1,1 @@
+"""Arithmetic only: tensors in, tensors out, one paper per file."""

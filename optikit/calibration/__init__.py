@@ -1,0 +1,1 @@
+"""The block-by-block walk that every calibrated weight technique shares."""

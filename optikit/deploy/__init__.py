@@ -1,0 +1,1 @@
+"""What each server wants beside the weights."""

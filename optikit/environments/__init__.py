@@ -1,0 +1,1 @@
+"""Managed virtual environments for libraries that can't share one with optikit."""

@@ -1,0 +1,1 @@
+"""Measurements: perplexity, divergence, speed, cost, and the statistics that make them hold up."""

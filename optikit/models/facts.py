@@ -1,0 +1,127 @@
+"""`ModelFacts`: everything planning needs to know of a model directory, without its weights.
+
+Facts of a model that exists come from `read(directory)` (config.json and safetensors headers) or `read_gguf(file)`.
+Facts of a model that a stage *will* write come from that stage's `after(options, facts)`: the same type, so that the
+next stage is checked and estimated before the first has run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Trait = Literal[
+    "dense",  # every weight in a float dtype
+    "sparse_unstructured",  # zeros anywhere, stored dense
+    "sparse_2_4",  # two zeros in every four, stored dense
+    "sparse_4_8",
+    "narrowed",  # fewer heads or channels than the source
+    "shortened",  # fewer decoder layers than the source
+    "finetuned",
+    "int4_gptq",
+    "int8_gptq",
+    "int4_awq",
+    "int8_w8a8",
+    "int8_llm",  # LLM.int8, bitsandbytes
+    "nf4",
+    "medusa_heads",
+    "draft_model",
+    "prompt_lookup",
+    "onnx",
+    "openvino",
+    "tensorrt",
+    "neuron",
+]
+"""What a model directory *is*. Rules and stages speak only in these."""
+
+TRAITS: frozenset[str] = frozenset(get_args(Trait))
+
+DTYPE_BYTES: Mapping[str, float] = MappingProxyType(
+    {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1}
+)
+"""Bytes of one element by safetensors dtype name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorFacts:
+    """One tensor of a checkpoint, from its header: safetensors dtype name and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def bytes(self) -> int:
+        """Size in bytes."""
+        return int(self.elements * DTYPE_BYTES[self.dtype])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """A decoder-only language model as its configuration and headers describe it.
+
+    Attributes:
+        model_type: transformers' `model_type`, e.g. `llama`.
+        hidden: Width of the residual stream.
+        intermediate: Width inside the MLP.
+        layers: Number of decoder blocks.
+        heads, kv_heads, head_dim: Attention shape.
+        vocab: Rows of the embedding.
+        max_positions: Longest context the model was made for, in tokens.
+        tied: The output head is the embedding.
+        dtype: Dtype of most weights, safetensors name.
+        weight_bytes: Size of all weights on disk.
+        linears: Linear layers inside the blocks: full name → (out_features, in_features).
+        traits: What the directory is.
+        tokenizer_sha256: Hash of tokenizer.json; empty where unknown.
+        config: The raw config.json.
+        sliding_window: Attention window in tokens, or None.
+    """
+
+    model_type: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    max_positions: int
+    tied: bool
+    dtype: str
+    weight_bytes: int
+    linears: Mapping[str, tuple[int, int]]
+    traits: frozenset[Trait]
+    tokenizer_sha256: str = ""
+    sliding_window: int | None = None
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def having(self, *traits: Trait, without: frozenset[Trait] = frozenset()) -> ModelFacts:
+        """Return these facts with traits added and others taken away."""
+        return replace(self, traits=(self.traits - without) | frozenset(traits))
+
+    @property
+    def linear_elements(self) -> int:
+        """Weights in the blocks' linear layers: what quantization changes."""
+        return sum(rows * columns for rows, columns in self.linears.values())
+
+    @property
+    def parameters(self) -> int:
+        """All weights: linear layers, embedding, untied head, norms."""
+        embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
+        return self.linear_elements + embeddings + (2 * self.layers + 1) * self.hidden
+
+    def kv_cache_bytes(self, tokens: int, *, batch: int = 1, element_bytes: int = 2) -> int:
+        """Bytes of the key and value cache for `batch` sequences of `tokens`."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * tokens * batch * element_bytes

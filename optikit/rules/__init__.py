@@ -1,0 +1,1 @@
+"""Compatibility rules: rows of compat.toml and one small engine."""

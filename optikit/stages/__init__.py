@@ -1,0 +1,42 @@
+"""Stages: one technique per file, found by listing the directory; what the user types is the file name.
+
+`registry()` is that listing. A stage module is a plain module that fits `protocol.Stage`; there is nothing to
+register and no base class.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from optikit.stages.protocol import Stage
+
+VERBS = ("finetune", "prune", "quantize", "speculate", "compile")
+"""The public verbs, in the one order that makes sense: each later one builds on final output of the earlier."""
+
+INTERNAL_VERBS = ("acquire", "measure")
+"""Steps that the plan adds itself: turning a source into a model directory, and measuring artifacts."""
+
+
+@cache
+def methods(verb: str) -> tuple[str, ...]:
+    """Names of the methods of a verb: the modules in its directory."""
+    directory = Path(__file__).parent / verb
+    return tuple(sorted(m.name for m in pkgutil.iter_modules([str(directory)]) if not m.name.startswith("_")))
+
+
+def registry() -> Mapping[str, tuple[str, ...]]:
+    """Every public verb with its methods."""
+    return MappingProxyType({verb: methods(verb) for verb in VERBS})
+
+
+def load(verb: str, method: str) -> Stage:
+    """Import a stage module; its heavy imports wait until `run`."""
+    return cast("Stage", importlib.import_module(f"optikit.stages.{verb}.{method}"))

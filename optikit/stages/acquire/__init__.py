@@ -1,0 +1,1 @@
+"""Internal steps that turn a source into a model directory."""

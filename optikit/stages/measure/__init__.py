@@ -1,0 +1,1 @@
+"""Internal steps that measure artifacts."""

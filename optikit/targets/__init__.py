@@ -1,0 +1,7 @@
+"""Targets: where the artifact will run. Rows of `targets.toml`, plus what this machine really has."""
+
+from __future__ import annotations
+
+from optikit.targets.target import Target, find, names
+
+__all__ = ["Target", "find", "names"]
