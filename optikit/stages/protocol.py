@@ -6,7 +6,6 @@ The module docstring is the method card: what, Paper, Helps, Hurts, Cost, Differ
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,14 +114,3 @@ class Stage(Protocol):
     def run(self, options: Any, job: Job) -> Facts:
         """Read `job.source`, write `job.dest`, return what was found out."""
         ...
-
-
-def main_thread_limit() -> int:
-    """Return the CPU threads this process may use."""
-    if sys.platform == "linux":
-        import os
-
-        return len(os.sched_getaffinity(0))
-    import os
-
-    return os.cpu_count() or 1

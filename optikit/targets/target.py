@@ -57,7 +57,7 @@ def _row(name: str, row: dict[str, Any]) -> Target:
     unknown = sorted(set(row) - known)
     if unknown:
         raise RecipeError(f"target {name!r} has unknown field {unknown[0]!r}", fix=f"known: {', '.join(sorted(known))}")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
     return Target(name=name, **values)
 
 
