@@ -25,9 +25,7 @@ def byte_tokenizer(directory: Path) -> None:
         "eos_token": "</s>",
         "pad_token": "<pad>",
     }
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **special})
-    )
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def build_tiny_llama(directory: Path, *, layers: int = 2, hidden: int = 64, intermediate: int = 128) -> Path:
