@@ -1,0 +1,107 @@
+"""Which module of a model does what, by transformers' `model_type`: one row of architectures.toml, frozen.
+
+A family that isn't listed is refused when planning; adding one means adding a row, not a branch.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+USUAL_KEYS: Mapping[str, str] = MappingProxyType(
+    {
+        "hidden": "hidden_size",
+        "intermediate": "intermediate_size",
+        "layers": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "vocab": "vocab_size",
+        "max_positions": "max_position_embeddings",
+    }
+)
+"""Where config.json keeps each figure of `ModelFacts`, for most families."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One family of decoder-only models.
+
+    Attributes:
+        model_type: transformers' `model_type`.
+        blocks: Name of the list of decoder blocks; block i is `{blocks}.{i}`.
+        groups: Linears of a block that see the same input, in execution order, named relative to the block.
+        feeders: Per group, the module of the block that can absorb a per-channel scale of that input, or "".
+        embedding: Token embedding.
+        norm: Last norm, before the head.
+        head: Output head.
+        norm_offset: Added to the stored weight of every norm before it multiplies (Gemma: 1).
+        transposed: Linear weights are stored (in_features, out_features), as GPT-2's Conv1D does.
+        keys: Figure of `ModelFacts` → key of config.json.
+        requires: Config values under which this row is true; another value is refused.
+    """
+
+    model_type: str
+    blocks: str = "model.layers"
+    groups: tuple[tuple[str, ...], ...]
+    feeders: tuple[str, ...]
+    embedding: str = "model.embed_tokens"
+    norm: str = "model.norm"
+    head: str = "lm_head"
+    norm_offset: float = 0.0
+    transposed: bool = False
+    keys: Mapping[str, str] = USUAL_KEYS
+    requires: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Every linear of a block, relative to the block, in execution order."""
+        return tuple(name for group in self.groups for name in group)
+
+    def block(self, index: int) -> str:
+        """Return the name of block `index`."""
+        return f"{self.blocks}.{index}"
+
+    def names(self, layers: int) -> Iterator[str]:
+        """Yield the full name of every linear in `layers` blocks."""
+        for index in range(layers):
+            for name in self.linears:
+                yield f"{self.blocks}.{index}.{name}"
+
+
+def _row(model_type: str, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    row = dict(rows[model_type])
+    like = row.pop("like", None)
+    return row if like is None else {**_row(like, rows), **row}
+
+
+@cache
+def _rows() -> Mapping[str, Architecture]:
+    text = resources.files("optikit.models").joinpath("architectures.toml").read_text(encoding="utf-8")
+    rows = tomllib.loads(text)
+    found = {}
+    for model_type in rows:
+        row = _row(model_type, rows)
+        row["groups"] = tuple(tuple(group) for group in row["groups"])
+        row["feeders"] = tuple(row["feeders"])
+        row["keys"] = MappingProxyType({**USUAL_KEYS, **row.get("keys", {})})
+        row["requires"] = MappingProxyType(row.get("requires", {}))
+        found[model_type] = Architecture(model_type=model_type, **row)
+    return MappingProxyType(found)
+
+
+def names() -> tuple[str, ...]:
+    """Return every supported `model_type`."""
+    return tuple(_rows())
+
+
+def find(model_type: str) -> Architecture | None:
+    """Return the architecture of a `model_type`, or None."""
+    return _rows().get(model_type)
