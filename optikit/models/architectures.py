@@ -57,7 +57,7 @@ class Architecture:
     head: str = "lm_head"
     norm_offset: float = 0.0
     transposed: bool = False
-    keys: Mapping[str, str] = USUAL_KEYS
+    keys: Mapping[str, str] = field(default_factory=lambda: USUAL_KEYS)
     requires: Mapping[str, Any] = field(default_factory=dict)
 
     @property
