@@ -1,0 +1,172 @@
+"""Conditions as data: a small closed vocabulary, three-valued, no Python and no eval.
+
+A condition is a TOML table. Its keys are fields (`target.device`), its values either a plain value (equality), an array
+(one of), or a table of operators; all of them must hold. `all`, `any` and `not` combine conditions. An operand that
+starts with `$` is another field. A field that isn't known makes a test unknown, and unknown is never true: not even
+under `not`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from optikit.rules.stack import Scope
+
+
+def _version(value: Any, specifiers: Any) -> bool:
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(specifiers).contains(str(value), prereleases=True)
+
+
+OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = MappingProxyType(
+    {
+        "is": lambda value, operand: value == operand,
+        "is_not": lambda value, operand: value != operand,
+        "in": lambda value, operand: value in operand,
+        "not_in": lambda value, operand: value not in operand,
+        "lt": lambda value, operand: value < operand,
+        "le": lambda value, operand: value <= operand,
+        "gt": lambda value, operand: value > operand,
+        "ge": lambda value, operand: value >= operand,
+        "divisible_by": lambda value, operand: value % operand == 0,
+        "not_divisible_by": lambda value, operand: value % operand != 0,
+        "divides": lambda value, operand: operand % value == 0,
+        "has": lambda value, operand: not value.isdisjoint(operand),
+        "has_all": lambda value, operand: value.issuperset(operand),
+        "lacks": lambda value, operand: value.isdisjoint(operand),
+        "version": _version,
+    }
+)
+"""What may be asked of a field. `has`, `has_all` and `lacks` are for sets, `version` takes PEP 440 specifiers."""
+
+
+@dataclass(frozen=True)
+class Test:
+    """One question about one field."""
+
+    path: str
+    operator: str
+    operand: Any
+
+
+@dataclass(frozen=True)
+class All:
+    """Every part holds."""
+
+    parts: tuple[Condition, ...]
+
+
+@dataclass(frozen=True)
+class AnyOf:
+    """At least one part holds."""
+
+    parts: tuple[Condition, ...]
+
+
+@dataclass(frozen=True)
+class Not:
+    """The part doesn't hold."""
+
+    part: Condition
+
+
+Condition = Test | All | AnyOf | Not
+
+
+def lookup(scope: Scope, path: str) -> Any:
+    """Return the value of a dotted field, or None where it isn't known.
+
+    >>> lookup({"target": {"device": "cpu"}}, "target.device")
+    'cpu'
+    >>> lookup({"target": {}}, "target.cores") is None
+    True
+    """
+    value: Any = scope
+    for part in path.split("."):
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(part)
+    return value
+
+
+def parse(table: Mapping[str, Any], prefix: str = "") -> Condition:
+    """Read a condition from a TOML table.
+
+    Raises:
+        ValueError: A table has no test in it, or a connective isn't an array (`not`: a table).
+
+    >>> parse({"target": {"device": "cpu"}, "final": {"heads": {"not_divisible_by": "$serve.tensor_parallel"}}})
+    ... # doctest: +ELLIPSIS
+    All(parts=(Test(path='target.device', operator='is', operand='cpu'), Test(path='final.heads', ...
+    """
+    parts = [part for key, value in table.items() for part in _entry(prefix, key, value)]
+    if not parts:
+        raise ValueError(f"empty condition at {prefix or 'the top'}")
+    return parts[0] if len(parts) == 1 else All(tuple(parts))
+
+
+def _entry(prefix: str, key: str, value: Any) -> list[Condition]:
+    if not prefix and key in {"all", "any"}:
+        parts = tuple(parse(part) for part in value)
+        return [All(parts) if key == "all" else AnyOf(parts)]
+    if not prefix and key == "not":
+        return [Not(parse(value))]
+    path = f"{prefix}.{key}" if prefix else key
+    if not isinstance(value, Mapping):
+        return [Test(path, "in" if isinstance(value, list) else "is", value)]
+    if set(value) <= {*OPERATORS, "set"}:
+        return [Test(path, operator, operand) for operator, operand in value.items()]
+    return [parse(value, path)]
+
+
+def holds(condition: Condition, scope: Scope) -> bool | None:
+    """Decide a condition: True, False, or None where a field that matters isn't known."""
+    match condition:
+        case Test():
+            return _test(condition, scope)
+        case Not(part):
+            verdict = holds(part, scope)
+            return None if verdict is None else not verdict
+        case All(parts):
+            verdicts = [holds(part, scope) for part in parts]
+            return False if False in verdicts else None if None in verdicts else True
+        case AnyOf(parts):
+            verdicts = [holds(part, scope) for part in parts]
+            return True if True in verdicts else None if None in verdicts else False
+
+
+def _test(test: Test, scope: Scope) -> bool | None:
+    value = lookup(scope, test.path)
+    if test.operator == "set":
+        return (value is not None) is test.operand
+    operand = test.operand
+    if isinstance(operand, str) and operand.startswith("$"):
+        operand = lookup(scope, operand[1:])
+    if value is None or operand is None:
+        return None
+    try:
+        return OPERATORS[test.operator](value, operand)
+    except (TypeError, ZeroDivisionError, AttributeError):  # an option of another type than the rule speaks about
+        return None
+
+
+def tests(condition: Condition) -> tuple[Test, ...]:
+    """Return every test of a condition."""
+    match condition:
+        case Test():
+            return (condition,)
+        case Not(part):
+            return tests(part)
+        case All(parts) | AnyOf(parts):
+            return tuple(test for part in parts for test in tests(part))
+
+
+def fields(condition: Condition) -> frozenset[str]:
+    """Return every field that a condition mentions, operands included."""
+    asked = tests(condition)
+    operands = {test.operand[1:] for test in asked if isinstance(test.operand, str) and test.operand.startswith("$")}
+    return frozenset({test.path for test in asked} | operands)

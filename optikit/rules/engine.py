@@ -1,0 +1,135 @@
+"""The rules: rows of compat.toml, read once; `check` says which of them a stack breaks.
+
+What a rule ranges over follows from the words it uses: `first`/`second` make it one of pairs of stages, `stage` one of
+single stages, `environment` one of environments; otherwise it is asked once of the whole stack.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, Literal, get_args
+
+from optikit.problems import Level, Loc, Problem
+from optikit.rules import stack as view
+from optikit.rules.conditions import Condition, fields, holds, lookup, parse
+from optikit.rules.stack import Scope, Stack
+
+Range = Literal["pair", "stage", "environment", "stack"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One row.
+
+    Attributes:
+        id: Stable name; `optikit explain ID` prints the row.
+        when: The condition that makes it a problem.
+        level: Errors refuse the recipe, warnings are printed.
+        why: Message; `{field}` is replaced by the field's value.
+        fix: The smallest change that helps; a template too.
+        source: Documentation, paper or source file behind it.
+        date: When that was read, ISO 8601.
+        at: Option of the stage that the problem points at, or a path from the top of the recipe (`target`).
+    """
+
+    id: str
+    when: Condition
+    level: Level
+    why: str
+    fix: str
+    source: str
+    date: str
+    at: str = ""
+
+    @property
+    def range(self) -> Range:
+        """What the rule is asked of."""
+        roots = {path.split(".")[0] for path in fields(self.when)}
+        if roots & {"first", "second"}:
+            return "pair"
+        if "stage" in roots:
+            return "stage"
+        return "environment" if "environment" in roots else "stack"
+
+
+def _rule(row: Mapping[str, Any]) -> Rule:
+    rule = Rule(**{**row, "when": parse(row["when"])})
+    if rule.level not in get_args(Level):
+        raise ValueError(f"rule {rule.id}: unknown level {rule.level!r}")
+    return rule
+
+
+@cache
+def rules() -> Mapping[str, Rule]:
+    """Return every rule by id, in the order of the file.
+
+    Raises:
+        ValueError: Two rows share an id, or a row is malformed: a fault of the package, found by its tests.
+    """
+    text = resources.files("optikit.rules").joinpath("compat.toml").read_text(encoding="utf-8")
+    read: dict[str, Rule] = {}
+    for row in tomllib.loads(text)["rule"]:
+        rule = _rule(row)
+        if rule.id in read:
+            raise ValueError(f"rule {rule.id}: the id is taken")
+        read[rule.id] = rule
+    return read
+
+
+def check(stack: Stack) -> Iterator[Problem]:
+    """Yield every rule that the stack breaks, as problems whose `loc` points into the recipe. Pure."""
+    common = view.common(stack)
+    ranges: Mapping[Range, Callable[[Stack], Iterator[tuple[Scope, Loc]]]] = {
+        "pair": view.pairs,
+        "stage": view.stages,
+        "environment": view.environments,
+        "stack": lambda _: iter([({}, ())]),
+    }
+    subjects = {name: [({**common, **own}, loc) for own, loc in items(stack)] for name, items in ranges.items()}
+    for rule in rules().values():
+        for scope, loc in subjects[rule.range]:
+            if holds(rule.when, scope) is True:
+                yield _problem(rule, scope, _place(rule, loc, stack))
+
+
+def _problem(rule: Rule, scope: Scope, loc: Loc) -> Problem:
+    return Problem(
+        code=rule.id,
+        message=fill(rule.why, scope),
+        fix=fill(rule.fix, scope),
+        loc=loc,
+        level=rule.level,
+        source=rule.source,
+    )
+
+
+def _place(rule: Rule, loc: Loc, stack: Stack) -> Loc:
+    """Find the value to blame: an option of the stage, of the compile stage for `serve`, or a key of the recipe."""
+    if loc:
+        return (*loc, rule.at) if rule.at else loc
+    if rule.at.startswith("serve") and stack.compiled is not None:
+        index, stage = stack.compiled
+        option = rule.at.partition(".")[2]
+        return ("stages", index, "compile", option) if option in stage.options else ("stages", index, "compile")
+    return tuple(rule.at.split(".")) if rule.at else ()
+
+
+def fill(template: str, scope: Scope) -> str:
+    """Put fields' values into a template.
+
+    >>> fill("{stage.options.bits} bits", {"stage": {"options": {"bits": 4}}})
+    '4 bits'
+    """
+    return re.sub(r"\{([\w.-]+)\}", lambda match: _shown(lookup(scope, match[1])), template)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (set, frozenset, list, tuple)):
+        ordered = sorted(value) if all(isinstance(item, int) for item in value) else sorted(map(str, value))
+        return ", ".join(map(str, ordered)) or "none"
+    return "unknown" if value is None else str(value)
