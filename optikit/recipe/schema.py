@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from optikit.recipe.size import parse_size
 from optikit.stages.protocol import StageOptions
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -88,6 +89,13 @@ class Evaluate(_Frozen):
     speed: SpeedOptions | None = None
     baseline: BaselineOptions = BaselineOptions()
 
+    @model_validator(mode="after")
+    def _prompted(self) -> Evaluate:
+        if self.speed is not None and not self.speed.prompts and self.perplexity is None:
+            msg = "speed needs prompts: name `prompts`, or a perplexity text to take passages from"
+            raise ValueError(msg)
+        return self
+
 
 class Gate(_Frozen):
     """A limit on one measurement; at least one of `min` and `max`."""
@@ -138,6 +146,13 @@ class Recipe(_Frozen):
     """Bound on every step's memory, e.g. `2GiB`; empty is no bound."""
     timeout: float | None = Field(default=None, gt=0)
     """Seconds that any one step may take."""
+
+    @field_validator("max_memory")
+    @classmethod
+    def _size(cls, text: str) -> str:
+        if text:
+            parse_size(text)
+        return text
 
 
 GATE_METRICS: Mapping[str, str] = {

@@ -1,0 +1,56 @@
+"""What every part of planning reads: the recipe with its sources resolved; and how a step gets its key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from optikit import stages
+from optikit.models.facts import ModelFacts
+from optikit.provenance import source_digest
+from optikit.recipe.schema import Recipe
+from optikit.stages.protocol import Stage, StageOptions
+from optikit.store.sources import ModelSource, TextSource
+from optikit.store.store import cache_key
+from optikit.targets import Target
+from optikit.worker import versions
+
+KEY_SCHEMA = 1
+"""Raised when the meaning of a cache key changes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """A recipe with its sources resolved.
+
+    Attributes:
+        facts: Facts of the untouched model.
+        texts: Resolved texts by role: `calibration`, `perplexity`, `prompts`.
+    """
+
+    recipe: Recipe
+    target: Target
+    model: ModelSource
+    facts: ModelFacts
+    texts: Mapping[str, TextSource]
+
+    def stage(self, verb: str, method: str) -> Stage:
+        """Import a stage module."""
+        return stages.load(verb, method)
+
+    def key(self, verb: str, method: str, options: StageOptions, **parts: Any) -> str:
+        """Return the cache key of a step: everything that decides its result, and nothing else.
+
+        Never part of it: paths, times, user names, the number of threads.
+        """
+        return cache_key(
+            schema=KEY_SCHEMA,
+            verb=verb,
+            method=method,
+            code=source_digest(f"optikit.stages.{verb}.{method}"),
+            options=options.model_dump(mode="json"),
+            seed=self.recipe.seed,
+            versions=versions(self.stage(verb, method).LIBRARIES),
+            **parts,
+        )

@@ -1,0 +1,238 @@
+"""`make_plan`: resolve the sources, check every stage against the facts it will meet, apply the rules, freeze."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from optikit import gates, host, rules, targets
+from optikit.errors import RecipeError
+from optikit.models.facts import ModelFacts
+from optikit.models.reader import read, read_gguf
+from optikit.plan.context import Context
+from optikit.plan.measures import measure_steps
+from optikit.plan.model import Plan, Step
+from optikit.problems import Problem
+from optikit.recipe.schema import Recipe, StageEntry, Text, as_written
+from optikit.recipe.size import parse_size
+from optikit.stages.protocol import Stage
+from optikit.store.sources import resolve_model, resolve_text
+from optikit.targets import Target
+
+if TYPE_CHECKING:
+    from optikit.recipe.load import LoadedRecipe
+    from optikit.store.store import Store
+
+
+def make_plan(
+    loaded: LoadedRecipe,
+    store: Store,
+    *,
+    offline: bool = False,
+    note: Callable[[str], None] = lambda _: None,
+) -> Plan:
+    """Resolve, check, estimate and freeze a recipe.
+
+    Args:
+        loaded: The recipe with its marks.
+        store: Where downloads are kept; nothing else is written.
+        offline: Use only what is already on this machine.
+        note: Told about downloads.
+
+    Raises:
+        RecipeError: With every problem at once, each at its place in the file.
+        OptikitError: When a source can't be had (66, 69, 76, 77).
+    """
+    context = _resolve(loaded, store, offline=offline, note=note)
+    recipe = context.recipe
+    steps, problems = _steps(context)
+    measures = measure_steps(context, steps)
+    limit = parse_size(recipe.max_memory) if recipe.max_memory else None
+    problems += gates.unmeasurable(recipe)
+    problems += rules.check(_stack(context, steps))
+    problems += _too_large((*steps, *measures), limit)
+    warnings = _refuse(loaded, problems)
+    return Plan(
+        recipe=recipe,
+        target=context.target,
+        model=context.model,
+        facts=context.facts,
+        texts=context.texts,
+        steps=steps,
+        measures=measures,
+        max_memory_bytes=limit,
+        warnings=warnings,
+    )
+
+
+def _resolve(loaded: LoadedRecipe, store: Store, *, offline: bool, note: Callable[[str], None]) -> Context:
+    recipe = loaded.recipe
+    model = resolve_model(recipe.model, store, base=loaded.base, offline=offline, note=note)
+    return Context(
+        recipe=recipe,
+        target=_target(loaded),
+        model=model,
+        facts=read_gguf(model.path) if model.format == "gguf" else read(model.path),
+        texts={
+            role: resolve_text(text, store, base=loaded.base, offline=offline, note=note)
+            for role, text in _texts(recipe).items()
+        },
+    )
+
+
+def _target(loaded: LoadedRecipe) -> Target:
+    name = loaded.recipe.target
+    target = targets.find(name)
+    if target is None:
+        near = difflib.get_close_matches(name, targets.names(), n=1)
+        fix = f"did you mean {near[0]!r}?" if near else "`optikit targets` lists them"
+        message = f"unknown target {name!r}"
+        problem = Problem(code="unknown-target", message=message, fix=fix, loc=("target",))
+        raise _error(loaded, [problem.at(loaded.marks.mark(problem.loc))])
+    return target
+
+
+def _texts(recipe: Recipe) -> dict[str, Text]:
+    named: dict[str, Text | None] = {"calibration": recipe.calibration, "perplexity": recipe.evaluate.perplexity}
+    speed = recipe.evaluate.speed
+    if speed is not None and speed.prompts:
+        named["prompts"] = Text(text=speed.prompts)
+    return {role: text for role, text in named.items() if text is not None}
+
+
+def _refuse(loaded: LoadedRecipe, problems: Iterable[Problem]) -> tuple[Problem, ...]:
+    """Raise if any problem is an error, with all of them; else return the warnings. Each is put at its place."""
+    placed = tuple(problem.at(problem.mark or loaded.marks.mark(problem.loc)) for problem in problems)
+    if any(problem.level == "error" for problem in placed):
+        raise _error(loaded, placed)
+    return placed
+
+
+def _error(loaded: LoadedRecipe, problems: Sequence[Problem]) -> RecipeError:
+    errors = sum(problem.level == "error" for problem in problems)
+    count = "1 problem" if errors == 1 else f"{errors} problems"
+    return RecipeError(f"{loaded.path.name} can't work: {count}", problems=problems)
+
+
+def _steps(context: Context) -> tuple[tuple[Step, ...], list[Problem]]:
+    """Return the steps that make the artifact, and what is wrong with them.
+
+    Checking goes on after a stage that can't work: what it would write is still known from `after`, so that the
+    author sees the problems of all stages at once.
+    """
+    steps = list(_acquire(context))
+    facts = steps[-1].after if steps else context.facts
+    problems: list[Problem] = []
+    for index, entry in enumerate(context.recipe.stages):
+        stage = context.stage(entry.verb, entry.method)
+        found = [p.under("stages", index, entry.verb) for p in _stage_problems(context, stage, entry, facts)]
+        problems += found
+        if any(problem.code == "needs-trait" for problem in found):
+            break
+        step = _stage_step(context, stage, index, facts, _parent(steps))
+        steps.append(step)
+        facts = step.after
+    return tuple(steps), problems
+
+
+def _acquire(context: Context) -> Iterator[Step]:
+    """Yield the step that turns a gguf file into a model directory; a directory needs none."""
+    if context.model.format != "gguf":
+        return
+    stage = context.stage("acquire", "gguf")
+    options = stage.Options()
+    yield Step(
+        name="0-acquire-gguf",
+        verb="acquire",
+        method="gguf",
+        options=options,
+        key=context.key("acquire", "gguf", options, parent=context.model.digest),
+        source="",
+        estimate=stage.estimate(options, context.facts, context.target, 0),
+        before=context.facts,
+        after=stage.after(options, context.facts),
+    )
+
+
+def _parent(steps: Sequence[Step]) -> str:
+    """Return the key of the newest model directory: a compiled artifact is terminal, nothing is built on it."""
+    directories = [step.key for step in steps if step.verb != "compile"]
+    return directories[-1] if directories else ""
+
+
+def _stage_problems(context: Context, stage: Stage, entry: StageEntry, facts: ModelFacts) -> Iterator[Problem]:
+    missing = sorted(stage.NEEDS - facts.traits)
+    if missing:
+        has = ", ".join(sorted(facts.traits))
+        message = f"{entry.method} needs a model that is {missing[0]}, but gets one that is {has}"
+        yield Problem(code="needs-trait", message=message, fix="remove or reorder the stages before it")
+        return
+    if stage.CALIBRATED and context.recipe.calibration is None:
+        message = f"{entry.method} reads calibration text, and the recipe names none"
+        fix = "add `calibration: {text: …}` to the recipe"
+        yield Problem(code="needs-calibration", message=message, fix=fix)
+    yield from stage.check(entry.options, facts, context.target)
+
+
+def _stage_step(context: Context, stage: Stage, index: int, facts: ModelFacts, parent: str) -> Step:
+    entry = context.recipe.stages[index]
+    wanted = context.recipe.calibration if stage.CALIBRATED else None
+    calibration, digest, tokens = None, "", 0
+    if wanted is not None:
+        text = context.texts["calibration"]
+        calibration = {"text": str(text.path), "samples": wanted.samples, "length": wanted.length}
+        digest = f"{text.digest}:{wanted.samples}x{wanted.length}"
+        tokens = wanted.samples * wanted.length
+    return Step(
+        name=f"{index + 1}-{entry.verb}-{entry.method}",
+        verb=entry.verb,
+        method=entry.method,
+        backend=entry.backend,
+        options=entry.options,
+        key=context.key(
+            entry.verb,
+            entry.method,
+            entry.options,
+            backend=entry.backend,
+            parent=parent or context.model.digest,
+            calibration=digest,
+            isa=host.isa() if stage.CALIBRATED else (),  # decides whether matrix products run in bf16
+        ),
+        source=parent,
+        calibration=calibration,
+        environment=stage.ENVIRONMENT,
+        estimate=stage.estimate(entry.options, facts, context.target, tokens),
+        before=facts,
+        after=stage.after(entry.options, facts),
+    )
+
+
+def _stack(context: Context, steps: Sequence[Step]) -> rules.Stack:
+    """Describe the whole stack for the rules: every stage as written, with the facts before and after it."""
+    planned = {step.name: step for step in steps}
+    facts = context.facts
+    rows = []
+    for index, entry in enumerate(context.recipe.stages):
+        step = planned.get(f"{index + 1}-{entry.verb}-{entry.method}")
+        before, facts = facts, step.after if step else facts
+        rows.append(
+            rules.StackStage(
+                verb=entry.verb,
+                method=entry.method,
+                backend=entry.backend,
+                options=as_written(entry)[entry.verb],
+                before=before,
+                after=facts,
+            )
+        )
+    return rules.Stack(stages=tuple(rows), target=context.target, model=context.facts)
+
+
+def _too_large(steps: Sequence[Step], limit: int | None) -> Iterator[Problem]:
+    for step in steps:
+        need = step.estimate.peak_bytes
+        if limit is not None and need > limit:
+            message = f"{step.name} needs about {need / 2**20:.0f} MiB, and max_memory is {limit / 2**20:.0f} MiB"
+            fix = "raise max_memory, or calibrate with fewer or shorter samples"
+            yield Problem(code="memory-bound", message=message, fix=fix, loc=("max_memory",))

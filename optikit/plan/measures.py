@@ -1,0 +1,111 @@
+"""The steps that measure: quality of the baseline and of everything written, speed of the result against baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from optikit import host
+from optikit.models.facts import ModelFacts
+from optikit.plan.context import Context
+from optikit.plan.model import Step
+from optikit.recipe.schema import PerplexityOptions, SpeedOptions
+
+COMPILED_RUNTIMES = {"onnx": "onnxruntime"}
+"""Which runtime on this machine loads a compiled artifact, by trait."""
+
+
+def runtime(step: Step) -> str:
+    """Name the runtime here that loads what a step wrote; empty where only another machine can."""
+    if step.verb != "compile":
+        return "transformers"
+    return next((COMPILED_RUNTIMES[trait] for trait in step.after.traits if trait in COMPILED_RUNTIMES), "")
+
+
+def measure_steps(context: Context, steps: Sequence[Step]) -> tuple[Step, ...]:
+    """Return the measuring steps that a recipe asks for."""
+    wanted = context.recipe.evaluate
+    baseline = steps[0].key if steps and steps[0].verb == "acquire" else ""
+    written = [step for step in steps if step.verb != "acquire" and runtime(step)]
+    found: list[Step] = []
+    if wanted.perplexity is not None:
+        found += _quality(context, wanted.perplexity, written, baseline)
+    if wanted.speed is not None and written and written[-1].verb == "compile":
+        found.append(_speed(context, wanted.speed, written[-1], baseline))
+    return tuple(found)
+
+
+def _quality(context: Context, wanted: PerplexityOptions, written: Sequence[Step], baseline: str) -> Iterator[Step]:
+    reference = _quality_step(context, wanted, "baseline", ("transformers", baseline, context.facts), baseline, "")
+    yield reference
+    for step in written:
+        subject = (runtime(step), step.key, step.after)
+        yield _quality_step(context, wanted, step.name, subject, baseline, reference.key)
+
+
+def _quality_step(
+    context: Context,
+    wanted: PerplexityOptions,
+    name: str,
+    subject: tuple[str, str, ModelFacts],
+    baseline: str,
+    reference: str,
+) -> Step:
+    engine, source, facts = subject
+    stage = context.stage("measure", "quality")
+    text = context.texts["perplexity"]
+    options = stage.Options.model_validate(
+        {
+            "runtime": engine,
+            "dtype": "float32" if engine == "transformers" else "auto",
+            "window": wanted.window,
+            "windows": wanted.windows,
+            "keep_logits": not reference,
+        }
+    )
+    inputs = {"tokenizer": baseline} | ({"baseline": reference} if reference else {})
+    parent = source or context.model.digest
+    return Step(
+        name=f"measure-quality-{name}",
+        verb="measure",
+        method="quality",
+        options=options,
+        key=context.key("measure", "quality", options, parent=parent, inputs=inputs, text=text.digest),
+        source=source,
+        inputs=inputs,
+        files={"text": str(text.path)},
+        estimate=stage.estimate(options, facts, context.target, 0),
+        before=facts,
+        after=facts,
+    )
+
+
+def _speed(context: Context, wanted: SpeedOptions, result: Step, baseline: str) -> Step:
+    against = context.recipe.evaluate.baseline
+    own = "bfloat16" if context.facts.dtype == "BF16" else "float32"
+    dtype = own if against.dtype == "auto" else against.dtype
+    arms = [{"name": "baseline", "role": "baseline", "runtime": against.runtime, "dtype": dtype}]
+    arms += [
+        {"name": f"transformers-{other}", "role": "baseline", "runtime": "transformers", "dtype": other}
+        for other in against.also
+        if other != dtype
+    ]
+    arms.append({"name": "result", "role": "result", "runtime": runtime(result), "dtype": "auto"})
+    stage = context.stage("measure", "speed")
+    options = stage.Options.model_validate({"arms": arms, **wanted.model_dump(exclude={"prompts"})})
+    prompts = context.texts["prompts" if wanted.prompts else "perplexity"]
+    inputs = {"baseline": baseline, "result": result.key, "tokenizer": baseline}
+    here = {"cpu": host.cpu_model(), "threads": host.threads()}
+    parts = {"parent": context.model.digest, "inputs": inputs, "prompts": prompts.digest, "host": here}
+    return Step(
+        name="measure-speed",
+        verb="measure",
+        method="speed",
+        options=options,
+        key=context.key("measure", "speed", options, **parts),
+        source=result.key,
+        inputs=inputs,
+        files={"prompts": str(prompts.path)},
+        estimate=stage.estimate(options, context.facts, context.target, 0),
+        before=result.after,
+        after=result.after,
+    )

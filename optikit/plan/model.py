@@ -1,0 +1,77 @@
+"""`Step` and `Plan`: frozen, printable, complete. Nothing here imports torch or reads a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from optikit.models.facts import ModelFacts
+from optikit.problems import Problem
+from optikit.recipe.schema import Recipe
+from optikit.stages.protocol import Estimate, StageOptions
+from optikit.store.sources import ModelSource, TextSource
+from optikit.targets import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One unit of work with one sealed result.
+
+    Attributes:
+        name: Short and unique in the plan: `1-quantize-gptq`, `measure-speed`.
+        verb, method: Which stage module does it.
+        backend: Who does the work.
+        options: The stage's validated options.
+        key: sha256 hex of everything that decides the result; its name in the store.
+        source: Key of the artifact it reads as its model, or "" for the original model.
+        inputs: Other artifacts by role → key ("" for the original model).
+        files: Plain input files by role → absolute path.
+        calibration: Request of calibration text: {text, samples, length}, or None.
+        environment: Managed environment, or None.
+        estimate: Expected time, memory, disk.
+        before: Facts of the model that it reads.
+        after: Facts of the model that it will write.
+    """
+
+    name: str
+    verb: str
+    method: str
+    backend: str = "optikit"
+    options: StageOptions
+    key: str
+    source: str
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    calibration: Mapping[str, Any] | None = None
+    environment: str | None = None
+    estimate: Estimate
+    before: ModelFacts
+    after: ModelFacts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A recipe, resolved: what will happen, in order, and what it is expected to take.
+
+    Attributes:
+        steps: What makes the artifact, in order; the first may be the conversion of the source.
+        measures: What measures it, afterwards.
+        warnings: Problems that don't refuse the recipe.
+    """
+
+    recipe: Recipe
+    target: Target
+    model: ModelSource
+    facts: ModelFacts
+    texts: Mapping[str, TextSource]
+    steps: tuple[Step, ...]
+    measures: tuple[Step, ...]
+    max_memory_bytes: int | None
+    warnings: tuple[Problem, ...]
+
+    @property
+    def baseline_key(self) -> str:
+        """Key of the untouched model's directory, "" where the source is that directory."""
+        first = self.steps[0] if self.steps else None
+        return first.key if first and first.verb == "acquire" else ""

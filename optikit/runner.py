@@ -1,0 +1,304 @@
+"""Plan → artifacts: for every step, cache or child process or error, in one loop.
+
+A step runs in a process of its own (own session, dies with its parent), so that running out of memory, crashing
+natively and hanging have names and exit codes, and the memory of one step is free again before the next begins.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from optikit import host, worker
+from optikit.errors import (
+    InterruptError,
+    OptikitError,
+    OutOfMemoryError,
+    StageFailedError,
+    StageTimeoutError,
+    TerminatedError,
+)
+from optikit.store.store import Artifact, Manifest, Store
+
+if TYPE_CHECKING:
+    from optikit.plan import Plan, Step
+    from optikit.terminal import Progress
+
+POLL_SECONDS = 0.05
+GRACE_SECONDS = 5.0
+"""How long an interrupted step may take to end by itself before it is killed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to run, as the command line says; none of it changes a result."""
+
+    until: str | None = None
+    """Name of the last step to run; None runs all of them."""
+    lock_timeout: float | None = None
+    device: str = "cpu"
+    threads: int = field(default_factory=host.threads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """What a run left: artifacts by step key, and by step name whether it was executed or cached."""
+
+    artifacts: Mapping[str, Artifact]
+    statuses: Mapping[str, str]
+
+
+class _Signals:
+    """Turns SIGINT and SIGTERM into errors that unwind the loop, so that a child is always stopped on the way out."""
+
+    def __init__(self) -> None:
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        self._before = {number: signal.signal(number, self._raise) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @staticmethod
+    def _raise(number: int, _: FrameType | None) -> None:
+        again = "run the same command again: finished steps and blocks are kept"
+        if number == signal.SIGINT:
+            raise InterruptError("interrupted", fix=again)
+        raise TerminatedError("terminated", fix=again)
+
+
+def execute(plan: Plan, store: Store, progress: Progress, settings: Settings) -> Execution:
+    """Run every step of a plan that isn't in the store yet.
+
+    Raises:
+        OptikitError: The first step that fails, by the table of exit codes; finished steps stay in the store.
+    """
+    artifacts: dict[str, Artifact] = {}
+    statuses: dict[str, str] = {}
+    steps = _until((*plan.steps, *plan.measures), settings.until)
+    progress.plan([step.name for step in steps])
+    with _Signals():
+        for step in steps:
+            progress.start(step.name)
+            try:
+                artifact, status = _one(step, plan, artifacts, store, progress, settings)
+            except OptikitError:
+                progress.finish(step.name, "failed", 0.0, 0.0)
+                raise
+            artifacts[step.key], statuses[step.name] = artifact, status
+            manifest = artifact.manifest
+            progress.finish(step.name, status, manifest.seconds, manifest.peak_memory_mib)
+    return Execution(artifacts=artifacts, statuses=statuses)
+
+
+def _until(steps: tuple[Step, ...], name: str | None) -> tuple[Step, ...]:
+    if name is None:
+        return steps
+    return steps[: [step.name for step in steps].index(name) + 1]
+
+
+def _one(
+    step: Step,
+    plan: Plan,
+    artifacts: Mapping[str, Artifact],
+    store: Store,
+    progress: Progress,
+    settings: Settings,
+) -> tuple[Artifact, str]:
+    found = store.find(step.key)
+    if found is not None:
+        return found, "cached"
+    with store.lock(step.key, timeout=settings.lock_timeout, waiting=progress.note):
+        found = store.find(step.key)  # whoever held the lock may have done the work
+        if found is not None:
+            return found, "cached"
+        return _perform(step, plan, artifacts, store, progress, settings), "executed"
+
+
+def _perform(
+    step: Step,
+    plan: Plan,
+    artifacts: Mapping[str, Artifact],
+    store: Store,
+    progress: Progress,
+    settings: Settings,
+) -> Artifact:
+    directory = store.job_dir(step.key)
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    dest = store.staging(step.key)
+    request = _request(step, plan, artifacts, settings)
+    request |= {"dest": str(dest), "scratch": str(store.scratch(step.key))}
+    worker.write_json(directory / "request.json", request)
+    try:
+        response = _child(directory, step, plan.recipe.timeout, progress)
+        if not response["ok"]:
+            worker.raise_failure(response, step=step.name, log=directory / "log.txt")
+        artifact = store.commit(step.key, dest, _manifest(step, request, response))
+    finally:
+        shutil.rmtree(dest, ignore_errors=True)
+    shutil.rmtree(directory, ignore_errors=True)
+    return artifact
+
+
+def source_path(step: Step, plan: Plan, artifacts: Mapping[str, Artifact]) -> Path:
+    """Return the model directory (or gguf file) that a step reads."""
+    return artifacts[step.source].path if step.source else plan.model.path
+
+
+def _request(step: Step, plan: Plan, artifacts: Mapping[str, Artifact], settings: Settings) -> dict[str, Any]:
+    inputs = {role: str(artifacts[key].path if key else plan.model.path) for role, key in step.inputs.items()}
+    return {
+        "verb": step.verb,
+        "method": step.method,
+        "options": step.options.model_dump(mode="json"),
+        "source": str(source_path(step, plan, artifacts)),
+        "inputs": inputs | dict(step.files),
+        "calibration": step.calibration,
+        "seed": plan.recipe.seed,
+        "device": settings.device,
+        "threads": settings.threads,
+        "max_memory_bytes": plan.max_memory_bytes,
+    }
+
+
+def _manifest(step: Step, request: Mapping[str, Any], response: Mapping[str, Any]) -> Manifest:
+    return Manifest(
+        key=step.key,
+        verb=step.verb,
+        method=step.method,
+        backend=step.backend,
+        options=request["options"],
+        parent=step.source,
+        inputs=dict(step.inputs),
+        traits=tuple(sorted(step.after.traits)),
+        facts=response["facts"],
+        seconds=response["seconds"],
+        peak_memory_mib=response["peak_memory_mib"],
+        versions=response["versions"],
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """Return the child's environment: no hub access, no secrets, a fixed number of threads."""
+    secret = ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "AWS_", "_KEY")
+    kept = {name: value for name, value in os.environ.items() if not any(word in name.upper() for word in secret)}
+    count = str(threads)
+    return kept | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+        "PYTHONHASHSEED": "0",
+    }
+
+
+@contextmanager
+def _spawned(directory: Path, threads: int) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "optikit.worker", str(directory)]
+    with (directory / "log.txt").open("wb") as log:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=_environment(threads),
+            start_new_session=True,
+        )
+        try:
+            yield child
+        finally:
+            _stop(child)
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """End a child and everything it started: politely, then not."""
+    for number, seconds in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
+        if child.poll() is None:
+            _signal_group(child.pid, number)
+            try:
+                child.wait(seconds)
+            except subprocess.TimeoutExpired:
+                continue
+    _signal_group(child.pid, signal.SIGKILL)  # grandchildren that outlived it
+
+
+def _signal_group(pid: int, number: signal.Signals) -> None:
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:
+        return
+
+
+def _child(directory: Path, step: Step, timeout: float | None, progress: Progress) -> dict[str, Any]:
+    request = json.loads((directory / "request.json").read_text(encoding="utf-8"))
+    events = _Events(directory / "events.jsonl")
+    started = time.monotonic()
+    kills = _oom_kills()
+    with _spawned(directory, request["threads"]) as child:
+        while child.poll() is None:
+            for event in events.new():
+                progress.update(step.name, event["done"], event["total"], event["what"])
+            if timeout is not None and time.monotonic() - started > timeout:
+                fix = "raise `timeout:` in the recipe, or run again: finished blocks are kept"
+                raise StageTimeoutError(f"{step.name}: took longer than {timeout:g} s", fix=fix)
+            time.sleep(POLL_SECONDS)
+    response = directory / "response.json"
+    if response.exists():
+        loaded: dict[str, Any] = json.loads(response.read_text(encoding="utf-8"))
+        return loaded
+    raise _death(step.name, child.returncode, directory / "log.txt", oom=_oom_kills() > kills)
+
+
+class _Events:
+    """Reads a JSON Lines file that another process appends to; a half-written last line waits for its end."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def new(self) -> list[dict[str, Any]]:
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            complete = file.read().rpartition(b"\n")[0]
+        self._offset += len(complete) + 1 if complete else 0
+        return [json.loads(line) for line in complete.splitlines()]
+
+
+def _oom_kills() -> int:
+    """Return how often the kernel killed a process of this control group for memory; 0 where it doesn't tell."""
+    path = Path("/sys/fs/cgroup/memory.events")
+    if not path.exists():
+        return 0
+    counts = dict(line.split() for line in path.read_text(encoding="utf-8").splitlines())
+    return int(counts.get("oom_kill", 0))
+
+
+def _death(step: str, returncode: int, log: Path, *, oom: bool) -> OptikitError:
+    """Return the error for a child that died without a response."""
+    if -returncode == signal.SIGKILL:
+        certain = "the kernel ended it for memory" if oom else "something ended it with SIGKILL, most often for memory"
+        fix = "fewer or shorter calibration samples, or a machine with more memory"
+        return OutOfMemoryError(f"{step}: {certain}", fix=fix)
+    if returncode < 0:
+        name = signal.Signals(-returncode).name
+        return StageFailedError(f"{step}: its process crashed with {name}", fix=f"the log has more: {log}")
+    return StageFailedError(f"{step}: its process ended with exit code {returncode} and no response", fix=f"see {log}")

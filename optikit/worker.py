@@ -1,0 +1,152 @@
+"""The child process that does one step: `python -m optikit.worker JOB`.
+
+Only files cross the border, so the same contract serves the main interpreter and any managed environment:
+
+    JOB/request.json    written by the runner: stage, options, source, dest, inputs, seed, …
+    JOB/events.jsonl    appended here while the stage runs: {"done": 3, "total": 30, "what": "block"}
+    JOB/response.json   written here last: {"ok": true, "facts": …} or {"ok": false, "code": 70, "message": …, "fix": …}
+    JOB/log.txt         stdout and stderr
+
+A failed job directory is the bug report. No response means that the process died; the runner names the signal.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import sys
+import time
+import traceback
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optikit.errors import BY_CODE, Exit, OptikitError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SECONDS_BETWEEN_EVENTS = 0.1
+OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "out of memory", "std::bad_alloc", "failed to allocate")
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies, so that a killed run leaves nothing behind (Linux)."""
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def peak_memory_mib() -> float:
+    """Return the largest resident set so far of this process or of any child it waited for, MiB."""
+    usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return max(usage) / (1024 if sys.platform == "linux" else 1024**2)
+
+
+def versions(libraries: tuple[str, ...]) -> dict[str, str]:
+    """Return the installed versions of distributions; those that aren't installed are left out."""
+    found = {}
+    for name in libraries:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees all of it or nothing."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    partial.replace(path)
+
+
+def _reporter(path: Path) -> Callable[[int, int, str], None]:
+    last = 0.0
+
+    def progress(done: int, total: int, what: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < SECONDS_BETWEEN_EVENTS and done != total:
+            return
+        last = now
+        with path.open("a", encoding="utf-8") as events:
+            events.write(json.dumps({"done": done, "total": total, "what": what}) + "\n")
+
+    return progress
+
+
+def as_failure(error: BaseException) -> dict[str, Any]:
+    """Return the response for an exception: errors of ours keep their code, system errors get the one they mean."""
+    code, message, fix = Exit.STAGE_FAILED, f"{type(error).__name__}: {error}", ""
+    if isinstance(error, OptikitError):
+        code, message, fix = error.code, error.message, error.fix
+    elif isinstance(error, MemoryError) or any(text in str(error).lower() for text in OUT_OF_MEMORY_TEXTS):
+        code, fix = Exit.OUT_OF_MEMORY, "give the run more memory, or fewer calibration samples"
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
+        code, fix = Exit.IO, "free some disk space (`optikit cache gc`) and run again"
+    trace = "".join(traceback.format_exception(error))
+    return {"ok": False, "code": int(code), "message": message, "fix": fix, "traceback": trace}
+
+
+def perform(directory: Path) -> dict[str, Any]:
+    """Do the work of a job directory and return the response.
+
+    Raises:
+        Exception: Whatever the stage raises; `main` turns it into a response.
+    """
+    from optikit import stages
+    from optikit.stages.protocol import Calibration, Job
+
+    request = json.loads((directory / "request.json").read_text(encoding="utf-8"))
+    stage = stages.load(request["verb"], request["method"])
+    options = stage.Options.model_validate(request["options"])
+    calibration = request["calibration"]
+    job = Job(
+        source=Path(request["source"]),
+        dest=Path(request["dest"]),
+        scratch=Path(request["scratch"]),
+        inputs={role: Path(path) for role, path in request["inputs"].items()},
+        calibration=calibration and Calibration(**{**calibration, "text": Path(calibration["text"])}),
+        seed=request["seed"],
+        device=request["device"],
+        threads=request["threads"],
+        max_memory_bytes=request["max_memory_bytes"],
+        progress=_reporter(directory / "events.jsonl"),
+    )
+    started = time.monotonic()
+    facts = stage.run(options, job)
+    return {
+        "ok": True,
+        "facts": facts,
+        "seconds": time.monotonic() - started,
+        "peak_memory_mib": peak_memory_mib(),
+        "versions": versions(stage.LIBRARIES),
+    }
+
+
+def main(directory: Path) -> int:
+    """Perform one job, write its response, and return the exit code."""
+    die_with_parent()
+    try:
+        response = perform(directory)
+    except BaseException as error:  # noqa: BLE001 - whatever goes wrong here has to cross the process border
+        response = as_failure(error)
+        sys.stderr.write(response["traceback"])
+    write_json(directory / "response.json", response)
+    return 0 if response["ok"] else int(response["code"])
+
+
+def raise_failure(response: dict[str, Any], *, step: str, log: Path) -> None:
+    """Raise the error that a response describes, on the runner's side of the border."""
+    error = BY_CODE.get(response["code"], OptikitError)
+    raise error(f"{step}: {response['message']}", fix=response["fix"] or f"the log has more: {log}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(os.fsdecode(sys.argv[1]))))
