@@ -1,1 +1,1 @@
-"""Quantization methods."""
+"""Quantize weights: fewer bits per weight, in a format that servers load."""

@@ -1,0 +1,144 @@
+"""What every weight-only quantizer asks and promises: the grid's options, the checks on shapes, the facts afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from optikit.models import architectures
+from optikit.models.facts import ModelFacts, Trait
+from optikit.problems import Problem
+from optikit.stages.protocol import StageOptions
+
+GROUP_SIZES = (128, 64, 32)
+"""Group sizes that servers have kernels for, largest first."""
+
+
+class GridOptions(StageOptions):
+    """The integer grid of a weight-only quantizer, and where it applies."""
+
+    bits: Literal[4, 8] = 4
+    """Bits per weight."""
+    group_size: Literal[32, 64, 128, -1] = 64
+    """Weights in a row that share a scale; smaller is better quality and a larger file. -1 is the whole row."""
+    sym: bool = True
+    """Fix the zero point in the middle of the codes. False stores one per group: slightly better, but vLLM's GPU
+    kernels don't load it."""
+    ignore: tuple[str, ...] = ()
+    """Linears to leave dense: ends of names (`mlp.down_proj`) or patterns (`*.layers.0.*`)."""
+
+
+def ignored(name: str, patterns: tuple[str, ...]) -> bool:
+    """Return whether a linear is left dense: a pattern is the end of its name, or matches all of it.
+
+    >>> ignored("model.layers.0.mlp.up_proj", ("mlp.up_proj",)), ignored("model.layers.0.mlp.up_proj", ("*.1.*",))
+    (True, False)
+    """
+    return any(name == p or name.endswith(f".{p}") or fnmatchcase(name, p) for p in patterns)
+
+
+def chosen(options: GridOptions, facts: ModelFacts) -> dict[str, tuple[int, int]]:
+    """Return the linears that will be quantized: full name → (out_features, in_features)."""
+    return {name: shape for name, shape in facts.linears.items() if not ignored(name, options.ignore)}
+
+
+def check_grid(options: GridOptions, facts: ModelFacts) -> Iterator[Problem]:
+    """Yield what this grid can't do to this model."""
+    if architectures.find(facts.model_type) is None:
+        known = ", ".join(architectures.names())
+        message = f"model_type {facts.model_type!r} is not one whose linear layers are known"
+        yield Problem(code="unknown-architecture", message=message, fix=f"known: {known}")
+        return
+    linears = chosen(options, facts)
+    for pattern in options.ignore:
+        if not any(ignored(name, (pattern,)) for name in facts.linears):
+            message = f"ignore {pattern!r} matches no linear layer"
+            fix = f"names look like {next(iter(facts.linears), 'model.layers.0.mlp.up_proj')}"
+            yield Problem(code="ignore-matches-nothing", message=message, fix=fix, loc=("ignore",))
+    if not linears:
+        yield Problem(code="nothing-to-quantize", message="every linear layer is ignored", loc=("ignore",))
+        return
+    yield from _check_groups(options, linears)
+    yield from _check_packing(options, linears)
+
+
+def _starred(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _named(names: list[str]) -> str:
+    kinds = list(dict.fromkeys(_starred(name) for name in names))
+    return kinds[0] if len(kinds) == 1 else f"{kinds[0]} (and {len(kinds) - 1} more)"
+
+
+def _check_groups(options: GridOptions, linears: Mapping[str, tuple[int, int]]) -> Iterator[Problem]:
+    size = options.group_size
+    refused = [name for name, (_, width) in linears.items() if size > 0 and width % size]
+    if not refused:
+        return
+    fitting = [str(g) for g in GROUP_SIZES if g != size and all(width % g == 0 for _, width in linears.values())]
+    width = linears[refused[0]][1]
+    message = f"group_size {size} does not divide the input width {width} of {_named(refused)}"
+    fix = f"use {' or '.join(fitting)}" if fitting else "use -1, one group per row"
+    yield Problem(code="group-divides-width", message=message, fix=fix, loc=("group_size",))
+
+
+def _check_packing(options: GridOptions, linears: Mapping[str, tuple[int, int]]) -> Iterator[Problem]:
+    per_word = 32 // options.bits
+    refused = [name for name, shape in linears.items() if any(size % per_word for size in shape)]
+    if refused:
+        rows, columns = linears[refused[0]]
+        message = (
+            f"{options.bits}-bit codes are packed {per_word} to an int32, which does not divide "
+            f"{rows}x{columns} of {_named(refused)}"
+        )
+        fix = f"ignore {_starred(refused[0]).removeprefix('*.')!r}"
+        yield Problem(code="packing-divides-shape", message=message, fix=fix, loc=("ignore",))
+
+
+def packed_bytes(options: GridOptions, shape: tuple[int, int]) -> int:
+    """Return the bytes of one packed linear (out_features, in_features): codes, scales, zero points, group index."""
+    rows, columns = shape
+    groups = 1 if options.group_size < 0 else columns // options.group_size
+    return rows * columns * options.bits // 8 + rows * groups * 2 + rows * groups * options.bits // 8 + columns * 4
+
+
+def after_grid(options: GridOptions, facts: ModelFacts, trait: Trait) -> ModelFacts:
+    """Return the facts of the quantized model: same shapes, fewer bytes, no longer dense.
+
+    Sparsity survives: weights that a mask holds at zero are coded as exactly zero.
+    """
+    linears = chosen(options, facts)
+    element_bytes = 4 if facts.dtype == "F32" else 2
+    dense = sum(rows * columns for rows, columns in linears.values()) * element_bytes
+    packed = sum(packed_bytes(options, shape) for shape in linears.values())
+    written = replace(
+        facts,
+        weight_bytes=facts.weight_bytes - dense + packed,
+        config={**facts.config, "quantization_config": quantization_config(options, tuple(facts.linears))},
+    )
+    return written.having(trait, without=frozenset({"dense"}))
+
+
+def quantization_config(options: GridOptions, linears: tuple[str, ...], **more: Any) -> dict[str, Any]:
+    """Return config.json's `quantization_config` of a `gptq` checkpoint, as GPTQModel, vLLM and onnxruntime-genai read it.
+
+    Args:
+        options: The grid.
+        linears: Full names of every linear of the blocks.
+        more: Further keys.
+    """
+    skipped = [name for name in linears if ignored(name, options.ignore)]
+    return {
+        "quant_method": "gptq",
+        "bits": options.bits,
+        "group_size": options.group_size,
+        "sym": options.sym,
+        "desc_act": False,
+        "lm_head": False,
+        "checkpoint_format": "gptq",
+        "dynamic": {"-:^" + name.replace(".", r"\.") + "$": {} for name in skipped},
+        **more,
+    }

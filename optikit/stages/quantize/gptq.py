@@ -1,0 +1,64 @@
+"""GPTQ: round weights one column at a time, moving each error onto columns not yet rounded.
+
+Paper   Frantar et al. 2022, arXiv:2210.17323, Algorithm 1
+Helps   decode at small batch, where weight bandwidth dominates
+Hurts   prefill on targets without an int4 kernel
+Cost    five forward passes per block, O(in²) float32 memory per linear, O(out·in²) time
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import Field
+
+from optikit.models.facts import ModelFacts, Trait
+from optikit.problems import Problem
+from optikit.stages.protocol import Estimate, Facts, Job
+from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid
+from optikit.targets import Target
+
+SUMMARY = "GPTQ: 4- or 8-bit weights, rounding guided by calibration text"
+NEEDS: frozenset[Trait] = frozenset({"dense"})
+CALIBRATED = True
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
+ENVIRONMENT: str | None = None
+
+
+class Options(GridOptions):
+    """Options of `quantize: {method: gptq}`."""
+
+    act_order: bool = True
+    """Round the columns with the largest activations first. Groups stay where they are, so any kernel can read it."""
+    mse: bool = True
+    """Search the scale with the least squared error per group, instead of spanning the extremes."""
+    damp: float = Field(default=0.01, gt=0, le=1)
+    """Added to the Hessian's diagonal before it is inverted, as a fraction of the diagonal's mean."""
+
+
+def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
+    """Yield what can't be packed."""
+    yield from check_grid(options, facts)
+
+
+def after(options: Options, facts: ModelFacts) -> ModelFacts:
+    """Return the facts of the quantized model."""
+    return after_grid(options, facts, "int4_gptq" if options.bits == 4 else "int8_gptq")
+
+
+def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
+    """Estimate from the shapes: forward passes and Hessians are matrix products, the rest is small."""
+    operations = 15.0 * facts.linear_elements * calibration_tokens
+    block = 4 * facts.linear_elements // max(facts.layers, 1)
+    activations = 4 * calibration_tokens * facts.hidden
+    written = after(options, facts).weight_bytes
+    return Estimate(
+        seconds=10 + operations / 3e11 + facts.linear_elements / 4e6,
+        peak_bytes=600_000_000 + 2 * block + 4 * facts.vocab * facts.hidden + activations,
+        disk_bytes=2 * written + 2 * activations,
+    )
+
+
+def run(options: Options, job: Job) -> Facts:
+    """Walk the blocks, quantizing each on the outputs of the quantized ones before it."""
+    raise NotImplementedError
