@@ -6,6 +6,7 @@ rules what can't be stacked; all of them speak `Problem`, so that the author see
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,12 +17,13 @@ Loc = tuple[str | int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """A place in a file. `line` and `column` count from 1; `text` is that line, for the caret."""
+    """A place in a file. `line` and `column` count from 1; `text` is that line, `width` characters of it are meant."""
 
     file: str
     line: int
     column: int
     text: str = ""
+    width: int = 1
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}:{self.column}"
@@ -55,3 +57,21 @@ class Problem:
     def under(self, *prefix: str | int) -> Problem:
         """Return this problem with `prefix` before its path: a stage knows its option, the plan knows which stage."""
         return replace(self, loc=(*prefix, *self.loc))
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Return the fix for a misspelt word: the nearest choice, or all of them where none is near.
+
+    >>> did_you_mean("grop_size", ["bits", "group_size"])
+    "did you mean 'group_size'?"
+    >>> did_you_mean("colour", ["bits", "group_size"])
+    'choose from bits, group_size'
+    """
+    import difflib
+
+    choices = list(choices)
+    folded = {choice.lower().replace("-", "_"): choice for choice in reversed(choices)}
+    near = difflib.get_close_matches(word.lower().replace("-", "_"), folded, n=1)
+    if near:
+        return f"did you mean {folded[near[0]]!r}?"
+    return f"choose from {', '.join(choices)}" if choices else ""
