@@ -48,7 +48,6 @@ class Settings:
     until: str | None = None
     """Name of the last step to run; None runs all of them."""
     lock_timeout: float | None = None
-    device: str = "cpu"
     threads: int = field(default_factory=host.threads)
 
 
@@ -170,7 +169,7 @@ def _request(step: Step, plan: Plan, artifacts: Mapping[str, Artifact], settings
         "inputs": inputs | dict(step.files),
         "calibration": step.calibration,
         "seed": plan.recipe.seed,
-        "device": settings.device,
+        "device": plan.device,
         "threads": settings.threads,
         "max_memory_bytes": plan.max_memory_bytes,
     }

@@ -25,11 +25,13 @@ class Context:
     """A recipe with its sources resolved.
 
     Attributes:
+        device: torch device that calibrated stages will use.
         facts: Facts of the untouched model.
         texts: Resolved texts by role: `calibration`, `perplexity`, `prompts`.
     """
 
     recipe: Recipe
+    device: str
     target: Target
     model: ModelSource
     facts: ModelFacts

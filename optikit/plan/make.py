@@ -30,6 +30,7 @@ def make_plan(
     store: Store,
     *,
     offline: bool = False,
+    device: str = "cpu",
     note: Callable[[str], None] = lambda _: None,
 ) -> Plan:
     """Resolve, check, estimate and freeze a recipe.
@@ -38,13 +39,14 @@ def make_plan(
         loaded: The recipe with its marks.
         store: Where downloads are kept; nothing else is written.
         offline: Use only what is already on this machine.
+        device: torch device that calibrated stages will use; part of their keys, for it decides bits.
         note: Told about downloads.
 
     Raises:
         RecipeError: With every problem at once, each at its place in the file.
         OptikitError: When a source can't be had (66, 69, 76, 77).
     """
-    context = _resolve(loaded, store, offline=offline, note=note)
+    context = _resolve(loaded, store, offline=offline, device=device, note=note)
     recipe = context.recipe
     steps, problems = _steps(context)
     measures = measure_steps(context, steps)
@@ -62,15 +64,17 @@ def make_plan(
         steps=steps,
         measures=measures,
         max_memory_bytes=limit,
+        device=context.device,
         warnings=warnings,
     )
 
 
-def _resolve(loaded: LoadedRecipe, store: Store, *, offline: bool, note: Callable[[str], None]) -> Context:
+def _resolve(loaded: LoadedRecipe, store: Store, *, offline: bool, device: str, note: Callable[[str], None]) -> Context:
     recipe = loaded.recipe
     model = resolve_model(recipe.model, store, base=loaded.base, offline=offline, note=note)
     return Context(
         recipe=recipe,
+        device=device,
         target=_target(loaded),
         model=model,
         facts=read_gguf(model.path) if model.format == "gguf" else read(model.path),
@@ -185,7 +189,7 @@ def _stage_step(context: Context, stage: Stage, index: int, facts: ModelFacts, p
         digest = f"{text.digest}:{wanted.samples}x{wanted.length}"
         tokens = wanted.samples * wanted.length
     return Step(
-        name=f"{index + 1}-{entry.verb}-{entry.method}",
+        name=_name(index, entry),
         verb=entry.verb,
         method=entry.method,
         backend=entry.backend,
@@ -197,6 +201,7 @@ def _stage_step(context: Context, stage: Stage, index: int, facts: ModelFacts, p
             backend=entry.backend,
             parent=parent or context.model.digest,
             calibration=digest,
+            device=context.device,
             isa=host.isa() if stage.CALIBRATED else (),  # decides whether matrix products run in bf16
         ),
         source=parent,
@@ -212,21 +217,24 @@ def _stack(context: Context, steps: Sequence[Step]) -> rules.Stack:
     """Describe the whole stack for the rules: every stage as written, with the facts before and after it."""
     planned = {step.name: step for step in steps}
     facts = context.facts
-    rows = []
+    placed = []
     for index, entry in enumerate(context.recipe.stages):
-        step = planned.get(f"{index + 1}-{entry.verb}-{entry.method}")
+        step = planned.get(_name(index, entry))
         before, facts = facts, step.after if step else facts
-        rows.append(
-            rules.StackStage(
-                verb=entry.verb,
-                method=entry.method,
-                backend=entry.backend,
-                options=as_written(entry)[entry.verb],
-                before=before,
-                after=facts,
-            )
-        )
-    return rules.Stack(stages=tuple(rows), target=context.target, model=context.facts)
+        options = as_written(entry)[entry.verb]
+        rows = {"verb": entry.verb, "method": entry.method, "backend": entry.backend, "options": options}
+        placed.append(rules.Placed(**rows, before=before, after=facts))
+    return rules.Stack(
+        stages=tuple(placed),
+        target=context.target,
+        model=context.facts,
+        host=host.describe() | {"cuda": context.device == "cuda"},
+        evaluate=context.recipe.evaluate.model_dump(mode="json"),
+    )
+
+
+def _name(index: int, entry: StageEntry) -> str:
+    return f"{index + 1}-{entry.verb}-{entry.method}"
 
 
 def _too_large(steps: Sequence[Step], limit: int | None) -> Iterator[Problem]:

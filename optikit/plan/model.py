@@ -68,6 +68,7 @@ class Plan:
     steps: tuple[Step, ...]
     measures: tuple[Step, ...]
     max_memory_bytes: int | None
+    device: str
     warnings: tuple[Problem, ...]
 
     @property

@@ -1,0 +1,79 @@
+"""`optikit run RECIPE --out DIR`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class ProgressMode(StrEnum):
+    """How progress is shown on stderr."""
+
+    AUTO = "auto"
+    PLAIN = "plain"
+    JSON = "json"
+    NONE = "none"
+
+
+class DeviceChoice(StrEnum):
+    """Where calibrated stages compute."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file, YAML.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write.", show_default=False)],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a value: stages[0].quantize.bits=8."),
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this step; `optikit plan` names them.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Use only what is on this machine.")] = False,
+    progress: Annotated[
+        ProgressMode, typer.Option(envvar="OPTIKIT_PROGRESS", help="auto is live on a terminal, else plain lines.")
+    ] = ProgressMode.AUTO,
+    device: Annotated[DeviceChoice, typer.Option(help="Where calibrated stages compute.")] = DeviceChoice.AUTO,
+    strict: Annotated[bool, typer.Option("--strict", help="An inconclusive gate ends with exit code 11.")] = False,
+    junit: Annotated[Path | None, typer.Option(help="Also write gates and steps as JUnit XML.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print report.json to stdout.")] = False,
+    lock_timeout: Annotated[
+        float | None, typer.Option(help="Seconds to wait for another run of the same step; none waits on.")
+    ] = None,
+) -> None:
+    """Run a recipe: make the artifact, measure it, write both and the report to DIR.
+
+    Finished steps are kept in the store: running again continues where it stopped, or does nothing.
+    """
+    from optikit.run import Request, run_recipe
+
+    report = run_recipe(
+        Request(
+            recipe=recipe,
+            out=out,
+            overrides=tuple(set_ or ()),
+            until=until,
+            offline=offline,
+            progress=progress.value,
+            device=device.value,
+            junit=junit,
+            lock_timeout=lock_timeout,
+        )
+    )
+    if report is None:
+        return
+    if json:
+        typer.echo(report.model_dump_json(indent=1))
+    raise typer.Exit(_code(report.verdict, strict=strict))
+
+
+def _code(verdict: str, *, strict: bool) -> int:
+    from optikit.errors import Exit
+
+    codes = {"fail": Exit.GATE_FAILED, "inconclusive": Exit.GATE_INCONCLUSIVE if strict else Exit.OK}
+    return int(codes.get(verdict, Exit.OK))

@@ -1,0 +1,94 @@
+"""A plan as people and programs read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from optikit.plan.model import Plan, Step
+
+if TYPE_CHECKING:
+    from optikit.store.store import Store
+
+HEADINGS = ("step", "status", "time", "peak memory", "disk", "writes")
+
+
+def render(plan: Plan, store: Store) -> str:
+    """Return the plan as a table with totals, 100 columns at most.
+
+    The time of a cached step is counted as nothing; all figures are estimates and say so.
+    """
+    steps = (*plan.steps, *plan.measures)
+    todo = [step for step in steps if store.find(step.key) is None]
+    rows = [HEADINGS, *(_row(step, cached=step not in todo) for step in steps)]
+    total = sum(step.estimate.seconds for step in todo)
+    peak = max((step.estimate.peak_bytes for step in todo), default=0)
+    disk = sum(step.estimate.disk_bytes for step in todo)
+    model = plan.facts
+    shape = f"{model.parameters / 1e6:.0f} M parameters, {model.layers} layers, hidden {model.hidden}"
+    expected = f"about {_seconds(total)}, peak {_mib(peak)}, disk {_mib(disk)} (estimates)"
+    lines = [
+        f"model   {plan.model.resolved}",
+        f"        {model.model_type}, {shape}, {_mib(model.weight_bytes)}",
+        f"target  {plan.target.name}",
+        "",
+        *_table(rows),
+        "",
+        f"to do   {len(todo)} of {len(steps)} steps, {expected}",
+        *(f"warning: {warning.message}" for warning in plan.warnings),
+    ]
+    return "\n".join(lines)
+
+
+def _row(step: Step, *, cached: bool) -> tuple[str, ...]:
+    estimate = step.estimate
+    writes = ", ".join(sorted(step.after.traits)) if step.verb != "measure" else ""
+    if cached:
+        return (step.name, "cached", "", "", "", writes)
+    figures = (_seconds(estimate.seconds), _mib(estimate.peak_bytes), _mib(estimate.disk_bytes))
+    return (step.name, "to run", *figures, writes)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min"
+
+
+def _mib(size: int) -> str:
+    if size >= 10 * 2**30:
+        return f"{size / 2**30:.1f} GiB"
+    return f"{size / 2**20:.0f} MiB"
+
+
+def as_json(plan: Plan, store: Store) -> dict[str, Any]:
+    """Return the plan as plain data; sizes in bytes, times in seconds."""
+    return {
+        "schema_version": 1,
+        "model": {"spec": plan.model.spec, "resolved": plan.model.resolved, "digest": plan.model.digest},
+        "target": plan.target.name,
+        "steps": [_step(step, store) for step in plan.steps],
+        "measures": [_step(step, store) for step in plan.measures],
+        "warnings": [warning.message for warning in plan.warnings],
+    }
+
+
+def _step(step: Step, store: Store) -> dict[str, Any]:
+    return {
+        "name": step.name,
+        "verb": step.verb,
+        "method": step.method,
+        "backend": step.backend,
+        "options": step.options.model_dump(mode="json"),
+        "key": step.key,
+        "cached": store.find(step.key) is not None,
+        "estimate_seconds": step.estimate.seconds,
+        "estimate_peak_bytes": step.estimate.peak_bytes,
+        "estimate_disk_bytes": step.estimate.disk_bytes,
+        "traits": sorted(step.after.traits),
+    }

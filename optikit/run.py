@@ -1,0 +1,109 @@
+"""`optikit run` as one function: load, plan, execute, evaluate, write. This is the whole program as one list."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optikit import evaluate, output, terminal
+from optikit.errors import DiskError, UsageError
+from optikit.plan import Plan, make_plan
+from optikit.recipe.load import load
+from optikit.runner import Settings, execute
+from optikit.store.store import Store
+
+if TYPE_CHECKING:
+    from optikit.report.schema import Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the command line asked for."""
+
+    recipe: Path
+    out: Path
+    overrides: tuple[str, ...] = ()
+    until: str | None = None
+    offline: bool = False
+    progress: str = "auto"
+    device: str = "auto"
+    junit: Path | None = None
+    lock_timeout: float | None = None
+
+
+def run_recipe(request: Request) -> Report | None:
+    """Run a recipe and write its output directory.
+
+    Returns:
+        The report; None with `until`, when nothing was evaluated yet.
+
+    Raises:
+        OptikitError: Anything that goes wrong, by the table of exit codes.
+    """
+    started = time.monotonic()
+    loaded = load(request.recipe, overrides=request.overrides)
+    output.require_writable(request.out)
+    store = Store.default()
+    with terminal.make(request.progress) as progress:
+        plan = make_plan(loaded, store, offline=request.offline, device=_device(request.device), note=progress.note)
+        _require_step(plan, request.until)
+        _require_disk(plan, store)
+        for warning in plan.warnings:
+            progress.note(f"warning: {warning.message}")
+        execution = execute(plan, store, progress, Settings(until=request.until, lock_timeout=request.lock_timeout))
+    if request.until is not None:
+        output.write(request.out, loaded, plan, execution.artifacts)
+        return None
+    report = evaluate.report(
+        plan,
+        execution.artifacts,
+        execution.statuses,
+        seconds=time.monotonic() - started,
+        command=shlex.join(["optikit", *sys.argv[1:]]),
+    )
+    output.write(request.out, loaded, plan, execution.artifacts)
+    _tell(report, request)
+    return report
+
+
+def _tell(report: Report, request: Request) -> None:
+    from optikit.report import github, junit, write
+
+    write.write(report, request.out)
+    if request.junit is not None:
+        request.junit.write_text(junit.render(report), encoding="utf-8")
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        github.publish(report)
+    if request.progress != "none":
+        terminal.summary(report, request.out)
+
+
+def _device(wanted: str) -> str:
+    """Return the torch device that calibrated stages will use; `auto` takes a GPU where its driver is present."""
+    if wanted != "auto":
+        return wanted
+    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+
+
+def _require_step(plan: Plan, name: str | None) -> None:
+    names = [step.name for step in (*plan.steps, *plan.measures)]
+    if name is not None and name not in names:
+        raise UsageError(f"--until {name!r} is no step of this recipe", fix=f"its steps are {', '.join(names)}")
+
+
+def _require_disk(plan: Plan, store: Store) -> None:
+    """Refuse before any work when the disk can't hold what the plan is expected to write."""
+    missing = [step for step in (*plan.steps, *plan.measures) if store.find(step.key) is None]
+    need = sum(step.estimate.disk_bytes for step in missing)
+    free = shutil.disk_usage(store.root).free
+    if need > free:
+        message = (
+            f"the store {store.root} has {free / 2**20:.0f} MiB free, and this recipe needs {need / 2**20:.0f} MiB"
+        )
+        raise DiskError(message, fix="free space with `optikit cache gc`, or set OPTIKIT_HOME to a larger disk")
