@@ -72,12 +72,12 @@ def ratio_interval(value: float, ci95: tuple[float, float]) -> str:
 
 
 def _decimals(value: float, ci95: tuple[float, float] | None) -> int:
-    """At least three digits; more where the interval is narrow, down to its own second digit."""
+    """At least three digits; more where the interval is so narrow that its ends would look the same."""
     least = 2 if abs(value) < 9.995 else 1
     width = ci95[1] - ci95[0] if ci95 else 0.0
     if not 0 < width < 0.1:
         return least
-    return min(4, max(least, 1 - math.floor(math.log10(width))))
+    return min(4, max(least, math.ceil(-math.log10(width / 3))))
 
 
 def percent(value: float) -> str:
@@ -141,3 +141,12 @@ def plural(count: int, noun: str) -> str:
     ('1 gate', '3 gates')
     """
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def step_words(name: str) -> str:
+    """Write a step's name as people say it.
+
+    >>> step_words("2-quantize-gptq"), step_words("measure-quality-result")
+    ('quantize gptq', 'measure quality result')
+    """
+    return clean(re.sub(r"^\d+-", "", name).replace("-", " "))

@@ -1,0 +1,164 @@
+"""A report as GitHub-flavoured Markdown, for pull requests and job summaries.
+
+Words from outside are written as code spans or with every active character escaped: they can't open a tag, a link, a
+table column or a mention.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from optikit.report import text, view
+from optikit.report.schema import Report, StepReport
+
+_ACTIVE = re.compile(r"([\\`*_{}\[\]|~$<>&]|^[-+#]|(?<=^\d)[.)](?=\s))")
+_LINKED = re.compile(r"@|(?:#|GH-)(?=\d)|:(?=//)|\bwww(?=\.)")
+_MARK = {"pass": "✅", "fail": "❌", "inconclusive": "⚠️"}
+
+
+def render(report: Report) -> str:
+    """Return the whole report as Markdown; ends with a newline."""
+    return "\n".join(line for block in _blocks(report) for line in (*block, ""))
+
+
+def escape(value: str) -> str:
+    r"""Write foreign words as Markdown text that shows them as they are.
+
+    >>> escape("a|b <i> `c`")
+    'a\\|b &lt;i&gt; \\`c\\`'
+    """
+    html = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+    shown = _ACTIVE.sub(lambda m: html.get(m[1], f"\\{m[1]}"), text.clean(value).strip())
+    return _LINKED.sub("\\g<0>\u2060", shown)  # an invisible word joiner: no mention, no reference, no automatic link
+
+
+def code(value: str) -> str:
+    r"""Write foreign words as a code span inside a table cell: fence longer than any inside, pipes escaped.
+
+    >>> code("a|b"), code("x`y")
+    ('`a\\|b`', '``x`y``')
+    """
+    shown = text.clean(value).strip().replace("|", "\\|")
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
+    pad = " " if shown.startswith("`") or shown.endswith("`") else ""
+    return f"{fence}{pad}{shown or '–'}{pad}{fence}"
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]], align: str) -> list[str]:
+    """Return the lines of a table; `align` has one of l, r per column, cells are already escaped."""
+    rule = {"l": ":--", "r": "--:"}
+    return [_row(header), _row(rule[side] for side in align), *(_row(row) for row in rows)]
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _blocks(report: Report) -> Iterator[list[str]]:
+    yield [f"## {_MARK[report.verdict]} {escape(view.headline(report))}"]
+    yield [f"**{report.verdict}** · {escape(view.verdict_sentence(report))}"]
+    yield [f"Done: {escape(view.what_was_done(report))}"]
+    yield from _gates(report)
+    yield from _figures(report)
+    yield from _steps(report)
+    yield from _attribution(report)
+    yield from _speculation(report.speculation)
+    yield from _warnings(report)
+    yield from _reproduce(report)
+
+
+def _gates(report: Report) -> Iterator[list[str]]:
+    if not report.gates:
+        return
+    rows = (
+        (
+            code(gate.name),
+            escape(gate.limit),
+            escape(view.gate_value(gate)),
+            view.gate_interval(gate) or "–",
+            f"{_MARK[gate.verdict]} {gate.verdict}" + (f": {escape(gate.reason)}" if gate.reason else ""),
+        )
+        for gate in report.gates
+    )
+    yield ["### Gates"]
+    yield table(("Gate", "Limit", "Measured", "95 % interval", "Verdict"), rows, "lrrrl")
+
+
+def _figures(report: Report) -> Iterator[list[str]]:
+    rows = [
+        (f"**{figure.label}**", figure.baseline or "–", figure.result, figure.change or "–", figure.interval or "–")
+        for group in view.groups(report)
+        for figure in group.figures
+    ]
+    yield ["### Before and after"]
+    yield table(("", "Baseline", "Result", "Change", "95 % interval"), rows, "lrrrr")
+    notes = (
+        f"Baseline: {view.described(report.baseline)}. Result: {view.described(report.result)}.",
+        *view.conditions(report),
+        *(f"Missing: {reason}." for reason in view.reasons(report)),
+    )
+    yield [f"- {escape(note)}" for note in notes]
+    if report.other_baselines:
+        yield _others(report)
+
+
+def _others(report: Report) -> list[str]:
+    rows = (
+        (
+            escape(other.name),
+            f"{text.number(other.speed.decode_tokens_per_s)} tok/s",
+            text.ratio(decode.value, decode.ci95) if decode else "–",
+            text.ratio_interval(decode.value, decode.ci95) if decode else "–",
+        )
+        for other in report.other_baselines
+        for decode in [other.speedup.decode]
+    )
+    return table(("Other baseline", "Decode speed", "Result is faster by", "95 % interval"), rows, "lrrr")
+
+
+def _steps(report: Report) -> Iterator[list[str]]:
+    yield [f"### Steps ({text.duration(report.seconds)} in all)"]
+    header = ("Step", "Status", "Time", "Peak memory", "Size after")
+    yield table(header, (_step(step) for step in (*report.steps, *report.measures)), "llrrr")
+
+
+def _step(step: StepReport) -> tuple[str, ...]:
+    return (
+        escape(view.step_label(step)),
+        step.status,
+        text.duration(step.seconds),
+        text.memory(step.peak_memory_mib),
+        "–" if step.verb == "measure" else text.size(step.artifact_bytes),
+    )
+
+
+def _attribution(report: Report) -> Iterator[list[str]]:
+    header, rows = view.free_table(report.attribution)
+    if rows:
+        yield ["### What each step brought"]
+        yield table(map(escape, header), (map(escape, row) for row in rows), "l" + "r" * (len(header) - 1))
+
+
+def _speculation(speculation: Mapping[str, Any] | None) -> Iterator[list[str]]:
+    if not speculation:
+        return
+    yield ["### Speculation"]
+    yield table(("", ""), ((escape(name), escape(value)) for name, value in view.listed(speculation)), "ll")
+
+
+def _warnings(report: Report) -> Iterator[list[str]]:
+    if report.warnings:
+        yield ["### Warnings"]
+        yield [f"- {escape(warning)}" for warning in report.warnings]
+
+
+def _reproduce(report: Report) -> Iterator[list[str]]:
+    yield ["### Reproduce"]
+    command = text.clean(report.command)
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", command)), default=0))
+    yield [f"{fence}sh", command, fence]
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    host = str(report.host.get("cpu", "an unknown processor"))
+    yield [f"{escape(report.created)} on {escape(host)}; {escape(versions)}."]

@@ -1,0 +1,507 @@
+"""A report in words and rows, before any markup: what the Markdown, the page, the terminal and CI all show.
+
+Nothing here measures or judges; it chooses, names and words what `schema.Report` holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from optikit.report import text
+from optikit.report.schema import GateResult, Interval, Measurement, Quality, Ratio, Report, Speed, StepReport
+
+Tone = Literal["better", "worse", "same", ""]
+
+UNMEASURED = "not measured"
+UNCHANGED = 0.005
+"""A ratio without an interval is called unchanged within this distance of 1: half of the last digit printed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One line of the before-and-after table, every field ready to print; "" is no such value."""
+
+    key: str
+    label: str
+    baseline: str
+    result: str
+    change: str = ""
+    interval: str = ""
+    tone: Tone = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Figures that belong together."""
+
+    title: str
+    figures: tuple[Figure, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Spec:
+    """How to find and word one figure. `words`: what a ratio above 1 and one below 1 are called."""
+
+    key: str
+    label: str
+    find: Callable[[Measurement], float | None]
+    write: Callable[[float], str]
+    words: tuple[str, str]
+    higher_is_better: bool
+
+
+def _speed(find: Callable[[Speed], float | None]) -> Callable[[Measurement], float | None]:
+    return lambda m: find(m.speed) if m.speed else None
+
+
+def _quality(find: Callable[[Quality], float | None]) -> Callable[[Measurement], float | None]:
+    return lambda m: find(m.quality) if m.quality else None
+
+
+def _cost(name: str) -> Callable[[Measurement], float | None]:
+    return lambda m: getattr(m.cost, name) if m.cost else None
+
+
+def _milliseconds(value: float) -> str:
+    return f"{text.number(value)} ms"
+
+
+def _per_second(value: float) -> str:
+    return f"{text.number(value)} tok/s"
+
+
+def _dollars(value: float) -> str:
+    return f"${text.number(value)}"
+
+
+_QUALITY = (
+    _Spec(
+        key="perplexity",
+        label="Perplexity",
+        find=_quality(lambda q: q.perplexity.value if q.perplexity else None),
+        write=lambda v: text.number(v, 4),
+        words=("", ""),
+        higher_is_better=False,
+    ),
+    _Spec(
+        key="bits_per_byte",
+        label="Bits per byte",
+        find=_quality(lambda q: q.perplexity.bits_per_byte if q.perplexity else None),
+        write=lambda v: text.number(v, 4),
+        words=("", ""),
+        higher_is_better=False,
+    ),
+)
+
+_SPEED = (
+    _Spec(
+        key="decode",
+        label="Decode speed",
+        find=_speed(lambda s: s.decode_tokens_per_s),
+        write=_per_second,
+        words=("faster", "slower"),
+        higher_is_better=True,
+    ),
+    _Spec(
+        key="prefill",
+        label="Prefill speed",
+        find=_speed(lambda s: s.prefill_tokens_per_s),
+        write=_per_second,
+        words=("faster", "slower"),
+        higher_is_better=True,
+    ),
+    *(
+        _Spec(
+            key=key,
+            label=f"{label}, {tail}",
+            find=_speed(find),
+            write=_milliseconds,
+            words=("longer", "shorter"),
+            higher_is_better=False,
+        )
+        for key, label, tail, find in (
+            ("ttft", "Time to first token", "median", lambda s: s.ttft_ms_p50),
+            ("ttft", "Time to first token", "p95", lambda s: s.ttft_ms_p95),
+            ("tpot", "Time per output token", "median", lambda s: s.tpot_ms_p50),
+            ("tpot", "Time per output token", "p95", lambda s: s.tpot_ms_p95),
+        )
+    ),
+)
+
+_FOOTPRINT = (
+    _Spec(
+        key="size",
+        label="Size of the weights",
+        find=lambda m: m.size_bytes,
+        write=text.size,
+        words=("larger", "smaller"),
+        higher_is_better=False,
+    ),
+    _Spec(
+        key="peak_memory",
+        label="Peak memory",
+        find=_speed(lambda s: s.peak_memory_mib),
+        write=text.memory,
+        words=("more", "less"),
+        higher_is_better=False,
+    ),
+    _Spec(
+        key="load",
+        label="Load time",
+        find=_speed(lambda s: s.load_s),
+        write=lambda v: f"{text.number(v)} s",
+        words=("longer", "shorter"),
+        higher_is_better=False,
+    ),
+    _Spec(
+        key="first_call",
+        label="First call",
+        find=_speed(lambda s: s.first_call_ms),
+        write=_milliseconds,
+        words=("longer", "shorter"),
+        higher_is_better=False,
+    ),
+)
+
+_COST = (
+    _Spec(
+        key="usd_output",
+        label="Per million output tokens",
+        find=_cost("usd_per_million_output_tokens"),
+        write=_dollars,
+        words=("dearer", "cheaper"),
+        higher_is_better=False,
+    ),
+    _Spec(
+        key="usd_blended",
+        label="Per million tokens, blended",
+        find=_cost("usd_per_million_blended_tokens"),
+        write=_dollars,
+        words=("dearer", "cheaper"),
+        higher_is_better=False,
+    ),
+)
+
+
+def model_name(report: Report) -> str:
+    """Return the model's name as people say it, without registry, version and directory."""
+    given = report.model.get("name") or report.model.get("source") or report.recipe.get("model") or "the model"
+    return short_name(text.clean(str(given)))
+
+
+def short_name(source: str) -> str:
+    """Return the last meaningful part of a model source.
+
+    >>> [short_name(s) for s in ("hf:org/Llama-3-8B@0e1f", "pypi:llm-x==0.1#llm_x/X-1B.Q4_1.gguf", "models/mine/")]
+    ['Llama-3-8B', 'X-1B.Q4_1', 'mine']
+    """
+    scheme, colon, rest = source.partition(":")
+    if not colon or scheme not in {"hf", "pypi"}:
+        return source.rstrip("/").rpartition("/")[2].removesuffix(".gguf") or source
+    package, _, file = rest.partition("#")
+    if file:
+        return file.rpartition("/")[2].removesuffix(".gguf") or source
+    if scheme == "pypi":
+        return package.partition("==")[0]
+    return package.partition("@")[0].rpartition("/")[2] or source
+
+
+def headline(report: Report) -> str:
+    """Say in one sentence what the run achieved: "X is 5.2× faster and 3.4× smaller at 1.12× perplexity"."""
+    before, after = report.baseline, report.result
+    size = _change(after.size_bytes / before.size_bytes, ("larger", "smaller")) if before.size_bytes else ""
+    claims = [claim for claim in (_speed_claim(report.speedup.decode), size) if claim]
+    gains = " and ".join("the same size" if claim == "unchanged" else claim for claim in claims)
+    perplexity = after.quality.perplexity if after.quality else None
+    at = f" at {text.ratio(perplexity.ratio)} perplexity" if perplexity and perplexity.ratio is not None else ""
+    missing = [
+        name for name, known in (("speed", report.speedup.decode is not None), ("quality", bool(at))) if not known
+    ]
+    rest = f"; its {' and '.join(missing)} {'were' if len(missing) > 1 else 'was'} not measured" if missing else ""
+    return f"{model_name(report)} is {gains or 'unchanged in size'}{at}{rest}"
+
+
+def _speed_claim(decode: Ratio | None) -> str:
+    if decode is None:
+        return ""
+    if decode.verdict == "no measurable change":
+        return "as fast as before"
+    return _change(decode.value, ("faster", "slower"))
+
+
+def _change(value: float, words: tuple[str, str], ci95: Interval | None = None) -> str:
+    """Word a ratio result / baseline: "3.39× smaller" instead of 0.295."""
+    if abs(value - 1) < UNCHANGED and ci95 is None:
+        return "unchanged"
+    if not all(words):
+        return text.ratio(value, ci95)
+    return f"{text.ratio(value, ci95)} {words[0]}" if value > 1 else f"{text.ratio(1 / value)} {words[1]}"
+
+
+def what_was_done(report: Report) -> str:
+    """Name the steps in order: "quantize gptq → compile onnxruntime"."""
+    names = [f"{s.verb} {s.method}" + (" (emitted)" if s.status == "emitted" else "") for s in report.steps]
+    return text.clean(" → ".join(names)) or "measured only, nothing changed"
+
+
+def verdict_sentence(report: Report) -> str:
+    """Say what the gates decided and, where one did not pass, which and why."""
+    if not report.gates:
+        return "No gates were set."
+    bad = [gate for gate in report.gates if gate.verdict == report.verdict] if report.verdict != "pass" else []
+    if not bad:
+        return "The gate passes." if len(report.gates) == 1 else f"All {len(report.gates)} gates pass."
+    verb = {"fail": ("fails", "fail"), "inconclusive": ("is inconclusive", "are inconclusive")}[report.verdict]
+    count = f"{len(bad)} of {len(report.gates)} gates" if len(report.gates) > 1 else "The gate"
+    named = "; ".join(f"{text.clean(g.name)} is {gate_value(g)}, limit {text.clean(g.limit)}" for g in bad)
+    return f"{count} {verb[len(bad) > 1]}: {named}."
+
+
+def gate_number(name: str, value: float) -> str:
+    """Write a number in the unit that a gate's name carries."""
+    if name.endswith(("_ratio", "_speedup")):
+        return text.ratio(value)
+    if name.endswith("_agreement"):
+        return text.percent(value)
+    if name.endswith("_mib"):
+        return text.memory(value)
+    return _milliseconds(value) if "_ms" in name else text.number(value)
+
+
+def gate_value(gate: GateResult) -> str:
+    """Write what a gate saw, or why it saw nothing."""
+    return UNMEASURED if gate.value is None else gate_number(gate.name, gate.value)
+
+
+def gate_interval(gate: GateResult) -> str:
+    """Write the interval of what a gate saw, or nothing."""
+    if gate.ci95 is None:
+        return ""
+    if gate.value is not None and gate.name.endswith(("_ratio", "_speedup")):
+        return text.ratio_interval(gate.value, gate.ci95)
+    return f"{gate_number(gate.name, gate.ci95[0])} – {gate_number(gate.name, gate.ci95[1])}"
+
+
+def bounds(report: Report, gate: str) -> tuple[float | None, float | None]:
+    """Return a gate's numeric (min, max) as the recipe gives them, or (None, None)."""
+    gates = report.recipe.get("gates")
+    limits = gates.get(gate) if isinstance(gates, Mapping) else None
+    if not isinstance(limits, Mapping):
+        return None, None
+    low, high = (limits.get(end) for end in ("min", "max"))
+    return (
+        float(low) if isinstance(low, int | float) else None,
+        float(high) if isinstance(high, int | float) else None,
+    )
+
+
+def groups(report: Report) -> tuple[Group, ...]:
+    """Return every figure that was measured, before and after, grouped."""
+    found = (
+        Group(title="Quality", figures=(*_figures(report, _QUALITY), *_against_baseline(report.result.quality))),
+        Group(title="Speed at batch 1", figures=_figures(report, _SPEED)),
+        Group(title="Footprint", figures=_figures(report, _FOOTPRINT)),
+        Group(title="Cost", figures=_figures(report, _COST)),
+    )
+    return tuple(group for group in found if group.figures)
+
+
+def _figures(report: Report, specs: tuple[_Spec, ...]) -> tuple[Figure, ...]:
+    made = (_figure(report, spec) for spec in specs)
+    return tuple(figure for figure in made if figure is not None)
+
+
+def _figure(report: Report, spec: _Spec) -> Figure | None:
+    before, after = spec.find(report.baseline), spec.find(report.result)
+    if before is None and after is None:
+        return None
+    old, new = (UNMEASURED if value is None else spec.write(value) for value in (before, after))
+    value, ci95, verdict = _paired(report, spec.key)
+    if value is None and before and after is not None:
+        value = after / before
+    if value is None:
+        return Figure(key=spec.key, label=spec.label, baseline=old, result=new)
+    changed = verdict != "no measurable change"
+    return Figure(
+        key=spec.key,
+        label=spec.label,
+        baseline=old,
+        result=new,
+        change=_change(value, spec.words, ci95) if changed else verdict,
+        interval=_oriented(value, ci95, spec.words),
+        tone=_tone(value, higher_is_better=spec.higher_is_better) if changed else "same",
+    )
+
+
+def _paired(report: Report, key: str) -> tuple[float | None, Interval | None, str]:
+    """Return the paired ratio that was measured for a figure: better than dividing two medians."""
+    if key == "perplexity":
+        perplexity = report.result.quality.perplexity if report.result.quality else None
+        return (perplexity.ratio, perplexity.ratio_ci95, "") if perplexity else (None, None, "")
+    ratio = {"decode": report.speedup.decode, "prefill": report.speedup.prefill}.get(key)
+    return (ratio.value, ratio.ci95, ratio.verdict) if ratio else (None, None, "")
+
+
+def _oriented(value: float, ci95: Interval | None, words: tuple[str, str]) -> str:
+    """Write an interval the way round that its ratio is worded: "2.0× slower" has the interval of the inverse."""
+    if ci95 is None:
+        return ""
+    if value < 1 and all(words) and ci95[0] > 0:
+        return text.ratio_interval(1 / value, (1 / ci95[1], 1 / ci95[0]))
+    return text.ratio_interval(value, ci95)
+
+
+def _tone(value: float, *, higher_is_better: bool) -> Tone:
+    if abs(value - 1) < UNCHANGED:
+        return "same"
+    return "better" if (value > 1) == higher_is_better else "worse"
+
+
+def _against_baseline(quality: Quality | None) -> tuple[Figure, ...]:
+    """Figures that compare the result with the baseline, so that there is no "before"."""
+    made: list[Figure] = []
+    if quality and (kl := quality.kl_divergence):
+        made += [
+            Figure(
+                key="kl_divergence",
+                label="KL divergence, mean",
+                baseline="",
+                result=text.number(kl.mean),
+                interval=text.interval(kl.mean_ci95),
+            ),
+            Figure(key="kl_divergence", label="KL divergence, p99", baseline="", result=text.number(kl.p99)),
+        ]
+    if quality and quality.top1_agreement is not None:
+        ci95 = quality.top1_agreement_ci95
+        made.append(
+            Figure(
+                key="top1_agreement",
+                label="Top-1 agreement",
+                baseline="",
+                result=text.percent(quality.top1_agreement),
+                interval=f"{text.percent(ci95[0])} – {text.percent(ci95[1])}" if ci95 else "",
+            )
+        )
+    return tuple(made)
+
+
+def described(measurement: Measurement) -> str:
+    """Say through what a measurement was taken: "transformers, bfloat16, 2 threads"."""
+    speed, quality = measurement.speed, measurement.quality
+    if speed:
+        return text.clean(f"{speed.runtime}, {speed.dtype}, {text.plural(speed.threads, 'thread')}")
+    return text.clean(quality.runtime) if quality else UNMEASURED
+
+
+def conditions(report: Report) -> tuple[str, ...]:
+    """Say under which conditions the figures hold: protocol, runtimes, lengths, repetitions, noise floor."""
+    said: list[str] = []
+    quality, speed = report.result.quality, report.result.speed or report.baseline.speed
+    if quality and quality.perplexity:
+        before = report.baseline.quality
+        through = f"result through {quality.runtime}" + (f", baseline through {before.runtime}" if before else "")
+        said.append(
+            f"Quality: protocol {quality.perplexity.protocol}, {quality.perplexity.tokens:,} scored tokens, {through}."
+        )
+    if speed:
+        said.append(
+            f"Speed: prompts of {speed.prompt_tokens} tokens, {speed.new_tokens} new tokens, "
+            f"{text.plural(speed.repetitions, 'repetition')} of each, alternating."
+        )
+    if report.speedup.decode:
+        said.append(
+            f"Noise floor of the decode ratio on this machine: ±{100 * report.speedup.decode.noise_floor:.1f} %."
+        )
+    cost = report.result.cost
+    if cost and cost.price_source:
+        said.append(f"Price: {cost.price_source}.")
+    return tuple(text.clean(line) for line in said)
+
+
+def reasons(report: Report) -> tuple[str, ...]:
+    """Say why what is missing is missing."""
+    found: list[str] = []
+    for name, m in (("baseline", report.baseline), ("result", report.result)):
+        parts = (
+            ("", m.reason),
+            ("quality", m.quality.reason if m.quality else ""),
+            ("cost", m.cost.reason if m.cost else ""),
+        )
+        found += [f"{name}{', ' + part if part else ''}: {reason}" for part, reason in parts if reason]
+    return tuple(dict.fromkeys(text.clean(line) for line in found))
+
+
+def step_label(step: StepReport) -> str:
+    """Name a step: "quantize gptq", with its backend where that isn't optikit's own."""
+    backend = f" ({text.clean(step.backend)})" if step.backend not in {"", "optikit"} else ""
+    return text.step_words(step.name) + backend
+
+
+def metric_keys(report: Report) -> tuple[str, ...]:
+    """Return the keys of the definitions that this report's reader needs, in the order of appearance."""
+    keys = [figure.key for group in groups(report) for figure in group.figures]
+    if "perplexity" in keys:
+        keys.insert(keys.index("perplexity") + 1, "perplexity_ratio")
+    keys += ["speedup"] if report.speedup.decode or report.speedup.prefill else []
+    keys += ["acceptance_length", "acceptance_by_position"] if report.speculation else []
+    keys += ["gate"] if report.gates else []
+    return tuple(dict.fromkeys(keys))
+
+
+def listed(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Return a free-form mapping as (name, value) in words; nested values become dotted names.
+
+    >>> listed({"exact_match": 0.975, "speedup": {"value": 1.33, "ci95": [1.29, 1.37]}, "draft": {"heads": 3}})
+    (('exact match', '0.975'), ('speedup', '1.33× (1.29–1.37×)'), ('draft heads', '3'))
+    """
+    found: list[tuple[str, str]] = []
+    for name, value in values.items():
+        words = text.clean(str(name)).replace("_", " ")
+        if isinstance(value, Mapping) and not _is_ratio(value):
+            found += [(f"{words} {inner}", shown) for inner, shown in listed(value)]
+        else:
+            found.append((words, worded(value)))
+    return tuple(found)
+
+
+def free_table(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Return free-form records as (header, rows) in words; the columns are every name that occurs, in order."""
+    names = tuple(dict.fromkeys(str(name) for row in rows for name in row))
+    by_name = ({str(name): value for name, value in row.items()} for row in rows)
+    header = tuple(text.clean(name).replace("_", " ") for name in names)
+    return header, tuple(tuple(worded(row[name]) if name in row else "–" for name in names) for row in by_name)
+
+
+def worded(value: Any) -> str:
+    """Write any JSON value for people: numbers rounded, lists with commas, ratios with their intervals."""
+    if isinstance(value, Mapping):
+        return _worded_ratio(value) if _is_ratio(value) else "; ".join(f"{k}: {v}" for k, v in listed(value))
+    if isinstance(value, list | tuple):
+        return ", ".join(worded(item) for item in value) or "none"
+    if isinstance(value, bool) or value is None:
+        return {None: "–", True: "yes", False: "no"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    return text.number(value) if isinstance(value, float) else text.clean(str(value))
+
+
+def _worded_ratio(given: Mapping[str, Any]) -> str:
+    value = float(given["value"])
+    if not given.get("ci95"):
+        return text.ratio(value)
+    ci95 = (float(given["ci95"][0]), float(given["ci95"][1]))
+    return f"{text.ratio(value, ci95)} ({text.ratio_interval(value, ci95)})"
+
+
+def _is_ratio(value: Mapping[str, Any]) -> bool:
+    """Tell whether a mapping is {value, ci95, …}: a ratio as the schema writes it."""
+    if not isinstance(value.get("value"), int | float):
+        return False
+    ci95 = value.get("ci95")
+    return ci95 is None or (isinstance(ci95, list | tuple) and len(ci95) == 2 and all(_is_number(end) for end in ci95))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
