@@ -1,0 +1,44 @@
+"""The command line starts at once: nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "numpy", "rich", "pydantic", "yaml", "onnxruntime", "onnx", "safetensors", "jinja2")
+
+
+def modules_after(code: str) -> set[str]:
+    """Run code in a fresh interpreter and return the top-level packages it imported."""
+    program = f"import sys, json\n{code}\nprint('\\n' + json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def help_of(*arguments: str) -> str:
+    return (
+        f"sys.argv = {['optikit', *arguments]!r}\n"
+        "from optikit.cli.app import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["plan", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    assert modules_after(help_of(*arguments)).isdisjoint(HEAVY)
+
+
+def test_planning_needs_no_torch() -> None:
+    found = modules_after("import optikit.plan, optikit.recipe.load, optikit.runner, optikit.output")
+    assert found.isdisjoint({"torch", "transformers", "onnxruntime", "rich"})
+
+
+def test_an_unknown_option_is_a_usage_error() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "optikit", "run", "--nope"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "--nope" in done.stderr

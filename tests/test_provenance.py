@@ -1,0 +1,48 @@
+"""The digest of the code behind a result follows what the code really imports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from optikit import provenance
+from optikit.provenance import closure, source_digest
+
+
+def test_a_stage_depends_on_its_algorithm_and_not_on_the_report() -> None:
+    found = closure("optikit.stages.quantize.gptq")
+    assert "optikit.algorithms.gptq" in found
+    assert "optikit.calibration.walk" in found
+    assert not any(name.startswith(("optikit.report", "optikit.cli", "optikit.metrics")) for name in found)
+
+
+def test_the_digest_changes_with_a_module_it_reaches_and_with_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "optikit"
+    package.mkdir()
+    (package / "stage.py").write_text("def run():\n    from optikit import helper\n")
+    (package / "helper.py").write_text("A = 1\n")
+    (package / "other.py").write_text("B = 1\n")
+    monkeypatch.setattr(provenance, "ROOT", package)
+
+    def digest() -> str:
+        source_digest.cache_clear()
+        return source_digest("optikit.stage")
+
+    before = digest()
+    (package / "other.py").write_text("B = 2\n")
+    assert digest() == before
+    (package / "helper.py").write_text("A = 2\n")
+    assert digest() != before
+    source_digest.cache_clear()
+
+
+def test_imports_that_lead_in_circles_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "optikit"
+    package.mkdir()
+    (package / "a.py").write_text("from optikit import b\n")
+    (package / "b.py").write_text("import optikit.a\n")
+    monkeypatch.setattr(provenance, "ROOT", package)
+    assert closure("optikit.a") == ("optikit.a", "optikit.b")
