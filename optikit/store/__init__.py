@@ -1,1 +1,1 @@
-"""The content-addressed store: sealed artifacts, locks, and the sources that models and texts come from."""
+"""Where results live: content-addressed artifacts, downloads, locks, and the sources of models and texts."""

@@ -1,0 +1,86 @@
+"""sha256 of files, remembered: a file whose size, times and inode are unchanged isn't read again.
+
+What `git` does with its index, for the same reason: a warm run must not read gigabytes. A file that was written within
+the clock's step before it was hashed may change again without changing its times, so such an entry isn't trusted.
+The memory is a cache: lost, torn or refused, it costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from optikit.store.files import sha256
+from optikit.store.keys import is_key
+
+STEP_NS = 20_000_000
+"""Coarsest step of a local file system's clock, in nanoseconds, with room."""
+MOST_ENTRIES = 20_000
+
+
+def _identity(stat: os.stat_result) -> list[int]:
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+class Digests:
+    """sha256 by path, kept in one JSON file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._entries: dict[str, list[Any]] | None = None
+        self._new: dict[str, list[Any]] = {}
+
+    def of(self, path: Path) -> str:
+        """Return the sha256, in hex, of a file's bytes (links are followed), reading them only where needed."""
+        path = path.absolute()
+        entry = self._new.get(str(path)) or self._known().get(str(path))
+        if entry is not None and entry[:4] == _identity(path.stat()):
+            return str(entry[4])
+        started = time.time_ns()
+        with path.open("rb") as file:
+            before = os.fstat(file.fileno())
+            digest = sha256(file)
+            after = os.fstat(file.fileno())
+        if _identity(before) == _identity(after) and max(after.st_mtime_ns, after.st_ctime_ns) < started - STEP_NS:
+            self._new[str(path)] = [*_identity(after), digest]
+        return digest
+
+    def moved(self, source: Path, dest: Path) -> None:
+        """Keep what was learnt of the files in a directory that has been renamed."""
+        prefix = f"{source.absolute()}{os.sep}"
+        for path in [path for path in self._new if path.startswith(prefix)]:
+            self._new[str(dest.absolute() / path.removeprefix(prefix))] = self._new.pop(path)
+
+    def save(self) -> None:
+        """Write what was learnt, together with what others wrote meanwhile."""
+        if not self._new:
+            return
+        entries = self._read() | self._new
+        kept = dict(list(entries.items())[-MOST_ENTRIES:])
+        partial = self._path.with_name(f"{self._path.name}.{os.getpid()}.part")
+        with suppress(OSError):
+            partial.write_text(json.dumps(kept), encoding="utf-8")
+            partial.replace(self._path)
+        self._entries, self._new = kept, {}
+
+    def _known(self) -> dict[str, list[Any]]:
+        if self._entries is None:
+            self._entries = self._read()
+        return self._entries
+
+    def _read(self) -> dict[str, list[Any]]:
+        try:
+            loaded = json.loads(self._path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return {path: row for path, row in loaded.items() if _is_row(row)} if isinstance(loaded, dict) else {}
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, list) or len(row) != 5:
+        return False
+    return all(isinstance(number, int) for number in row[:4]) and isinstance(row[4], str) and is_key(row[4])

@@ -1,0 +1,200 @@
+"""The seal of a directory: `artifact.json`, written last, naming every file with its size and sha256.
+
+A directory without it is unfinished; one that differs from it is damaged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from optikit.errors import IntegrityError, RefusedError
+from optikit.store import faults, files
+from optikit.store.keys import is_key
+
+NAME = "artifact.json"
+SCHEMA_VERSION = 1
+MOST_BYTES = 64 * 2**20
+"""A larger artifact.json is refused before it is parsed."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and sha256 in hex of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a sealed directory holds and how it came to be.
+
+    Attributes:
+        key: Cache key of the step that wrote it; "" for directories outside the store.
+        verb, method, backend, options: The stage.
+        parent: Key of the artifact that it was made from, or "".
+        inputs: Other artifacts by role → key.
+        traits: What the directory is, sorted.
+        facts: What the stage found out.
+        seconds, peak_memory_mib: What the stage took.
+        versions: Libraries that decide the result.
+        files: Relative path → size and sha256, filled in by sealing.
+        created: UTC, ISO 8601, filled in by sealing where empty.
+    """
+
+    key: str = ""
+    verb: str = ""
+    method: str = ""
+    backend: str = "optikit"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    parent: str = ""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    traits: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    peak_memory_mib: float = 0.0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+    created: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files, artifact.json itself left out."""
+        return sum(record.size for record in self.files.values())
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A sealed directory in the store."""
+
+    key: str
+    path: Path
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One file that isn't what the manifest says."""
+
+    path: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.what}"
+
+
+def _read_digest(path: Path) -> str:
+    with files.open_regular(path) as file:
+        return files.sha256(file)
+
+
+def seal(directory: Path, manifest: Manifest, *, digest: Callable[[Path], str] = _read_digest) -> Manifest:
+    """Put every file of a directory on disk for good, then write artifact.json last; return the finished manifest.
+
+    Args:
+        directory: What to seal; an artifact.json already there is replaced.
+        manifest: Everything but the files.
+        digest: How to get the sha256 of a file.
+
+    Raises:
+        RefusedError: If the directory holds anything but plain files and directories.
+    """
+    records = {}
+    for name in files.walk(directory):
+        if name == NAME:
+            continue
+        with files.open_regular(directory / name) as file:
+            os.fsync(file.fileno())
+            size = os.fstat(file.fileno()).st_size
+        records[name] = FileRecord(size, digest(directory / name))
+    files.sync_tree(directory)
+    created = manifest.created or datetime.now(UTC).isoformat(timespec="seconds")
+    sealed = replace(manifest, files=records, created=created)
+    faults.reach("before_manifest")
+    text = json.dumps(asdict(sealed), indent=1, sort_keys=True, allow_nan=False)
+    files.write_whole(directory / NAME, text.encode())
+    return sealed
+
+
+def load(directory: Path) -> Manifest:
+    """Read artifact.json.
+
+    Raises:
+        IntegrityError: If it is missing, torn, or names files outside the directory.
+    """
+    path = directory / NAME
+    fix = "what it describes is unfinished or damaged: make it again"
+    try:
+        with files.open_regular(path) as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise IntegrityError(f"{path} is larger than {files.in_units(MOST_BYTES)}", fix=fix)
+        return _parse(json.loads(content))
+    except FileNotFoundError:
+        raise IntegrityError(f"{directory} has no {NAME}", fix=fix) from None
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise IntegrityError(f"{path} can't be read: {error}", fix=fix) from error
+    except RefusedError as error:
+        raise IntegrityError(error.message, fix=fix) from error
+
+
+def _parse(loaded: Any) -> Manifest:
+    version = loaded["schema_version"]
+    if version != SCHEMA_VERSION:
+        msg = f"schema_version {version!r}, and this optikit reads {SCHEMA_VERSION}"
+        raise ValueError(msg)
+    known = {f.name for f in fields(Manifest)}
+    values = {name: value for name, value in loaded.items() if name in known}
+    values["files"] = {name: _record(name, row) for name, row in loaded["files"].items()}
+    values["traits"] = tuple(loaded.get("traits", ()))
+    return Manifest(**values)
+
+
+def _record(name: str, row: Mapping[str, Any]) -> FileRecord:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or str(path) != name or "\0" in name:
+        msg = f"file name {name!r} leaves the directory"
+        raise ValueError(msg)
+    size, digest = row["size"], row["sha256"]
+    if type(size) is not int or size < 0 or not isinstance(digest, str) or not is_key(digest):
+        msg = f"{name!r} has no size and sha256"
+        raise ValueError(msg)
+    return FileRecord(size, digest)
+
+
+def damages(
+    directory: Path,
+    manifest: Manifest,
+    *,
+    contents: bool = True,
+    digest: Callable[[Path], str] = _read_digest,
+) -> list[Damage]:
+    """Compare a directory with its manifest; return every difference.
+
+    Args:
+        directory: What was sealed.
+        manifest: Its seal.
+        contents: Compare sha256 too, not only names and sizes.
+        digest: How to get the sha256 of a file.
+    """
+    try:
+        present = files.walk(directory)
+    except RefusedError as error:
+        return [Damage(str(directory), error.message)]
+    present.pop(NAME, None)
+    found = [Damage(name, "missing") for name in manifest.files if name not in present]
+    found += [Damage(name, "not in the manifest") for name in present if name not in manifest.files]
+    for name in manifest.files.keys() & present.keys():
+        record, size = manifest.files[name], present[name].st_size
+        if size != record.size:
+            found.append(Damage(name, f"{size} bytes, expected {record.size}"))
+        elif contents and digest(directory / name) != record.sha256:
+            found.append(Damage(name, "sha256 differs"))
+    return sorted(found, key=lambda damage: damage.path)

@@ -1,0 +1,353 @@
+"""The content-addressed store: one sealed directory per key, complete and as written, or not there at all.
+
+    ROOT/artifacts/KEY/     files + artifact.json           scratch/KEY/   half-done work, kept for the resume
+         tmp/               being written, not yet sealed   downloads/     files of models and texts
+         locks/             flock; dies with its holder     corrupt/       what didn't match its seal
+         jobs/KEY/          request and log of a step       digests.json   sha256 remembered by size, times, inode
+
+Writing: a fresh directory in tmp/ → files → fsync → artifact.json → fsync → rename → fsync. Killed anywhere, the store
+holds the artifact whole or not at all, and what is left in tmp/ is swept by the next run. Reading: every size always,
+every sha256 once per process; what differs is set aside in corrupt/ and counts as absent, so that it is made again.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import secrets
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from optikit.errors import CannotCreateError, IntegrityError, LockedError, RefusedError
+from optikit.store import faults, files
+from optikit.store.digests import Digests
+from optikit.store.keys import cache_key, is_key, valid
+from optikit.store.manifest import NAME, Artifact, Damage, Manifest, damages, load, seal
+
+if TYPE_CHECKING:
+    from optikit.store.housekeeping import Collected
+
+__all__ = ["Artifact", "Damage", "Manifest", "Store", "cache_key"]
+
+Verify = Literal["full", "size"]
+DIRECTORIES = ("artifacts", "tmp", "locks", "scratch", "downloads", "corrupt", "jobs")
+_TOKEN = secrets.token_hex(4)
+"""Tells this process from an earlier one that had its number."""
+_STAGING = re.compile(r"[0-9a-f]{16}-(?P<pid>\d+)-(?P<token>[0-9a-f]{8})-\d+@(?P<host>.*)")
+
+
+class Store:
+    """A store at one root directory; made where it doesn't exist, readable by its owner only.
+
+    Args:
+        root: Directory of the store.
+        warn: Told about damage found and mended; by default it goes to `warnings`.
+
+    Raises:
+        CannotCreateError: If the directories can't be made.
+        RefusedError: If anybody on the machine may write to them.
+    """
+
+    def __init__(self, root: Path, *, warn: Callable[[str], None] | None = None) -> None:
+        self.root = root.expanduser().absolute()
+        self.warnings: list[str] = []
+        self.warn = warn or self.warnings.append
+        self._verified: set[str] = set()
+        self._stagings = 0
+        with files.disk_errors(self.root, f"store {self.root}"):
+            self._make_directories()
+        self._digests = Digests(self.root / "digests.json")
+        self._sweep()
+
+    @classmethod
+    def default(cls, *, warn: Callable[[str], None] | None = None) -> Store:
+        """Open the user's store: $OPTIKIT_HOME, else $XDG_CACHE_HOME/optikit, else ~/.cache/optikit."""
+        home = os.environ.get("OPTIKIT_HOME")
+        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        return cls(Path(home) if home else Path(cache) / "optikit", warn=warn)
+
+    def _make_directories(self) -> None:
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for name in DIRECTORIES:
+                (self.root / name).mkdir(mode=0o700, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise CannotCreateError(f"{error.filename} is not a directory", fix="point OPTIKIT_HOME to one") from error
+        if self.root.stat().st_mode & stat.S_IWOTH:
+            raise RefusedError(f"anybody may write to the store {self.root}", fix=f"chmod o-w {self.root}")
+
+    # ------------------------------------------------------------------ reading
+
+    def find(self, key: str, *, verify: Verify = "full") -> Artifact | None:
+        """Return an artifact if it is there and as sealed; else None, with what is damaged set aside.
+
+        Args:
+            key: Its cache key.
+            verify: `full` compares sha256 the first time that this process asks for it; `size` never does.
+        """
+        path = self.artifact_path(key)
+        if not path.exists():
+            return None
+        contents = verify == "full" and key not in self._verified
+        try:
+            manifest = load(path)
+            found = damages(path, manifest, contents=contents, digest=self._digests.of)
+            if manifest.key != key:
+                found = [Damage(NAME, f"is the seal of {manifest.key!r}")]
+        except IntegrityError as error:
+            found = [Damage(NAME, error.message)]
+        except FileNotFoundError:  # another process sets it aside or collects it right now
+            return None
+        if found:
+            self.set_aside(path, found)
+            return None
+        if contents:
+            self._verified.add(key)
+            self._digests.save()
+        with suppress(OSError):
+            os.utime(path)  # last use, for the garbage collection
+        return Artifact(key, path, manifest)
+
+    def keys(self) -> tuple[str, ...]:
+        """Return the keys of all artifacts, sorted; being there doesn't mean being whole."""
+        return tuple(sorted(path.name for path in (self.root / "artifacts").iterdir() if is_key(path.name)))
+
+    def digest_file(self, path: Path) -> str:
+        """Return the sha256, in hex, of a file; unchanged files aren't read again."""
+        digest = self._digests.of(path)
+        self._digests.save()
+        return digest
+
+    def digest_directory(self, path: Path, names: Iterable[str]) -> str:
+        """Return one sha256 for some files of a directory: of their names and contents, whatever the directory is."""
+        digest = cache_key(files={name: self._digests.of(path / name) for name in names})
+        self._digests.save()
+        return digest
+
+    def artifact_path(self, key: str) -> Path:
+        """Return where the artifact of a key is, or would be."""
+        return self.root / "artifacts" / valid(key)
+
+    def set_aside(self, path: Path, found: Sequence[Damage]) -> None:
+        """Move what is damaged to corrupt/ and warn: from then on it counts as absent."""
+        self._verified.discard(path.name)
+        aside = self.root / "corrupt" / f"{path.name}-{time.time_ns()}"
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        try:
+            path.rename(aside)
+        except OSError as error:
+            self.warn(f"{path} is damaged ({found[0]}{more}) and can't be set aside: {error.strerror}")
+            return
+        self.warn(f"{path.name[:12]} was damaged ({found[0]}{more}): set aside in {aside}, to be made again")
+
+    # ------------------------------------------------------------------ writing
+
+    def staging(self, key: str) -> Path:
+        """Return a fresh, empty directory to write an artifact into; swept if this process dies."""
+        self._stagings += 1
+        name = f"{valid(key)[:16]}-{os.getpid()}-{_TOKEN}-{self._stagings}@{os.uname().nodename}"
+        path = self.root / "tmp" / name
+        with files.disk_errors(self.root, f"store {self.root}"):
+            path.mkdir(mode=0o700)
+        return path
+
+    def scratch(self, key: str) -> Path:
+        """Return the directory that keeps half-done work of a step until its result is committed."""
+        path = self.root / "scratch" / valid(key)
+        with files.disk_errors(self.root, f"store {self.root}"):
+            path.mkdir(mode=0o700, exist_ok=True)
+        return path
+
+    def job_dir(self, key: str) -> Path:
+        """Return where request, events, response and log of a step belong; made by whoever runs it."""
+        return self.root / "jobs" / valid(key)
+
+    def commit(self, key: str, directory: Path, manifest: Manifest) -> Artifact:
+        """Seal a directory from `staging` and publish it under its key.
+
+        If the key is there already and whole, that one is kept and ours is discarded: two writers converge.
+
+        Args:
+            key: Cache key.
+            directory: Finished files; gone afterwards, whether this succeeds or fails.
+            manifest: Everything but the files and the time.
+
+        Raises:
+            RefusedError: If the directory holds anything but plain files.
+            DiskError: If the disk is full; nothing is left of the directory.
+        """
+        valid(key)
+        try:
+            with files.disk_errors(self.root, f"storing {key[:12]}"):
+                faults.reach("before_write")
+                sealed = seal(directory, replace(manifest, key=key), digest=self._digests.of)
+                faults.reach("before_rename")
+                artifact = self._publish(directory, Artifact(key, self.artifact_path(key), sealed))
+                faults.reach("after_rename")
+        finally:
+            files.remove_tree(directory)
+        files.remove_tree(self.root / "scratch" / key)
+        self._digests.save()
+        return artifact
+
+    def _publish(self, directory: Path, artifact: Artifact) -> Artifact:
+        for _ in range(3):
+            try:
+                directory.rename(artifact.path)  # fails where a directory with anything in it is in the way
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            else:
+                files.sync_directory(artifact.path.parent)
+                self._digests.moved(directory, artifact.path)
+                self._verified.add(artifact.key)
+                return artifact
+            existing = self.find(artifact.key)
+            if existing is not None:
+                return existing
+        fix = "make it writable, or remove it by hand"
+        raise CannotCreateError(f"{artifact.path} is damaged and can't be replaced", fix=fix)
+
+    def export(self, artifact: Artifact, dest: Path) -> None:
+        """Copy an artifact's files, checked on the way, to a directory that appears whole or not at all.
+
+        Real copies: changing them can't damage the store. A directory in the way is replaced; artifact.json stays out,
+        because the seal of the directory around it will cover the copies.
+
+        Raises:
+            IntegrityError: If a file isn't what the manifest says.
+            DiskError: If the disk is full; nothing half-written is left.
+        """
+        need = artifact.manifest.size_bytes
+        files.require_free(dest.parent, need, f"copying to {dest}")
+        partial = dest.with_name(f".{dest.name}.{os.getpid()}.part")
+        files.remove_tree(partial)
+        try:
+            with files.disk_errors(dest.parent, f"copying to {dest}", need=need):
+                partial.mkdir(parents=True)
+                for name, record in artifact.manifest.files.items():
+                    (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                    files.copy(artifact.path / name, partial / name, digest=record.sha256)
+                files.sync_tree(partial)
+                replace_directory(partial, dest)
+        except BaseException:
+            files.remove_tree(partial)
+            raise
+
+    # ------------------------------------------------------------------ locking
+
+    @contextmanager
+    def lock(
+        self,
+        key: str,
+        *,
+        timeout: float | None = None,
+        waiting: Callable[[str], None] = lambda _: None,
+    ) -> Iterator[None]:
+        """Hold the lock of a key: one process at a time, freed by the kernel when its holder dies.
+
+        Args:
+            key: Cache key.
+            timeout: Seconds to wait; None waits as long as it takes.
+            waiting: Told once who holds it, if anybody does.
+
+        Raises:
+            LockedError: If it is still held after `timeout`.
+        """
+        from filelock import FileLock, Timeout
+
+        path = self.root / "locks" / f"{valid(key)}.lock"
+        holder = path.with_suffix(".holder")
+        lock = FileLock(path, mode=0o600)
+        with files.disk_errors(self.root, f"lock {path}"):
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                waiting(f"waiting for {_holder(holder)}, which works on {key[:12]}")
+                try:
+                    lock.acquire(timeout=-1 if timeout is None else timeout)
+                except Timeout:
+                    message = f"{_holder(holder)} still works on {key[:12]} after {timeout:g} s"
+                    raise LockedError(message, fix="wait for it, or raise --lock-timeout") from None
+        try:
+            with suppress(OSError):
+                holder.write_text(json.dumps(_ourselves()), encoding="utf-8")
+            yield
+        finally:
+            with suppress(OSError):
+                holder.unlink()
+            lock.release()
+
+    # ------------------------------------------------------------------ keeping house
+
+    def fsck(self) -> dict[str, list[Damage]]:
+        """Read every byte again; set aside what is damaged, and return it by key (or sha256 of a download)."""
+        from optikit.store import housekeeping
+
+        return housekeeping.fsck(self)
+
+    def gc(self, keep: set[str], max_bytes: int | None = None, *, dry_run: bool = False) -> Collected:
+        """Remove rubbish, then what was used longest ago until the rest fits; see `housekeeping.gc`."""
+        from optikit.store import housekeeping
+
+        return housekeeping.gc(self, keep, max_bytes, dry_run=dry_run)
+
+    def _sweep(self) -> None:
+        """Remove what dead processes of this machine left in tmp/."""
+        for path in (self.root / "tmp").iterdir():
+            match = _STAGING.fullmatch(path.name)
+            if match is None or match["host"] != os.uname().nodename:
+                continue
+            pid = int(match["pid"])
+            ours = pid == os.getpid() and match["token"] == _TOKEN
+            if not ours and (pid == os.getpid() or not _alive(pid)):
+                files.remove_tree(path)
+
+
+def replace_directory(source: Path, dest: Path) -> None:
+    """Rename a directory to `dest`; what is there steps aside first and goes when the new one is in place."""
+    old = dest.with_name(f".{dest.name}.{os.getpid()}.old")
+    files.remove_tree(old)
+    in_the_way = dest.exists() or dest.is_symlink()
+    if in_the_way:
+        dest.rename(old)
+    try:
+        source.rename(dest)
+    except BaseException:
+        if in_the_way:
+            old.rename(dest)
+        raise
+    files.sync_directory(dest.parent)
+    files.remove_tree(old)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _ourselves() -> dict[str, str | int]:
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"pid": os.getpid(), "host": os.uname().nodename, "since": since}
+
+
+def _holder(path: Path) -> str:
+    """Describe who holds a lock, from what the holder wrote beside it."""
+    try:
+        who = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {who['pid']} on {who['host']} (since {who['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
