@@ -170,3 +170,34 @@ def fields(condition: Condition) -> frozenset[str]:
     asked = tests(condition)
     operands = {test.operand[1:] for test in asked if isinstance(test.operand, str) and test.operand.startswith("$")}
     return frozenset({test.path for test in asked} | operands)
+
+
+def describe(condition: Condition, *, negated: bool = False) -> list[str]:
+    """Return a condition as lines of words, for people.
+
+    >>> describe(parse({"target": {"device": "neuron"}, "final": {"heads": {"not_divisible_by": "$serve.n"}}}))
+    ['target.device is neuron', 'final.heads not divisible by serve.n']
+    """
+    match condition:
+        case Test(path, operator, operand):
+            words = _words(path, operator, operand)
+            return [f"not ({words})" if negated else words]
+        case All(parts) if not negated:
+            return [line for part in parts for line in describe(part)]
+        case Not(part) if not negated:
+            return describe(part, negated=True)
+        case Not(part):
+            return describe(part)
+        case AnyOf(parts) | All(parts):
+            joint = " or " if isinstance(condition, AnyOf) else " and "
+            inner = joint.join("(" + " and ".join(describe(part)) + ")" for part in parts)
+            return [f"not ({inner})" if negated else inner]
+
+
+def _words(path: str, operator: str, operand: Any) -> str:
+    if operator == "set":
+        return f"{path} is {'known' if operand else 'not given'}"
+    shown = operand[1:] if isinstance(operand, str) and operand.startswith("$") else operand
+    if isinstance(shown, list):
+        shown = ", ".join(map(str, shown))
+    return f"{path} {operator.replace('_', ' ')} {str(shown).lower() if isinstance(shown, bool) else shown}"

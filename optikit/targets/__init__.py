@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from optikit.targets.target import Target, find, names
+from optikit.targets.target import Device, Target, find, names, rows
 
-__all__ = ["Target", "find", "names"]
+__all__ = ["Device", "Target", "find", "names", "rows"]

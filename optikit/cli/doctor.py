@@ -1,0 +1,43 @@
+"""`optikit doctor`: what this machine can do, what stands in its way, and what to do about it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from optikit.targets.health import Finding
+
+
+def doctor(
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure memory bandwidth and matrix products first, some seconds.")
+    ] = False,
+    online: Annotated[bool, typer.Option("--online", help="Also ask the model hub whether it answers.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Examine python, processor, memory, disk, devices and libraries. Ends with 69 if something fails."""
+    import json as json_library
+    from dataclasses import asdict
+
+    from optikit.errors import Exit
+    from optikit.targets.health import examine
+
+    if calibrate:
+        from optikit.targets.probe import measure
+
+        typer.echo("measuring this machine...", err=True)
+        measure()
+    findings = list(examine(online=online))
+    if json:
+        typer.echo(json_library.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        typer.echo("\n".join(line for finding in findings for line in _lines(finding)))
+    if any(finding.status == "fail" for finding in findings):
+        raise typer.Exit(int(Exit.UNAVAILABLE))
+
+
+def _lines(finding: Finding) -> list[str]:
+    lines = [f"{finding.status:4}  {finding.what:12}  {finding.detail}"]
+    return [*lines, f"      {'':12}  fix: {finding.fix}"] if finding.fix else lines

@@ -1,0 +1,143 @@
+"""`optikit explain WHAT`: a rule, a stage, a target or an exit code, from where it is written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from optikit.rules import Rule
+    from optikit.targets import Target
+
+
+def explain(
+    what: Annotated[str, typer.Argument(help="A rule, a stage, a target, or an exit code.", show_default=False)] = "",
+    every: Annotated[bool, typer.Option("--list", help="List every rule.")] = False,
+) -> None:
+    """Explain a rule (quantize-twice), a stage (gptq or quantize.gptq), a target (l4) or an exit code (65)."""
+    from optikit.errors import UsageError
+
+    if every:
+        typer.echo("\n".join(_listed()))
+        return
+    if not what:
+        raise UsageError("nothing to explain", fix="name a rule, a stage, a target or an exit code, or give --list")
+    found = [text for text in (_exit_code(what), _rule(what), *_stages(what), _target(what)) if text]
+    if not found:
+        from optikit.problems import did_you_mean
+
+        known = sorted(_names())
+        raise UsageError(f"{what!r} is no rule, stage, target or exit code", fix=_near(did_you_mean(what, known)))
+    typer.echo("\n\n".join(found))
+
+
+def _near(fix: str) -> str:
+    return fix if fix.startswith("did you mean") else "`optikit explain --list`, `optikit stages`, `optikit targets`"
+
+
+def _names() -> Iterator[str]:
+    from optikit.rules import rules
+    from optikit.stages import registry
+    from optikit.targets import names
+
+    yield from rules()
+    yield from names()
+    for verb, methods in registry().items():
+        yield from methods
+        yield from (f"{verb}.{method}" for method in methods)
+
+
+def _listed() -> list[str]:
+    from optikit.cli._table import table
+    from optikit.rules import rules
+
+    rows = [(rule.id, rule.level, rule.why.split(": ")[0]) for rule in rules().values()]
+    return table([("rule", "level", "what"), *rows])
+
+
+def _rule(what: str) -> str:
+    from optikit.rules import rules
+
+    rule = rules().get(what)
+    return _rule_text(rule) if rule else ""
+
+
+def _rule_text(rule: Rule) -> str:
+    from optikit.rules.conditions import describe
+
+    lines = [
+        f"{rule.id} ({rule.level})",
+        f"  why     {rule.why}",
+        f"  fix     {rule.fix}",
+        f"  source  {rule.source}",
+        f"  read    {rule.date}",
+        "  when    " + "\n          ".join(describe(rule.when)),
+    ]
+    return "\n".join(lines)
+
+
+def _exit_code(what: str) -> str:
+    from optikit.errors import BY_CODE, Exit
+
+    if not what.isdigit():
+        return ""
+    if int(what) not in set(Exit):
+        return ""
+    code = Exit(int(what))
+    name = code.name.lower().replace("_", " ")
+    kind = BY_CODE.get(code)
+    doc = (kind.__doc__ or "").strip() if kind else {Exit.OK: "Everything asked for was done."}.get(code, name)
+    return f"exit code {code.value}: {name}\n  {doc}"
+
+
+def _stages(what: str) -> Iterator[str]:
+    from optikit.stages import registry
+
+    for verb, methods in registry().items():
+        for method in methods:
+            if what in {method, f"{verb}.{method}"}:
+                yield _stage_text(verb, method)
+
+
+def _stage_text(verb: str, method: str) -> str:
+    import inspect
+
+    from optikit.cli._table import table
+    from optikit.stages import load
+
+    stage = load(verb, method)
+    key = "engine" if verb == "compile" else "method"
+    rows = [("option", "default", "what")]
+    for name, field in stage.Options.model_fields.items():
+        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+        rows.append((name, default, " ".join((field.description or "").split())))
+    card = inspect.getdoc(stage) or ""
+    where = f"runs in the environment {stage.ENVIRONMENT!r}" if stage.ENVIRONMENT else "runs in the main environment"
+    lines = [f"- {verb}: {{{key}: {method}}}", "", card.strip(), "", where]
+    if len(rows) > 1:
+        lines += ["", *table(rows)]
+    return "\n".join(lines)
+
+
+def _target(what: str) -> str:
+    from optikit.targets import find
+
+    target = find(what)
+    return "\n".join(_target_lines(target)) if target else ""
+
+
+def _target_lines(target: Target) -> Iterator[str]:
+    from dataclasses import asdict
+
+    for name, value in asdict(target).items():
+        if value not in (None, "", ()):
+            shown = ", ".join(map(str, value)) if isinstance(value, tuple) else value
+            yield f"{name:22} {shown}"
+    if target.device == "neuron" and target.core_memory_gb and target.tensor_parallel:
+        from optikit.targets.neuron import worked_example
+
+        yield ""
+        yield worked_example(target.name)

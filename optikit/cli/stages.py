@@ -1,0 +1,43 @@
+"""`optikit stages`: what a recipe's stages can be."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+
+def stages(json: Annotated[bool, typer.Option("--json", help="Print as JSON, with every option.")] = False) -> None:
+    """List verbs and methods, in the order in which they may stand, each with what it does and where it runs."""
+    import json as json_library
+
+    rows = [_row(verb, method) for verb, method in _all()]
+    if json:
+        typer.echo(json_library.dumps(rows, indent=1))
+        return
+    from optikit.cli._table import table
+
+    heading = ("verb", "method", "environment", "what")
+    cells = [(r["verb"], r["method"], r["environment"] or "", r["summary"]) for r in rows]
+    typer.echo("\n".join(table([heading, *cells])))
+
+
+def _all() -> list[tuple[str, str]]:
+    from optikit.stages import registry
+
+    return [(verb, method) for verb, methods in registry().items() for method in methods]
+
+
+def _row(verb: str, method: str) -> dict[str, Any]:
+    from optikit.stages import load
+
+    stage = load(verb, method)
+    return {
+        "verb": verb,
+        "method": method,
+        "summary": stage.SUMMARY,
+        "needs": sorted(stage.NEEDS),
+        "calibrated": stage.CALIBRATED,
+        "environment": stage.ENVIRONMENT,
+        "options": stage.Options.model_json_schema(),
+    }

@@ -1,0 +1,142 @@
+"""Roofline floors: how fast a model could at best run on a target, and what that would at least cost.
+
+Decoding reads every weight once per step and the whole key-value cache: bytes over bandwidth. Prefill multiplies: work
+over rate. Real engines are slower; a floor says what no engine on that hardware can beat, and is labelled so. What
+the target's row leaves open stays None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from optikit.models.facts import ModelFacts
+from optikit.targets.target import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Floors:
+    """What serving takes at least.
+
+    Attributes:
+        batch, length: Sequences at once, and tokens in each.
+        weight_bytes, kv_bytes: Weights as stored, and the key-value cache when all sequences are full.
+        memory_bytes: Memory of the target.
+        decode_seconds: One decoding step, which yields `batch` tokens.
+        prefill_seconds: Reading prompts of `length` tokens, `batch` of them.
+        usd_per_million_output_tokens: Price of decoding at that floor.
+        price_source: Where the price per hour was read.
+    """
+
+    batch: int
+    length: int
+    weight_bytes: int
+    kv_bytes: int
+    memory_bytes: int | None
+    decode_seconds: float | None
+    prefill_seconds: float | None
+    usd_per_million_output_tokens: float | None
+    price_source: str
+
+    @property
+    def fits(self) -> bool | None:
+        """Weights and cache are smaller than the memory; None where that isn't known."""
+        return None if self.memory_bytes is None else self.weight_bytes + self.kv_bytes < self.memory_bytes
+
+
+def floors(facts: ModelFacts, target: Target, *, batch: int = 1, length: int = 2048) -> Floors:
+    """Return the floors of serving a model on a whole target, split over all of its accelerators."""
+    kv_bytes = cache_bytes(facts, batch=batch, length=length)
+    decode = decode_floor(facts, target, batch=batch, length=length)
+    return Floors(
+        batch=batch,
+        length=length,
+        weight_bytes=facts.weight_bytes,
+        kv_bytes=kv_bytes,
+        memory_bytes=target.memory_bytes,
+        decode_seconds=decode,
+        prefill_seconds=prefill_floor(facts, target, batch=batch, length=length),
+        usd_per_million_output_tokens=price_per_million(target.usd_per_hour, batch / decode if decode else None),
+        price_source=target.price_source,
+    )
+
+
+def cache_bytes(facts: ModelFacts, *, batch: int, length: int) -> int:
+    """Return the bytes of a 16-bit key-value cache; a sliding window bounds it."""
+    return facts.kv_cache_bytes(min(length, facts.sliding_window or length), batch=batch)
+
+
+def decode_floor(facts: ModelFacts, target: Target, *, batch: int = 1, length: int = 2048) -> float | None:
+    """Return the least seconds of one decoding step: bytes that must be read, over bandwidth.
+
+    An embedding that isn't also the output head is looked up, not read through.
+    """
+    if target.bandwidth_gb_s is None:
+        return None
+    looked_up = 0 if facts.tied else 2 * facts.vocab * facts.hidden
+    read = max(facts.weight_bytes - looked_up, 0) + cache_bytes(facts, batch=batch, length=length)
+    return read / (target.bandwidth_gb_s * 1e9 * target.count)
+
+
+def prefill_floor(facts: ModelFacts, target: Target, *, batch: int = 1, length: int = 2048) -> float | None:
+    """Return the least seconds of reading prompts: multiplications and additions, over the dense peak rate.
+
+    Eight-bit activations run at the int8 rate; everything else is multiplied in 16 bits, whatever its storage.
+    """
+    rate = target.bf16_tflops or target.fp16_tflops
+    if "int8_w8a8" in facts.traits and target.int8_tops is not None:
+        rate = target.int8_tops
+    if rate is None:
+        return None
+    return prefill_operations(facts, batch=batch, length=length) / (rate * 1e12 * target.count)
+
+
+def prefill_operations(facts: ModelFacts, *, batch: int, length: int) -> int:
+    """Count the operations of a prompt: two per weight and token, causal attention, and the head at the last token."""
+    linear = 2 * facts.linear_elements * length
+    window = min(length, facts.sliding_window or length)
+    seen = window * (window + 1) // 2 + window * (length - window)
+    attention = 4 * facts.layers * facts.heads * facts.head_dim * seen
+    return batch * (linear + attention + 2 * facts.vocab * facts.hidden)
+
+
+def price_per_million(usd_per_hour: float | None, tokens_per_s: float | None) -> float | None:
+    """Return US dollars per million tokens.
+
+    >>> price_per_million(3.6, 1000.0)
+    1.0
+    >>> price_per_million(None, 1000.0) is None
+    True
+    """
+    if usd_per_hour is None or not tokens_per_s:
+        return None
+    return usd_per_hour / 3600 / tokens_per_s * 1e6
+
+
+def tokens_per_step(acceptance: Sequence[float]) -> float:
+    """Return the expected tokens of a speculation step from conditional acceptance by position (Leviathan 2023, eq. 1).
+
+    >>> tokens_per_step([0.5, 0.5])
+    1.75
+    >>> tokens_per_step([])
+    1.0
+    """
+    expected, path = 1.0, 1.0
+    for probability in acceptance:
+        path *= probability
+        expected += path
+    return expected
+
+
+def speculation_speedup(acceptance: Sequence[float], *, draft_cost: float, verify_cost: float) -> float:
+    """Return the speed-up of speculation (Leviathan et al., arXiv:2211.17192, theorem 3.8), verification priced.
+
+    Args:
+        acceptance: Probability that the i-th draft token is accepted, given that those before it were.
+        draft_cost: Time of drafting one token, over that of one decoding step.
+        verify_cost: Time of a forward of len(acceptance) + 1 tokens, over that of one decoding step.
+
+    >>> round(speculation_speedup([0.8] * 4, draft_cost=0.14, verify_cost=1.12), 2)
+    2.0
+    """
+    return tokens_per_step(acceptance) / (len(acceptance) * draft_cost + verify_cost)

@@ -1,0 +1,125 @@
+"""A short measurement of this machine: how fast it reads memory and multiplies matrices.
+
+`optikit doctor --calibrate` runs `measure` (torch, in a child process, some seconds) and keeps the result beside the
+store; estimates read it with `measured`. A result from another processor or thread count isn't used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from optikit import host
+from optikit.errors import UnavailableError
+
+TIMEOUT_S = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What this machine reached.
+
+    Attributes:
+        cpu, threads: Which machine.
+        bandwidth_gb_s: Bytes of a float32 matrix-vector product per second, 10⁹: what decoding one token does.
+        fp32_tflops: Float32 matrix product, 10¹² operations per second.
+        bf16_tflops: The same in bf16.
+        unix_time: When it was measured.
+    """
+
+    cpu: str
+    threads: int
+    bandwidth_gb_s: float
+    fp32_tflops: float
+    bf16_tflops: float
+    unix_time: float
+
+
+def path() -> Path:
+    """Return the file that keeps the result, in the store's directory; looking doesn't make a store."""
+    home = os.environ.get("OPTIKIT_HOME")
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    directory = Path(home) if home else Path(cache) / "optikit"
+    return directory.expanduser() / "calibration.json"
+
+
+def measured(file: Path | None = None) -> Probe | None:
+    """Return what was measured on this machine, or None if nothing was, or on another one."""
+    file = file or path()
+    try:
+        probe = Probe(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    return probe if (probe.cpu, probe.threads) == (host.cpu_model(), host.threads()) else None
+
+
+def measure(file: Path | None = None) -> Probe:
+    """Measure this machine in a child process and keep the result.
+
+    Raises:
+        UnavailableError: The child failed or took longer than two minutes.
+    """
+    command = [sys.executable, "-m", "optikit.targets.probe"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(host.threads())}
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment, check=False)
+    except subprocess.TimeoutExpired as error:
+        message = f"the measurement took longer than {TIMEOUT_S} s"
+        raise UnavailableError(message, fix="try again when the machine is quiet") from error
+    if child.returncode != 0:
+        last = (child.stderr.strip().splitlines() or ["no output"])[-1]
+        raise UnavailableError(
+            f"the measurement failed: {last}", fix="check that torch imports: python -c 'import torch'"
+        )
+    probe = Probe(**json.loads(child.stdout))
+    file = file or path()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(asdict(probe), indent=1), encoding="utf-8")
+    part.replace(file)
+    return probe
+
+
+def _best(work: Callable[[], object], *, seconds: float = 1.5, at_least: int = 3) -> float:
+    """Return the shortest time of a call, repeated for some time: load only ever makes it longer."""
+    work()
+    times: list[float] = []
+    deadline = time.perf_counter() + seconds
+    while len(times) < at_least or time.perf_counter() < deadline:
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _run() -> Probe:
+    """Measure, in this process."""
+    import torch
+
+    torch.set_num_threads(host.threads())
+    size = 8192  # 268 MB of float32: more than any cache
+    matrix, vector = torch.ones(size, size), torch.ones(size)
+    bandwidth = 4 * size * size / _best(lambda: torch.mv(matrix, vector))
+
+    def rate(dtype: torch.dtype) -> float:
+        square = torch.ones(1024, 1024, dtype=dtype)
+        return 2 * 1024**3 / _best(lambda: torch.mm(square, square))
+
+    return Probe(
+        cpu=host.cpu_model(),
+        threads=host.threads(),
+        bandwidth_gb_s=bandwidth / 1e9,
+        fp32_tflops=rate(torch.float32) / 1e12,
+        bf16_tflops=rate(torch.bfloat16) / 1e12,
+        unix_time=time.time(),
+    )
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(asdict(_run())))
