@@ -1,0 +1,194 @@
+"""`load`: a recipe file → `LoadedRecipe`, or one `RecipeError` with every problem.
+
+The way: YAML 1.2 tree with marks → `extends` merged → `--set` applied → `${variables}` replaced → schema.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from optikit.errors import InputMissingError, RecipeError
+from optikit.problems import Mark, Problem
+from optikit.recipe import overrides as set_
+from optikit.recipe import variables
+from optikit.recipe.check import check
+from optikit.recipe.complaints import shown
+from optikit.recipe.node import Marks, Node, plain
+from optikit.recipe.schema import Recipe
+from optikit.recipe.yaml12 import MAX_CHARACTERS, compose
+
+MAX_BASES = 8
+"""How many recipes may stand behind one through `extends`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRecipe:
+    """A valid recipe with its origin.
+
+    Attributes:
+        recipe: Values, checked.
+        path: The file, as it was given.
+        text: The file's text, verbatim.
+        marks: Place of every value; of one that isn't written, the nearest around it.
+        written: The recipe as plain data after `extends`, `--set` and variables; defaults are not filled in.
+        base: Directory that relative paths in the recipe start from: the file's own.
+    """
+
+    recipe: Recipe
+    path: Path
+    text: str = field(repr=False)
+    marks: Marks = field(repr=False)
+    written: dict[str, Any] = field(repr=False)
+    base: Path
+
+
+def load(path: Path, *, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read a recipe file.
+
+    Args:
+        path: The file.
+        overrides: `--set` arguments: `stages[1].quantize.bits=8`.
+
+    Raises:
+        InputMissingError: If the file can't be read.
+        RecipeError: With every problem found, each with its mark.
+    """
+    try:
+        text = _read(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputMissingError(f"can't read the recipe {str(path)!r}: {reason}", fix="check the path") from None
+    return loads(text, path, overrides=overrides)
+
+
+def loads(text: str | bytes, path: Path, *, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read a recipe from its text; `path` is its name in messages, and its directory is where relative paths start.
+
+    Raises:
+        RecipeError: With every problem found, each with its mark.
+    """
+    root, problems = _merged(text, path)
+    if root is None:
+        raise _error(path, problems)
+    root, found = set_.apply(root, overrides)
+    problems += found
+    root, found = variables.substitute(root)
+    problems += found
+    recipe, found = check(root)
+    # A place that is wrong already, e.g. an unknown variable, is not said to be no number as well.
+    places = {problem.mark for problem in problems}
+    problems += tuple(problem for problem in found if problem.mark not in places)
+    if recipe is None or problems:
+        raise _error(path, problems)
+    return LoadedRecipe(
+        recipe=recipe,
+        path=path,
+        text=text if isinstance(text, str) else text.decode(),
+        marks=Marks(root),
+        written=plain(root),
+        base=path.parent,
+    )
+
+
+def _error(path: Path, problems: Iterable[Problem]) -> RecipeError:
+    ordered = sorted(problems, key=_position)
+    count = "1 problem" if len(ordered) == 1 else f"{len(ordered)} problems"
+    return RecipeError(f"{path.name} has {count}", problems=ordered, fix="correct the recipe, or what --set changes")
+
+
+def _position(problem: Problem) -> tuple[bool, str, int, int]:
+    mark = problem.mark or Mark(file="", line=0, column=0)
+    return mark.file == set_.FILE, mark.file, mark.line, mark.column
+
+
+def _read(path: Path) -> bytes:
+    """Return a regular file's first bytes, one more than a recipe may have."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(0, "not a regular file")
+    with path.open("rb") as file:
+        return file.read(4 * MAX_CHARACTERS + 1)
+
+
+def _merged(text: str | bytes, path: Path) -> tuple[Node | None, tuple[Problem, ...]]:
+    """Return the recipe merged over everything it extends; None where that can't be known."""
+    chain: list[Node] = []
+    seen = [path.resolve()]
+    problems: list[Problem] = []
+    while True:
+        root, found = _parsed(text, path)
+        problems += found
+        if root is None:
+            return None, tuple(problems)
+        chain.append(root)
+        named = root.child("extends")
+        if named is None:
+            return _without_extends(reduce(_over, reversed(chain))), tuple(problems)
+        try:
+            path, text = _base(named, path, seen)
+        except RecipeError as error:
+            return None, (*problems, *error.problems)
+        seen.append(path.resolve())
+
+
+def _parsed(text: str | bytes, path: Path) -> tuple[Node | None, tuple[Problem, ...]]:
+    """Return a file's tree, whose root is a mapping."""
+    try:
+        document = compose(text if isinstance(text, str) else text.decode(), str(path))
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start]
+        mark = Mark(file=str(path), line=before.count(b"\n") + 1, column=len(before) - before.rfind(b"\n"))
+        message = f"byte 0x{error.object[error.start]:02X} is not UTF-8"
+        return None, (Problem(code="not-utf8", message=message, fix="save the file as UTF-8", mark=mark),)
+    if document.root is None and document.problems:
+        return None, document.problems
+    if document.root is None or not isinstance(document.root.value, dict):
+        empty = document.root is None or document.root.value is None
+        message = "the recipe is empty" if empty else "a recipe must be a mapping of keys"
+        mark = document.root.mark if document.root else Mark(file=str(path), line=1, column=1)
+        fix = "write at least `model: …`; `optikit init` makes a recipe to start from"
+        return None, (*document.problems, Problem(code="not-a-recipe", message=message, fix=fix, mark=mark))
+    return document.root, document.problems
+
+
+def _base(named: Node, path: Path, seen: Sequence[Path]) -> tuple[Path, bytes]:
+    """Return the path and content of the file that `extends` names.
+
+    Raises:
+        RecipeError: With the problem, at the name.
+    """
+
+    def refuse(message: str, fix: str) -> RecipeError:
+        return RecipeError(message, problems=[Problem(code="bad-extends", message=message, fix=fix, mark=named.mark)])
+
+    name = named.value
+    if not isinstance(name, str) or not name:
+        raise refuse(f"extends must name a recipe file, not {shown(plain(named))}", "write `extends: base.yaml`")
+    base = path.parent / name
+    if base.resolve() in seen:
+        names = " → ".join([*(p.name for p in seen[seen.index(base.resolve()) :]), base.name])
+        raise refuse(f"recipes extend each other in a circle: {names}", "take one `extends` out")
+    if len(seen) > MAX_BASES:
+        raise refuse(f"more than {MAX_BASES} recipes extend one another", "merge some of them")
+    try:
+        return base, _read(base)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise refuse(f"can't read {name!r}: {reason}", f"the path starts from {str(path.parent)!r}") from None
+
+
+def _over(base: Node, recipe: Node) -> Node:
+    """Return `recipe` laid over `base`: mappings merge key by key, anything else replaces."""
+    if not (isinstance(base.value, dict) and isinstance(recipe.value, dict)):
+        return recipe
+    merged = {key: _over(base.value[key], child) if key in base.value else child for key, child in recipe.value.items()}
+    return replace(recipe, value=base.value | merged)
+
+
+def _without_extends(root: Node) -> Node:
+    entries = root.value if isinstance(root.value, dict) else {}
+    return replace(root, value={key: child for key, child in entries.items() if key != "extends"})
