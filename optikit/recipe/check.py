@@ -91,8 +91,8 @@ def _stages(written: Node, marks: Marks, problems: list[Problem]) -> tuple[Stage
         try:
             entry = _entry(item, ("stages", index), marks, problems)
         except _Bad as bad:
-            mark = (
-                marks.key(bad.problem.loc) if bad.problem.code.startswith("unknown-") else marks.mark(bad.problem.loc)
+            about_key = bad.problem.code in {"unknown-key", "unknown-verb", "bad-stage"}
+            mark = marks.key(bad.problem.loc) if about_key else marks.mark(bad.problem.loc)
             )
             problems.append(bad.problem.at(mark))
         else:

@@ -34,7 +34,7 @@ class Text(_Frozen):
     @model_validator(mode="after")
     def _ordered(self) -> Text:
         if self.part[0] >= self.part[1]:
-            msg = f"part {list(self.part)} is empty: its start must be below its end"
+            msg = f"part {list(self.part)} is empty; its start must be below its end"
             raise ValueError(msg)
         return self
 
@@ -92,7 +92,7 @@ class Evaluate(_Frozen):
     @model_validator(mode="after")
     def _prompted(self) -> Evaluate:
         if self.speed is not None and not self.speed.prompts and self.perplexity is None:
-            msg = "speed needs prompts: name `prompts`, or a perplexity text to take passages from"
+            msg = "speed needs prompts; name `prompts`, or a perplexity text to take passages from"
             raise ValueError(msg)
         return self
 
@@ -106,10 +106,10 @@ class Gate(_Frozen):
     @model_validator(mode="after")
     def _bounded(self) -> Gate:
         if self.min is None and self.max is None:
-            msg = "a gate needs min or max"
+            msg = "a gate needs min or max; write for example {max: 1.1}"
             raise ValueError(msg)
         if self.min is not None and self.max is not None and self.min > self.max:
-            msg = f"min {self.min} is above max {self.max}: nothing can pass"
+            msg = f"min {self.min} is above max {self.max}: nothing can pass; swap them"
             raise ValueError(msg)
         return self
 
