@@ -93,7 +93,6 @@ def _stages(written: Node, marks: Marks, problems: list[Problem]) -> tuple[Stage
         except _Bad as bad:
             about_key = bad.problem.code in {"unknown-key", "unknown-verb", "bad-stage"}
             mark = marks.key(bad.problem.loc) if about_key else marks.mark(bad.problem.loc)
-            )
             problems.append(bad.problem.at(mark))
         else:
             entries += [entry] if entry else []
