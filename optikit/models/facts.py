@@ -42,6 +42,7 @@ TRAITS: frozenset[str] = frozenset(get_args(Trait))
 
 DTYPE_BYTES: Mapping[str, float] = MappingProxyType(
     {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1}
+    | {"C64": 8, "U64": 8, "U32": 4, "U16": 2, "F8_E5M2": 1, "F8_E8M0": 1, "F6_E2M3": 0.75, "F6_E3M2": 0.75, "F4": 0.5}
 )
 """Bytes of one element by safetensors dtype name."""
 

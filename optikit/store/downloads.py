@@ -57,13 +57,17 @@ def keep(store: Store, file: Path) -> tuple[str, Path]:
     return digest, dest / name
 
 
+def find_text(store: Store, digest: str) -> Path | None:
+    """Return a kept text if it is there and whole."""
+    path = store.root / "downloads" / "texts" / f"{digest}.txt"
+    if not is_key(digest) or not path.is_file() or store.digest_file(path) != digest:
+        return None
+    return path
+
+
 def keep_text(store: Store, content: bytes, digest: str) -> Path:
     """Keep a text under its sha256; return where."""
     path = store.root / "downloads" / "texts" / f"{valid(digest)}.txt"
-    if path.is_file() and store.digest_file(path) == digest:
-        with suppress(OSError):
-            os.utime(path.parent)
-        return path
     path.parent.mkdir(mode=0o700, exist_ok=True)
     files.write_whole(path, content)
     return path
@@ -76,13 +80,13 @@ def remember(store: Store, key: str, row: Mapping[str, str]) -> None:
     files.write_whole(path, json.dumps(dict(row), indent=1).encode())
 
 
-def recall(store: Store, key: str) -> dict[str, str] | None:
-    """Return what was remembered of a source, or None."""
+def recall(store: Store, key: str, *names: str) -> dict[str, str] | None:
+    """Return what was remembered of a source, or None unless all of `names` were."""
     path = store.root / "downloads" / "index" / f"{valid(key)}.json"
     try:
         loaded = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(loaded, dict) or not all(isinstance(value, str) for value in loaded.values()):
+    if not isinstance(loaded, dict) or not all(isinstance(loaded.get(name), str) for name in names):
         return None
     return loaded

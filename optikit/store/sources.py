@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from optikit.errors import InputMissingError, IntegrityError, RecipeError, RefusedError
 from optikit.store import downloads, files, hub, pypi
+from optikit.store.keys import cache_key
 
 if TYPE_CHECKING:
     from optikit.recipe.schema import Text
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 Note = Callable[[str], None]
 MOST_TEXT_BYTES = 2**30
+CUT_VERSION = 1
+"""Raised when `cut` would cut the same text differently."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,19 +107,28 @@ def resolve_text(text: Text, store: Store, *, base: Path, offline: bool, note: N
         UnavailableError: A source that can't be reached.
         RecipeError: Not UTF-8, or nothing left of it.
     """
-    path, resolved = _text_file(text.text, store, base=base, offline=offline, note=note)
-    content, source_sha256 = _read_text(path)
-    kept = cut(content, text.part, text.drop_lines)
+    whole, resolved = _text_file(text.text, store, base=base, offline=offline, note=note)
+    source_sha256 = store.digest_file(whole)
+    key = cache_key(cut=CUT_VERSION, source=source_sha256, part=text.part, drop_lines=text.drop_lines)
+    known = downloads.recall(store, key, "digest")
+    digest = known["digest"] if known is not None else ""
+    path = downloads.find_text(store, digest)
+    if path is None:
+        encoded = _cut_file(whole, text).encode()
+        digest = hashlib.sha256(encoded).hexdigest()
+        with files.disk_errors(store.root, f"keeping {text.text}", need=len(encoded)):
+            path = downloads.keep_text(store, encoded, digest)
+            downloads.remember(store, key, {"digest": digest})
+    return TextSource(spec=text.text, path=path, digest=digest, resolved=resolved, source_sha256=source_sha256)
+
+
+def _cut_file(path: Path, text: Text) -> str:
+    whole = _read_text(path)
+    kept = cut(whole, text.part, text.drop_lines)
     if not kept.strip():
         fix = "widen `part`, or drop fewer lines"
-        raise RecipeError(
-            f"nothing is left of {text.text}: part {list(text.part)} of {len(content)} characters", fix=fix
-        )
-    encoded = kept.encode()
-    digest = hashlib.sha256(encoded).hexdigest()
-    with files.disk_errors(store.root, f"keeping {text.text}", need=len(encoded)):
-        kept_at = downloads.keep_text(store, encoded, digest)
-    return TextSource(spec=text.text, path=kept_at, digest=digest, resolved=resolved, source_sha256=source_sha256)
+        raise RecipeError(f"nothing is left of {text.text}: part {list(text.part)} of {len(whole)} characters", fix=fix)
+    return kept
 
 
 def cut(text: str, part: tuple[float, float] = (0.0, 1.0), drop_lines: Iterable[str] = ()) -> str:
@@ -261,14 +273,13 @@ def _text_file(spec: str, store: Store, *, base: Path, offline: bool, note: Note
     return path, spec
 
 
-def _read_text(path: Path) -> tuple[str, str]:
+def _read_text(path: Path) -> str:
     if path.stat().st_size > MOST_TEXT_BYTES:
         size = files.in_units(path.stat().st_size)
         raise RecipeError(f"{path} has {size}: a text may have {files.in_units(MOST_TEXT_BYTES)}", fix="cut it")
     content = path.read_bytes()
     try:
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         at = f"byte {error.start} (0x{content[error.start]:02x})"
         raise RecipeError(f"{path} is not UTF-8: {error.reason} at {at}", fix="convert it to UTF-8") from error
-    return text, hashlib.sha256(content).hexdigest()

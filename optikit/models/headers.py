@@ -1,0 +1,177 @@
+"""safetensors headers: names, dtypes, shapes, offsets; checked, and not one weight read.
+
+A file that any of these checks refuses could crash a reader, make it read outside the file, or mean different things to
+different readers. Format: 8 bytes little-endian length, that many bytes of JSON, then the data.
+Source: https://github.com/huggingface/safetensors (README, "Format"; tensor.rs, `Metadata::validate`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from optikit.errors import InputMissingError, IntegrityError
+from optikit.models.facts import DTYPE_BYTES, TensorFacts
+
+MOST_HEADER_BYTES = 100_000_000
+MOST_INDEX_BYTES = 100_000_000
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_FIX = "the file is damaged or made to do harm: get it again from a source that you trust"
+
+
+def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object (an `object_pairs_hook`), refusing a key that is there twice: readers differ on which counts.
+
+    Raises:
+        ValueError: Naming the key.
+    """
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            msg = f"key {key!r} is there twice"
+            raise ValueError(msg)
+        found[key] = value
+    return found
+
+
+def read_header(path: Path) -> dict[str, TensorFacts]:
+    """Read and check the header of one safetensors file.
+
+    Raises:
+        IntegrityError: Naming the file and what is wrong with it.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = _length(file.read(8), size)
+            return _tensors(file.read(length), size - 8 - length)
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{path}: {error}", fix=_FIX) from error
+
+
+def read_directory(directory: Path) -> Mapping[str, TensorFacts]:
+    """Read the headers of all shards of a model directory: tensor name → dtype and shape.
+
+    `model.safetensors` counts where it exists, else the shards that `model.safetensors.index.json` names: as
+    transformers reads it.
+
+    Raises:
+        InputMissingError: There is neither.
+        IntegrityError: A header or the index is wrong, a shard or a tensor is missing, a tensor is there twice.
+    """
+    if (directory / SINGLE).is_file():
+        return read_header(directory / SINGLE)
+    if not (directory / INDEX).is_file():
+        raise InputMissingError(f"{directory} has neither {SINGLE} nor {INDEX}", fix="name a model directory")
+    where = _index(directory / INDEX)
+    tensors: dict[str, TensorFacts] = {}
+    found: dict[str, str] = {}
+    for shard in sorted(set(where.values())):
+        if not (directory / shard).is_file():
+            raise IntegrityError(f"{directory} lacks {shard}, which {INDEX} names", fix="finish the download")
+        for name, facts in read_header(directory / shard).items():
+            if name in found:
+                raise IntegrityError(f"{directory}: {name!r} is in {found[name]} and in {shard}", fix=_FIX)
+            found[name], tensors[name] = shard, facts
+    for name, shard in where.items():
+        if found.get(name) != shard:
+            raise IntegrityError(f"{directory}: {INDEX} promises {name!r} in {shard}, which lacks it", fix=_FIX)
+    return tensors
+
+
+def _length(prefix: bytes, size: int) -> int:
+    if len(prefix) < 8:
+        msg = f"{size} bytes are too few for a safetensors file"
+        raise ValueError(msg)
+    length: int = struct.unpack("<Q", prefix)[0]
+    if length > MOST_HEADER_BYTES:
+        msg = f"header of {length} bytes is larger than {MOST_HEADER_BYTES}"
+        raise ValueError(msg)
+    if length > size - 8:
+        msg = f"header of {length} bytes is longer than the file"
+        raise ValueError(msg)
+    return length
+
+
+def _tensors(header: bytes, data_bytes: int) -> dict[str, TensorFacts]:
+    if not header.startswith(b"{"):
+        msg = "header doesn't begin with {"
+        raise ValueError(msg)
+    rows = json.loads(header, object_pairs_hook=unique_object)
+    metadata = rows.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        msg = "__metadata__ isn't a map of text to text"
+        raise ValueError(msg)
+    spans = []
+    tensors = {}
+    for name, row in rows.items():
+        begin, end, tensors[name] = _tensor(name, row)
+        spans.append((begin, end, name))
+    _check_spans(sorted(spans), data_bytes)
+    return tensors
+
+
+def _tensor(name: str, row: Any) -> tuple[int, int, TensorFacts]:
+    if not isinstance(row, dict) or set(row) != {"dtype", "shape", "data_offsets"}:
+        msg = f"{name!r} needs dtype, shape and data_offsets, and nothing else"
+        raise ValueError(msg)
+    dtype, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        msg = f"{name!r} has unknown dtype {dtype!r}"
+        raise ValueError(msg)
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        msg = f"{name!r} has shape {shape!r} and offsets {offsets!r}: whole numbers from 0 up are wanted"
+        raise ValueError(msg)
+    begin, end = offsets
+    facts = TensorFacts(dtype=dtype, shape=tuple(shape))
+    bits = facts.elements * int(DTYPE_BYTES[dtype] * 8)
+    if bits != (end - begin) * 8:
+        msg = f"{name!r} is {dtype} of shape {shape}, which takes {bits / 8:g} bytes, and has {end - begin}"
+        raise ValueError(msg)
+    return begin, end, facts
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _check_spans(spans: list[tuple[int, int, str]], data_bytes: int) -> None:
+    """Tensors lie one after the other, without a hole, from the first byte of the data to the last."""
+    at = 0
+    for begin, end, name in spans:
+        if begin != at:
+            msg = f"{name!r} begins at byte {begin} of the data, and {at} is expected: a hole or an overlap"
+            raise ValueError(msg)
+        at = end
+    if at != data_bytes:
+        msg = f"tensors end at byte {at} of the data, and the file at {data_bytes}"
+        raise ValueError(msg)
+
+
+def _index(path: Path) -> dict[str, str]:
+    try:
+        if path.stat().st_size > MOST_INDEX_BYTES:
+            msg = f"larger than {MOST_INDEX_BYTES} bytes"
+            raise ValueError(msg)
+        loaded = json.loads(path.read_bytes(), object_pairs_hook=unique_object)
+        where = loaded.get("weight_map") if isinstance(loaded, dict) else None
+        if not isinstance(where, dict) or not where:
+            msg = "no weight_map"
+            raise ValueError(msg)
+        for shard in where.values():
+            _check_shard_name(shard)
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{path}: {error}", fix=_FIX) from error
+    return where
+
+
+def _check_shard_name(shard: Any) -> None:
+    plain = isinstance(shard, str) and shard.endswith(".safetensors") and not set(shard) & set("/\\\0")
+    if not plain or shard.startswith("."):
+        msg = f"shard {shard!r} isn't the name of a safetensors file beside it"
+        raise ValueError(msg)
