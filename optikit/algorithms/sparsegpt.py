@@ -1,0 +1,85 @@
+"""SparseGPT: remove weights one column at a time, moving each error onto columns not yet visited.
+
+Paper   Frantar and Alistarh 2023, arXiv:2301.00774, Algorithm 1
+Cost    O(in³ + out·in²) time, two (in, in) float32 matrices
+Differs columns that calibration never reached keep their place in the Hessian by damping alone, instead of being set to
+        zero outright; the share of a block is met exactly, ties going by position
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from optikit.algorithms.sparsity import Pattern, smallest
+
+BLOCK = 128
+"""Columns whose mask is chosen together, and whose updates are applied before the rest of the row sees them."""
+
+
+def inverse_factor(hessian: Tensor, damp: float) -> Tensor | None:
+    """Return the upper Cholesky factor of the damped Hessian's inverse, or None where there is none.
+
+    Row i of it, divided by its diagonal element, is row i of the inverse of the Hessian without the columns before i,
+    scaled: all that the column-wise update needs (section 3.3).
+
+    Args:
+        hessian: (in, in) float32, Xᵀ X over all calibration tokens.
+        damp: Added to the diagonal, as a fraction of its mean.
+    """
+    damped = hessian.double()
+    damped.diagonal().add_(damp * damped.diagonal().mean())
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if failed or not torch.isfinite(lower).all():
+        return None
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return None if failed else upper.to(hessian.dtype)
+
+
+def prune(
+    weight: Tensor, hessian: Tensor, pattern: Pattern, *, damp: float = 0.01, block: int = BLOCK
+) -> tuple[Tensor, Tensor] | None:
+    """Remove weights and let the remaining ones make up for them.
+
+    Args:
+        weight: (out, in) float; not changed.
+        hessian: (in, in) float32, symmetric: Xᵀ X over all calibration tokens.
+        pattern: How many, and where.
+        damp: Added to the Hessian's diagonal, as a fraction of its mean.
+        block: Columns whose mask is chosen together.
+
+    Returns:
+        The pruned weight (out, in) float32 and its mask (out, in) bool, True where it is zero; or None where the
+        damped Hessian is not positive definite (a layer that calibration never reached).
+    """
+    factor = inverse_factor(hessian, damp)
+    if factor is None:
+        return None
+    pruned = weight.float().clone()
+    removed = torch.zeros(pruned.shape, dtype=torch.bool, device=pruned.device)
+    step = block - block % pattern.group if pattern.group else block
+    for start in range(0, pruned.shape[1], step):
+        columns = slice(start, start + step)
+        errors, removed[:, columns] = _prune_block(pruned[:, columns], factor[columns, columns], pattern)
+        pruned[:, start + step :] -= errors @ factor[columns, start + step :]
+    pruned[removed] = 0
+    return pruned, removed
+
+
+def _prune_block(weight: Tensor, factor: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """Prune a block of columns (out, block) in place; return its errors, scaled, and its mask."""
+    diagonal = factor.diagonal()
+    errors = torch.zeros_like(weight)
+    if pattern.group:
+        removed = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
+    else:
+        removed = smallest(
+            (weight / diagonal).square(), pattern
+        )  # equation 3, with the weights as they enter the block
+    for i in range(weight.shape[1]):
+        if pattern.group and i % pattern.group == 0:
+            ahead = slice(i, i + pattern.group)
+            removed[:, ahead] = smallest((weight[:, ahead] / diagonal[ahead]).square(), pattern)
+        errors[:, i] = torch.where(removed[:, i], weight[:, i], 0) / diagonal[i]
+        weight[:, i:] -= errors[:, i, None] * factor[i, i:]  # equation 2; column i itself becomes zero
+    return errors, removed
