@@ -153,6 +153,8 @@ def _method(verb: str, key: str, written: Node, at: Loc) -> str:
     """Return the method that a stage names."""
     node = written.child(key)
     available = stages.methods(verb)
+    if not available:
+        raise _Bad("unknown-method", f"{verb} has no methods in this version of optikit", "remove the stage", at)
     if node is None:
         other = "method" if key == "engine" else "engine"
         if written.child(other) is not None:
