@@ -7,7 +7,6 @@ Source: https://github.com/huggingface/safetensors (README, "Format"; tensor.rs,
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from collections.abc import Mapping
@@ -16,27 +15,12 @@ from typing import Any
 
 from optikit.errors import InputMissingError, IntegrityError
 from optikit.models.facts import DTYPE_BYTES, TensorFacts
+from optikit.models.strict_json import FIX, parse_object, read_object
 
 MOST_HEADER_BYTES = 100_000_000
-MOST_INDEX_BYTES = 100_000_000
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_FIX = "the file is damaged or made to do harm: get it again from a source that you trust"
-
-
-def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object (an `object_pairs_hook`), refusing a key that is there twice: readers differ on which counts.
-
-    Raises:
-        ValueError: Naming the key.
-    """
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            msg = f"key {key!r} is there twice"
-            raise ValueError(msg)
-        found[key] = value
-    return found
+MOST_DIMENSIONS = 64
 
 
 def read_header(path: Path) -> dict[str, TensorFacts]:
@@ -50,8 +34,8 @@ def read_header(path: Path) -> dict[str, TensorFacts]:
             size = os.fstat(file.fileno()).st_size
             length = _length(file.read(8), size)
             return _tensors(file.read(length), size - 8 - length)
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{path}: {error}", fix=_FIX) from error
+    except ValueError as error:
+        raise IntegrityError(f"{path}: {error}", fix=FIX) from error
 
 
 def read_directory(directory: Path) -> Mapping[str, TensorFacts]:
@@ -76,11 +60,11 @@ def read_directory(directory: Path) -> Mapping[str, TensorFacts]:
             raise IntegrityError(f"{directory} lacks {shard}, which {INDEX} names", fix="finish the download")
         for name, facts in read_header(directory / shard).items():
             if name in found:
-                raise IntegrityError(f"{directory}: {name!r} is in {found[name]} and in {shard}", fix=_FIX)
+                raise IntegrityError(f"{directory}: {name!r} is in {found[name]} and in {shard}", fix=FIX)
             found[name], tensors[name] = shard, facts
     for name, shard in where.items():
         if found.get(name) != shard:
-            raise IntegrityError(f"{directory}: {INDEX} promises {name!r} in {shard}, which lacks it", fix=_FIX)
+            raise IntegrityError(f"{directory}: {INDEX} promises {name!r} in {shard}, which lacks it", fix=FIX)
     return tensors
 
 
@@ -102,7 +86,7 @@ def _tensors(header: bytes, data_bytes: int) -> dict[str, TensorFacts]:
     if not header.startswith(b"{"):
         msg = "header doesn't begin with {"
         raise ValueError(msg)
-    rows = json.loads(header, object_pairs_hook=unique_object)
+    rows = parse_object(header)
     metadata = rows.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         msg = "__metadata__ isn't a map of text to text"
@@ -124,7 +108,7 @@ def _tensor(name: str, row: Any) -> tuple[int, int, TensorFacts]:
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         msg = f"{name!r} has unknown dtype {dtype!r}"
         raise ValueError(msg)
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+    if not _are_sizes(shape, MOST_DIMENSIONS) or not _are_sizes(offsets, 2) or len(offsets) != 2:
         msg = f"{name!r} has shape {shape!r} and offsets {offsets!r}: whole numbers from 0 up are wanted"
         raise ValueError(msg)
     begin, end = offsets
@@ -136,8 +120,10 @@ def _tensor(name: str, row: Any) -> tuple[int, int, TensorFacts]:
     return begin, end, facts
 
 
-def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+def _are_sizes(values: Any, most: int) -> bool:
+    if not isinstance(values, list) or len(values) > most:
+        return False
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 def _check_spans(spans: list[tuple[int, int, str]], data_bytes: int) -> None:
@@ -154,24 +140,16 @@ def _check_spans(spans: list[tuple[int, int, str]], data_bytes: int) -> None:
 
 
 def _index(path: Path) -> dict[str, str]:
-    try:
-        if path.stat().st_size > MOST_INDEX_BYTES:
-            msg = f"larger than {MOST_INDEX_BYTES} bytes"
-            raise ValueError(msg)
-        loaded = json.loads(path.read_bytes(), object_pairs_hook=unique_object)
-        where = loaded.get("weight_map") if isinstance(loaded, dict) else None
-        if not isinstance(where, dict) or not where:
-            msg = "no weight_map"
-            raise ValueError(msg)
-        for shard in where.values():
-            _check_shard_name(shard)
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{path}: {error}", fix=_FIX) from error
+    where = read_object(path, most_bytes=MOST_HEADER_BYTES).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise IntegrityError(f"{path} has no weight_map", fix=FIX)
+    for shard in where.values():
+        if not _is_shard_name(shard):
+            raise IntegrityError(f"{path}: {shard!r} isn't the name of a safetensors file beside it", fix=FIX)
     return where
 
 
-def _check_shard_name(shard: Any) -> None:
-    plain = isinstance(shard, str) and shard.endswith(".safetensors") and not set(shard) & set("/\\\0")
-    if not plain or shard.startswith("."):
-        msg = f"shard {shard!r} isn't the name of a safetensors file beside it"
-        raise ValueError(msg)
+def _is_shard_name(shard: Any) -> bool:
+    if not isinstance(shard, str) or not shard.endswith(".safetensors") or shard.startswith("."):
+        return False
+    return not set(shard) & set("/\\\0")

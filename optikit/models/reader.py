@@ -1,0 +1,246 @@
+"""`ModelFacts` of a model that exists, a Hugging Face directory or a gguf file, from its headers: no weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from optikit.errors import IntegrityError, RecipeError
+from optikit.models import architectures, config, gguf_header, headers, quantization
+from optikit.models.architectures import USUAL_KEYS, Architecture
+from optikit.models.facts import ModelFacts, TensorFacts
+from optikit.models.gguf_header import GgufHeader
+from optikit.problems import did_you_mean
+
+_INCOMPLETE = "the checkpoint is incomplete or isn't what config.json describes: get it again"
+
+GGUF_ARCHITECTURES: Mapping[str, str] = MappingProxyType({"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"})
+"""`general.architecture` of a gguf file → `model_type` of what it becomes."""
+GGUF_LINEARS: Mapping[str, str] = MappingProxyType(
+    {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+)
+"""Linear of a block → its name in a gguf file, for the architectures above."""
+GGUF_KEYS: Mapping[str, str] = MappingProxyType(
+    {
+        "hidden": "embedding_length",
+        "intermediate": "feed_forward_length",
+        "layers": "block_count",
+        "heads": "attention.head_count",
+        "kv_heads": "attention.head_count_kv",
+        "head_dim": "attention.key_length",
+        "max_positions": "context_length",
+    }
+)
+"""Figure of `ModelFacts` → key in a gguf file, below its architecture's name."""
+
+
+def read(directory: Path) -> ModelFacts:
+    """Read the facts of a Hugging Face model directory from config.json and the safetensors headers.
+
+    `dtype` is the dtype of most of its floating-point bytes: packed integers don't count.
+
+    Raises:
+        InputMissingError: config.json or the weights are missing.
+        IntegrityError: A file is damaged, or the weights aren't what config.json says.
+        RefusedError: config.json or a neighbour would make a loader run code.
+        RecipeError: An architecture, quantization or figure that can't be worked with.
+    """
+    settings = config.load(directory)
+    where = directory / "config.json"
+    architecture = _architecture(settings.get("model_type"), where)
+    _check_required(architecture, settings, where)
+    scheme = quantization.scheme(settings, where)
+    tensors = headers.read_directory(directory)
+    figures = _figures(architecture.keys, settings, where)
+    linears = _linears(architecture, scheme, _prefixed(architecture, tensors), figures["layers"], directory)
+    _check_embedding(architecture, tensors, figures, directory)
+    return _facts(
+        architecture,
+        figures,
+        linears,
+        tied=bool(settings.get("tie_word_embeddings", f"{architecture.head}.weight" not in tensors)),
+        dtype=_main_dtype(tensors),
+        weight_bytes=sum(tensor.bytes for tensor in tensors.values()),
+        traits=frozenset({scheme.trait}),
+        tokenizer_sha256=_sha256(directory / "tokenizer.json"),
+        sliding_window=_window(settings),
+        config=settings,
+    )
+
+
+def read_gguf(path: Path) -> ModelFacts:
+    """Read the facts of a gguf file from its header.
+
+    `dtype` is BF16, what its weights become when they are read; `weight_bytes` are the file's own; it has no traits,
+    because no stage reads it before it is a model directory. `config` has the figures under their usual names.
+
+    Raises:
+        IntegrityError: The file is damaged, or lacks a tensor.
+        RecipeError: An architecture or figure that can't be worked with.
+    """
+    header = gguf_header.read_header(path)
+    family = header.metadata.get("general.architecture")
+    model_type = GGUF_ARCHITECTURES.get(family) if isinstance(family, str) else None
+    if model_type is None:
+        fix = did_you_mean(str(family), GGUF_ARCHITECTURES)
+        raise RecipeError(f"{path}: gguf architecture {family!r} isn't known here", fix=fix)
+    if header.metadata.get("split.count", 0) not in (0, 1):
+        raise RecipeError(f"{path} is one part of several", fix="join them with llama-gguf-split --merge")
+    architecture = _architecture(model_type, path)
+    tensors = _gguf_tensors(architecture, header)
+    figures = _gguf_figures(str(family), header, tensors, path)
+    linears = _linears(architecture, quantization.DENSE, tensors, figures["layers"], path)
+    tied = "output.weight" not in header.tensors
+    _check_embedding(architecture, tensors, figures, path)
+    settings = {key: figures[name] for name, key in USUAL_KEYS.items()}
+    return _facts(
+        architecture,
+        figures,
+        linears,
+        tied=tied,
+        dtype="BF16",
+        weight_bytes=sum(tensor.bytes for tensor in header.tensors.values()),
+        traits=frozenset(),
+        config={"model_type": model_type, "tie_word_embeddings": tied, **settings},
+    )
+
+
+def _architecture(model_type: Any, where: Path) -> Architecture:
+    found = architectures.find(model_type) if isinstance(model_type, str) else None
+    if found is None:
+        fix = did_you_mean(str(model_type), architectures.names())
+        raise RecipeError(f"{where}: model_type {model_type!r} isn't known here", fix=fix)
+    return found
+
+
+def _check_required(architecture: Architecture, settings: Mapping[str, Any], where: Path) -> None:
+    for key, wanted in architecture.requires.items():
+        if settings.get(key, wanted) != wanted:
+            message = (
+                f"{where}: {key} is {settings[key]!r}; {architecture.model_type} is known here only with {wanted!r}"
+            )
+            raise RecipeError(message, fix="choose another model of the family")
+
+
+def _figures(keys: Mapping[str, str], settings: Mapping[str, Any], where: Path) -> dict[str, int]:
+    """Return every figure; those that may be left out (kv_heads, head_dim, intermediate) come from others."""
+    optional = {"kv_heads", "head_dim", "intermediate"}
+    figures = {
+        name: config.figure(name, key, settings.get(key), where)
+        for name, key in keys.items()
+        if name not in optional or settings.get(key) is not None
+    }
+    figures.setdefault("kv_heads", figures["heads"])
+    if "head_dim" not in figures:
+        if figures["hidden"] % figures["heads"]:
+            message = f"{where}: {keys['heads']} {figures['heads']} doesn't divide {keys['hidden']} {figures['hidden']}"
+            raise RecipeError(message, fix="the file is damaged")
+        figures["head_dim"] = figures["hidden"] // figures["heads"]
+    return figures
+
+
+def _linears(
+    architecture: Architecture,
+    scheme: quantization.Scheme,
+    tensors: Mapping[str, TensorFacts],
+    layers: int,
+    where: Path,
+) -> dict[str, tuple[int, int]]:
+    found = {}
+    for name in architecture.names(layers):
+        shape = scheme.shape(name, tensors, transposed=architecture.transposed)
+        if shape is None:
+            raise IntegrityError(f"{where} has no weights for {name}", fix=_INCOMPLETE)
+        found[name] = shape
+    return found
+
+
+def _prefixed(architecture: Architecture, tensors: Mapping[str, TensorFacts]) -> Mapping[str, TensorFacts]:
+    """Return the tensors under the names of the whole model: some checkpoints leave the first part out."""
+    prefix = architecture.blocks.partition(".")[0] + "."
+    if any(name.startswith(prefix) for name in tensors):
+        return tensors
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _check_embedding(
+    architecture: Architecture,
+    tensors: Mapping[str, TensorFacts],
+    figures: Mapping[str, int],
+    where: Path,
+) -> None:
+    name = f"{architecture.embedding}.weight"
+    found = _prefixed(architecture, tensors).get(name)
+    shape = found.shape if found is not None else None
+    if shape != (figures["vocab"], figures["hidden"]):
+        message = f"{where}: {name} has shape {shape}, and {(figures['vocab'], figures['hidden'])} is promised"
+        raise IntegrityError(message, fix=_INCOMPLETE)
+
+
+def _facts(
+    architecture: Architecture, figures: Mapping[str, int], linears: Mapping[str, tuple[int, int]], **rest: Any
+) -> ModelFacts:
+    last = linears[f"{architecture.block(0)}.{architecture.linears[-1]}"]
+    values: dict[str, Any] = {"intermediate": last[1], **figures, **rest}  # the MLP's way back has its width as input
+    return ModelFacts(model_type=architecture.model_type, linears=linears, **values)
+
+
+def _main_dtype(tensors: Mapping[str, TensorFacts]) -> str:
+    weights: Counter[str] = Counter()
+    for tensor in tensors.values():
+        weights[tensor.dtype] += tensor.bytes
+    floats = {dtype: size for dtype, size in weights.items() if "F" in dtype}
+    return max(floats or weights, key=lambda dtype: weights[dtype], default="F32")
+
+
+def _window(settings: Mapping[str, Any]) -> int | None:
+    window = settings.get("sliding_window")
+    if type(window) is not int or window < 1 or settings.get("use_sliding_window") is False:
+        return None
+    return window
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _gguf_tensors(architecture: Architecture, header: GgufHeader) -> dict[str, TensorFacts]:
+    """Return the matrices of a gguf file under their names in the model directory that it becomes."""
+    names = {"token_embd.weight": f"{architecture.embedding}.weight", "output.weight": f"{architecture.head}.weight"}
+    short = {gguf: linear for linear, gguf in GGUF_LINEARS.items()}
+    found = {}
+    for name, tensor in header.tensors.items():
+        parts = name.split(".")  # blk.7.attn_q.weight
+        if len(parts) == 4 and parts[0] == "blk" and parts[2] in short and parts[3] == "weight":
+            found[f"{architecture.blocks}.{parts[1]}.{short[parts[2]]}.weight"] = _as_bf16(tensor.shape)
+        elif name in names:
+            found[names[name]] = _as_bf16(tensor.shape)
+    return found
+
+
+def _as_bf16(shape: tuple[int, ...]) -> TensorFacts:
+    return TensorFacts(dtype="BF16", shape=shape)
+
+
+def _gguf_figures(family: str, header: GgufHeader, tensors: Mapping[str, TensorFacts], path: Path) -> dict[str, int]:
+    embedding = tensors.get("model.embed_tokens.weight")
+    if embedding is None:
+        raise IntegrityError(f"{path} has no token_embd.weight", fix=_INCOMPLETE)
+    keys = {name: f"{family}.{key}" for name, key in GGUF_KEYS.items()}
+    known = {**header.metadata, "vocab": embedding.shape[0]}
+    return _figures({**keys, "vocab": "vocab"}, known, path)
