@@ -95,7 +95,7 @@ def _figures(report: Report) -> Iterator[list[str]]:
     yield ["### Before and after"]
     yield table(("", "Baseline", "Result", "Change", "95 % interval"), rows, "lrrrr")
     notes = (
-        f"Baseline: {view.described(report.baseline)}. Result: {view.described(report.result)}.",
+        view.compared(report),
         *view.conditions(report),
         *(f"Missing: {reason}." for reason in view.reasons(report)),
     )
@@ -115,7 +115,7 @@ def _others(report: Report) -> list[str]:
         for other in report.other_baselines
         for decode in [other.speedup.decode]
     )
-    return table(("Other baseline", "Decode speed", "Result is faster by", "95 % interval"), rows, "lrrr")
+    return table(("Other baseline", "Decode speed", "Speedup", "95 % interval"), rows, "lrrr")
 
 
 def _steps(report: Report) -> Iterator[list[str]]:

@@ -1,6 +1,7 @@
 """`report.json`, schema version 1: the public contract of every number that optikit prints.
 
 Numbers carry their unit in their name. A number that was not measured is null, and a `reason` beside it says why.
+Numbers are finite: JSON has no word for the others, and what overflowed was not measured.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ Interval = tuple[float, float]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Perplexity(_Frozen):
@@ -70,7 +71,7 @@ class Speed(_Frozen):
     repetitions: int
     ttft_ms_p50: float
     ttft_ms_p95: float | None
-    """Null where fewer than 44 requests were timed: too few for a 95th percentile."""
+    """Null where too few requests were timed to claim a 95th percentile (90 without one beyond it)."""
     tpot_ms_p50: float
     tpot_ms_p95: float | None
     prefill_tokens_per_s: float

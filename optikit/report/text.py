@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from datetime import UTC, datetime
 
 _ANSI = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]"  # control sequences: colours, cursor movement
@@ -90,12 +91,16 @@ def percent(value: float) -> str:
 
 
 def interval(ci95: tuple[float, float], digits: int = 3) -> str:
-    """Write an interval's two ends.
+    """Write an interval's two ends with the same decimals, `digits` significant ones at the larger end.
 
-    >>> interval((0.0301, 0.0322))
-    '0.0301–0.0322'
+    >>> interval((0.0931, 0.1039))
+    '0.093–0.104'
     """
-    return f"{number(ci95[0], digits)}–{number(ci95[1], digits)}"
+    largest = max(abs(ci95[0]), abs(ci95[1]))
+    if largest < 1e-4 or not math.isfinite(largest):
+        return f"{number(ci95[0], digits)}–{number(ci95[1], digits)}"
+    decimals = max(0, digits - 1 - math.floor(math.log10(largest)))
+    return f"{ci95[0]:,.{decimals}f}–{ci95[1]:,.{decimals}f}"
 
 
 def size(value: float) -> str:
@@ -132,6 +137,22 @@ def duration(seconds: float) -> str:
         return f"{whole // 60} min {whole % 60:02d} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def date(iso: str) -> str:
+    """Write an ISO timestamp for people; anything else is returned as it is, cleaned.
+
+    >>> date("2026-11-21T14:03:55+00:00"), date("yesterday")
+    ('21 November 2026, 14:03 UTC', 'yesterday')
+    """
+    try:
+        moment = datetime.fromisoformat(iso)
+    except ValueError:
+        return clean(iso)
+    if moment.tzinfo is None:
+        return f"{moment.day} {moment:%B %Y, %H:%M}"
+    moment = moment.astimezone(UTC)
+    return f"{moment.day} {moment:%B %Y, %H:%M} UTC"
 
 
 def plural(count: int, noun: str) -> str:

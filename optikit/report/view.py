@@ -267,6 +267,8 @@ def gate_number(name: str, value: float) -> str:
         return text.percent(value)
     if name.endswith("_mib"):
         return text.memory(value)
+    if name.endswith("_seconds"):
+        return text.duration(value)
     return _milliseconds(value) if "_ms" in name else text.number(value)
 
 
@@ -387,7 +389,14 @@ def _against_baseline(quality: Quality | None) -> tuple[Figure, ...]:
     return tuple(made)
 
 
-def described(measurement: Measurement) -> str:
+def compared(report: Report) -> str:
+    """Say what is compared with what, or that only sizes are."""
+    if report.baseline.speed or report.baseline.quality or report.result.speed or report.result.quality:
+        return f"Baseline: {_described(report.baseline)}. Result: {_described(report.result)}."
+    return "Only sizes are known; nothing was run."
+
+
+def _described(measurement: Measurement) -> str:
     """Say through what a measurement was taken: "transformers, bfloat16, 2 threads"."""
     speed, quality = measurement.speed, measurement.quality
     if speed:
@@ -453,17 +462,24 @@ def metric_keys(report: Report) -> tuple[str, ...]:
 def listed(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """Return a free-form mapping as (name, value) in words; nested values become dotted names.
 
-    >>> listed({"exact_match": 0.975, "speedup": {"value": 1.33, "ci95": [1.29, 1.37]}, "draft": {"heads": 3}})
-    (('exact match', '0.975'), ('speedup', '1.33× (1.29–1.37×)'), ('draft heads', '3'))
+    >>> listed({"memory_bytes": 2**34, "speedup": {"value": 1.33, "ci95": [1.29, 1.37]}, "draft": {"heads": 3}})
+    (('memory', '16.0 GiB'), ('speedup', '1.33× (1.29–1.37×)'), ('draft heads', '3'))
     """
     found: list[tuple[str, str]] = []
-    for name, value in values.items():
-        words = text.clean(str(name)).replace("_", " ")
+    for key, value in values.items():
+        name = str(key)
+        words = text.clean(name).replace("_", " ")
         if isinstance(value, Mapping) and not _is_ratio(value):
             found += [(f"{words} {inner}", shown) for inner, shown in listed(value)]
+        elif _is_number(value) and (unit := next((end for end in _UNITS if name.endswith(end)), "")):
+            found.append((text.clean(name.removesuffix(unit)).replace("_", " "), _UNITS[unit](value)))
         else:
             found.append((words, worded(value)))
     return tuple(found)
+
+
+_UNITS: Mapping[str, Callable[[float], str]] = {"_bytes": text.size, "_mib": text.memory, "_seconds": text.duration}
+"""Endings of names whose numbers are easier to read in a larger unit."""
 
 
 def free_table(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
@@ -471,7 +487,14 @@ def free_table(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], tupl
     names = tuple(dict.fromkeys(str(name) for row in rows for name in row))
     by_name = ({str(name): value for name, value in row.items()} for row in rows)
     header = tuple(text.clean(name).replace("_", " ") for name in names)
-    return header, tuple(tuple(worded(row[name]) if name in row else "–" for name in names) for row in by_name)
+    return header, tuple(tuple(_named(name, row[name]) if name in row else "–" for name in names) for row in by_name)
+
+
+def _named(name: str, value: Any) -> str:
+    """Write a value of a known name in that name's unit."""
+    if name == "step":
+        return text.step_words(str(value))
+    return gate_number(name, value) if _is_number(value) else worded(value)
 
 
 def worded(value: Any) -> str:

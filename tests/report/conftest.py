@@ -223,7 +223,7 @@ def full() -> Report:
             GateResult(name="peak_memory_mib", limit="max 512", value=431, ci95=None, verdict="pass"),
         ),
         warnings=(
-            "95th percentiles are left out: 8 repetitions are too few, 44 are needed.",
+            "95th percentiles are left out: 8 repetitions are too few, 90 are needed.",
             "The model's weights came from a 4-bit file: its own quantization is part of the baseline.",
         ),
         seconds=212.6,

@@ -1,0 +1,303 @@
+"""A report as one self-contained page: no JavaScript, nothing fetched, pictures inline, readable on paper and aloud.
+
+Autoescape is on for every template, and `clean` runs on every value before it: a foreign word can be read, not run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from optikit.report import svg, text, view
+from optikit.report.definitions import DEFINITIONS
+from optikit.report.schema import GateResult, Measurement, Report, StepReport
+
+if TYPE_CHECKING:
+    import jinja2
+
+NOTHING = Markup("")
+_UNIT = re.compile(r"(?<=\d) (?=%|(?:ms|s|min|h|B|[KMGT]iB|tok/s)\b)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """One of the few numbers on top: what changed, by how much, from what to what."""
+
+    label: str
+    value: str
+    word: str
+    interval: str
+    before: str
+    after: str
+    tone: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """A gate with its picture."""
+
+    result: GateResult
+    value: str
+    interval: str
+    picture: Markup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A number with its bar; `text` is "" where there is no such number."""
+
+    text: str = ""
+    bar: Markup = NOTHING
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the waterfall."""
+
+    label: str
+    status: str
+    kind: str
+    time: Cell = Cell()
+    memory: Cell = Cell()
+    size: Cell = Cell()
+    perplexity: Cell = Cell()
+
+
+def render(report: Report) -> str:
+    """Return the page; one string, UTF-8 when written."""
+    return (
+        _environment().get_template("template.html.j2").render(page=_page(report), report=report, view=view, text=text)
+    )
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    import jinja2
+
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("optikit.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _finalize(value: object) -> object:
+    """Clean every string that the template prints, and keep numbers on one line with their units."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return _UNIT.sub("\u00a0", text.clean(value))
+
+
+def _page(report: Report) -> dict[str, Any]:
+    """Return everything the template shows that takes more than a field's name."""
+    speculation = report.speculation or {}
+    return {
+        "headline": view.headline(report),
+        "tiles": tuple(_tiles(report)),
+        "gates": tuple(_gate(report, gate, i) for i, gate in enumerate(report.gates)),
+        "tradeoff": _tradeoff(report),
+        "rows": tuple(_rows(report)),
+        "details": tuple(
+            (view.step_label(s), view.listed(s.options), view.listed(s.facts))
+            for s in report.steps
+            if s.options or s.facts
+        ),
+        "kl": _divergence(report),
+        "attribution": view.free_table(report.attribution),
+        "speculation": view.listed({k: v for k, v in speculation.items() if k != "acceptance_by_position"}),
+        "acceptance": _acceptance(speculation),
+        "definitions": tuple(DEFINITIONS[key] for key in view.metric_keys(report) if key in DEFINITIONS),
+        "environment": tuple(
+            (title, view.listed(values))
+            for title, values in (
+                ("Machine", report.host),
+                ("Target", report.target),
+                ("Model", report.model),
+                ("Versions", report.versions),
+            )
+            if values
+        ),
+    }
+
+
+def _tiles(report: Report) -> Iterator[Tile]:
+    wanted = {"decode": "Decode speed", "size": "Size", "perplexity": "Perplexity", "peak_memory": "Peak memory"}
+    found = {figure.key: figure for group in view.groups(report) for figure in group.figures if figure.key in wanted}
+    for key, label in wanted.items():
+        figure = found.get(key)
+        if figure is None or not figure.change:
+            continue
+        value, _, word = figure.change.partition(" ")
+        big = value.endswith("×")
+        yield Tile(
+            label=label,
+            value=value if big else figure.change,
+            word=(word or "baseline") if big else "",
+            interval=figure.interval,
+            before=figure.baseline,
+            after=figure.result,
+            tone=figure.tone,
+        )
+
+
+def _gate(report: Report, gate: GateResult, index: int) -> Gate:
+    value, interval = view.gate_value(gate), view.gate_interval(gate)
+    reach = f", 95 % interval {interval}" if interval else ""
+    return Gate(
+        result=gate,
+        value=value,
+        interval=interval,
+        picture=svg.interval(
+            gate.value,
+            gate.ci95,
+            view.bounds(report, gate.name),
+            gate.verdict,
+            ident=f"gate{index}",
+            title=f"{gate.name}: {value}{reach}, limit {gate.limit}: {gate.verdict}",
+        ),
+    )
+
+
+def _ratio(measurement: Measurement | None) -> tuple[float | None, tuple[float, float] | None]:
+    quality = measurement.quality if measurement else None
+    perplexity = quality.perplexity if quality else None
+    return (perplexity.ratio, perplexity.ratio_ci95) if perplexity else (None, None)
+
+
+def _points(report: Report) -> Iterator[svg.Point]:
+    before, after = report.baseline.speed, report.result.speed
+    for other in report.other_baselines:
+        yield svg.Point(label=other.name, speed=other.speed.decode_tokens_per_s, ratio=None, kind="other")
+    if before:
+        yield svg.Point(
+            label=f"baseline: {before.runtime}", speed=before.decode_tokens_per_s, ratio=1.0, kind="baseline"
+        )
+    for step in report.steps:
+        ratio, ci95 = _ratio(step.measurement)
+        if step.measurement and step.measurement.speed and step.measurement != report.result:
+            speed = step.measurement.speed.decode_tokens_per_s
+            yield svg.Point(label=view.step_label(step), speed=speed, ratio=ratio, ratio_ci95=ci95)
+    ratio, ci95 = _ratio(report.result)
+    if after:
+        speed, decode = after.decode_tokens_per_s, report.speedup.decode
+        reach = (speed * decode.ci95[0] / decode.value, speed * decode.ci95[1] / decode.value) if decode else None
+        yield svg.Point(label="result", speed=speed, ratio=ratio, speed_ci95=reach, ratio_ci95=ci95, kind="result")
+
+
+def _tradeoff(report: Report) -> tuple[Markup, tuple[tuple[str, str, str], ...]]:
+    """Return the picture of quality against speed and its rows (name, speed, perplexity ratio); empty if unmeasured."""
+    points = tuple(_points(report))
+    if not any(point.kind == "result" and point.ratio is not None for point in points):
+        return NOTHING, ()
+    before = next((p.speed for p in points if p.kind == "baseline"), None)
+    slowest = view.bounds(report, "decode_speedup")[0]
+    limit = slowest * before if slowest is not None and before is not None else None
+    rows = tuple(
+        (
+            svg.shortened(p.label, 40),
+            f"{text.number(p.speed)} tok/s",
+            view.UNMEASURED if p.ratio is None else text.ratio(p.ratio, p.ratio_ci95),
+        )
+        for p in points
+    )
+    described = "; ".join(f"{name}: {speed}, perplexity {ratio}" for name, speed, ratio in rows)
+    picture = svg.tradeoff(
+        points,
+        speed_limit=(limit, None),
+        ratio_limit=view.bounds(report, "perplexity_ratio"),
+        description=f"Decode speed to the right, perplexity relative to the baseline upwards is better. {described}.",
+    )
+    return picture, rows
+
+
+def _rows(report: Report) -> Iterator[Row]:
+    """Yield the waterfall: the baseline, every step, every measuring step."""
+    steps = (*report.steps, *report.measures)
+    seconds = sum(step.seconds for step in steps)
+    memory = max((step.peak_memory_mib for step in steps), default=0.0)
+    largest = max((report.baseline.size_bytes, *(step.artifact_bytes for step in report.steps)))
+    ratios = [_ratio(step.measurement)[0] or 1.0 for step in report.steps] + [_ratio(report.result)[0] or 1.0]
+    sized = _sized(report.baseline.size_bytes, largest, "base")
+    known = report.result.quality is not None and report.result.quality.perplexity is not None
+    first = _compared(1.0, max(ratios), "base") if known else Cell()
+    yield Row(label="Baseline", status="", kind="baseline", size=sized, perplexity=first)
+    start = 0.0
+    for i, step in enumerate(steps):
+        changes = step.verb != "measure"
+        ratio = _ratio(step.measurement)[0]
+        if i == len(report.steps) - 1 and ratio is None:
+            ratio = _ratio(report.result)[0]
+        yield Row(
+            label=view.step_label(step),
+            status=step.status,
+            kind="step" if changes else "measure",
+            time=_timed(step, start, seconds, f"t{i}"),
+            memory=_remembered(step, memory, f"m{i}"),
+            size=_sized(step.artifact_bytes, largest, f"s{i}") if changes else Cell(),
+            perplexity=_compared(ratio, max(ratios), f"p{i}") if changes and ratio is not None else Cell(),
+        )
+        start += step.seconds
+
+
+def _timed(step: StepReport, start: float, total: float, ident: str) -> Cell:
+    shown = text.duration(step.seconds)
+    title = f"{shown}; estimated {text.duration(step.estimate_seconds)}"
+    return Cell(text=shown, bar=svg.bar(start, step.seconds, total, ident=ident, title=title, style=step.status))
+
+
+def _remembered(step: StepReport, most: float, ident: str) -> Cell:
+    shown = text.memory(step.peak_memory_mib)
+    title = f"{shown}; estimated {text.memory(step.estimate_peak_memory_mib)}"
+    return Cell(text=shown, bar=svg.bar(0, step.peak_memory_mib, most, ident=ident, title=title, style=step.status))
+
+
+def _sized(size: int, largest: int, ident: str) -> Cell:
+    shown = text.size(size)
+    return Cell(text=shown, bar=svg.bar(0, size, largest, ident=f"size-{ident}", title=shown))
+
+
+def _compared(ratio: float, largest: float, ident: str) -> Cell:
+    """Show a perplexity ratio with a bar for what is above 1, the loss."""
+    shown = text.ratio(ratio)
+    loss = svg.bar(0, max(0.0, ratio - 1), largest - 1, ident=f"ratio-{ident}", title=f"{shown} the baseline's")
+    return Cell(text=shown, bar=loss)
+
+
+def _divergence(report: Report) -> dict[str, Any] | None:
+    kl = report.result.quality.kl_divergence if report.result.quality else None
+    if kl is None:
+        return None
+    rows = (
+        ("median", text.number(kl.median)),
+        ("mean", f"{text.number(kl.mean)} ({text.interval(kl.mean_ci95)})"),
+        ("90 % of tokens below", text.number(kl.p90)),
+        ("99 % of tokens below", text.number(kl.p99)),
+        ("largest", text.number(kl.max)),
+        ("tokens", f"{kl.tokens:,}"),
+    )
+    described = "; ".join(f"{name} {value}" for name, value in rows)
+    marks = (("median", kl.median), ("mean", kl.mean), ("p99", kl.p99))
+    picture = svg.histogram(kl.histogram, marks, description=f"Number of tokens by KL divergence. {described}.")
+    return {"rows": rows, "picture": picture, "bins": tuple(_bins(kl.histogram))}
+
+
+def _bins(histogram: tuple[tuple[float, float, int], ...]) -> Iterator[tuple[str, str, str]]:
+    total = sum(count for _, _, count in histogram) or 1
+    for low, high, count in histogram:
+        yield f"{text.number(low, 2)} – {text.number(high, 2)}", f"{count:,}", text.percent(count / total)
+
+
+def _acceptance(speculation: Mapping[str, Any]) -> Markup:
+    shares = speculation.get("acceptance_by_position")
+    if not isinstance(shares, list | tuple) or not shares or not all(isinstance(s, int | float) for s in shares):
+        return NOTHING
+    described = ", ".join(f"position {i}: {text.percent(share)}" for i, share in enumerate(shares, 1))
+    return svg.columns(shares, ident="acceptance", title="Acceptance by position", description=f"{described}.")

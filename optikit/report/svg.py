@@ -1,0 +1,397 @@
+"""Pictures as hand-written SVG: plain values in, escaped markup out, colours left to the page's style sheet.
+
+Every picture is an image with a title and a description for those who can't see it. Sizes are in user units; the page
+scales them. Labels are placed where they cover nothing, on the first of a few positions that is free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+from optikit.report import text
+from optikit.report.schema import Interval
+
+Bounds = tuple[float | None, float | None]
+"""Lower and upper limit; None is no limit."""
+
+FONT = 13.0
+GLYPH = 0.56 * FONT * 1.15
+"""Width that a letter may take; the rest allows for fonts wider than usual."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One artifact in the picture of quality against speed.
+
+    Attributes:
+        label: Its name.
+        speed: Tokens per second.
+        ratio: Perplexity divided by the baseline's; None is not measured.
+        speed_ci95, ratio_ci95: Intervals.
+        kind: `baseline`, `step`, `result` or `other`: style of the mark.
+    """
+
+    label: str
+    speed: float
+    ratio: float | None
+    speed_ci95: Interval | None = None
+    ratio_ci95: Interval | None = None
+    kind: str = "step"
+
+
+@dataclass(frozen=True)
+class _Box:
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def meets(self, other: _Box) -> bool:
+        return (
+            self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
+        )
+
+    def inside(self, other: _Box) -> bool:
+        return (
+            self.left >= other.left
+            and self.right <= other.right
+            and self.top >= other.top
+            and self.bottom <= other.bottom
+        )
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Maps values linearly to user units."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low)
+        return self.start + share * (self.end - self.start)
+
+    def clamp(self, value: float) -> float:
+        return self(min(max(value, self.low), self.high))
+
+
+def element(tag: str, /, *children: str, **attributes: str | float | None) -> Markup:
+    """Return one element: attribute values and text are escaped, `Markup` children are kept; `_` becomes `-`."""
+    written = Markup("").join(
+        Markup(' {}="{}"').format(name.rstrip("_").replace("_", "-"), _attribute(value))
+        for name, value in attributes.items()
+        if value is not None
+    )
+    inner = Markup("").join(child if isinstance(child, Markup) else escape(text.clean(child)) for child in children)
+    return Markup("<{0}{1}>{2}</{0}>").format(Markup(tag), written, inner)  # noqa: S704 - tag names are ours
+
+
+def _attribute(value: str | float) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, int | float) else text.clean(value)
+
+
+def picture(  # one place that gives every picture its name and description
+    children: Iterable[Markup], *, ident: str, title: str, description: str, width: float, height: float, **more: str
+) -> Markup:
+    """Return an `<svg>` that a screen reader announces by title and description."""
+    return element(
+        "svg",
+        element("title", title, id=f"{ident}-title"),
+        element("desc", description, id=f"{ident}-desc"),
+        *children,
+        viewBox=f"0 0 {width:g} {height:g}",
+        role="img",
+        aria_labelledby=f"{ident}-title {ident}-desc",
+        **more,
+    )
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Return round values between `low` and `high`, about as many as asked for.
+
+    >>> ticks(0, 203), ticks(0.98, 1.16, 4)
+    ([0.0, 50.0, 100.0, 150.0, 200.0], [1.0, 1.05, 1.1, 1.15])
+    """
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> Markup:
+    return element("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=style)
+
+
+def _rect(box: _Box, style: str) -> Markup:
+    width, height = max(0.0, box.right - box.left), max(0.0, box.bottom - box.top)
+    return element("rect", x=box.left, y=box.top, width=width, height=height, class_=style)
+
+
+def _text(words: str, x: float, y: float, style: str = "", anchor: str = "start") -> Markup:
+    return element("text", words, x=x, y=y, class_=style or None, text_anchor=anchor)
+
+
+def tradeoff(points: Sequence[Point], *, speed_limit: Bounds, ratio_limit: Bounds, description: str) -> Markup:
+    """Draw quality against speed: right is faster, up is better; limits shade what gates refuse.
+
+    Points without a perplexity are drawn on the speed axis alone. At least one point needs a perplexity.
+    """
+    frame = _Box(58, 26, 544, 336)
+    x, y = _tradeoff_axes(points, speed_limit, ratio_limit, frame)
+    drawn = [*_refused(x, y, speed_limit, ratio_limit, frame), *_grid(x, y, frame)]
+    placed = [p for p in points if p.ratio is not None]
+    path = " ".join(f"{x(p.speed):.1f},{y(p.ratio):.1f}" for p in placed if p.ratio is not None and p.kind != "other")
+    drawn.append(element("polyline", points=path, class_="path"))
+    taken = [_around(x(p.speed), frame.bottom if p.ratio is None else y(p.ratio), 7) for p in points]
+    marks: list[Markup] = []
+    for point in points:
+        marks += _mark(point, x, y, frame)
+        marks.append(_label(point, x, y, frame, taken))
+    return picture(
+        [*drawn, *marks],
+        ident="tradeoff",
+        title="Quality against speed",
+        description=description,
+        width=560,
+        height=386,
+        class_="chart",
+    )
+
+
+def _tradeoff_axes(
+    points: Sequence[Point], speed_limit: Bounds, ratio_limit: Bounds, frame: _Box
+) -> tuple[_Axis, _Axis]:
+    speeds = [v for p in points for v in (p.speed, *(p.speed_ci95 or ()))] + [v for v in speed_limit if v is not None]
+    ratios = [v for p in points for v in (p.ratio, *(p.ratio_ci95 or ())) if v is not None]
+    ratios += [1.0, *(v for v in ratio_limit if v is not None)]
+    margin = max(0.02, 0.16 * (max(ratios) - min(ratios)))
+    return (
+        _Axis(0.0, 1.12 * max(speeds), frame.left, frame.right),
+        _Axis(min(ratios) - margin, max(ratios) + margin, frame.top, frame.bottom),
+    )
+
+
+def _refused(x: _Axis, y: _Axis, speed_limit: Bounds, ratio_limit: Bounds, frame: _Box) -> list[Markup]:
+    drawn = []
+    if speed_limit[0] is not None:
+        at = x.clamp(speed_limit[0])
+        drawn += [
+            _rect(_Box(frame.left, frame.top, at, frame.bottom), "refused"),
+            _line(at, frame.top, at, frame.bottom, "limit"),
+        ]
+        drawn.append(_text("gate", at + 4, frame.top + 12, "limit-label"))
+    if ratio_limit[1] is not None:
+        at = y.clamp(ratio_limit[1])
+        drawn += [
+            _rect(_Box(frame.left, at, frame.right, frame.bottom), "refused"),
+            _line(frame.left, at, frame.right, at, "limit"),
+        ]
+        drawn.append(_text("gate", frame.right - 4, at - 5, "limit-label", "end"))
+    return drawn
+
+
+def _grid(x: _Axis, y: _Axis, frame: _Box) -> list[Markup]:
+    drawn = []
+    for value in ticks(x.low, x.high):
+        drawn += [
+            _line(x(value), frame.bottom, x(value), frame.bottom + 5, "tick"),
+            _text(f"{value:,.10g}", x(value), frame.bottom + 20, "axis", "middle"),
+        ]
+    for value in ticks(y.low, y.high, 4):
+        style = "one" if value == 1 else "grid"
+        drawn += [
+            _line(frame.left, y(value), frame.right, y(value), style),
+            _text(f"{value:.2f}×", frame.left - 8, y(value) + 4.5, "axis", "end"),
+        ]
+    return [
+        *drawn,
+        _line(frame.left, frame.bottom, frame.right, frame.bottom, "axis-line"),
+        _text("↑ better: perplexity, × baseline", 2, 14, "axis-title"),
+        _text("Decode speed, tokens/s: faster →", frame.right, frame.bottom + 42, "axis-title", "end"),
+    ]
+
+
+def _around(x: float, y: float, reach: float) -> _Box:
+    return _Box(x - reach, y - reach, x + reach, y + reach)
+
+
+def _mark(point: Point, x: _Axis, y: _Axis, frame: _Box) -> list[Markup]:
+    at = x(point.speed)
+    if point.ratio is None:
+        return [element("path", d=f"M{at:.1f} {frame.bottom - 8:.1f}l5 8h-10z", class_=f"mark {point.kind}")]
+    height = y(point.ratio)
+    drawn = []
+    if point.speed_ci95:
+        drawn.append(_line(x(point.speed_ci95[0]), height, x(point.speed_ci95[1]), height, f"ci {point.kind}"))
+    if point.ratio_ci95:
+        drawn.append(_line(at, y(point.ratio_ci95[0]), at, y(point.ratio_ci95[1]), f"ci {point.kind}"))
+    radius = 6 if point.kind == "result" else 4.5
+    return [*drawn, element("circle", cx=at, cy=height, r=radius, class_=f"mark {point.kind}")]
+
+
+def _label(point: Point, x: _Axis, y: _Axis, frame: _Box, taken: list[_Box]) -> Markup:
+    """Write a point's name on the first of eight positions that covers nothing, and take that place."""
+    words = shortened(point.label)
+    wide, high = GLYPH * len(words), FONT + 2
+    at, height = x(point.speed), frame.bottom if point.ratio is None else y(point.ratio)
+    arm = 11 + (x(point.speed_ci95[1]) - at if point.speed_ci95 else 0)
+    spots = [
+        ("start", at + arm, height + 4.5),
+        ("end", at - arm, height + 4.5),
+        ("middle", at, height - 14),
+        ("middle", at, height + 23),
+        ("start", at + 9, height - 12),
+        ("end", at - 9, height - 12),
+        ("start", at + 9, height + 21),
+        ("end", at - 9, height + 21),
+    ]
+    if point.ratio is None:
+        spots = [(anchor, at, height - 14 - 16 * row) for row in range(4) for anchor in ("middle", "start", "end")]
+    elif point.ratio == 1:
+        spots = [spots[i] for i in (4, 5, 6, 7, 0, 1, 2, 3)]  # beside it runs the line at 1
+    room = _Box(frame.left, frame.top - 8, frame.right + 14, frame.bottom)
+    boxes = [_text_box(anchor, left, base, wide, high) for anchor, left, base in spots]
+    free = (i for i, box in enumerate(boxes) if box.inside(room) and not any(box.meets(other) for other in taken))
+    best = next(free, 0)
+    taken.append(boxes[best])
+    anchor, left, base = spots[best]
+    return _text(words, left, base, f"name {point.kind}", anchor)
+
+
+def _text_box(anchor: str, x: float, y: float, wide: float, high: float) -> _Box:
+    left = {"start": x, "middle": x - wide / 2, "end": x - wide}[anchor]
+    return _Box(left, y - high + 3, left + wide, y + 3)
+
+
+def shortened(words: str, most: int = 26) -> str:
+    """Return `words` cut to `most` characters, with an ellipsis where something is missing."""
+    shown = text.clean(words)
+    return shown if len(shown) <= most else f"{shown[: most - 1]}…"
+
+
+def interval(
+    value: float | None, ci95: Interval | None, limit: Bounds, verdict: str, *, ident: str, title: str
+) -> Markup:
+    """Draw a gate: its allowed range as a band, what was measured as a dot, its interval as a line through it."""
+    known = [v for v in (value, *(ci95 or ()), *limit) if v is not None]
+    if not known:
+        return Markup("")
+    spread = (max(known) - min(known)) or abs(known[0]) or 1.0
+    axis = _Axis(min(known) - 0.35 * spread, max(known) + 0.35 * spread, 2, 158)
+    low, high = limit
+    ends = (axis.start if low is None else axis(low), axis.end if high is None else axis(high))
+    drawn = [_line(axis.start, 14, axis.end, 14, "axis-line"), _rect(_Box(ends[0], 4, ends[1], 24), "allowed")]
+    drawn += [_line(at, 2, at, 26, "limit") for at, bound in zip(ends, limit, strict=True) if bound is not None]
+    if ci95:
+        drawn.append(_line(axis(ci95[0]), 14, axis(ci95[1]), 14, f"ci {verdict}"))
+    if value is not None:
+        drawn.append(element("circle", cx=axis(value), cy=14, r=4.5, class_=f"mark {verdict}"))
+    description = "The band is what the gate allows; the dot is the measured value, the line its 95 % interval."
+    return picture(
+        drawn, ident=ident, title=title, description=description, width=160, height=28, class_="gate-picture"
+    )
+
+
+def bar(start: float, length: float, total: float, *, ident: str, title: str, style: str = "") -> Markup:
+    """Draw one horizontal bar from `start`, `length` long, on a scale of `total`; it stretches with its cell."""
+    scale = 100 / total if total > 0 else 0.0
+    left, width = start * scale, max(length * scale, 0.6) if length > 0 else 0.0
+    drawn = [
+        element("rect", x=0, y=0, width=100, height=8, class_="track"),
+        element("rect", x=min(left, 99.4), y=0, width=width, height=8, class_=f"bar {style}".strip()),
+    ]
+    description = f"A bar from {start / total:.0%} to {(start + length) / total:.0%} of the scale." if total > 0 else ""
+    return picture(
+        drawn,
+        ident=ident,
+        title=title,
+        description=description,
+        width=100,
+        height=8,
+        class_="bar-picture",
+        preserveAspectRatio="none",
+    )
+
+
+def histogram(
+    bins: Sequence[tuple[float, float, int]], marks: Sequence[tuple[str, float]], *, description: str
+) -> Markup:
+    """Draw counts over logarithmic bins (from, to, count); `marks` are named values drawn as lines.
+
+    Bins whose edges aren't above zero, or that are out of order, can't be drawn on a logarithmic axis and are left out.
+    """
+    usable = [(low, high, count) for low, high, count in bins if 0 < low < high and count >= 0]
+    total = sum(count for _, _, count in usable)
+    if not total:
+        return Markup("")
+    frame = _Box(8, 56, 552, 250)
+    x = _Axis(math.log10(usable[0][0]), math.log10(max(high for _, high, _ in usable)), frame.left, frame.right)
+    y = _Axis(0, max(count for _, _, count in usable), frame.bottom, frame.top)
+    drawn = [
+        _rect(_Box(x(math.log10(low)) + 1, y(count), x(math.log10(high)) - 1, frame.bottom), "bar")
+        for low, high, count in usable
+    ]
+    drawn.append(_line(frame.left, frame.bottom, frame.right, frame.bottom, "axis-line"))
+    for power in range(math.ceil(x.low - 1e-9), math.floor(x.high + 1e-9) + 1):
+        at = x(power)
+        drawn.append(_line(at, frame.bottom, at, frame.bottom + 5, "tick"))
+        if (power - math.ceil(x.low)) % max(1, round((x.high - x.low) / 8)) == 0:
+            drawn.append(_text(_power(power), at, frame.bottom + 21, "axis", "middle"))
+    shown = [(name, value) for name, value in marks if value > 0 and x.low <= math.log10(value) <= x.high]
+    drawn += _marked([(f"{name} {text.number(value)}", x(math.log10(value))) for name, value in shown], frame)
+    drawn.append(_text("nats per token, logarithmic →", frame.right, frame.bottom + 42, "axis-title", "end"))
+    return picture(
+        drawn,
+        ident="kl",
+        title="KL divergence per token",
+        description=description,
+        width=560,
+        height=298,
+        class_="chart",
+    )
+
+
+def _marked(marks: Sequence[tuple[str, float]], frame: _Box) -> Iterator[Markup]:
+    """Draw named vertical lines, each name on a row of its own, ordered so that no line crosses a name.
+
+    A line begins at its own row. Names run left with the rightmost on top; where the leftmost has no room for that,
+    names run right with the leftmost on top.
+    """
+    leftward = all(at - GLYPH * len(name) > frame.left for name, at in marks)
+    for row, (name, at) in enumerate(sorted(marks, key=lambda mark: mark[1], reverse=leftward)):
+        height = 12.0 + 16 * row
+        yield _line(at, height - 9, at, frame.bottom, "mark-line")
+        yield _text(name, at + (-5 if leftward else 5), height, "name", "end" if leftward else "start")
+
+
+def _power(exponent: int) -> str:
+    if -3 <= exponent <= 3:
+        return f"{10.0**exponent:g}"
+    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def columns(shares: Sequence[float], *, ident: str, title: str, description: str) -> Markup:
+    """Draw shares between 0 and 1 as columns, one per position from 1, each with its value on top."""
+    frame = _Box(8, 26, 552, 170)
+    pitch = (frame.right - frame.left) / max(4, len(shares))
+    drawn = []
+    for i, share in enumerate(shares):
+        left, top = frame.left + i * pitch, frame.bottom - max(0.0, min(1.0, share)) * (frame.bottom - frame.top)
+        middle = left + pitch / 2
+        drawn += [
+            _rect(_Box(left + pitch * 0.16, top, left + pitch * 0.84, frame.bottom), "bar"),
+            _text(text.percent(share), middle, top - 7, "name", "middle"),
+            _text(str(i + 1), middle, frame.bottom + 20, "axis", "middle"),
+        ]
+    drawn += [
+        _line(frame.left, frame.bottom, frame.right, frame.bottom, "axis-line"),
+        _text("position of the draft token →", frame.right, frame.bottom + 40, "axis-title", "end"),
+    ]
+    return picture(drawn, ident=ident, title=title, description=description, width=560, height=216, class_="chart")

@@ -1,0 +1,78 @@
+"""report.json, report.md and report.html, each put in place whole: a reader sees the old file or the new one.
+
+The JSON is written first: it holds every number, and `optikit report` renders the others from it again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from optikit.errors import CannotCreateError, DiskError, InputMissingError, IntegrityError
+from optikit.report import html, markdown, text
+from optikit.report.schema import Report
+
+JSON = "report.json"
+
+
+def write(report: Report, out: Path) -> None:
+    """Write the report's three files into `out`, which is made where missing.
+
+    Raises:
+        CannotCreateError: `out` can't be made or written to.
+        DiskError: The disk is full or fails.
+    """
+    put(out / JSON, report.model_dump_json(indent=2) + "\n")
+    render(report, out)
+
+
+def render(report: Report, out: Path) -> None:
+    """Write report.md and report.html anew; errors as in `write`."""
+    put(out / "report.md", markdown.render(report))
+    put(out / "report.html", html.render(report))
+
+
+def load(path: Path) -> Report:
+    """Read a report from its JSON file, or from the directory that holds one.
+
+    Raises:
+        InputMissingError: There is none.
+        IntegrityError: The file isn't a report of a schema version known here.
+    """
+    file = path / JSON if path.is_dir() else path
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError as error:
+        fix = "name a directory that `optikit run --out` wrote"
+        raise InputMissingError(f"{file}: no such report", fix=fix) from error
+    except OSError as error:
+        raise DiskError(f"{file}: {error.strerror}", fix="check that the file can be read") from error
+    try:
+        return Report.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        message = f"{file}: not a report that this version reads: {text.clean(where)}: {text.clean(first['msg'])}"
+        raise IntegrityError(message, fix="run the recipe again; finished steps are kept") from error
+
+
+def put(path: Path, content: str) -> None:
+    """Write a UTF-8 file atomically: a temporary file beside it, flushed to disk, then renamed over it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("w", encoding="utf-8", newline="\n") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO}:
+            raise DiskError(f"{path}: {error.strerror}", fix="free some space, then run `optikit report`") from error
+        raise CannotCreateError(f"{path}: {error.strerror}", fix="choose another --out directory") from error
