@@ -102,7 +102,10 @@ class Measurement(_Frozen):
 
 
 class Ratio(_Frozen):
-    """A paired ratio with its interval; `noise_floor` is the half-width of the same ratio of the baseline to itself."""
+    """A paired ratio with its interval.
+
+    `noise_floor` is how far the interval of the same ratio of the baseline to itself strays from one.
+    """
 
     value: float
     ci95: Interval
