@@ -176,7 +176,7 @@ _COST = (
     ),
     _Spec(
         key="usd_blended",
-        label="Per million tokens, blended",
+        label="Per million, blended",
         find=_cost("usd_per_million_blended_tokens"),
         write=_dollars,
         words=("dearer", "cheaper"),
