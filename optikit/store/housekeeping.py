@@ -56,6 +56,17 @@ def entries(store: Store) -> tuple[Entry, ...]:
     return tuple(sorted((row for row in rows if row is not None), key=lambda row: (row.used, row.name)))
 
 
+def describe(store: Store, entry: Entry) -> str:
+    """Say in a few words what an entry is: the stage that made it, or the file that was fetched."""
+    if entry.kind != "artifact":
+        return next((path.name for path in sorted(entry.path.iterdir())), "") if entry.path.is_dir() else "text"
+    try:
+        manifest = load(store.artifact_path(entry.name))
+    except IntegrityError as error:
+        return error.message
+    return f"{manifest.verb} {manifest.method}, {manifest.seconds:.0f} s to make"
+
+
 def fsck(store: Store) -> dict[str, list[Damage]]:
     """Read every byte of every artifact and download again; set aside what is damaged, and say what it was."""
     found: dict[str, list[Damage]] = {}

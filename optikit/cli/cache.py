@@ -1,0 +1,128 @@
+"""`optikit cache`: what the store holds, whether it is whole, and making room in it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from optikit.store.store import Store
+
+app = typer.Typer(help="Look after the store of finished steps and downloads.", no_args_is_help=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.command("list")
+def list_(as_json: AsJson = False) -> None:
+    """List every artifact and download, the one used longest ago first."""
+    import json
+    from datetime import UTC, datetime
+
+    from optikit.cli._table import table
+    from optikit.store import housekeeping
+    from optikit.store.files import in_units
+    from optikit.store.store import Store
+
+    store = Store.default()
+    rows = [
+        {
+            "kind": entry.kind,
+            "name": entry.name,
+            "what": housekeeping.describe(store, entry),
+            "size_bytes": entry.size_bytes,
+            "used": datetime.fromtimestamp(entry.used, UTC).isoformat(timespec="seconds"),
+        }
+        for entry in housekeeping.entries(store)
+    ]
+    total = sum(int(str(row["size_bytes"])) for row in rows)
+    if as_json:
+        print(json.dumps({"root": str(store.root), "size_bytes": total, "entries": rows}, indent=1))
+        return
+    lines = [("used", "size", "kind", "name", "what")]
+    lines += [
+        (
+            str(row["used"])[:16],
+            in_units(int(str(row["size_bytes"]))),
+            str(row["kind"]),
+            str(row["name"])[:12],
+            str(row["what"]),
+        )
+        for row in rows
+    ]
+    print("\n".join(table(lines)))
+    print(f"{in_units(total)} in {store.root}")
+
+
+@app.command()
+def gc(
+    max_size: Annotated[
+        str, typer.Option("--max-size", help="Remove what was used longest ago until this much stays, e.g. 20GiB.")
+    ] = "",
+    keep: Annotated[
+        list[str] | None, typer.Option("--keep", help="Name of an entry that stays, or its beginning.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Remove nothing, only say what would go.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove damaged and abandoned work; with --max-size, old results too. Whatever goes can be made again."""
+    import json
+
+    from optikit.errors import UsageError
+    from optikit.recipe.size import parse_size
+    from optikit.store.files import in_units
+    from optikit.store.store import Store
+
+    try:
+        limit = parse_size(max_size) if max_size else None
+    except ValueError as error:
+        raise UsageError(f"--max-size: {error}") from error
+    store = Store.default()
+    done = store.gc(_named(store, keep or []), limit, dry_run=dry_run)
+    if as_json:
+        removed = [{"kind": one.kind, "name": one.name, "size_bytes": one.size_bytes} for one in done.removed]
+        result = {"dry_run": dry_run, "removed": removed}
+        print(json.dumps(result | {"freed_bytes": done.freed_bytes, "kept_bytes": done.kept_bytes}, indent=1))
+        return
+    for one in done.removed:
+        print(f"{'would remove' if dry_run else 'removed'} {one.kind} {one.name} ({in_units(one.size_bytes)})")
+    freed = "would be free" if dry_run else "freed"
+    print(f"{in_units(done.freed_bytes)} {freed}, {in_units(done.kept_bytes)} stay in {store.root}")
+    if limit is None and not done.removed:
+        print("nothing is damaged or abandoned; `--max-size 20GiB` removes old results too")
+
+
+def _named(store: Store, beginnings: list[str]) -> set[str]:
+    """Return the full names of the entries that the given texts are the beginnings of."""
+    from optikit.errors import InputMissingError
+    from optikit.store import housekeeping
+
+    names = [entry.name for entry in housekeeping.entries(store)]
+    for beginning in beginnings:
+        if not any(name.startswith(beginning) for name in names):
+            raise InputMissingError(f"--keep {beginning}: no such entry", fix="`optikit cache list` lists them")
+    return {name for name in names if name.startswith(tuple(beginnings))}
+
+
+@app.command()
+def check(as_json: AsJson = False) -> None:
+    """Read every byte of the store again; set aside what is damaged, to be made again (exit 76 if anything is)."""
+    import json
+
+    from optikit.errors import IntegrityError
+    from optikit.report.text import clean
+    from optikit.store.store import Store
+
+    store = Store.default()
+    found = store.fsck()
+    if as_json:
+        damage = {name: [{"path": one.path, "what": one.what} for one in rows] for name, rows in found.items()}
+        print(json.dumps({"ok": not found, "entries": len(store.keys()), "damage": damage}, indent=1))
+    for name, rows in found.items() if not as_json else ():
+        print("\n".join(f"{name[:12]} {clean(str(one))}" for one in rows))
+    if found:
+        message = f"{len(found)} of the store's entries were damaged and are set aside in {store.root / 'corrupt'}"
+        raise IntegrityError(message, fix="run the recipes that need them again; look at the disk if it happens twice")
+    if not as_json:
+        print(f"{len(store.keys())} artifacts, all as sealed, in {store.root}")
