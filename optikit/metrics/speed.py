@@ -12,14 +12,21 @@ stream means nothing. Output length is fixed, because a broken model that stops 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from optikit.metrics.statistics import Floats, median_interval, requests_needed
-from optikit.report.schema import Interval
+from optikit.metrics.statistics import (
+    Floats,
+    median_interval,
+    noise_floor,
+    paired_ratio,
+    requests_needed,
+    speed_change,
+)
+from optikit.report.schema import Interval, Ratio
 
 NS_PER_MS = 1e6
 
@@ -106,6 +113,24 @@ def summarize(traces: Sequence[Trace], *, seed: int = 0) -> Summary:
 def tail(values: Floats, percentile: float) -> float | None:
     """Return a tail percentile (linear interpolation), or None where `values` (n,) are too few to claim it."""
     return float(np.quantile(values, percentile)) if len(values) >= requests_needed(percentile) else None
+
+
+def compare(
+    baseline: Sequence[Trace], candidate: Sequence[Trace], *, noise: Mapping[str, Ratio] | None = None, seed: int = 0
+) -> dict[str, Ratio]:
+    """Compare paired requests: `decode` by TPOT, `prefill` by TTFT; above one, the candidate is faster.
+
+    `noise` is this comparison of the baseline with itself; None makes it: its own interval is its noise floor.
+    """
+    sides = {"decode": [each.tpot_ms for each in baseline], "prefill": [each.ttft_ms for each in baseline]}
+    other = {"decode": [each.tpot_ms for each in candidate], "prefill": [each.ttft_ms for each in candidate]}
+    found = {}
+    for what, times in sides.items():
+        value, interval = paired_ratio(np.array(times), np.array(other[what]), seed=seed)
+        floor = noise_floor(interval) if noise is None else noise[what].noise_floor
+        verdict = speed_change(value, interval, floor)
+        found[what] = Ratio(value=value, ci95=interval, noise_floor=floor, verdict=verdict)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from optikit.report.schema import Interval, Verdict
+    from optikit.report.schema import Interval
 
 Floats = NDArray[np.float64]
 Change = Literal["faster", "slower", "no measurable change"]
@@ -109,19 +109,6 @@ def speed_change(value: float, interval: Interval, floor: float) -> Change:
     if interval[0] <= 1 <= interval[1] or abs(value - 1) < floor:
         return "no measurable change"
     return "faster" if value > 1 else "slower"
-
-
-def limit_verdict(interval: Interval, *, at_least: float | None = None, at_most: float | None = None) -> Verdict:
-    """Judge an interval by limits: pass iff all of it is inside, fail iff all of it is beyond one, else inconclusive.
-
-    >>> limit_verdict((1.02, 1.08), at_most=1.1), limit_verdict((1.08, 1.12), at_most=1.1)
-    ('pass', 'inconclusive')
-    """
-    low, high = interval
-    if (at_least is not None and high < at_least) or (at_most is not None and low > at_most):
-        return "fail"
-    inside = (at_least is None or low >= at_least) and (at_most is None or high <= at_most)
-    return "pass" if inside and not math.isnan(low + high) else "inconclusive"
 
 
 def mcnemar(lost: int, won: int) -> float:

@@ -208,26 +208,6 @@ def test_paired_ratio_needs_positive_pairs():
         s.paired_ratio(np.ones(8), np.zeros(8))
 
 
-@pytest.mark.parametrize(
-    ("interval", "limits", "verdict"),
-    [
-        ((1.02, 1.08), {"at_most": 1.1}, "pass"),
-        ((1.12, 1.18), {"at_most": 1.1}, "fail"),
-        ((1.08, 1.12), {"at_most": 1.1}, "inconclusive"),
-        ((4.1, 5.0), {"at_least": 4}, "pass"),
-        ((3.0, 3.9), {"at_least": 4}, "fail"),
-        ((3.9, 4.1), {"at_least": 4}, "inconclusive"),
-        ((0.5, 0.6), {"at_least": 0.4, "at_most": 0.7}, "pass"),
-        ((0.5, 0.8), {"at_least": 0.4, "at_most": 0.7}, "inconclusive"),
-        ((0.1, 0.2), {"at_least": 0.4, "at_most": 0.7}, "fail"),
-        ((math.nan, math.nan), {"at_most": 1}, "inconclusive"),
-        ((1.1, 1.1), {"at_most": 1.1}, "pass"),
-    ],
-)
-def test_limits_have_three_verdicts(interval, limits, verdict):
-    assert s.limit_verdict(interval, **limits) == verdict
-
-
 @given(st.floats(0.5, 2), st.floats(0, 0.5), st.floats(0, 0.5), st.floats(0, 0.5))
 def test_a_change_is_named_only_outside_interval_and_noise(value, below, above, floor):
     change = s.speed_change(value, (value - below, value + above), floor)

@@ -1,0 +1,334 @@
+"""Plan and artifacts → report: what was measured, put side by side, priced and judged. Nothing here measures.
+
+Light: numpy is imported only where kept log-likelihoods of two steps are compared.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, cast
+
+from optikit import __version__, gates, host, worker
+from optikit.gates import Value
+from optikit.metrics import cost
+from optikit.recipe.schema import as_written
+from optikit.report.schema import (
+    Cost,
+    Measurement,
+    OtherBaseline,
+    Quality,
+    Ratio,
+    Report,
+    Speed,
+    Speedup,
+    StepReport,
+)
+
+if TYPE_CHECKING:
+    from optikit.models.facts import ModelFacts
+    from optikit.plan import Plan, Step
+    from optikit.store.store import Artifact
+    from optikit.targets import Target
+
+WEIGHT_SUFFIXES = frozenset({".safetensors", ".onnx", ".data", ".bin", ".xml", ".engine", ".plan", ".neff"})
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "onnxruntime", "onnxruntime-genai")
+BASELINE, RESULT = "baseline", "result"
+QUALITY = "measure-quality-"
+SPEED = "measure-speed"
+NLL = "nll.npy"
+SECTIONS = frozenset(Quality.model_fields)
+"""Facts of a quality step that are the measurement itself; the rest is detail."""
+FEW_WINDOWS = 8
+MUCH_STEAL = 0.05
+MUCH_NOISE = 0.05
+
+
+def report(
+    plan: Plan,
+    artifacts: Mapping[str, Artifact],
+    statuses: Mapping[str, str],
+    *,
+    seconds: float,
+    command: str,
+) -> Report:
+    """Put together everything that a run found out.
+
+    Args:
+        plan: The plan that was executed.
+        artifacts: Results by step key, those of measuring steps included.
+        statuses: `executed`, `cached` or `emitted` by step name.
+        seconds: Wall time of the whole run.
+        command: The command line, for reproducing.
+    """
+    run = _Run(plan, artifacts, statuses)
+    judged = gates.judge(plan.recipe.gates, run.values)
+    return Report(
+        verdict=gates.overall(judged),
+        recipe=_recipe(plan),
+        model=_model(plan),
+        target=asdict(plan.target),
+        host=host.describe() | {"while_timing": run.speed_facts.get("host")},
+        versions={"optikit": __version__, "python": platform.python_version(), **worker.versions(LIBRARIES)},
+        baseline=run.baseline,
+        result=run.result,
+        steps=tuple(run.step(step, run.measurement(step)) for step in plan.steps),
+        measures=tuple(run.step(step, None) for step in plan.measures),
+        speedup=run.speedup(RESULT),
+        other_baselines=tuple(run.other_baselines()),
+        attribution=tuple(run.attribution()),
+        gates=judged,
+        warnings=(*(problem.message for problem in plan.warnings), *run.warnings()),
+        seconds=seconds,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A plan with what became of it, and the questions that a report asks of both."""
+
+    plan: Plan
+    artifacts: Mapping[str, Artifact]
+    statuses: Mapping[str, str]
+
+    @cached_property
+    def speed_facts(self) -> Mapping[str, Any]:
+        """What the speed test found; empty where there was none."""
+        found = self._measure(SPEED)
+        return found.manifest.facts if found else {}
+
+    @cached_property
+    def baseline(self) -> Measurement:
+        """The untouched model, in the runtime its user would otherwise use."""
+        key = self.plan.baseline_key
+        size = weight_bytes(self.artifacts[key]) if key else self.plan.facts.weight_bytes
+        return self._measurement(size, self._quality(BASELINE), BASELINE)
+
+    @cached_property
+    def result(self) -> Measurement:
+        """The last artifact."""
+        stages = [step for step in self.plan.steps if step.verb != "acquire"]
+        return self.measurement(stages[-1], last=True) if stages else self.baseline
+
+    def measurement(self, step: Step, *, last: bool | None = None) -> Measurement:
+        """Return what was measured of the artifact of a step: its speed, too, if it is the last one."""
+        is_last = step is self.plan.steps[-1] if last is None else last
+        size = weight_bytes(self.artifacts[step.key])
+        quality = self._quality(BASELINE if step.verb == "acquire" else step.name)
+        return self._measurement(size, quality, RESULT if is_last and step.verb != "acquire" else "")
+
+    def _measurement(self, size: int, quality: Quality | None, arm: str) -> Measurement:
+        speed = self._speed(arm)
+        return Measurement(
+            size_bytes=size,
+            quality=quality,
+            speed=speed,
+            cost=price(self.plan.target, speed) if arm else None,
+            reason="; ".join(self._missing(quality, speed, arm)),
+        )
+
+    def _missing(self, quality: Quality | None, speed: Speed | None, arm: str) -> Iterator[str]:
+        wanted = self.plan.recipe.evaluate
+        if quality is None:
+            yield (
+                "quality: the recipe has no `evaluate: {perplexity: …}`"
+                if wanted.perplexity is None
+                else "quality: no runtime on this machine loads this artifact"
+            )
+        if speed is None and not arm:
+            yield "speed: timed for the last step only"
+        elif speed is None:
+            yield (
+                "speed: the recipe has no `evaluate: {speed: …}`"
+                if wanted.speed is None
+                else "speed: timed only where the last step compiled for a runtime on this machine"
+            )
+
+    def _measure(self, name: str) -> Artifact | None:
+        step = next((step for step in self.plan.measures if step.name == name), None)
+        return self.artifacts.get(step.key) if step else None
+
+    def _quality(self, name: str) -> Quality | None:
+        found = self._measure(QUALITY + name)
+        if found is None:
+            return None
+        return Quality.model_validate({key: value for key, value in found.manifest.facts.items() if key in SECTIONS})
+
+    def _speed(self, arm: str) -> Speed | None:
+        found = self.speed_facts.get("arms", {}).get(arm)
+        return Speed.model_validate(found) if found else None
+
+    def speedup(self, arm: str) -> Speedup:
+        """Return an arm's speed against the baseline's."""
+        ratios = self.speed_facts.get("ratios", {}).get(arm, {})
+        return Speedup(**{what: Ratio.model_validate(ratio) for what, ratio in ratios.items()})
+
+    def other_baselines(self) -> Iterator[OtherBaseline]:
+        """Yield further baselines; their speed-up is the result's against them, over the same rounds."""
+        for name, ratios in self.speed_facts.get("last_against", {}).items():
+            speed = self._speed(name)
+            if speed is not None:
+                against = Speedup(**{what: Ratio.model_validate(ratio) for what, ratio in ratios.items()})
+                yield OtherBaseline(name=name, speed=speed, speedup=against)
+
+    @cached_property
+    def values(self) -> Mapping[str, Value]:
+        """What gates may limit, by metric name."""
+        return {**self._quality_values(), **self._speed_values()} | {
+            "size_ratio": Value(value=self.result.size_bytes / self.baseline.size_bytes)
+        }
+
+    def _quality_values(self) -> dict[str, Value]:
+        missing = Value(reason=self.result.reason or "the result has no quality to compare")
+        found = dict.fromkeys(("perplexity_ratio", "kl_divergence_mean", "top1_agreement"), missing)
+        quality = self.result.quality
+        if quality is None:
+            return found
+        if quality.perplexity is not None:
+            ratio = quality.perplexity
+            found["perplexity_ratio"] = Value(value=ratio.ratio, ci95=ratio.ratio_ci95, reason=quality.reason)
+        apart = quality.kl_divergence
+        found["kl_divergence_mean"] = (
+            Value(value=apart.mean, ci95=apart.mean_ci95) if apart else Value(reason=quality.reason)
+        )
+        found["top1_agreement"] = Value(
+            value=quality.top1_agreement, ci95=quality.top1_agreement_ci95, reason=quality.reason
+        )
+        return found
+
+    def _speed_values(self) -> dict[str, Value]:
+        ratios = self.speedup(RESULT)
+        missing = Value(reason=self.result.reason or "the result was not timed")
+        found = {
+            f"{what}_speedup": Value(value=ratio.value, ci95=ratio.ci95) if ratio else missing
+            for what, ratio in (("decode", ratios.decode), ("prefill", ratios.prefill))
+        }
+        speed = self.result.speed
+        intervals = self.speed_facts.get("intervals", {}).get(RESULT, {})
+        for name in ("tpot_ms_p50", "ttft_ms_p50", "peak_memory_mib"):
+            interval = cast("tuple[float, float] | None", tuple(intervals[name]) if name in intervals else None)
+            found[name] = Value(value=getattr(speed, name), ci95=interval) if speed else missing
+        return found
+
+    def step(self, step: Step, measurement: Measurement | None) -> StepReport:
+        """Return one step's part of the report."""
+        manifest = self.artifacts[step.key].manifest
+        facts = manifest.facts if step.verb != "measure" else _details(manifest.facts)
+        return StepReport(
+            name=step.name,
+            verb=step.verb,
+            method=step.method,
+            backend=step.backend,
+            status=cast("Any", self.statuses[step.name]),
+            key=step.key,
+            seconds=manifest.seconds,
+            peak_memory_mib=manifest.peak_memory_mib,
+            artifact_bytes=manifest.size_bytes,
+            estimate_seconds=step.estimate.seconds,
+            estimate_peak_memory_mib=step.estimate.peak_bytes / 2**20,
+            options=step.options.model_dump(mode="json"),
+            facts=dict(facts),
+            measurement=measurement,
+        )
+
+    def attribution(self) -> Iterator[dict[str, Any]]:
+        """Yield what each step alone did to perplexity and size: against the artifact it was made from."""
+        for step in self.plan.steps:
+            if step.verb == "acquire":
+                continue
+            parent = next((other for other in self.plan.steps if other.key == step.source), None)
+            before = self.measurement(parent) if parent else self.baseline
+            own: dict[str, Any] = {"step": step.name}
+            ratio = self._perplexity_ratio(parent, step)
+            if ratio is not None:
+                own["perplexity_ratio"] = ratio
+            yield own | {"size_ratio": self.measurement(step).size_bytes / before.size_bytes}
+
+    def _perplexity_ratio(self, parent: Step | None, step: Step) -> dict[str, Any] | None:
+        before = self._measure(QUALITY + (BASELINE if parent is None or parent.verb == "acquire" else parent.name))
+        after = self._measure(QUALITY + step.name)
+        if before is None or after is None:
+            return None
+        import numpy as np
+
+        from optikit.metrics import statistics
+
+        nll = [np.load(artifact.path / NLL, allow_pickle=False) for artifact in (before, after)]
+        value, interval = statistics.perplexity_ratio(*nll, seed=self.plan.recipe.seed)
+        return {"value": value, "ci95": list(interval)}
+
+    def warnings(self) -> Iterator[str]:
+        """Yield what a reader should know before trusting the numbers."""
+        wanted = self.plan.recipe.evaluate
+        if wanted.perplexity is not None and wanted.perplexity.windows < FEW_WINDOWS:
+            yield f"{wanted.perplexity.windows} windows are few: quality intervals are wide and rest on Student's t."
+        facts = self.speed_facts
+        if not facts:
+            return
+        if self.statuses.get(SPEED) == "cached":
+            yield "Speed was timed in an earlier run on this machine and taken from the store."
+        steal = facts["host"]["steal_share"]
+        if steal is not None and steal > MUCH_STEAL:
+            yield f"While timing, the hypervisor gave {steal:.0%} of the processor time to other machines."
+        floor = facts["noise"]["decode"]["noise_floor"]
+        if floor > MUCH_NOISE:
+            yield f"The machine was noisy: the baseline differs from itself by up to {floor:.0%} in decode speed."
+        runs = wanted.speed.repetitions if wanted.speed else 0
+        if facts["prompts"] < runs:
+            yield f"The text has only {facts['prompts']} prompts of that length: some were decoded more than once."
+
+
+def weight_bytes(artifact: Artifact) -> int:
+    """Return the bytes of an artifact's weights: safetensors files, or a compiled graph with its data."""
+    files = artifact.manifest.files
+    return sum(record.size for name, record in files.items() if PurePosixPath(name).suffix in WEIGHT_SUFFIXES)
+
+
+def price(target: Target, speed: Speed | None) -> Cost:
+    """Return what tokens cost on a target, or why that isn't known."""
+    if target.usd_per_hour is None:
+        return Cost(reason=f"target {target.name} has no price per hour")
+    if speed is None:
+        return Cost(reason="speed was not measured", price_source=target.price_source)
+    if target.device != "cpu":
+        reason = f"speed was measured on this machine's processor, and {target.name} charges for its accelerator"
+        return Cost(reason=reason, price_source=target.price_source)
+    return Cost(
+        usd_per_million_output_tokens=cost.usd_per_million_output(target.usd_per_hour, speed.decode_tokens_per_s),
+        usd_per_million_blended_tokens=cost.usd_per_million_blended(target.usd_per_hour, tpot_ms=speed.tpot_ms_p50),
+        price_source=target.price_source,
+    )
+
+
+def _recipe(plan: Plan) -> dict[str, Any]:
+    written = plan.recipe.model_dump(mode="json", exclude={"stages"})
+    return written | {"stages": [as_written(entry) for entry in plan.recipe.stages]}
+
+
+def _model(plan: Plan) -> dict[str, Any]:
+    facts: ModelFacts = plan.facts
+    return {
+        "source": plan.model.resolved,
+        "digest": plan.model.digest,
+        "model_type": facts.model_type,
+        "parameters": facts.parameters,
+        "layers": facts.layers,
+        "hidden": facts.hidden,
+        "vocab": facts.vocab,
+        "max_positions": facts.max_positions,
+        "dtype": facts.dtype,
+        "weight_bytes": facts.weight_bytes,
+        "traits": sorted(facts.traits),
+    }
+
+
+def _details(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a measuring step's facts without what the measurements already hold."""
+    shown = SECTIONS | {"arms", "ratios", "last_against", "files"}
+    return {name: value for name, value in facts.items() if name not in shown}

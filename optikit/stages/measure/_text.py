@@ -1,0 +1,117 @@
+"""Tokens that every arm of a measurement sees: read once, tokenized once, by the baseline's tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optikit.errors import InputMissingError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from tokenizers import Tokenizer
+
+
+def read(path: Path) -> str:
+    """Read a UTF-8 text.
+
+    Raises:
+        InputMissingError: No such file, not UTF-8, or nothing but blanks.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError as error:
+        raise InputMissingError(f"{path} doesn't exist", fix="check the path of the text") from error
+    except UnicodeDecodeError as error:
+        message = f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}"
+        raise InputMissingError(message, fix="convert the text to UTF-8") from error
+    if not text.strip():
+        raise InputMissingError(f"{path} holds no text", fix="give a text, or check `part` and `drop_lines`")
+    return text
+
+
+def tokenizer(directory: Path) -> Tokenizer:
+    """Load the tokenizer of a model directory; truncation and padding that its file may ask for are off.
+
+    Raises:
+        InputMissingError: The directory has no tokenizer.json.
+    """
+    from tokenizers import Tokenizer
+
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise InputMissingError(f"{directory} has no tokenizer.json", fix="save the model with its fast tokenizer")
+    loaded = Tokenizer.from_file(str(path))
+    loaded.no_truncation()
+    loaded.no_padding()
+    return loaded
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A text as tokens. `ends` is the offset, in bytes of UTF-8, where the text of each token ends."""
+
+    tokens: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+
+def encode(text: str, by: Tokenizer) -> Encoded:
+    """Tokenize a text as one piece, without special tokens."""
+    import numpy as np
+
+    encoding = by.encode(text, add_special_tokens=False)
+    characters = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    widths = 1 + (characters > 0x7F).astype(np.int64) + (characters > 0x7FF) + (characters > 0xFFFF)
+    offsets = np.concatenate([[0], np.cumsum(widths)])
+    ends = np.array([end for _, end in encoding.offsets], np.int64)
+    return Encoded(np.array(encoding.ids, np.int64), offsets[ends])
+
+
+def prompts(path: Path, by: Tokenizer, *, length: int, wanted: int, seed: int) -> list[list[int]]:
+    """Return up to `wanted` prompts of exactly `length` tokens, in an order that `seed` decides.
+
+    JSON Lines with a `prompt` field: longer prompts are cut, shorter ones left out. Anything else is prose: passages
+    that don't overlap, from anywhere in it.
+
+    Raises:
+        InputMissingError: Not one prompt is long enough, or a line isn't {"prompt": "…"}.
+    """
+    import numpy as np
+
+    text = read(path)
+    candidates = [encode(prompt, by).tokens for prompt in _prompt_fields(path, text)]
+    if not candidates:
+        tokens = encode(text, by).tokens
+        candidates = [tokens[start : start + length] for start in range(0, len(tokens), length)]
+    fitting = [tokens[:length].tolist() for tokens in candidates if len(tokens) >= length]
+    if not fitting:
+        longest = max(len(tokens) for tokens in candidates)
+        message = f"no prompt of {path} has {length} tokens; the longest has {longest}"
+        raise InputMissingError(message, fix=f"set prompt_tokens to {longest} or less, or give longer prompts")
+    order = np.random.default_rng(seed).permutation(len(fitting))[:wanted]
+    return [fitting[index] for index in order]
+
+
+def _prompt_fields(path: Path, text: str) -> Iterator[str]:
+    """Yield the prompts of JSON Lines; nothing where the text is prose: its first line isn't a JSON object."""
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not isinstance(_parse(lines[0][1]), dict):
+        return
+    for number, line in lines:
+        entry = _parse(line)
+        prompt = entry.get("prompt") if isinstance(entry, dict) else None
+        if not isinstance(prompt, str) or not prompt:
+            message = f'{path}:{number}: expected {{"prompt": "…"}}, got {line[:60]!r}'
+            raise InputMissingError(message, fix="every line of a prompt file is one JSON object with a `prompt`")
+        yield prompt
+
+
+def _parse(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

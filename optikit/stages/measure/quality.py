@@ -1,0 +1,224 @@
+"""Quality on running text: perplexity, KL divergence from the baseline, top-1 agreement.
+
+The model is asked through the runtime that will serve it, so what a compiled graph or an int4 kernel changes is seen.
+The baseline's run keeps its logits, and every candidate is compared with those same logits, streamed from disk.
+
+Paper   perplexity protocol of Frantar et al. 2022 (arXiv:2210.17323): windows don't overlap, the tail is dropped;
+        divergence statistics of llama.cpp's `perplexity --kl-divergence`
+Cost    one forward pass over windows × window tokens; the baseline keeps two bytes per token and vocabulary entry
+Differs intervals come from a bootstrap over windows: tokens of one window depend on each other
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from optikit.errors import InputMissingError, StageFailedError
+from optikit.models.facts import ModelFacts, Trait
+from optikit.problems import Problem
+from optikit.stages.measure import _text
+from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
+from optikit.targets import Target
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from optikit.metrics.scoring import Scores
+    from optikit.runtime.protocol import Decoder
+
+SUMMARY = "perplexity, KL divergence and top-1 agreement against the baseline"
+NEEDS: frozenset[Trait] = frozenset()
+CALIBRATED = False
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "onnxruntime", "onnxruntime-genai")
+ENVIRONMENT: str | None = None
+
+NLL, TOP1, LOGITS, DIVERGENCE, ABOUT = "nll.npy", "top1.npy", "logits.f16", "divergence.npy", "about.json"
+HOPELESS_NATS = 100.0
+"""A uniform guess over a vocabulary of 50,000 costs 10.8 nats; ten times that is no language model."""
+FLOPS = 60e9
+"""Floating-point operations per second of two CPU cores in float32, as transformers reaches them."""
+SECONDS_PER_LOGIT = 8e-9
+"""Time for log-likelihood, float16 and divergence of one logit."""
+
+
+class Options(StageOptions):
+    """What to score, and how."""
+
+    runtime: Literal["transformers", "onnxruntime"] = "transformers"
+    """Runtime that loads the model."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of weights and arithmetic, where the runtime lets one choose."""
+    window: int = Field(default=512, ge=2)
+    """Tokens per window."""
+    windows: int = Field(default=16, ge=2)
+    """Number of windows, from the start of the text."""
+    keep_logits: bool = False
+    """Keep the logits, so that other models can be compared with this one."""
+
+
+def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
+    """Yield what can't be measured on this model."""
+    if options.window > facts.max_positions:
+        message = f"windows of {options.window} tokens are longer than the model's context of {facts.max_positions}"
+        fix = f"set window to {facts.max_positions} or less"
+        yield Problem(code="window-exceeds-context", message=message, fix=fix, loc=("window",))
+
+
+def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
+    """Estimate: two operations per weight and token, plus the arithmetic on logits; weights in float32."""
+    tokens = options.windows * options.window
+    logits = tokens * facts.vocab
+    return Estimate(
+        seconds=15 + 2 * facts.parameters * tokens / FLOPS + logits * SECONDS_PER_LOGIT,
+        peak_bytes=4 * facts.parameters + 256 * facts.vocab * 12 + 700 * 2**20,
+        disk_bytes=2 * logits if options.keep_logits else 20 * tokens,
+    )
+
+
+def after(options: Options, facts: ModelFacts) -> ModelFacts:
+    """Measuring changes nothing."""
+    return facts
+
+
+def run(options: Options, job: Job) -> Facts:
+    """Score `job.source` on `job.inputs["text"]`; against `job.inputs["baseline"]` where there is one.
+
+    Raises:
+        InputMissingError: The text is too short for the windows.
+        StageFailedError: The model returned NaN, or was compared across protocols or vocabularies.
+    """
+    from optikit.runtime import load
+
+    about, windows, scored_bytes = _windows(options, job)
+    decoder = load(job.source, runtime=options.runtime, dtype=options.dtype, threads=job.threads)
+    about |= {"vocab": decoder.vocab, "runtime": decoder.runtime, "dtype": decoder.dtype, "threads": decoder.threads}
+    baseline = job.inputs.get("baseline")
+    if baseline is not None:
+        _require_comparable(about, json.loads((baseline / ABOUT).read_text(encoding="utf-8")))
+    scores = _score(options, job, decoder, windows)
+    (job.dest / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
+    return _facts(about, scores, scored_bytes, job)
+
+
+def _windows(options: Options, job: Job) -> tuple[dict[str, Any], NDArray[np.int64], int]:
+    """Return what names the measurement, the windows, and how many bytes of text they score."""
+    import hashlib
+
+    from optikit.metrics import perplexity
+
+    text = _text.read(job.inputs["text"])
+    encoded = _text.encode(text, _text.tokenizer(job.inputs["tokenizer"]))
+    try:
+        windows = perplexity.cut(encoded.tokens, options.window, options.windows)
+    except ValueError as error:
+        fit = len(encoded.tokens) // options.window
+        fix = f"set windows to {fit}" if fit >= 2 else "give a longer text, or a shorter window"
+        raise InputMissingError(str(error), fix=fix) from error
+    ends = encoded.ends[: windows.size].reshape(windows.shape)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    about = {"protocol": perplexity.protocol(digest, options.window, options.windows)}
+    return about, windows, int((ends[:, -1] - ends[:, 0]).sum())
+
+
+def _require_comparable(about: dict[str, Any], baseline: dict[str, Any]) -> None:
+    for what in ("protocol", "vocab"):
+        if about[what] != baseline[what]:
+            message = f"can't compare with the baseline: its {what} is {baseline[what]}, this one's is {about[what]}"
+            raise StageFailedError(message, fix="measure both on the same text, with the same tokenizer")
+
+
+def _score(options: Options, job: Job, decoder: Decoder, windows: NDArray[np.int64]) -> Scores:
+    import numpy as np
+
+    from optikit.metrics.scoring import NotFiniteError, score
+
+    if decoder.max_tokens < options.window:
+        message = f"{decoder.runtime} holds {decoder.max_tokens} tokens, and a window has {options.window}"
+        raise StageFailedError(message, fix=f"set window to {decoder.max_tokens} or less")
+    kept = job.inputs["baseline"] / LOGITS if "baseline" in job.inputs else None
+    try:
+        with ExitStack() as files:
+            keep = files.enter_context((job.dest / LOGITS).open("wb")) if options.keep_logits else None
+            against = files.enter_context(kept.open("rb")) if kept and kept.is_file() else None
+            scores = score(decoder, windows, against=against, keep=keep, progress=job.progress)
+    except NotFiniteError as error:
+        message = f"{decoder.runtime} ({decoder.dtype}): {error}"
+        raise StageFailedError(message, fix="the model overflows; try another dtype, or a milder stage") from error
+    if scores.nll.mean() > HOPELESS_NATS:
+        message = f"the model is broken: {scores.nll.mean():.0f} nats per token, a uniform guess costs less than 13"
+        raise StageFailedError(message, fix="look at the stages before this one")
+    np.save(job.dest / NLL, scores.nll)
+    np.save(job.dest / TOP1, scores.top1)
+    if scores.divergence is not None:
+        np.save(job.dest / DIVERGENCE, scores.divergence)
+    return scores
+
+
+def _facts(about: dict[str, Any], scores: Scores, scored_bytes: int, job: Job) -> Facts:
+    import numpy as np
+
+    from optikit.metrics import perplexity, statistics
+    from optikit.report.schema import Perplexity, Quality
+
+    found: dict[str, Any] = {"ratio": None, "ratio_ci95": None}
+    compared: dict[str, Any] = {"reason": "this is the baseline"}
+    extra: dict[str, Any] = {}
+    if "baseline" in job.inputs:
+        base = np.load(job.inputs["baseline"] / NLL, allow_pickle=False)
+        found["ratio"], found["ratio_ci95"] = statistics.perplexity_ratio(base, scores.nll, seed=job.seed)
+        shift = statistics.detectable_shift((scores.nll - base).mean(axis=1))
+        extra["detectable_ratio"] = float(np.exp(shift))
+        compared, statistic_set = _compared(scores, base, job)
+        extra |= statistic_set
+    quality = Quality(
+        runtime=about["runtime"],
+        perplexity=Perplexity(
+            protocol=about["protocol"],
+            value=perplexity.perplexity(scores.nll),
+            bits_per_byte=perplexity.bits_per_byte(scores.nll, scored_bytes),
+            tokens=scores.nll.size,
+            **found,
+        ),
+        **compared,
+    )
+    files = sorted(path.name for path in job.dest.iterdir())
+    return quality.model_dump(mode="json") | extra | {"about": about, "files": files}
+
+
+def _compared(scores: Scores, base: NDArray[np.float64], job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the fields of `Quality` that compare with the baseline, and the full statistic set."""
+    import numpy as np
+
+    from optikit.metrics import divergence, statistics
+    from optikit.report.schema import Divergence
+
+    same = scores.top1 == np.load(job.inputs["baseline"] / TOP1, allow_pickle=False)
+    compared: dict[str, Any] = {
+        "top1_agreement": float(same.mean()),
+        "top1_agreement_ci95": statistics.mean_interval(same.mean(axis=1), seed=job.seed),
+    }
+    apart = scores.divergence
+    if apart is None:
+        return compared | {"reason": "no divergence: the baseline's logits were not kept"}, {}
+    if apart.size < divergence.FEWEST_TOKENS:
+        reason = f"no divergence: {apart.size} scored tokens are too few, {divergence.FEWEST_TOKENS} are needed"
+        return compared | {"reason": reason}, {}
+    full = divergence.statistics(apart.ravel(), base.ravel(), scores.nll.ravel(), same.ravel())
+    compared["kl_divergence"] = Divergence(
+        mean=full.mean,
+        median=full.median,
+        p90=full.percentiles["p90"],
+        p99=full.percentiles["p99"],
+        max=full.max,
+        mean_ci95=statistics.mean_interval(apart.mean(axis=1), seed=job.seed),
+        histogram=divergence.histogram(apart.ravel()),
+        tokens=full.tokens,
+    )
+    return compared, {"divergence": asdict(full)}

@@ -1,0 +1,212 @@
+"""Speed of several models, timed in turns: time to first token, time per output token, prefill, decode, memory.
+
+Every arm is a process of its own that loads its model once. All arms decode the same prompt before any takes the next
+one, and every other round runs backwards (A B B A), so that a machine that slows down slows everyone. The first arm is
+the baseline; it runs a second time in every round, and that ratio of the baseline to itself is the noise floor.
+
+Paper   none; definitions are those of vLLM's and MLPerf's benchmarks, tails need MLPerf's number of requests
+Hurts   anything else that runs on the machine meanwhile; its load and steal are recorded
+Cost    (rounds + warm-up) × the time of one answer of every arm; all models in memory at once
+Differs output length is fixed and end-of-text ignored: a broken model that stops early would look fast
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from optikit.errors import StageFailedError
+from optikit.models.facts import ModelFacts, Trait
+from optikit.problems import Problem
+from optikit.report.schema import Ratio, Speed
+from optikit.stages.measure import _text
+from optikit.stages.measure._arms import Arm
+from optikit.stages.measure._session import AGAIN, Rounds, Sample, conduct, select, write_samples
+from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
+from optikit.targets import Target
+
+if TYPE_CHECKING:
+    from optikit.metrics.speed import Summary
+
+SUMMARY = "TTFT, TPOT, prefill, decode and memory of result and baselines, in interleaved pairs"
+NEEDS: frozenset[Trait] = frozenset()
+CALIBRATED = False
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "onnxruntime", "onnxruntime-genai")
+ENVIRONMENT: str | None = None
+
+SAMPLES = "samples.jsonl"
+BYTES_PER_SECOND = 10e9
+"""Weights that two CPU cores read per second while decoding."""
+PREFILL_FLOPS = 60e9
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+class ArmOptions(BaseModel):
+    """One model to time."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    """Its name in the result; also the name of its log."""
+    role: str
+    """Which input directory it loads."""
+    runtime: Literal["transformers", "onnxruntime"]
+    """Runtime that loads it."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of weights and arithmetic, where the runtime lets one choose."""
+
+
+class Options(StageOptions):
+    """What to time, and how often."""
+
+    arms: tuple[ArmOptions, ...] = Field(min_length=1)
+    """Models to time; the first is the baseline of every ratio."""
+    prompt_tokens: int = Field(default=128, ge=1)
+    """Tokens per prompt."""
+    new_tokens: int = Field(default=64, ge=2)
+    """Tokens decoded per prompt."""
+    repetitions: int = Field(default=8, ge=2)
+    """Measured rounds; each decodes one prompt with every arm."""
+    warmup: int = Field(default=2, ge=1)
+    """Runs per arm before measuring; the first of them is reported as the cold run."""
+    hang_s: float = Field(default=900, gt=0)
+    """Seconds without an answer after which an arm counts as hung."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Options:
+        names = [arm.name for arm in self.arms]
+        if len(set(names)) < len(names):
+            msg = f"arms must have different names: {', '.join(names)}"
+            raise ValueError(msg)
+        return self
+
+
+def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
+    """Yield what can't be timed on this model."""
+    need = options.prompt_tokens + options.new_tokens
+    if need > facts.max_positions:
+        message = f"{options.prompt_tokens} prompt tokens and {options.new_tokens} new ones exceed the model's context"
+        fix = f"keep their sum at {facts.max_positions} or less"
+        yield Problem(code="prompt-exceeds-context", message=message, fix=fix, loc=("prompt_tokens",))
+
+
+def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
+    """Estimate: decoding reads all weights per token, prefill does two operations per weight and token."""
+    runs = options.warmup + options.repetitions
+    sizes = [_weight_bytes(arm, facts) for arm in options.arms]
+    prefill = 2 * facts.parameters * options.prompt_tokens / PREFILL_FLOPS
+    seconds = [prefill + options.new_tokens * size / BYTES_PER_SECOND for size in sizes]
+    return Estimate(
+        seconds=10 * len(sizes) + runs * sum(seconds) + options.repetitions * seconds[0],
+        peak_bytes=sum(int(1.3 * size) + 500 * 2**20 for size in sizes),
+        disk_bytes=runs * len(sizes) * options.new_tokens * 20,
+    )
+
+
+def _weight_bytes(arm: ArmOptions, facts: ModelFacts) -> int:
+    return facts.weight_bytes if arm.dtype == "auto" else DTYPE_BYTES[arm.dtype] * facts.parameters
+
+
+def after(options: Options, facts: ModelFacts) -> ModelFacts:
+    """Measuring changes nothing."""
+    return facts
+
+
+def run(options: Options, job: Job) -> Facts:
+    """Time `job.inputs[arm.role]` of every arm on `job.inputs["prompts"]`; raw samples go to samples.jsonl.
+
+    Raises:
+        InputMissingError: No prompt is long enough.
+        StageFailedError: An arm failed or returned fewer tokens than asked for.
+        StageTimeoutError: An arm hung.
+    """
+    from optikit.metrics import machine
+
+    prompts = _text.prompts(
+        job.inputs["prompts"],
+        _text.tokenizer(job.inputs["tokenizer"]),
+        length=options.prompt_tokens,
+        wanted=options.warmup + options.repetitions,
+        seed=job.seed,
+    )
+    rounds = Rounds(options.warmup, options.repetitions, options.new_tokens)
+    before, ticks = machine.state(), machine.cpu_times()
+    with ExitStack() as stack:
+        arms: dict[str, Arm] = {}
+        loaded: dict[str, dict[str, Any]] = {}
+        for arm in options.arms:
+            job.progress(len(arms), len(options.arms), "model loaded")
+            arms[arm.name] = stack.enter_context(_start(arm, options, job))
+            loaded[arm.name] = _load(arms[arm.name], arm, job)
+        samples = list(conduct(arms, prompts, rounds, job.progress))
+        peaks = {name: arm.ask("peak") for name, arm in arms.items()}
+    steal = machine.steal_share(ticks, machine.cpu_times())
+    host = {"before": before, "after": machine.state(), "steal_share": steal}
+    write_samples(samples, job.dest / SAMPLES)
+    about = {name: loaded[name] | peaks[name] for name in arms}
+    return _facts(samples, options, about, job.seed) | {"host": host, "prompts": len(prompts), "files": [SAMPLES]}
+
+
+def _start(arm: ArmOptions, options: Options, job: Job) -> Arm:
+    job.scratch.mkdir(parents=True, exist_ok=True)
+    return Arm(arm.name, log=job.scratch / f"{arm.name}.log", hang_s=options.hang_s)
+
+
+def _load(process: Arm, arm: ArmOptions, job: Job) -> dict[str, Any]:
+    """Load an arm's model; return what was really loaded, and how long that took."""
+    directory = str(job.inputs[arm.role])
+    loaded = process.ask("load", directory=directory, runtime=arm.runtime, dtype=arm.dtype, threads=job.threads)
+    if arm.dtype not in ("auto", loaded["dtype"]):
+        message = f"{arm.name}: asked for {arm.dtype}, but {loaded['runtime']} loaded {loaded['dtype']}"
+        raise StageFailedError(message, fix=f"set its dtype to auto or {loaded['dtype']}")
+    return loaded
+
+
+def _facts(samples: Sequence[Sample], options: Options, about: Mapping[str, Mapping[str, Any]], seed: int) -> Facts:
+    from optikit.metrics import speed
+
+    traces = {arm.name: select(samples, arm.name, "measured") for arm in options.arms}
+    summaries = {name: speed.summarize(each, seed=seed) for name, each in traces.items()}
+    first, *others = traces
+    last = others[-1] if others else first
+    again = select(samples, first, AGAIN)
+    noise = speed.compare(traces[first], again, seed=seed)
+    ratios = {name: speed.compare(traces[first], traces[name], noise=noise, seed=seed) for name in others}
+    cold = {name: select(samples, name, "cold")[0].e2e_ms for name in traces}
+    return {
+        "arms": {
+            name: _speed(summary, options, {**about[name], "first_call_ms": cold[name]}).model_dump(mode="json")
+            for name, summary in summaries.items()
+        },
+        "intervals": {
+            name: {"ttft_ms_p50": list(summary.ttft_ms_p50_ci95), "tpot_ms_p50": list(summary.tpot_ms_p50_ci95)}
+            for name, summary in summaries.items()
+        },
+        "ratios": {name: _dump(each) for name, each in ratios.items()},
+        "last_against": {
+            name: _dump(speed.compare(traces[name], traces[last], noise=noise, seed=seed))
+            for name in others
+            if name != last
+        },
+        "noise": _dump(noise),
+        "limits": {name: each["max_tokens"] for name, each in about.items()},
+    }
+
+
+def _dump(ratios: Mapping[str, Ratio]) -> dict[str, Any]:
+    return {what: ratio.model_dump(mode="json") for what, ratio in ratios.items()}
+
+
+def _speed(summary: Summary, options: Options, about: Mapping[str, Any]) -> Speed:
+    read_back = ("runtime", "dtype", "threads", "first_call_ms", "load_s", "peak_memory_mib")
+    found = ("ttft_ms_p50", "ttft_ms_p95", "tpot_ms_p50", "tpot_ms_p95", "prefill_tokens_per_s", "decode_tokens_per_s")
+    return Speed(
+        prompt_tokens=options.prompt_tokens,
+        new_tokens=options.new_tokens,
+        repetitions=options.repetitions,
+        **{name: about[name] for name in read_back},
+        **{name: getattr(summary, name) for name in found},
+    )
