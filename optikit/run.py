@@ -79,7 +79,7 @@ def _tell(report: Report, request: Request) -> None:
     if request.junit is not None:
         request.junit.write_text(junit.render(report), encoding="utf-8")
     if os.environ.get("GITHUB_ACTIONS") == "true":
-        github.publish(report)
+        github.announce(report, os.environ)
     if request.progress != "none":
         terminal.summary(report, request.out)
 

@@ -34,7 +34,7 @@ from optikit.store.store import Artifact, Manifest, Store
 
 if TYPE_CHECKING:
     from optikit.plan import Plan, Step
-    from optikit.terminal import Progress
+    from optikit.terminal import Progress, Status
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 5.0
@@ -56,7 +56,7 @@ class Execution:
     """What a run left: artifacts by step key, and by step name whether it was executed or cached."""
 
     artifacts: Mapping[str, Artifact]
-    statuses: Mapping[str, str]
+    statuses: Mapping[str, Status]
 
 
 class _Signals:
@@ -87,7 +87,7 @@ def execute(plan: Plan, store: Store, progress: Progress, settings: Settings) ->
         OptikitError: The first step that fails, by the table of exit codes; finished steps stay in the store.
     """
     artifacts: dict[str, Artifact] = {}
-    statuses: dict[str, str] = {}
+    statuses: dict[str, Status] = {}
     steps = _until((*plan.steps, *plan.measures), settings.until)
     progress.plan([step.name for step in steps])
     with _Signals():
@@ -117,7 +117,7 @@ def _one(
     store: Store,
     progress: Progress,
     settings: Settings,
-) -> tuple[Artifact, str]:
+) -> tuple[Artifact, Status]:
     found = store.find(step.key)
     if found is not None:
         return found, "cached"
