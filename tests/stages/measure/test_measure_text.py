@@ -1,0 +1,85 @@
+"""Texts and prompts: one tokenization for everybody, and clear words about files that can't be used."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from optikit.errors import InputMissingError
+from optikit.stages.measure import _text
+
+
+@pytest.fixture(scope="module")
+def reader(tiny_llama):
+    return _text.tokenizer(tiny_llama)
+
+
+@given(st.text(min_size=1, max_size=40))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_byte_of_the_text_belongs_to_a_token(reader, text):
+    encoded = _text.encode(text, reader)
+    assert encoded.ends[-1] == len(text.encode())
+    assert np.all(np.diff(encoded.ends) >= 0)
+    assert reader.decode(encoded.tokens.tolist()) == text or "<" in text
+
+
+def test_truncation_that_a_tokenizer_file_asks_for_is_off(tiny_llama, tmp_path):
+    from tokenizers import Tokenizer
+
+    cutting = Tokenizer.from_file(str(tiny_llama / "tokenizer.json"))
+    cutting.enable_truncation(4)
+    cutting.save(str(tmp_path / "tokenizer.json"))
+    assert len(_text.encode("a longer sentence", _text.tokenizer(tmp_path)).tokens) == 17
+
+
+def test_files_that_cannot_be_read_as_text(tmp_path):
+    with pytest.raises(InputMissingError, match="doesn't exist"):
+        _text.read(tmp_path / "none.txt")
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(InputMissingError, match="not UTF-8: byte 0xe9 at offset 3"):
+        _text.read(tmp_path / "latin.txt")
+    (tmp_path / "blank.txt").write_text(" \n\t\n")
+    with pytest.raises(InputMissingError, match="holds no text"):
+        _text.read(tmp_path / "blank.txt")
+    with pytest.raises(InputMissingError, match=r"no tokenizer\.json"):
+        _text.tokenizer(tmp_path)
+
+
+def test_prose_gives_passages_that_do_not_overlap(reader, prose):
+    found = _text.prompts(prose, reader, length=100, wanted=5, seed=0)
+    assert [len(prompt) for prompt in found] == [100] * 5
+    text = prose.read_text(encoding="utf-8")
+    starts = sorted(text.index(reader.decode(prompt)) for prompt in found)
+    assert np.all(np.diff(starts) >= 100)
+    assert found == _text.prompts(prose, reader, length=100, wanted=5, seed=0)
+    assert found != _text.prompts(prose, reader, length=100, wanted=5, seed=1)
+
+
+def write(path, *lines):
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_json_lines_are_cut_and_short_ones_left_out(reader, tmp_path):
+    lines = [json.dumps({"prompt": prompt, "id": 1}) for prompt in ("abcdefgh", "abc", "zyxwvut")]
+    path = write(tmp_path / "prompts.jsonl", lines[0], "", *lines[1:])
+    found = {reader.decode(prompt) for prompt in _text.prompts(path, reader, length=6, wanted=9, seed=0)}
+    assert found == {"abcdef", "zyxwvu"}
+
+
+@pytest.mark.parametrize("line", ['{"text": "x"}', "[1]", "{", '{"prompt": ""}', '{"prompt": 3}'])
+def test_a_line_that_is_no_prompt_is_named(reader, tmp_path, line):
+    path = write(tmp_path / "prompts.jsonl", '{"prompt": "abc"}', line)
+    with pytest.raises(InputMissingError, match=r"prompts\.jsonl:2: expected"):
+        _text.prompts(path, reader, length=1, wanted=1, seed=0)
+
+
+def test_prompts_that_are_all_too_short_say_how_long_they_are(reader, tmp_path):
+    path = write(tmp_path / "prompts.jsonl", '{"prompt": "abc"}', '{"prompt": "abcde"}')
+    with pytest.raises(InputMissingError, match="has 8 tokens; the longest has 5") as caught:
+        _text.prompts(path, reader, length=8, wanted=1, seed=0)
+    assert "prompt_tokens to 5" in caught.value.fix

@@ -1,0 +1,104 @@
+"""Gates: three verdicts, and none on what isn't measured."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optikit import gates, stages
+from optikit.gates import Value
+from optikit.recipe.schema import GATE_METRICS, Evaluate, Gate, PerplexityOptions, Recipe, SpeedOptions, StageEntry
+from optikit.stages.protocol import StageOptions
+
+
+@pytest.mark.parametrize(
+    ("interval", "limits", "verdict"),
+    [
+        ((1.02, 1.08), {"at_most": 1.1}, "pass"),
+        ((1.12, 1.18), {"at_most": 1.1}, "fail"),
+        ((1.08, 1.12), {"at_most": 1.1}, "inconclusive"),
+        ((4.1, 5.0), {"at_least": 4}, "pass"),
+        ((3.0, 3.9), {"at_least": 4}, "fail"),
+        ((3.9, 4.1), {"at_least": 4}, "inconclusive"),
+        ((0.5, 0.6), {"at_least": 0.4, "at_most": 0.7}, "pass"),
+        ((0.5, 0.8), {"at_least": 0.4, "at_most": 0.7}, "inconclusive"),
+        ((0.1, 0.2), {"at_least": 0.4, "at_most": 0.7}, "fail"),
+        ((math.nan, math.nan), {"at_most": 1}, "inconclusive"),
+        ((1.1, 1.1), {"at_most": 1.1}, "pass"),
+    ],
+)
+def test_limits_have_three_verdicts(interval, limits, verdict):
+    assert gates.limit_verdict(interval, **limits) == verdict
+
+
+@given(st.floats(-10, 10), st.floats(0, 5), st.floats(-10, 10))
+def test_a_verdict_agrees_with_every_point_of_the_interval(middle, half, limit):
+    verdict = gates.limit_verdict((middle - half, middle + half), at_most=limit)
+    points = [middle - half, middle, middle + half]
+    if verdict == "pass":
+        assert all(point <= limit for point in points)
+    if verdict == "fail":
+        assert all(point > limit for point in points)
+
+
+def test_gates_are_judged_by_name():
+    limits = {
+        "perplexity_ratio": Gate(max=1.15),
+        "decode_speedup": Gate(min=4),
+        "size_ratio": Gate(min=0.1, max=0.5),
+        "ttft_ms_p50": Gate(max=100),
+    }
+    values = {
+        "perplexity_ratio": Value(value=1.1, ci95=(1.05, 1.14)),
+        "decode_speedup": Value(value=4.1, ci95=(3.8, 4.4)),
+        "size_ratio": Value(value=0.6),
+        "ttft_ms_p50": Value(reason="the result was not timed"),
+    }
+    judged = {result.name: result for result in gates.judge(limits, values)}
+    assert {name: result.verdict for name, result in judged.items()} == {
+        "perplexity_ratio": "pass",
+        "decode_speedup": "inconclusive",
+        "size_ratio": "fail",
+        "ttft_ms_p50": "inconclusive",
+    }
+    assert judged["size_ratio"].limit == "min 0.1, max 0.5"
+    assert judged["decode_speedup"].reason == "the interval 3.8 to 4.4 reaches across the limit: measure more"
+    assert judged["ttft_ms_p50"].reason == "the result was not timed"
+    assert gates.overall(judged.values()) == "fail"
+
+
+def test_overall_is_the_worst():
+    values = {"a": Value(value=1.0), "b": Value(value=1.0, ci95=(0.9, 1.1))}
+    assert gates.overall(()) == "pass"
+    assert gates.overall(gates.judge({"a": Gate(max=2)}, values)) == "pass"
+    assert gates.overall(gates.judge({"a": Gate(max=2), "b": Gate(max=1)}, values)) == "inconclusive"
+
+
+def recipe(gate, last="compile", **evaluate):
+    entries = (StageEntry(verb=last, method="any", options=StageOptions()),) if last else ()
+    return Recipe(model="m", stages=entries, evaluate=Evaluate(**evaluate), gates={gate: Gate(max=1)})
+
+
+@pytest.mark.parametrize("name", list(GATE_METRICS))
+def test_every_metric_is_measurable_in_some_recipe_and_not_in_an_empty_one(name):
+    everything = {"perplexity": PerplexityOptions(text="t"), "speed": SpeedOptions()}
+    assert gates.unmeasurable(recipe(name, **everything)) == []
+    (problem,) = gates.unmeasurable(recipe(name, last="", **everything))
+    assert problem.loc == ("gates", name)
+    assert "no stages" in problem.message
+
+
+def test_a_gate_on_a_part_left_out_names_the_part():
+    (problem,) = gates.unmeasurable(recipe("kl_divergence_mean", speed=SpeedOptions(prompts="p")))
+    assert "`evaluate: perplexity`" in problem.message
+    assert problem.level == "error"
+    (problem,) = gates.unmeasurable(recipe("tpot_ms_p50", last="quantize", speed=SpeedOptions(prompts="p")))
+    assert "compiled" in problem.message
+    assert gates.unmeasurable(recipe("size_ratio", last="quantize")) == []
+
+
+def test_the_verbs_that_gates_know_exist():
+    assert "compile" in stages.VERBS
