@@ -60,7 +60,7 @@ class Problem:
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """Return the fix for a misspelt word: the nearest choice, or all of them where none is near.
+    """Return the fix for a misspelt word: the nearest choice, or (the first dozen of) all where none is near.
 
     >>> did_you_mean("grop_size", ["bits", "group_size"])
     "did you mean 'group_size'?"
@@ -74,4 +74,5 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     near = difflib.get_close_matches(word.lower().replace("-", "_"), folded, n=1)
     if near:
         return f"did you mean {folded[near[0]]!r}?"
-    return f"choose from {', '.join(choices)}" if choices else ""
+    listed = [*choices[:12], *(["…"] if len(choices) > 12 else [])]
+    return f"choose from {', '.join(listed)}" if choices else ""

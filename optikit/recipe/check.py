@@ -81,7 +81,7 @@ def _gates(marks: Marks) -> list[Problem]:
 
 def _stages(written: Node, marks: Marks, problems: list[Problem]) -> tuple[StageEntry, ...]:
     if not isinstance(written.value, tuple):
-        message = f"stages must be a list, not {shown(plain(written))}"
+        message = f"stages must be a list, {_not(plain(written))}"
         fix = "begin each stage with '- '"
         mark = marks.mark(("stages",))
         problems.append(Problem(code="wrong-type", message=message, fix=fix, loc=("stages",), mark=mark))
@@ -99,6 +99,10 @@ def _stages(written: Node, marks: Marks, problems: list[Problem]) -> tuple[Stage
     return tuple(entries)
 
 
+def _not(value: Any) -> str:
+    return "but has no value" if value is None else f"not {shown(value)}"
+
+
 def _entry(item: Node, at: Loc, marks: Marks, problems: list[Problem]) -> StageEntry | None:
     verb = _verb(item, at)
     at = (*at, verb)
@@ -108,13 +112,13 @@ def _entry(item: Node, at: Loc, marks: Marks, problems: list[Problem]) -> StageE
         value = plain(written) if written else None
         example = value if value in stages.methods(verb) else "…"
         fix = f"write `{verb}: {{{key}: {example}}}`"
-        raise _Bad("wrong-type", f"{verb} must be a mapping of options, not {shown(value)}", fix, at)
+        raise _Bad("wrong-type", f"{verb} must be a mapping of options, {_not(value)}", fix, at)
     method = _method(verb, key, written, at)
     data: dict[str, Any] = plain(written)
     del data[key]
     backend = data.pop("backend", "optikit")
     if not isinstance(backend, str):
-        raise _Bad("wrong-type", f"backend must be text, not {shown(backend)}", "write a name", (*at, "backend"))
+        raise _Bad("wrong-type", f"backend must be text, {_not(backend)}", "write a name", (*at, "backend"))
     options = _validated(stages.load(verb, method).Options, data, marks, at, problems)
     return StageEntry(verb=verb, method=method, backend=backend, options=options) if options is not None else None
 
@@ -123,7 +127,7 @@ def _verb(item: Node, at: Loc) -> str:
     """Return a stage's one verb."""
     if not isinstance(item.value, dict):
         fix = "write for example `- quantize: {method: gptq}`"
-        raise _Bad("wrong-type", f"a stage must be a mapping, not {shown(plain(item))}", fix, at)
+        raise _Bad("wrong-type", f"a stage must be a mapping of a verb to its options, {_not(plain(item))}", fix, at)
     names = list(item.value)
     verbs = [name for name in names if name in stages.VERBS]
     if len(verbs) > 1:

@@ -15,7 +15,7 @@ from optikit.recipe.node import Node
 from optikit.recipe.yaml12 import compose, resolve
 
 FILE = "--set"
-_PART = re.compile(r"(?:\A|\.)(?P<key>[^.\[\]\s]+)|\[(?P<index>[0-9]{1,6})\]")
+_PART = re.compile(r"(?:\A|(?!\A)\.)(?P<key>[^.\[\]\s]+)|\[(?P<index>[0-9]{1,6})\]")
 _MAX_PARTS = 16
 _EXAMPLE = "write for example stages[0].quantize.bits=8"
 
