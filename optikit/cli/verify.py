@@ -14,24 +14,29 @@ def verify(
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Check that a directory is exactly what was sealed: no file changed, missing or added (exit 76 if one is)."""
+    """Check that a directory is exactly what was sealed: no file changed, missing or added (exit 76 if one is).
+
+    Files beside what was sealed, such as reports, are told apart and don't count.
+    """
     import json
 
     from optikit.errors import InputMissingError, IntegrityError
     from optikit.report.text import clean
     from optikit.store.files import in_units
-    from optikit.store.manifest import NAME, damages, load
+    from optikit.store.manifest import NAME, damages, is_beside, load
 
     if not directory.is_dir():
         raise InputMissingError(f"{directory} is not a directory", fix="name an output directory of `optikit run`")
     if not (directory / NAME).exists():
         raise InputMissingError(f"{directory} has no {NAME}: it was never finished", fix="run its recipe again")
     manifest = load(directory)
-    found = damages(directory, manifest)
+    differences = damages(directory, manifest)
+    beside = [one.path for one in differences if is_beside(one, manifest)]
+    found = [one for one in differences if one.path not in beside]
     if as_json:
         damage = [{"path": one.path, "what": one.what} for one in found]
-        files, size = len(manifest.files), manifest.size_bytes
-        print(json.dumps({"ok": not found, "files": files, "size_bytes": size, "damage": damage}, indent=1))
+        counts = {"files": len(manifest.files), "size_bytes": manifest.size_bytes}
+        print(json.dumps({"ok": not found, **counts, "damage": damage, "unsealed": beside}, indent=1))
     for one in found if not as_json else ():
         print(clean(str(one)))
     if found:
@@ -39,4 +44,5 @@ def verify(
         fix = "run its recipe again into a new directory; what is in the store is used again"
         raise IntegrityError(f"{directory}: {count} from {NAME}", fix=fix)
     if not as_json:
-        print(f"{directory}: {len(manifest.files)} files, {in_units(manifest.size_bytes)}, all as sealed")
+        more = f"; {len(beside)} files beside them were not sealed" if beside else ""
+        print(f"{directory}: {len(manifest.files)} files, {in_units(manifest.size_bytes)}, all as sealed{more}")

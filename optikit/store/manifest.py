@@ -81,10 +81,11 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Damage:
-    """One file that isn't what the manifest says."""
+    """One file that isn't what the manifest says; `unlisted`: the manifest says nothing of it."""
 
     path: str
     what: str
+    unlisted: bool = False
 
     def __str__(self) -> str:
         return f"{self.path}: {self.what}"
@@ -190,7 +191,7 @@ def damages(
         return [Damage(str(directory), error.message)]
     present.pop(NAME, None)
     found = [Damage(name, "missing") for name in manifest.files if name not in present]
-    found += [Damage(name, "not in the manifest") for name in present if name not in manifest.files]
+    found += [Damage(name, "not in the manifest", unlisted=True) for name in present if name not in manifest.files]
     for name in manifest.files.keys() & present.keys():
         record, size = manifest.files[name], present[name].st_size
         if size != record.size:
@@ -198,3 +199,13 @@ def damages(
         elif contents and digest(directory / name) != record.sha256:
             found.append(Damage(name, "sha256 differs"))
     return sorted(found, key=lambda damage: damage.path)
+
+
+def is_beside(damage: Damage, manifest: Manifest) -> bool:
+    """Say whether an unlisted file is only kept beside what was sealed, as a report is beside a model.
+
+    A directory is sealed as a whole as soon as the manifest names one file in it.
+    """
+    sealed = {name.partition("/")[0] if "/" in name else "" for name in manifest.files}
+    place = damage.path.partition("/")[0] if "/" in damage.path else ""
+    return damage.unlisted and place not in sealed
