@@ -7,6 +7,7 @@ Source: github.com/actions/toolkit, packages/core/src/command.ts; limits: docs.g
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ SUMMARY_BYTES = 1024 * 1024
 _CUT = "\n\n*Cut short: a job summary holds 1 MiB. The whole report is in report.md.*\n"
 
 
-def announce(report: Report, environ: Mapping[str, str]) -> None:
+def publish(report: Report, environ: Mapping[str, str] = os.environ) -> None:
     """Print annotations (to stderr, which the runner reads as well) and append the job summary, when run by Actions."""
     if environ.get("GITHUB_ACTIONS") != "true":
         return

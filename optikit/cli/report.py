@@ -1,0 +1,28 @@
+"""`optikit report DIR`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    directory: Annotated[Path, typer.Argument(help="Output directory of a run.", show_default=False)],
+    junit: Annotated[Path | None, typer.Option(help="Also write gates and steps as JUnit XML.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print report.json to stdout.")] = False,
+) -> None:
+    """Render report.md and report.html again from report.json, and show the summary."""
+    from optikit import terminal
+    from optikit.report import junit as junit_xml
+    from optikit.report import write
+
+    found = write.load(directory)
+    home = directory if directory.is_dir() else directory.parent
+    write.render(found, home)
+    if junit is not None:
+        write.put(junit, junit_xml.render(found))
+    if json:
+        typer.echo(found.model_dump_json(indent=1))
+    terminal.summary(found, home)
