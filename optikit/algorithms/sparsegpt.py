@@ -73,13 +73,11 @@ def _prune_block(weight: Tensor, factor: Tensor, pattern: Pattern) -> tuple[Tens
     if pattern.group:
         removed = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
     else:
-        removed = smallest(
-            (weight / diagonal).square(), pattern
-        )  # equation 3, with the weights as they enter the block
+        removed = smallest((weight / diagonal).square(), pattern)  # weights as they enter the block
     for i in range(weight.shape[1]):
         if pattern.group and i % pattern.group == 0:
             ahead = slice(i, i + pattern.group)
             removed[:, ahead] = smallest((weight[:, ahead] / diagonal[ahead]).square(), pattern)
         errors[:, i] = torch.where(removed[:, i], weight[:, i], 0) / diagonal[i]
-        weight[:, i:] -= errors[:, i, None] * factor[i, i:]  # equation 2; column i itself becomes zero
+        weight[:, i:] -= errors[:, i, None] * factor[i, i:]  # column i itself becomes zero
     return errors, removed

@@ -97,7 +97,7 @@ def test_wanda_falls_back_to_magnitude_where_nothing_was_seen():
 
 
 def slow_sparsegpt(weight: Tensor, hessian: Tensor, mask: Tensor, damp: float) -> Tensor:
-    """Equation 2 of the paper row by row, with the inverse of the remaining Hessian computed afresh for each column."""
+    """The OBS update row by row, with the inverse of the remaining Hessian computed afresh for each column."""
     damped = hessian.double() + damp * hessian.double().diagonal().mean() * torch.eye(hessian.shape[0])
     result = weight.double().clone()
     for row in range(weight.shape[0]):
