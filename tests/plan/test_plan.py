@@ -1,0 +1,113 @@
+"""A plan knows every key in advance; a key changes with what decides the result, and with nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from optikit.errors import RecipeError
+from optikit.plan import Plan, make_plan
+from optikit.plan.render import as_json, render
+from optikit.recipe.load import load
+from optikit.store.store import Store
+
+Make = Callable[..., Plan]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "home")
+
+
+@pytest.fixture
+def make(tmp_path: Path, tiny_llama: Path, prose: Path, store: Store) -> Make:
+    def made(*overrides: str, **changes: Any) -> Plan:
+        recipe = {
+            "model": str(tiny_llama),
+            "calibration": {"text": str(prose), "part": [0.0, 0.7], "samples": 4, "length": 32},
+            "stages": [{"quantize": {"method": "gptq", "group_size": 32}}],
+            "evaluate": {"perplexity": {"text": str(prose), "part": [0.7, 1.0], "window": 32, "windows": 4}},
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe | changes), encoding="utf-8")
+        return make_plan(load(path, overrides=overrides), store)
+
+    return made
+
+
+def keys(plan: Plan) -> list[str]:
+    return [step.key for step in (*plan.steps, *plan.measures)]
+
+
+def test_the_same_recipe_has_the_same_keys(make: Make) -> None:
+    assert keys(make()) == keys(make())
+
+
+DECIDING = ("stages[0].quantize.bits=8", "stages[0].quantize.damp=0.02", "seed=1", "calibration.samples=5")
+
+
+@pytest.mark.parametrize("override", [*DECIDING, "calibration.part=[0, 0.5]"])
+def test_what_decides_the_weights_changes_their_key(make: Make, override: str) -> None:
+    assert make().steps[0].key != make(override).steps[0].key
+
+
+@pytest.mark.parametrize("override", ["evaluate.perplexity.windows=3", "timeout=99", "max_memory=8GiB"])
+def test_what_does_not_touch_the_weights_keeps_their_key(make: Make, override: str) -> None:
+    assert make().steps[0].key == make(override).steps[0].key
+
+
+def test_only_gates_changed_means_nothing_to_do_again(make: Make) -> None:
+    assert keys(make()) == keys(make(gates={"perplexity_ratio": {"max": 1.5}}))
+
+
+def test_a_moved_model_keeps_its_keys_and_a_changed_one_does_not(make: Make, tiny_llama: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(tiny_llama, moved)
+    before = keys(make())
+    assert keys(make(model=str(moved))) == before
+    weights = bytearray((moved / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (moved / "model.safetensors").write_bytes(weights)
+    assert keys(make(model=str(moved)))[0] != before[0]
+
+
+def test_every_measuring_step_reads_the_artifact_it_is_named_for(make: Make) -> None:
+    plan = make()
+    quantized = plan.steps[0]
+    baseline, result = plan.measures
+    assert (baseline.name, baseline.source) == ("measure-quality-baseline", "")
+    assert (result.name, result.source) == ("measure-quality-1-quantize-gptq", quantized.key)
+    assert result.inputs["baseline"] == baseline.key
+
+
+def test_the_plan_reads_as_a_table_with_totals(make: Make, store: Store) -> None:
+    text = render(make(), store)
+    assert "1-quantize-gptq" in text
+    assert "to do   3 of 3 steps" in text
+    assert max(map(len, text.splitlines())) < 140
+
+
+def test_the_plan_as_data_names_every_step(make: Make, store: Store) -> None:
+    data = as_json(make(), store)
+    assert [step["cached"] for step in data["steps"]] == [False]
+    assert data["steps"][0]["options"]["bits"] == 4
+
+
+def test_a_memory_bound_that_cannot_hold_is_refused_with_its_place(make: Make) -> None:
+    with pytest.raises(RecipeError) as refused:
+        make(max_memory="100MiB")
+    problem = refused.value.problems[0]
+    assert problem.code == "memory-bound"
+    assert problem.mark is not None
+    assert problem.mark.file.endswith("recipe.yaml")
+
+
+def test_two_quantizers_are_refused(make: Make) -> None:
+    with pytest.raises(RecipeError) as refused:
+        make(stages=[{"quantize": {"method": "gptq", "group_size": 32}}, {"quantize": {"method": "rtn"}}])
+    assert "needs-trait" in {problem.code for problem in refused.value.problems}
