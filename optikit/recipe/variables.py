@@ -45,8 +45,8 @@ def _definitions(node: Node) -> tuple[dict[str, Node], list[Problem]]:
             message = f"variable {name!r} must be a number, text, true or false"
             fix = "repeat lists and mappings with a YAML anchor (&name, *name)"
             problems.append(Problem(code="bad-variable", message=message, fix=fix, mark=value.place))
-        elif isinstance(value.value, str) and _USE.search(value.value):
-            message = f"variable {name!r} uses a variable itself"
+        elif isinstance(value.value, str) and "${" in value.value:
+            message = f"variable {name!r} can't hold another: it contains '${{'"
             problems.append(Problem(code="bad-variable", message=message, fix="write its value out", mark=value.mark))
     return dict(node.value), problems
 
