@@ -2,7 +2,7 @@
 
 A condition is a TOML table. Its keys are fields (`target.device`), its values either a plain value (equality), an array
 (one of), or a table of operators; all of them must hold. `all`, `any` and `not` combine conditions. An operand that
-starts with `$` is another field. A field that isn't known makes a test unknown, and unknown is never true: not even
+starts with `$` is another field. A field that isn't known makes a question unknown, and unknown is never true: not even
 under `not`.
 """
 
@@ -35,17 +35,22 @@ OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = MappingProxyType(
         "divisible_by": lambda value, operand: value % operand == 0,
         "not_divisible_by": lambda value, operand: value % operand != 0,
         "divides": lambda value, operand: operand % value == 0,
-        "has": lambda value, operand: not value.isdisjoint(operand),
-        "has_all": lambda value, operand: value.issuperset(operand),
-        "lacks": lambda value, operand: value.isdisjoint(operand),
+        "has": lambda value, operand: not set(operand).isdisjoint(value),
+        "has_all": lambda value, operand: set(operand).issubset(value),
+        "lacks": lambda value, operand: set(operand).isdisjoint(value),
         "version": _version,
     }
 )
 """What may be asked of a field. `has`, `has_all` and `lacks` are for sets, `version` takes PEP 440 specifiers."""
 
+_ALWAYS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
+    {"set": lambda value: value is not None, "on": lambda value: value is True}
+)
+"""What may be asked of a field that isn't known: whether it is, and whether a switch is on."""
+
 
 @dataclass(frozen=True)
-class Test:
+class Question:
     """One question about one field."""
 
     path: str
@@ -74,7 +79,7 @@ class Not:
     part: Condition
 
 
-Condition = Test | All | AnyOf | Not
+Condition = Question | All | AnyOf | Not
 
 
 def lookup(scope: Scope, path: str) -> Any:
@@ -97,11 +102,11 @@ def parse(table: Mapping[str, Any], prefix: str = "") -> Condition:
     """Read a condition from a TOML table.
 
     Raises:
-        ValueError: A table has no test in it, or a connective isn't an array (`not`: a table).
+        ValueError: A table asks nothing, or a connective isn't an array (`not`: a table).
 
     >>> parse({"target": {"device": "cpu"}, "final": {"heads": {"not_divisible_by": "$serve.tensor_parallel"}}})
     ... # doctest: +ELLIPSIS
-    All(parts=(Test(path='target.device', operator='is', operand='cpu'), Test(path='final.heads', ...
+    All(parts=(Question(path='target.device', operator='is', operand='cpu'), Question(path='final.heads', ...
     """
     parts = [part for key, value in table.items() for part in _entry(prefix, key, value)]
     if not parts:
@@ -117,17 +122,17 @@ def _entry(prefix: str, key: str, value: Any) -> list[Condition]:
         return [Not(parse(value))]
     path = f"{prefix}.{key}" if prefix else key
     if not isinstance(value, Mapping):
-        return [Test(path, "in" if isinstance(value, list) else "is", value)]
-    if set(value) <= {*OPERATORS, "set"}:
-        return [Test(path, operator, operand) for operator, operand in value.items()]
+        return [Question(path, "in" if isinstance(value, list) else "is", value)]
+    if set(value) <= {*OPERATORS, *_ALWAYS}:
+        return [Question(path, operator, operand) for operator, operand in value.items()]
     return [parse(value, path)]
 
 
 def holds(condition: Condition, scope: Scope) -> bool | None:
     """Decide a condition: True, False, or None where a field that matters isn't known."""
     match condition:
-        case Test():
-            return _test(condition, scope)
+        case Question():
+            return _answer(condition, scope)
         case Not(part):
             verdict = holds(part, scope)
             return None if verdict is None else not verdict
@@ -139,37 +144,42 @@ def holds(condition: Condition, scope: Scope) -> bool | None:
             return True if True in verdicts else None if None in verdicts else False
 
 
-def _test(test: Test, scope: Scope) -> bool | None:
-    value = lookup(scope, test.path)
-    if test.operator == "set":
-        return (value is not None) is test.operand
-    operand = test.operand
+def _answer(question: Question, scope: Scope) -> bool | None:
+    value = lookup(scope, question.path)
+    if question.operator in _ALWAYS:
+        return _ALWAYS[question.operator](value) is question.operand
+    operand = question.operand
     if isinstance(operand, str) and operand.startswith("$"):
         operand = lookup(scope, operand[1:])
     if value is None or operand is None:
         return None
     try:
-        return OPERATORS[test.operator](value, operand)
-    except (TypeError, ZeroDivisionError, AttributeError):  # an option of another type than the rule speaks about
+        return OPERATORS[question.operator](value, operand)
+    except (
+        TypeError,
+        ValueError,
+        ZeroDivisionError,
+        AttributeError,
+    ):  # an option of another type than the rule speaks about
         return None
 
 
-def tests(condition: Condition) -> tuple[Test, ...]:
-    """Return every test of a condition."""
+def questions(condition: Condition) -> tuple[Question, ...]:
+    """Return every question of a condition."""
     match condition:
-        case Test():
+        case Question():
             return (condition,)
         case Not(part):
-            return tests(part)
+            return questions(part)
         case All(parts) | AnyOf(parts):
-            return tuple(test for part in parts for test in tests(part))
+            return tuple(question for part in parts for question in questions(part))
 
 
 def fields(condition: Condition) -> frozenset[str]:
     """Return every field that a condition mentions, operands included."""
-    asked = tests(condition)
-    operands = {test.operand[1:] for test in asked if isinstance(test.operand, str) and test.operand.startswith("$")}
-    return frozenset({test.path for test in asked} | operands)
+    asked = questions(condition)
+    named = (question.operand for question in asked if isinstance(question.operand, str))
+    return frozenset({question.path for question in asked} | {name[1:] for name in named if name.startswith("$")})
 
 
 def describe(condition: Condition, *, negated: bool = False) -> list[str]:
@@ -179,7 +189,7 @@ def describe(condition: Condition, *, negated: bool = False) -> list[str]:
     ['target.device is neuron', 'final.heads not divisible by serve.n']
     """
     match condition:
-        case Test(path, operator, operand):
+        case Question(path, operator, operand):
             words = _words(path, operator, operand)
             return [f"not ({words})" if negated else words]
         case All(parts) if not negated:
@@ -197,6 +207,8 @@ def describe(condition: Condition, *, negated: bool = False) -> list[str]:
 def _words(path: str, operator: str, operand: Any) -> str:
     if operator == "set":
         return f"{path} is {'known' if operand else 'not given'}"
+    if operator == "on":
+        return f"{path} is {'on' if operand else 'not on'}"
     shown = operand[1:] if isinstance(operand, str) and operand.startswith("$") else operand
     if isinstance(shown, list):
         shown = ", ".join(map(str, shown))

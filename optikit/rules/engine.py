@@ -18,7 +18,9 @@ from optikit.problems import Level, Loc, Problem
 from optikit.rules import stack as view
 from optikit.rules.conditions import Condition, fields, holds, lookup, parse
 from optikit.rules.stack import Scope, Stack
+from optikit.rules.words import unknown
 
+_PLACES = re.compile(r"\{([\w.-]+)\}")
 Range = Literal["pair", "stage", "environment", "stack"]
 
 
@@ -61,6 +63,9 @@ def _rule(row: Mapping[str, Any]) -> Rule:
     rule = Rule(**{**row, "when": parse(row["when"])})
     if rule.level not in get_args(Level):
         raise ValueError(f"rule {rule.id}: unknown level {rule.level!r}")
+    for path in (*fields(rule.when), *_PLACES.findall(rule.why), *_PLACES.findall(rule.fix)):
+        if unknown(path):
+            raise ValueError(f"rule {rule.id}: unknown word {path!r}")
     return rule
 
 
@@ -125,11 +130,13 @@ def fill(template: str, scope: Scope) -> str:
     >>> fill("{stage.options.bits} bits", {"stage": {"options": {"bits": 4}}})
     '4 bits'
     """
-    return re.sub(r"\{([\w.-]+)\}", lambda match: _shown(lookup(scope, match[1])), template)
+    return _PLACES.sub(lambda match: _shown(lookup(scope, match[1])), template)
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, (set, frozenset, list, tuple)):
         ordered = sorted(value) if all(isinstance(item, int) for item in value) else sorted(map(str, value))
         return ", ".join(map(str, ordered)) or "none"
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return "unknown" if value is None else str(value)

@@ -1,17 +1,18 @@
 """`Stack`: everything a compatibility rule may look at, and the flat words in which rules speak of it.
 
-The planner fills a `Stack` from a recipe; `scope` lays it out as nested plain values, so that a row of compat.toml can
-name `target.device` or `final.heads` and nothing else. What isn't known is None, and a rule never fires on it.
+The planner fills a `Stack` from a recipe; `common`, `stages`, `pairs` and `environments` lay it out as nested plain
+values, so that a row of compat.toml can name `target.device` or `final.heads` and nothing else (words.py lists every
+word). What isn't known is None, and a rule never fires on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from optikit.problems import Loc
-from optikit.stages import VERBS
 
 if TYPE_CHECKING:
     from optikit.models.facts import ModelFacts
@@ -49,12 +50,13 @@ class Stack:
         target: Where the artifact will run.
         model: Facts of the model that the recipe names.
         draft: Facts of the draft model, if the stack has one.
-        serve: How the artifact will be served, for what the compile stage's options don't say: `engine`, `version`,
-            `tensor_parallel`, `batch_size`, `sequence_length`, and whatever flags of the server rules name.
+        serve: How the artifact will be served, for what the compile stage's options don't say; words.py lists the
+            words: `engine`, `version`, `tensor_parallel`, `batch_size`, `sequence_length`, ...
         environments: Packages by environment: {"main": {"transformers": "5.23.0"}}.
         host: `optikit.host.describe()` of the machine that runs the recipe, plus `cuda` (a GPU is present) and
             `offline`, where the planner knows.
         evaluate: The recipe's `evaluate` section as plain values.
+        gates: Names of the recipe's gates.
     """
 
     stages: tuple[Placed, ...]
@@ -65,6 +67,7 @@ class Stack:
     environments: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     host: Mapping[str, Any] = field(default_factory=dict)
     evaluate: Mapping[str, Any] = field(default_factory=dict)
+    gates: Iterable[str] = ()
 
     @property
     def final(self) -> ModelFacts | None:
@@ -81,20 +84,22 @@ class Stack:
 
 def common(stack: Stack) -> Scope:
     """Return what is the same for every stage of the stack."""
-    final = _facts(stack.final)
+    serve = _serve(stack)
     return {
         "target": _target(stack.target),
         "model": _facts(stack.model),
-        "final": final,
+        "final": _facts(stack.final),
         "draft": _facts(stack.draft),
         "weights": _weights(stack),
-        "serve": _serve(stack),
+        "serve": serve,
+        "fit": _fit(stack, serve),
         "stack": {
             "verbs": frozenset(stage.verb for stage in stack.stages),
             "methods": frozenset(stage.method for stage in stack.stages),
-            "backends": frozenset(stage.backend for stage in stack.stages),
-            "stages": len(stack.stages),
+            "gates": frozenset(stack.gates),
+            "environments": frozenset(stack.environments),
         },
+        "package": stack.environments.get("main", {}),
         "host": _host(stack.host),
         "evaluate": stack.evaluate,
     }
@@ -125,16 +130,31 @@ def _stage(placed: Placed) -> dict[str, Any]:
         "verb": placed.verb,
         "method": placed.method,
         "backend": placed.backend,
-        "rank": VERBS.index(placed.verb) if placed.verb in VERBS else None,
         "options": placed.options,
         "before": _facts(placed.before),
         "after": _facts(placed.after),
+        **_heads(placed),
     }
+
+
+def _heads(placed: Placed) -> dict[str, Any]:
+    """Return the weights of one Medusa head, and all heads' share of the model.
+
+    A head is residual blocks of hidden² + hidden weights, and its own output layer unless that is shared (Cai et al.,
+    arXiv:2401.10774, eq. 1): 150 M for a 7 B Mistral with vocabulary 32,000.
+    """
+    facts, options = placed.before, placed.options
+    if placed.method != "medusa" or facts is None or not isinstance(options.get("heads"), int):
+        return {}
+    blocks = options.get("layers", 1) * (facts.hidden**2 + facts.hidden)
+    one = blocks + (0 if options.get("share_lm_head") else facts.vocab * facts.hidden)
+    return {"head_parameters": one, "heads_percent": round(100 * options["heads"] * one / facts.parameters)}
 
 
 def _facts(facts: ModelFacts | None) -> dict[str, Any]:
     if facts is None:
         return {}
+    shapes = facts.linears.values()
     return {
         "model_type": facts.model_type,
         "hidden": facts.hidden,
@@ -152,7 +172,25 @@ def _facts(facts: ModelFacts | None) -> dict[str, Any]:
         "sliding_window": facts.sliding_window,
         "tokenizer": facts.tokenizer_sha256 or None,
         "traits": facts.traits,
+        "bos": facts.config.get("bos_token_id"),
+        "eos": _listed(facts.config.get("eos_token_id")),
+        "input_width": gcd(*(columns for _, columns in shapes)) or None,
+        "output_width": gcd(*(rows for rows, _ in shapes)) or None,
+        "uniform": _uniform(facts),
     }
+
+
+def _listed(value: Any) -> list[Any] | None:
+    return None if value is None else sorted(value) if isinstance(value, list) else [value]
+
+
+def _uniform(facts: ModelFacts) -> bool:
+    """Whether linears of one name have one shape in every layer: all that a Hugging Face config can express."""
+    shapes: dict[str, set[tuple[int, int]]] = {}
+    for name, shape in facts.linears.items():
+        role = ".".join(part for part in name.split(".") if not part.isdigit())
+        shapes.setdefault(role, set()).add(shape)
+    return all(len(found) == 1 for found in shapes.values())
 
 
 def _target(target: Target) -> dict[str, Any]:
@@ -161,22 +199,22 @@ def _target(target: Target) -> dict[str, Any]:
         "device": target.device,
         "accelerator": target.accelerator or None,
         "count": target.count,
-        "memory_gib": target.memory_gib,
         "compute_capability": target.compute_capability,
         "cores": target.cores,
         "tensor_parallel": frozenset(target.tensor_parallel) or None,
-        "engines": frozenset(target.engines) or None,
+        "older_tensor_parallel": frozenset(target.older_tensor_parallel),
     }
 
 
-_QUANT_METHOD = {
-    "int4_gptq": "gptq",
-    "int8_gptq": "gptq",
-    "int4_awq": "awq",
-    "int8_w8a8": "compressed-tensors",
-    "int8_llm": "bitsandbytes",
-    "nf4": "bitsandbytes",
+_STORED: Mapping[str, Mapping[str, Any]] = {
+    "int4_gptq": {"quant_method": "gptq", "bits": 4, "type": "int"},
+    "int8_gptq": {"quant_method": "gptq", "bits": 8, "type": "int"},
+    "int4_awq": {"quant_method": "awq", "bits": 4, "type": "int"},
+    "int8_w8a8": {"quant_method": "compressed-tensors", "bits": 8, "type": "int", "strategy": "channel"},
+    "int8_llm": {"quant_method": "bitsandbytes", "bits": 8, "type": "int"},
+    "nf4": {"quant_method": "bitsandbytes", "bits": 4, "type": "float"},
 }
+"""What a trait says of how weights are stored."""
 
 
 def _weights(stack: Stack) -> dict[str, Any]:
@@ -189,13 +227,30 @@ def _weights(stack: Stack) -> dict[str, Any]:
         return {}
     config = facts.config.get("quantization_config")
     stored = dict(config) if isinstance(config, Mapping) else {}
-    methods = [_QUANT_METHOD[trait] for trait in sorted(facts.traits) if trait in _QUANT_METHOD]
+    traits = {word: value for trait in sorted(facts.traits & _STORED.keys()) for word, value in _STORED[trait].items()}
     options = next((stage.options for stage in reversed(stack.stages) if stage.verb == "quantize"), {})
+    method = traits.get("quant_method", stored.get("quant_method"))
+    sparsity = stored.get("sparsity_config")
     return {
+        **traits,
+        **_scheme(stored),
         **stored,
         **{key: value for key, value in options.items() if value is not None},
-        "quant_method": methods[-1] if methods else stored.get("quant_method"),
+        "quant_method": method,
+        "quantized": method is not None,
+        "sparsity_targets": frozenset(sparsity.get("targets") or ()) if isinstance(sparsity, Mapping) else None,
     }
+
+
+def _scheme(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what compressed-tensors says of the weights of its first group: num_bits, type, strategy, group_size."""
+    groups = stored.get("config_groups")
+    first: Any = next(iter(groups.values()), None) if isinstance(groups, Mapping) else None
+    weights = first.get("weights") if isinstance(first, Mapping) else None
+    if not isinstance(weights, Mapping):
+        return {}
+    kept = {key: weights.get(key) for key in ("type", "strategy", "group_size")}
+    return {"bits": weights.get("num_bits"), "sym": weights.get("symmetric"), **kept}
 
 
 def _serve(stack: Stack) -> dict[str, Any]:
@@ -204,7 +259,37 @@ def _serve(stack: Stack) -> dict[str, Any]:
     if stack.compiled is not None:
         _, stage = stack.compiled
         values = {**stage.options, "engine": stage.method if stage.backend == "optikit" else stage.backend}
-    return {**values, **stack.serve}
+    return values | dict(stack.serve)
+
+
+def _fit(stack: Stack, serve: Mapping[str, Any]) -> dict[str, Any]:
+    """Compare what has to be in memory with what is there; a batch or length not given counts no cache."""
+    models = [facts for facts in (stack.final, stack.draft) if facts is not None]
+    if not models:
+        return {}
+    degree = serve.get("tensor_parallel")
+    degree = degree if isinstance(degree, int) and degree > 0 else None
+    batch, length = serve.get("batch_size"), serve.get("sequence_length")
+    tokens = batch * length if isinstance(batch, int) and isinstance(length, int) else 0
+    need = sum(facts.weight_bytes + facts.kv_cache_bytes(tokens) for facts in models)
+    memory = _memory(stack.target, degree)
+    final = models[0]
+    sharded = gcd(final.heads * final.head_dim, final.intermediate)
+    return {
+        "need_gb": need / 1e9,
+        "memory_gb": memory,
+        "shard_width": sharded // degree if degree and sharded % degree == 0 else None,
+        "vocab_difference": abs(stack.draft.vocab - final.vocab) if stack.draft and stack.final else None,
+    }
+
+
+def _memory(target: Target, degree: int | None) -> float | None:
+    """Return the memory of the cores or accelerators that a tensor-parallel degree uses, or of all, in 10⁹ bytes."""
+    if target.core_memory_gb is not None and target.cores is not None:
+        return target.core_memory_gb * (degree or target.cores)
+    if target.memory_gib is None:
+        return None
+    return target.memory_gib * 2**30 / 1e9 * (degree or target.count)
 
 
 def _host(host: Mapping[str, Any]) -> dict[str, Any]:
