@@ -1,0 +1,157 @@
+"""ONNX Runtime: one graph for the CPU, with int4 matrix kernels where the weights are quantized.
+
+onnxruntime-genai's model builder writes the graph from a `gptq` directory (weights stay exactly what the quantizer
+chose) or from a dense one (float32, or rounded to nearest by the engine). Afterwards every linear is unpacked from the
+file again and compared with the source, bit by bit where nothing may have changed, and a child process decodes with
+onnxruntime-genai itself.
+
+Helps   decode at batch 1: a step reads a quarter to a seventh of the bytes, in integer instructions
+Hurts   prefill gains less than decode: it is bound by arithmetic, not by bytes
+Cost    seconds; memory of the builder: a few times the output head, plus the weights
+Note    accuracy level 4 rounds activations to int8 per block: KL 0.006 nats on SmolLM2-135M. Its kernel for one token
+        differs from the one for several by up to 1 logit, so a speculated text may differ from a plain one at near-ties
+Note    a 4-bit head costs more than all 4-bit layers together there (KL 0.10, perplexity +7 %) and is hardly faster
+Note    bf16 isn't offered: onnxruntime has no CPU kernels for it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from optikit.models.facts import ModelFacts, Trait
+from optikit.problems import Problem
+from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
+from optikit.targets import Target
+
+SUMMARY = "ONNX Runtime graph for CPUs: int4 or int8 from gptq weights, float32 from dense ones"
+NEEDS: frozenset[Trait] = frozenset()
+CALIBRATED = False
+LIBRARIES = ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers")
+ENVIRONMENT: str | None = None
+
+ENGINE = "onnxruntime"
+QUANTIZED: frozenset[Trait] = frozenset({"int4_gptq", "int8_gptq"})
+READABLE: frozenset[Trait] = QUANTIZED | {"dense"}
+"""How the weights may be stored: what the builder reads and what can be compared with its output."""
+MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
+"""Families of architectures.toml that the builder knows, too (onnxruntime-genai 0.18, models/builder.py)."""
+GROUP_SIZES = frozenset({16, 32, 64, 128, 256})
+"""Block sizes of the MatMulNBits operator on a CPU."""
+
+
+class Options(StageOptions):
+    """Options of `compile: {engine: onnxruntime}`."""
+
+    precision: Literal["auto", "int4", "int8", "fp32"] = "auto"
+    """Weights of the blocks: `auto` keeps what the source has; int4 and int8 let the engine round dense weights to
+    nearest, which a quantize stage does better."""
+    head: Literal["int8", "int4", "float32"] = "int8"
+    """Output head, and the embedding where it is the same matrix. Quantized graphs only; a float32 graph keeps both."""
+    accuracy_level: Literal[1, 4] = 4
+    """Activations inside quantized products: 4 rounds them to int8, 1 keeps float32 and is several times slower."""
+    block_size: Literal[16, 32, 64, 128, 256] = 32
+    """Weights that share a scale, where the engine itself rounds: the head, and every layer of a dense source."""
+
+
+def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
+    """Yield what the builder can't read, or the target can't run."""
+    if ENGINE not in target.engines:
+        message = f"target {target.name!r} doesn't run {ENGINE}"
+        fix = f"it runs {', '.join(target.engines)}" if target.engines else "choose target: cpu"
+        yield Problem(code="engine-not-on-target", message=message, fix=fix)
+    if facts.model_type not in MODEL_TYPES:
+        message = f"onnxruntime-genai's builder doesn't know model_type {facts.model_type!r}"
+        yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(sorted(MODEL_TYPES))}")
+    stored = facts.traits & READABLE
+    if not stored:
+        message = f"the builder can't read these weights: {', '.join(sorted(facts.traits))}"
+        fix = f"compile from {', '.join(sorted(READABLE))}"
+        yield Problem(code="weights-not-readable", message=message, fix=fix)
+    elif stored & QUANTIZED:
+        yield from _check_packing(options, _packing(facts))
+    if options.accuracy_level == 1 and options.head == "int8" and _bits(options, facts) < 32:
+        message = "onnxruntime has no fast int8 kernel for float32 activations: the head alone takes most of a step"
+        fix = "use accuracy_level: 4, or head: float32"
+        yield Problem(code="slow-head", message=message, fix=fix, loc=("head",), level="warning")
+
+
+def _check_packing(options: Options, packing: Mapping[str, Any]) -> Iterator[Problem]:
+    bits = packing.get("bits", 4)
+    if options.precision not in ("auto", f"int{bits}"):
+        message = f"precision {options.precision} can't be made of weights that are already packed in {bits} bits"
+        fix = "use precision: auto, or compile from the dense model"
+        yield Problem(code="precision-already-chosen", message=message, fix=fix, loc=("precision",))
+    group = packing.get("group_size", 64)
+    if group not in GROUP_SIZES:
+        message = f"groups of {group} weights have no kernel in onnxruntime"
+        fix = f"quantize with group_size {', '.join(str(size) for size in sorted(GROUP_SIZES))}"
+        yield Problem(code="group-has-no-kernel", message=message, fix=fix)
+    if packing.get("desc_act"):
+        message = "groups in activation order (desc_act) have no int8 kernel in onnxruntime"
+        yield Problem(
+            code="groups-out-of-order", message=message, fix="quantize with groups in place (desc_act: false)"
+        )
+    if packing.get("checkpoint_format", "gptq") != "gptq":
+        message = f"the builder reads {packing['checkpoint_format']} as gptq and would shift every zero point"
+        yield Problem(code="checkpoint-format", message=message, fix="write checkpoint_format: gptq")
+    if packing.get("dynamic"):
+        message = "the builder can't read a quantized directory in which some linears are dense"
+        yield Problem(code="partly-quantized", message=message, fix="quantize every linear (ignore: [])")
+
+
+def _packing(facts: ModelFacts) -> Mapping[str, Any]:
+    found = facts.config.get("quantization_config")
+    return found if isinstance(found, dict) else {}
+
+
+def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
+    """Estimate from what was measured on SmolLM2-135M: the builder holds the weights and copies of the head."""
+    written = after(options, facts).weight_bytes
+    if facts.traits & QUANTIZED:
+        held = int(2.5 * facts.weight_bytes) + 20 * facts.vocab * facts.hidden
+    else:
+        held = (4 if _bits(options, facts) == 32 else 12) * facts.parameters
+    return Estimate(seconds=15 + facts.parameters / 2e7, peak_bytes=450_000_000 + held, disk_bytes=written)
+
+
+def _bits(options: Options, facts: ModelFacts) -> int:
+    """Return the bits per weight of the blocks' linears."""
+    if facts.traits & QUANTIZED:
+        return 8 if "int8_gptq" in facts.traits else 4
+    return {"int4": 4, "int8": 8}.get(options.precision, 32)
+
+
+def _packed_bytes(elements: float, bits: int, group: int, *, zeros: bool) -> float:
+    return elements * (bits / 8 + (4 + (bits / 8 if zeros else 0)) / group)
+
+
+def after(options: Options, facts: ModelFacts) -> ModelFacts:
+    """Return the facts of the compiled artifact; its size is computed from the shapes."""
+    bits = _bits(options, facts)
+    embedding = float(facts.vocab * facts.hidden)
+    rest = 4.0 * (2 * facts.layers + 1) * facts.hidden + 4.0 * facts.max_positions * facts.head_dim
+    if bits == 32:
+        size = 4.0 * (facts.linear_elements + (1 if facts.tied else 2) * embedding) + rest
+        return replace(facts.having("onnx"), weight_bytes=int(size))
+    quantized = bool(facts.traits & QUANTIZED)
+    group = _packing(facts).get("group_size", 64) if quantized else options.block_size
+    body = _packed_bytes(facts.linear_elements, bits, group, zeros=quantized)
+    head_bits = {"int4": 4, "int8": 8, "float32": 32}[options.head]
+    head = 4 * embedding if head_bits == 32 else _packed_bytes(embedding, head_bits, options.block_size, zeros=False)
+    table = 0.0 if _shares_head(options, facts) else 4 * embedding
+    return replace(
+        facts.having("onnx", without=frozenset() if quantized else frozenset({"dense"})),
+        weight_bytes=int(body + head + table + rest),
+    )
+
+
+def _shares_head(options: Options, facts: ModelFacts) -> bool:
+    """Return whether the embedding is looked up in the quantized head; the builder does that in 4-bit graphs only."""
+    return facts.tied and options.head != "float32" and (_bits(options, facts) == 4 or bool(facts.traits & QUANTIZED))
+
+
+def run(options: Options, job: Job) -> Facts:
+    """Build the graph, compare it with the source, decode with it."""
+    raise NotImplementedError
