@@ -1,0 +1,173 @@
+"""The speed step: its order by hand, its arithmetic on made-up samples, and one real session of two real processes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from optikit.errors import InputMissingError, StageFailedError
+from optikit.metrics.speed import Trace
+from optikit.report.schema import Speed
+from optikit.stages.measure import speed
+from optikit.stages.measure._session import Rounds, Sample, schedule, select
+from optikit.stages.protocol import Job
+
+ARMS = [
+    {"name": "baseline", "role": "baseline", "runtime": "transformers", "dtype": "float32"},
+    {"name": "result", "role": "result", "runtime": "transformers", "dtype": "bfloat16"},
+]
+
+
+def test_every_round_runs_there_or_back_and_the_baseline_twice():
+    runs = [(name, phase) for name, phase, index in schedule("AXB", Rounds(2, 2, 8)) if phase in ("measured", "again")]
+    assert runs == [
+        *(("A", "measured"), ("X", "measured"), ("B", "measured"), ("A", "again")),
+        *(("A", "again"), ("B", "measured"), ("X", "measured"), ("A", "measured")),
+    ]
+
+
+def test_the_first_run_of_every_arm_is_cold():
+    runs = list(schedule("AB", Rounds(3, 2, 8)))
+    assert runs[:6] == [
+        ("A", "cold", 0),
+        ("A", "warmup", 1),
+        ("A", "warmup", 2),
+        *[("B", p, i) for _, p, i in runs[:3]],
+    ]
+
+
+def made_up(tpot_by_arm, rounds=12, seed=0):
+    """Samples of a machine with 1 % jitter that slows down by half on the way."""
+    draw = np.random.default_rng(seed)
+    for place, (name, phase, index) in enumerate(schedule(list(tpot_by_arm), Rounds(1, rounds, 9))):
+        pace = 1e6 * tpot_by_arm[name] * (1 + 0.5 * place / (3 * rounds)) * np.exp(draw.normal(0, 0.01))
+        times = tuple(int(1e9 * place + 5 * pace + n * pace) for n in range(9))
+        trace = Trace(start_ns=int(1e9 * place), token_ns=times, prompt_tokens=16)
+        yield Sample(arm=name, phase=phase, round=index, prompt=0, trace=trace, tokens=(1,) * 9)
+
+
+ABOUT = {"runtime": "transformers", "dtype": "float32", "threads": 1, "max_tokens": 64, "load_s": 1.0}
+
+
+def timed(tpot_by_arm, **how):
+    options = speed.Options(arms=[ARMS[0] | {"name": name} for name in tpot_by_arm], new_tokens=9, prompt_tokens=16)
+    about = {name: ABOUT | {"peak_memory_mib": 100.0} for name in tpot_by_arm}
+    return speed._facts(list(made_up(tpot_by_arm, **how)), options, about, seed=0)
+
+
+def test_identical_arms_show_no_measurable_change():
+    verdicts = Counter()
+    for seed in range(20):
+        found = timed({"baseline": 30.0, "result": 30.0}, seed=seed)["ratios"]["result"]
+        verdicts.update(ratio["verdict"] for ratio in found.values())
+    assert verdicts["no measurable change"] >= 39
+
+
+def test_a_slow_down_of_3_percent_is_found_on_a_machine_that_slows_down_by_half():
+    for seed in range(10):
+        found = timed({"baseline": 30.0, "result": 30.9}, rounds=20, seed=seed)
+        assert found["ratios"]["result"]["decode"]["verdict"] == "slower"
+        low, high = found["ratios"]["result"]["decode"]["ci95"]
+        assert low < 1 / 1.03 < high
+
+
+def test_further_baselines_are_compared_with_the_last_arm():
+    found = timed({"baseline": 30.0, "transformers-float32": 60.0, "result": 6.0})
+    assert set(found["ratios"]) == {"transformers-float32", "result"}
+    assert found["ratios"]["result"]["decode"]["value"] == pytest.approx(5, rel=0.03)
+    assert found["ratios"]["transformers-float32"]["decode"]["verdict"] == "slower"
+    assert set(found["last_against"]) == {"transformers-float32"}
+    assert found["last_against"]["transformers-float32"]["decode"]["value"] == pytest.approx(10, rel=0.03)
+
+
+def test_speed_keeps_the_definitions():
+    found = Speed.model_validate(timed({"baseline": 30.0})["arms"]["baseline"])
+    assert found.decode_tokens_per_s == pytest.approx(1000 / found.tpot_ms_p50)
+    assert found.prefill_tokens_per_s == pytest.approx(16_000 / found.ttft_ms_p50)
+    assert found.ttft_ms_p95 is None
+    assert found.first_call_ms == pytest.approx(13 * 30, rel=0.05)
+
+
+def test_options_refuse_arms_of_one_name_and_names_that_are_paths():
+    with pytest.raises(ValidationError, match="different names: baseline, baseline"):
+        speed.Options(arms=[ARMS[0], ARMS[0]])
+    with pytest.raises(ValidationError, match="pattern"):
+        speed.Options(arms=[ARMS[0] | {"name": "../x"}])
+
+
+def test_a_prompt_beyond_the_context_is_found_while_planning(facts, target):
+    fits = speed.Options(arms=ARMS, prompt_tokens=448, new_tokens=64)
+    exceeds = speed.Options(arms=ARMS, prompt_tokens=449, new_tokens=64)
+    assert list(speed.check(fits, facts, target)) == []
+    assert next(speed.check(exceeds, facts, target)).fix == "keep their sum at 512 or less"
+
+
+def test_the_estimate_grows_with_every_arm_and_token(facts, target):
+    one = speed.estimate(speed.Options(arms=ARMS[:1]), facts, target, 0)
+    both = speed.estimate(speed.Options(arms=ARMS), facts, target, 0)
+    longer = speed.estimate(speed.Options(arms=ARMS, new_tokens=640), facts, target, 0)
+    assert one.seconds < both.seconds < longer.seconds
+    assert one.peak_bytes < both.peak_bytes
+    assert speed.after(speed.Options(arms=ARMS), facts) is facts
+
+
+def job(tmp_path, tiny_llama, prose, **inputs):
+    dest = tmp_path / "dest"
+    dest.mkdir()
+    given = {"baseline": tiny_llama, "result": tiny_llama, "tokenizer": tiny_llama, "prompts": prose}
+    return Job(source=tiny_llama, dest=dest, scratch=tmp_path / "scratch", inputs=given | inputs, threads=1)
+
+
+def test_a_real_session(tmp_path, tiny_llama, prose):
+    options = speed.Options(arms=ARMS, prompt_tokens=24, new_tokens=5, repetitions=3, warmup=2)
+    given = job(tmp_path, tiny_llama, prose)
+    events = []
+    found = speed.run(options, Job(**(vars(given) | {"progress": lambda *event: events.append(event)})))
+    found = json.loads(json.dumps(found, allow_nan=False))
+    samples = [json.loads(line) for line in (given.dest / "samples.jsonl").read_text().splitlines()]
+    counted = Counter((sample["arm"], sample["phase"]) for sample in samples)
+    for name in ("baseline", "result"):
+        assert (counted[name, "cold"], counted[name, "warmup"], counted[name, "measured"]) == (1, 1, 3)
+        measured = Speed.model_validate(found["arms"][name])
+        assert measured.peak_memory_mib > 50
+        assert measured.load_s > 0
+        assert measured.threads == 1
+    assert counted["baseline", "again"] == 3
+    assert found["arms"]["result"]["dtype"] == "bfloat16"
+    assert all(len(sample["tokens"]) == 5 and sample["prompt_tokens"] == 24 for sample in samples)
+    by_prompt = {(s["prompt"], s["arm"]): s["tokens"] for s in samples if s["phase"] == "measured"}
+    for again in (s for s in samples if s["phase"] == "again"):
+        assert again["tokens"] == by_prompt[again["prompt"], "baseline"]  # greedy: the same prompt, the same answer
+    by_start = sorted(samples, key=lambda sample: sample["start_ns"])
+    assert by_start == samples
+    for earlier, later in pairwise(samples):  # never two arms at a time
+        assert earlier["start_ns"] + earlier["token_ns"][-1] <= later["start_ns"]
+    assert found["host"]["before"]["threads"] >= 1
+    assert events[-1] == (len(samples), len(samples), "run")
+    times = [s["token_ns"][0] / 1e6 for s in samples if (s["arm"], s["phase"]) == ("result", "measured")]
+    assert found["arms"]["result"]["ttft_ms_p50"] == pytest.approx(float(np.median(times)))
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_test_with_its_name(tmp_path, tiny_llama, prose):
+    given = job(tmp_path, tiny_llama, prose, result=tmp_path / "nothing")
+    options = speed.Options(arms=ARMS[1:], prompt_tokens=8, new_tokens=2, repetitions=2)
+    with pytest.raises((InputMissingError, StageFailedError), match="result: "):
+        speed.run(options, given)
+
+
+def test_prompts_that_are_too_short_end_it_before_any_model_is_loaded(tmp_path, tiny_llama, prose):
+    options = speed.Options(arms=ARMS, prompt_tokens=10**6, new_tokens=2)
+    with pytest.raises(InputMissingError, match="no prompt of"):
+        speed.run(options, job(tmp_path, tiny_llama, prose))
+
+
+def test_samples_are_paired_by_round_whatever_their_order():
+    samples = list(made_up({"A": 1.0}, rounds=4))
+    forward, backward = select(samples, "A", "again"), select(samples[::-1], "A", "again")
+    assert forward == backward
+    assert len(forward) == 4

@@ -1,0 +1,345 @@
+"""The report that comes out of a plan and its artifacts: every number at its place, every gap with its reason."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from subprocess import run
+
+import numpy as np
+import pytest
+
+from optikit import evaluate
+from optikit.metrics import statistics
+from optikit.models.facts import ModelFacts
+from optikit.plan.model import Plan, Step
+from optikit.recipe.schema import BaselineOptions, Evaluate, Gate, PerplexityOptions, Recipe, SpeedOptions, StageEntry
+from optikit.report.schema import Divergence, Perplexity, Quality, Ratio, Speed
+from optikit.stages.protocol import Estimate, StageOptions
+from optikit.store.keys import cache_key
+from optikit.store.sources import ModelSource, TextSource
+from optikit.store.store import Manifest, Store
+from optikit.targets import Target
+
+FACTS = ModelFacts(
+    model_type="llama",
+    hidden=64,
+    intermediate=128,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    vocab=260,
+    max_positions=512,
+    tied=True,
+    dtype="BF16",
+    weight_bytes=1000,
+    linears={"up": (128, 64)},
+    traits=frozenset({"dense"}),
+)
+WINDOWS = 12
+
+
+class Options(StageOptions):
+    """Options of no real stage."""
+
+    bits: int = 4
+    """Bits."""
+
+
+def key(name):
+    return cache_key(name=name)
+
+
+def step(name, verb, method, source=""):
+    return Step(
+        name=name,
+        verb=verb,
+        method=method,
+        options=Options(),
+        key=key(name),
+        source=source,
+        estimate=Estimate(seconds=2.0, peak_bytes=3 * 2**20, disk_bytes=4),
+        before=FACTS,
+        after=FACTS,
+    )
+
+
+STEPS = (
+    step("0-acquire-gguf", "acquire", "gguf"),
+    step("1-quantize-gptq", "quantize", "gptq", source=key("0-acquire-gguf")),
+    step("2-compile-onnxruntime", "compile", "onnxruntime", source=key("1-quantize-gptq")),
+)
+MEASURED = ("baseline", "1-quantize-gptq", "2-compile-onnxruntime")
+MEASURES = (
+    *(step(f"measure-quality-{name}", "measure", "quality") for name in MEASURED),
+    step("measure-speed", "measure", "speed"),
+)
+
+
+def plan(tmp_path, **changed):
+    recipe = Recipe(
+        model="pypi:tiny==1",
+        stages=(
+            StageEntry(verb="quantize", method="gptq", options=Options()),
+            StageEntry(verb="compile", method="onnxruntime", options=Options()),
+        ),
+        evaluate=Evaluate(
+            perplexity=PerplexityOptions(text="t", window=16, windows=WINDOWS),
+            speed=SpeedOptions(repetitions=2),
+            baseline=BaselineOptions(also=("float32",)),
+        ),
+        gates={"perplexity_ratio": Gate(max=1.2), "decode_speedup": Gate(min=4.0), "size_ratio": Gate(max=0.5)},
+    )
+    source = ModelSource(
+        spec="pypi:tiny==1", kind="pypi", format="gguf", path=tmp_path, digest="a" * 64, resolved="pypi:tiny==1@x"
+    )
+    text = TextSource(spec="t", path=tmp_path, digest="b" * 64, resolved="t@b")
+    made = Plan(
+        recipe=recipe,
+        target=Target(name="cpu", device="cpu", usd_per_hour=3.6, price_source="list price, today"),
+        model=source,
+        facts=FACTS,
+        texts={"perplexity": text},
+        steps=STEPS,
+        measures=MEASURES,
+        max_memory_bytes=None,
+        device="cpu",
+        warnings=(),
+    )
+    return replace(made, **changed)
+
+
+def nll():
+    """Log-likelihoods of the baseline and of both steps: 10 % worse, then 1 % more."""
+    draw = np.random.default_rng(0)
+    base = draw.gamma(2, 1, (WINDOWS, 15))
+    quantized = base + 0.1 + draw.normal(0, 0.02, base.shape)
+    return dict(zip(MEASURED, (base, quantized, quantized + 0.01), strict=True))
+
+
+def quality(name, rows):
+    if name == "baseline":
+        perplexity = Perplexity(protocol="text-bbbbbbbb@16x12", value=7.0, tokens=180, bits_per_byte=1.5)
+        return Quality(runtime="transformers", perplexity=perplexity, reason="this is the baseline")
+    ratio, interval = statistics.perplexity_ratio(rows["baseline"], rows[name])
+    perplexity = Perplexity(protocol="text-bbbbbbbb@16x12", value=8.0, ratio=ratio, ratio_ci95=interval, tokens=180)
+    apart = Divergence(mean=0.05, median=0.02, p90=0.1, p99=0.3, max=2.0, mean_ci95=(0.04, 0.06), tokens=180)
+    return Quality(
+        runtime="onnxruntime",
+        perplexity=perplexity,
+        kl_divergence=apart,
+        top1_agreement=0.9,
+        top1_agreement_ci95=(0.88, 0.92),
+    )
+
+
+def speed(runtime, dtype, tokens_per_s):
+    return Speed(
+        runtime=runtime,
+        dtype=dtype,
+        threads=2,
+        prompt_tokens=128,
+        new_tokens=64,
+        repetitions=2,
+        ttft_ms_p50=50,
+        ttft_ms_p95=None,
+        tpot_ms_p50=1000 / tokens_per_s,
+        tpot_ms_p95=None,
+        prefill_tokens_per_s=2560,
+        decode_tokens_per_s=tokens_per_s,
+        first_call_ms=100,
+        load_s=1,
+        peak_memory_mib=500,
+    ).model_dump(mode="json")
+
+
+def ratio(value):
+    made = Ratio(value=value, ci95=(value * 0.95, value * 1.05), noise_floor=0.08, verdict="faster")
+    return {"decode": made.model_dump(mode="json"), "prefill": made.model_dump(mode="json")}
+
+
+SPEED_FACTS = {
+    "arms": {
+        "baseline": speed("transformers", "bfloat16", 40),
+        "transformers-float32": speed("transformers", "float32", 20),
+        "result": speed("onnxruntime", "int4", 200),
+    },
+    "intervals": {"result": {"ttft_ms_p50": [45, 55], "tpot_ms_p50": [4.9, 5.1]}},
+    "ratios": {"transformers-float32": ratio(0.5), "result": ratio(5.0)},
+    "last_against": {"transformers-float32": ratio(10.0)},
+    "noise": ratio(1.0),
+    "host": {"before": {}, "after": {}, "steal_share": 0.2},
+    "prompts": 1,
+    "files": ["samples.jsonl"],
+}
+
+
+@pytest.fixture
+def artifacts(tmp_path):
+    store = Store(tmp_path / "store")
+    rows = nll()
+
+    def commit(each, facts, files):
+        directory = store.staging(each.key)
+        for name, content in files.items():
+            if isinstance(content, np.ndarray):
+                np.save(directory / name, content)
+            else:
+                (directory / name).write_bytes(b"x" * content)
+        manifest = Manifest(verb=each.verb, method=each.method, facts=facts, seconds=7.0, peak_memory_mib=321.0)
+        return store.commit(each.key, directory, manifest)
+
+    made = {
+        STEPS[0].key: commit(STEPS[0], {}, {"model.safetensors": 1000, "config.json": 50}),
+        STEPS[1].key: commit(STEPS[1], {"bits_per_weight": 4.3}, {"model.safetensors": 400, "tokenizer.json": 99}),
+        STEPS[2].key: commit(STEPS[2], {}, {"model.onnx": 10, "model.onnx.data": 290, "genai_config.json": 7}),
+    }
+    for name, each in zip(MEASURED, MEASURES, strict=False):
+        facts = quality(name, rows).model_dump(mode="json") | {"files": ["nll.npy"], "detectable_ratio": 1.01}
+        made[each.key] = commit(each, facts, {"nll.npy": rows[name]})
+    made[MEASURES[-1].key] = commit(MEASURES[-1], SPEED_FACTS, {"samples.jsonl": 5})
+    return made
+
+
+def report(plan, artifacts):
+    statuses = {each.name: "executed" for each in (*plan.steps, *plan.measures)}
+    return evaluate.report(plan, artifacts, statuses, seconds=12.5, command="optikit run r.yaml --out out")
+
+
+def test_baseline_and_result_stand_side_by_side(tmp_path, artifacts):
+    made = report(plan(tmp_path), artifacts)
+    assert made.baseline.size_bytes == 1000
+    assert made.result.size_bytes == 300
+    assert made.baseline.speed is not None
+    assert made.baseline.speed.dtype == "bfloat16"
+    assert made.result.speed is not None
+    assert made.result.speed.decode_tokens_per_s == 200
+    assert made.result.quality is not None
+    assert made.result.quality.runtime == "onnxruntime"
+    assert made.speedup.decode is not None
+    assert made.speedup.decode.value == 5
+    assert (made.result.reason, made.baseline.reason) == ("", "")
+
+
+def test_every_step_has_its_own_measurement(tmp_path, artifacts):
+    acquired, quantized, compiled = report(plan(tmp_path), artifacts).steps
+    assert [each.measurement.size_bytes for each in (acquired, quantized, compiled)] == [1000, 400, 300]
+    assert quantized.measurement.quality.kl_divergence.mean == 0.05
+    assert quantized.measurement.speed is None
+    assert quantized.measurement.reason == "speed: timed for the last step only"
+    assert compiled.measurement.speed.runtime == "onnxruntime"
+    assert (quantized.seconds, quantized.peak_memory_mib, quantized.artifact_bytes) == (7.0, 321.0, 499)
+    assert (quantized.estimate_seconds, quantized.estimate_peak_memory_mib) == (2.0, 3.0)
+    assert quantized.facts == {"bits_per_weight": 4.3}
+
+
+def test_measuring_steps_are_listed_apart_without_repeating_their_result(tmp_path, artifacts):
+    measures = report(plan(tmp_path), artifacts).measures
+    assert [each.name for each in measures] == [each.name for each in MEASURES]
+    assert measures[0].facts == {"detectable_ratio": 1.01}
+    assert "arms" not in measures[-1].facts
+    assert measures[-1].facts["noise"]["decode"]["noise_floor"] == 0.08
+
+
+def test_gates_decide_the_verdict(tmp_path, artifacts):
+    made = report(plan(tmp_path), artifacts)
+    assert {gate.name: (gate.verdict, gate.value) for gate in made.gates} == {
+        "perplexity_ratio": ("pass", made.result.quality.perplexity.ratio),
+        "decode_speedup": ("pass", 5.0),
+        "size_ratio": ("pass", 0.3),
+    }
+    assert made.verdict == "pass"
+    strict = plan(tmp_path).recipe.model_copy(update={"gates": {"tpot_ms_p50": Gate(max=5.0)}})
+    made = report(plan(tmp_path, recipe=strict), artifacts)
+    assert (made.verdict, made.gates[0].ci95) == ("inconclusive", (4.9, 5.1))
+    failing = plan(tmp_path).recipe.model_copy(update={"gates": {"top1_agreement": Gate(min=0.95)}})
+    assert report(plan(tmp_path, recipe=failing), artifacts).verdict == "fail"
+
+
+def test_tokens_are_priced_from_the_measured_speed(tmp_path, artifacts):
+    cost = report(plan(tmp_path), artifacts).result.cost
+    assert cost.usd_per_million_output_tokens == pytest.approx(5.0)  # 3.6 $/h at 0.72 million tokens per hour
+    assert cost.usd_per_million_blended_tokens == pytest.approx(1.25)
+    assert cost.price_source == "list price, today"
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        (Target(name="cpu", device="cpu"), "target cpu has no price per hour"),
+        (Target(name="l4", device="cuda", usd_per_hour=1.0), "measured on this machine's processor, and l4 charges"),
+    ],
+)
+def test_a_price_that_would_be_a_guess_is_null_with_a_reason(tmp_path, artifacts, target, reason):
+    cost = report(plan(tmp_path, target=target), artifacts).result.cost
+    assert cost.usd_per_million_output_tokens is None
+    assert reason in cost.reason
+
+
+def test_further_baselines_are_what_the_result_is_compared_with(tmp_path, artifacts):
+    (other,) = report(plan(tmp_path), artifacts).other_baselines
+    assert other.name == "transformers-float32"
+    assert other.speed.decode_tokens_per_s == 20
+    assert other.speedup.decode.value == 10
+
+
+def test_attribution_compares_each_step_with_what_it_was_made_from(tmp_path, artifacts):
+    quantized, compiled = report(plan(tmp_path), artifacts).attribution
+    assert quantized["step"] == "1-quantize-gptq"
+    assert quantized["perplexity_ratio"]["value"] == pytest.approx(np.exp(0.1), rel=0.01)
+    assert quantized["size_ratio"] == 0.4
+    assert compiled["perplexity_ratio"]["value"] == pytest.approx(np.exp(0.01))
+    low, high = compiled["perplexity_ratio"]["ci95"]
+    assert low <= compiled["perplexity_ratio"]["value"] * (1 + 1e-9)
+    assert high >= compiled["perplexity_ratio"]["value"] * (1 - 1e-9)
+    assert compiled["size_ratio"] == 0.75
+
+
+def test_warnings_say_what_to_distrust(tmp_path, artifacts):
+    warnings = " ".join(report(plan(tmp_path), artifacts).warnings)
+    assert "gave 20% of the processor time to other machines" in warnings
+    assert "differs from itself by up to 8% in decode speed" in warnings
+    assert "only 1 prompts of that length" in warnings
+
+
+def test_nothing_measured_is_null_with_reasons(tmp_path, artifacts):
+    recipe = plan(tmp_path).recipe.model_copy(update={"evaluate": Evaluate(), "gates": {}})
+    made = report(plan(tmp_path, recipe=recipe, measures=()), artifacts)
+    assert made.result.quality is None
+    assert "quality: the recipe has no `evaluate: {perplexity: …}`" in made.result.reason
+    assert "speed: the recipe has no `evaluate: {speed: …}`" in made.result.reason
+    assert made.speedup.decode is None
+    assert made.result.cost.reason == "speed was not measured"
+    assert [set(each) for each in made.attribution] == [{"step", "size_ratio"}] * 2
+
+
+def test_an_artifact_that_no_runtime_here_loads_is_not_measured_and_its_gate_inconclusive(tmp_path, artifacts):
+    measures = tuple(each for each in MEASURES if each.name not in ("measure-speed", f"measure-quality-{MEASURED[2]}"))
+    made = report(plan(tmp_path, measures=measures), artifacts)
+    assert "no runtime on this machine loads this artifact" in made.result.reason
+    judged = {gate.name: gate for gate in made.gates}
+    assert judged["decode_speedup"].verdict == "inconclusive"
+    assert "no runtime on this machine" in judged["perplexity_ratio"].reason
+    assert made.verdict == "inconclusive"
+
+
+def test_without_stages_the_result_is_the_baseline(tmp_path, artifacts):
+    recipe = plan(tmp_path).recipe.model_copy(update={"stages": (), "gates": {}})
+    made = report(plan(tmp_path, recipe=recipe, steps=STEPS[:1], measures=MEASURES[:1]), artifacts)
+    assert made.result == made.baseline
+    assert made.attribution == ()
+
+
+def test_the_recipe_is_reported_as_written(tmp_path, artifacts):
+    made = report(plan(tmp_path), artifacts)
+    assert made.recipe["stages"][1] == {"compile": {"engine": "onnxruntime", "bits": 4}}
+    assert made.model["source"] == "pypi:tiny==1@x"
+    assert made.versions["python"] == sys.version.split()[0]
+    assert made.command == "optikit run r.yaml --out out"
+
+
+def test_importing_it_stays_light():
+    code = "import optikit.evaluate, sys; print(*{'numpy', 'torch', 'transformers', 'rich'} & set(sys.modules))"
+    done = run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
