@@ -78,7 +78,9 @@ def compare(a: Run, b: Run) -> Comparison:
     """Compare run `b` with run `a`."""
     quality = _perplexity(a, b)
     lines = tuple(line for line in (quality, *_distribution(a, b), *_speed(a, b), _size(a, b)) if line is not None)
-    refused = tuple(f"{line.label}: {line.how}" for line in lines if line.outcome == "not compared")
+    reasons = dict.fromkeys(line.how for line in lines if line.outcome == "not compared")
+    labels = {reason: [line.label for line in lines if line.how == reason] for reason in reasons}
+    refused = tuple(f"{', '.join(labels[reason])}: {reason}" for reason in reasons)
     return Comparison(sentence=_sentence(a, b, lines), lines=lines, refused=refused)
 
 

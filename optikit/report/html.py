@@ -223,7 +223,7 @@ def _rows(report: Report) -> Iterator[Row]:
     steps = (*report.steps, *report.measures)
     seconds = sum(step.seconds for step in steps)
     memory = max((step.peak_memory_mib for step in steps), default=0.0)
-    largest = max((report.baseline.size_bytes, *(step.artifact_bytes for step in report.steps)))
+    largest = max((report.baseline.size_bytes, *map(view.size_after, report.steps)))
     ratios = [_ratio(step.measurement)[0] or 1.0 for step in report.steps] + [_ratio(report.result)[0] or 1.0]
     sized = _sized(report.baseline.size_bytes, largest, "base")
     known = report.result.quality is not None and report.result.quality.perplexity is not None
@@ -241,7 +241,7 @@ def _rows(report: Report) -> Iterator[Row]:
             kind="step" if changes else "measure",
             time=_timed(step, start, seconds, f"t{i}"),
             memory=_remembered(step, memory, f"m{i}"),
-            size=_sized(step.artifact_bytes, largest, f"s{i}") if changes else Cell(),
+            size=_sized(view.size_after(step), largest, f"s{i}") if changes else Cell(),
             perplexity=_compared(ratio, max(ratios), f"p{i}") if changes and ratio is not None else Cell(),
         )
         start += step.seconds

@@ -130,7 +130,7 @@ def _step(step: StepReport) -> tuple[str, ...]:
         step.status,
         text.duration(step.seconds),
         text.memory(step.peak_memory_mib),
-        "–" if step.verb == "measure" else text.size(step.artifact_bytes),
+        "–" if step.verb == "measure" else text.size(view.size_after(step)),
     )
 
 

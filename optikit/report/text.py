@@ -73,12 +73,16 @@ def ratio_interval(value: float, ci95: tuple[float, float]) -> str:
 
 
 def _decimals(value: float, ci95: tuple[float, float] | None) -> int:
-    """At least three digits; more where the interval is so narrow that its ends would look the same."""
+    """At least three digits; more where the ends would look the same, or like 1 without being it."""
     least = 2 if abs(value) < 9.995 else 1
-    width = ci95[1] - ci95[0] if ci95 else 0.0
-    if not 0 < width < 0.1:
+    if ci95 is None:
         return least
-    return min(4, max(least, math.ceil(-math.log10(width / 3))))
+    width = ci95[1] - ci95[0]
+    if 0 < width < 0.1:
+        least = max(least, math.ceil(-math.log10(width / 3)))
+    while least < 4 and any(round(end, least) == 1 != end for end in ci95):
+        least += 1
+    return min(4, least)
 
 
 def percent(value: float) -> str:

@@ -448,6 +448,11 @@ def step_label(step: StepReport) -> str:
     return text.step_words(step.name) + backend
 
 
+def size_after(step: StepReport) -> int:
+    """Return the bytes of the weights after a step, or of all that it wrote where nothing was measured."""
+    return step.measurement.size_bytes if step.measurement else step.artifact_bytes
+
+
 def metric_keys(report: Report) -> tuple[str, ...]:
     """Return the keys of the definitions that this report's reader needs, in the order of appearance."""
     keys = [figure.key for group in groups(report) for figure in group.figures]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from optikit.report.schema import (
@@ -254,33 +256,33 @@ def thin() -> Report:
     )
 
 
-def hostile() -> Report:
-    """The full report with every free string replaced by one that attacks browsers, terminals, Markdown and CI."""
+def named(words: str) -> Report:
+    """The full report with every free string replaced by `words`."""
     report = full()
     stage = report.steps[1].model_copy(
         update={
-            "name": HOSTILE,
-            "method": HOSTILE,
-            "verb": HOSTILE,
-            "backend": HOSTILE,
-            "options": {HOSTILE: HOSTILE},
-            "facts": {HOSTILE: [HOSTILE]},
+            "name": words,
+            "method": words,
+            "verb": words,
+            "backend": words,
+            "options": {words: words},
+            "facts": {words: [words]},
         }
     )
-    gate = report.gates[0].model_copy(update={"name": HOSTILE, "limit": HOSTILE, "reason": HOSTILE, "verdict": "fail"})
+    gate = report.gates[0].model_copy(update={"name": words, "limit": words, "reason": words, "verdict": "fail"})
     quality = report.result.quality
     assert quality is not None
     assert quality.perplexity is not None
     assert report.result.speed is not None
     result = report.result.model_copy(
         update={
-            "reason": HOSTILE,
-            "speed": report.result.speed.model_copy(update={"runtime": HOSTILE, "dtype": HOSTILE}),
+            "reason": words,
+            "speed": report.result.speed.model_copy(update={"runtime": words, "dtype": words}),
             "quality": quality.model_copy(
                 update={
-                    "runtime": HOSTILE,
-                    "reason": HOSTILE,
-                    "perplexity": quality.perplexity.model_copy(update={"protocol": HOSTILE}),
+                    "runtime": words,
+                    "reason": words,
+                    "perplexity": quality.perplexity.model_copy(update={"protocol": words}),
                 }
             ),
         }
@@ -288,33 +290,43 @@ def hostile() -> Report:
     return report.model_copy(
         update={
             "verdict": "fail",
-            "model": {"name": HOSTILE, HOSTILE: HOSTILE},
-            "host": {"cpu": HOSTILE, HOSTILE: [HOSTILE]},
-            "target": {"name": HOSTILE},
-            "versions": {HOSTILE: HOSTILE},
+            "model": {"name": words, words: words},
+            "host": {"cpu": words, words: [words]},
+            "target": {"name": words},
+            "versions": {words: words},
             "result": result,
             "steps": (report.steps[0], stage, report.steps[2]),
             "gates": (gate, *report.gates[1:]),
-            "warnings": (HOSTILE, f"{HOSTILE} twice {HOSTILE}"),
-            "other_baselines": (report.other_baselines[0].model_copy(update={"name": HOSTILE}),),
-            "attribution": ({HOSTILE: HOSTILE, "step": HOSTILE},),
-            "speculation": {"method": HOSTILE, HOSTILE: HOSTILE, "acceptance_by_position": [HOSTILE, 0.5]},
-            "command": HOSTILE,
-            "created": HOSTILE,
+            "warnings": (words, f"{words} twice {words}"),
+            "other_baselines": (report.other_baselines[0].model_copy(update={"name": words}),),
+            "attribution": ({words: words, "step": words},),
+            "speculation": {"method": words, words: words, "acceptance_by_position": [words, 0.5]},
+            "command": words,
+            "created": words,
         }
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def full_report() -> Report:
     return full()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def thin_report() -> Report:
     return thin()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def hostile_report() -> Report:
-    return hostile()
+    return named(HOSTILE)
+
+
+@pytest.fixture(scope="session")
+def named_report() -> Callable[[str], Report]:
+    return named
+
+
+@pytest.fixture(scope="session")
+def hostile_words() -> str:
+    return HOSTILE

@@ -1,0 +1,71 @@
+"""report.json, .md, .html on disk: whole or not at all, and read back as they were."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from optikit.errors import CannotCreateError, DiskError, InputMissingError, IntegrityError
+from optikit.report import write
+
+
+def test_what_is_written_is_read_back(full_report, hostile_report, tmp_path):
+    for report in (full_report, hostile_report):
+        write.write(report, tmp_path / "out")
+        assert write.load(tmp_path / "out") == report
+        assert write.load(tmp_path / "out" / "report.json") == report
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report.json", "report.md"]
+
+
+def test_the_json_is_the_public_contract(full_report, tmp_path):
+    write.write(full_report, tmp_path)
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert content["schema_version"] == 1
+    assert content["result"]["quality"]["perplexity"]["ratio_ci95"] == [1.1042, 1.1377]
+    assert content["speedup"]["decode"]["value"] == 5.214
+
+
+def test_a_missing_report_names_the_file_and_a_fix(tmp_path):
+    with pytest.raises(InputMissingError, match=r"report\.json: no such report") as caught:
+        write.load(tmp_path)
+    assert "optikit run" in caught.value.fix
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema_version": 2}', b"\xff\xfe", b"null"])
+def test_what_is_no_report_is_said_to_be_none(content, tmp_path):
+    (tmp_path / "report.json").write_bytes(content)
+    with pytest.raises(IntegrityError, match="not a report"):
+        write.load(tmp_path)
+
+
+def test_a_newer_schema_is_refused(full_report, tmp_path):
+    content = json.loads(full_report.model_dump_json()) | {"schema_version": 2}
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    with pytest.raises(IntegrityError, match="schema_version"):
+        write.load(tmp_path)
+
+
+def test_an_old_file_stays_when_the_new_one_cannot_be_put_in_place(full_report, tmp_path):
+    write.write(full_report, tmp_path)
+    before = (tmp_path / "report.md").read_bytes()
+    with pytest.raises(UnicodeEncodeError):
+        write.put(tmp_path / "report.md", "half \ud800")
+    assert (tmp_path / "report.md").read_bytes() == before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_file_in_the_way_of_the_directory(full_report, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(CannotCreateError, match="out"):
+        write.write(full_report, tmp_path / "out")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")  # noqa: PTH110 - a device node
+def test_a_full_disk_has_its_own_error(tmp_path):
+    """Writing to /dev/full fails with the error number of a full disk."""
+    (tmp_path / f".report.md.{os.getpid()}").symlink_to("/dev/full")
+    with pytest.raises(DiskError, match="No space left"):
+        write.put(tmp_path / "report.md", "x" * 100_000)
+    assert not (tmp_path / "report.md").exists()
