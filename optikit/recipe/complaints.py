@@ -51,11 +51,12 @@ def complaints(error: ValidationError, model: type[BaseModel], marks: Marks, at:
     schema = model.model_json_schema()
     by_loc: dict[Loc, list[Problem]] = {}
     for details in error.errors(include_url=False):
-        problem = _problem(details, schema).under(*at)
-        # The branches of a union complain one by one, each with its name at the end of the path.
-        loc = problem.loc if details["type"] == "missing" else marks.reach(problem.loc)
+        loc = (*at, *details["loc"])
+        if details["type"] != "missing":
+            loc = marks.reach(loc)  # the branches of a union add their names to the path, and complain one by one
+        problem = _problem(details, loc[len(at) :], schema)
         mark = marks.key(loc) if problem.code == "unknown-key" else marks.mark(loc)
-        by_loc.setdefault(loc, []).append(problem.at(mark))
+        by_loc.setdefault(loc, []).append(replace(problem, loc=loc, mark=mark))
     return tuple(_either(problems) for problems in by_loc.values())
 
 
@@ -65,7 +66,7 @@ def _either(problems: list[Problem]) -> Problem:
         return first
     message = "; or: ".join(dict.fromkeys(problem.message for problem in problems))
     fix = next((problem.fix for problem in problems if problem.fix), "")
-    return Problem(code=first.code, message=message, fix=fix, loc=first.loc, mark=first.mark)
+    return replace(first, message=message, fix=fix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class _Finding:
     @property
     def subject(self) -> str:
         """What the sentence is about: the last key of the path, with indices."""
-        names = [i for i, part in enumerate(self.loc) if isinstance(part, str) and "[" not in part]
+        names = [i for i, part in enumerate(self.loc) if isinstance(part, str)]
         tail = self.loc[names[-1] :] if names else self.loc
         return "".join(f"[{part}]" if isinstance(part, int) else str(part) for part in tail) or "the recipe"
 
@@ -92,17 +93,17 @@ class _Finding:
         return schema_at(self.schema, self.loc)
 
 
-def _problem(details: ErrorDetails, schema: dict[str, Any]) -> Problem:
+def _problem(details: ErrorDetails, loc: Loc, schema: dict[str, Any]) -> Problem:
     finding = _Finding(
         kind=details["type"],
-        loc=details["loc"],
+        loc=loc,
         value=details["input"],
         context=details.get("ctx") or {},
         text=details["msg"],
         schema=schema,
     )
     code, message, fix = _SENTENCES.get(finding.kind, _other)(finding)
-    return Problem(code=code, message=message, fix=fix, loc=finding.loc)
+    return Problem(code=code, message=message, fix=fix)
 
 
 Sentence = tuple[str, str, str]
@@ -188,8 +189,10 @@ def _length(finding: _Finding) -> Sentence:
     return "wrong-length", f"{finding.subject} must have {need}, not {actual}", f"write {need}"
 
 
-def _empty(finding: _Finding) -> Sentence:
-    return "out-of-range", f"{finding.subject} must not be empty", "write a value, or remove the key"
+def _too_short(finding: _Finding) -> Sentence:
+    least = finding.context["min_length"]
+    need = "not be empty" if least == 1 else f"have at least {least} characters"
+    return "out-of-range", f"{finding.subject} must {need}", "write more, or remove the key"
 
 
 def _choice(finding: _Finding) -> Sentence:
@@ -209,7 +212,11 @@ def _own_words(finding: _Finding) -> Sentence:
 
 
 def _other(finding: _Finding) -> Sentence:
-    return "bad-value", f"{finding.subject}: {finding.text}, not {shown(finding.value)}", ""
+    return (
+        "bad-value",
+        f"{finding.subject}: {finding.text}, not {shown(finding.value)}",
+        "`optikit schema` says what it may be",
+    )
 
 
 _SENTENCES: Mapping[str, Callable[[_Finding], Sentence]] = {
@@ -220,7 +227,7 @@ _SENTENCES: Mapping[str, Callable[[_Finding], Sentence]] = {
     "literal_error": _choice,
     "too_long": _length,
     "too_short": _length,
-    "string_too_short": _empty,
+    "string_too_short": _too_short,
     "value_error": _own_words,
 }
 

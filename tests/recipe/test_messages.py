@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from optikit import stages
+
 Told = Callable[..., str]
 
 STAGE = "model: ./m\nstages:\n  - quantize:\n      method: gptq\n"
@@ -77,7 +79,7 @@ GOLDEN: dict[str, tuple[str, tuple[str, ...], str]] = {
         "model: ./m\nstages:\n  - quantize: {method: gptk}\n",
         (),
         """\
-        recipe.yaml:3:24: error: unknown method 'gptk' of quantize (available: gptq, rtn) [unknown-method]
+        recipe.yaml:3:24: error: unknown method 'gptk' of quantize (available: @quantize) [unknown-method]
           3 |   - quantize: {method: gptk}
             |                        ^^^^
             = fix: did you mean 'gptq'?
@@ -238,6 +240,21 @@ GOLDEN: dict[str, tuple[str, tuple[str, ...], str]] = {
             = fix: write `quantize: {method: gptq}`
         """,
     ),
+    "engine, not method": (
+        "model: ./m\nstages:\n  - compile: {method: onnxruntime}\n  - compile: {}\n",
+        (),
+        """\
+        recipe.yaml:3:15: error: unknown key 'method' [unknown-key]
+          3 |   - compile: {method: onnxruntime}
+            |               ^^^^^^
+            = fix: compile takes 'engine'
+
+        recipe.yaml:4:5: error: compile has no 'engine' [missing-key]
+          4 |   - compile: {}
+            |     ^^^^^^^
+            = fix: choose from @compile
+        """,
+    ),
     "options not indented": (
         "model: ./m\nstages:\n  - quantize:\n    method: gptq\n",
         (),
@@ -297,6 +314,8 @@ GOLDEN: dict[str, tuple[str, tuple[str, ...], str]] = {
 @pytest.mark.parametrize("name", GOLDEN)
 def test_told_to_the_letter(name: str, told: Told) -> None:
     text, overrides, expected = GOLDEN[name]
+    for verb, methods in stages.registry().items():
+        expected = expected.replace(f"@{verb}", ", ".join(methods))
     assert told(text, *overrides) + "\n" == textwrap.dedent(expected)
 
 
