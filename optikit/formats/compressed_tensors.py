@@ -13,8 +13,7 @@ transformers dequantizes it with the compressed-tensors package.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -30,27 +29,3 @@ def pack(codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
 def dequantize(tensors: Mapping[str, Tensor]) -> Tensor:
     """Return the weight (out, in) float32 of one linear."""
     return tensors["weight"].float() * tensors["weight_scale"].float()
-
-
-def quantization_config(ignored: Iterable[str]) -> dict[str, Any]:
-    """Return config.json's `quantization_config`: INT8 channel weights, INT8 token activations found while serving.
-
-    Args:
-        ignored: Full names of linear modules that stay dense, the output head among them.
-    """
-    int8 = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {**int8, "strategy": "channel", "dynamic": False},
-                "input_activations": {**int8, "strategy": "token", "dynamic": True},
-                "output_activations": None,
-            }
-        },
-        "ignore": sorted(ignored),
-        "kv_cache_scheme": None,
-    }

@@ -22,11 +22,3 @@ def test_dequantizing_is_code_times_row_scale(rows, columns, seed):
     for row in range(rows):
         for column in range(columns):
             assert weight[row, column] == codes[row, column].item() * scales[row].float()
-
-
-def test_the_configuration_names_what_stays_dense():
-    config = compressed_tensors.quantization_config(["lm_head", "a.b"])
-    assert config["ignore"] == ["a.b", "lm_head"]
-    group = config["config_groups"]["group_0"]
-    assert (group["weights"]["strategy"], group["weights"]["dynamic"]) == ("channel", False)
-    assert (group["input_activations"]["strategy"], group["input_activations"]["dynamic"]) == ("token", True)
