@@ -80,7 +80,7 @@ def compare(a: Run, b: Run) -> Comparison:
     lines = tuple(line for line in (quality, *_distribution(a, b), *_speed(a, b), _size(a, b)) if line is not None)
     reasons = dict.fromkeys(line.how for line in lines if line.outcome == "not compared")
     labels = {reason: [line.label for line in lines if line.how == reason] for reason in reasons}
-    refused = tuple(f"{', '.join(labels[reason])}: {reason}" for reason in reasons)
+    refused = tuple(f"{'; '.join(labels[reason])}: {reason}" for reason in reasons)
     return Comparison(sentence=_sentence(a, b, lines), lines=lines, refused=refused)
 
 
