@@ -44,5 +44,6 @@ def verify(
         fix = "run its recipe again into a new directory; what is in the store is used again"
         raise IntegrityError(f"{directory}: {count} from {NAME}", fix=fix)
     if not as_json:
-        more = f"; {len(beside)} files beside them were not sealed" if beside else ""
+        others = "1 file" if len(beside) == 1 else f"{len(beside)} files"
+        more = f"; {others} beside them not sealed" if beside else ""
         print(f"{directory}: {len(manifest.files)} files, {in_units(manifest.size_bytes)}, all as sealed{more}")

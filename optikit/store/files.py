@@ -24,12 +24,14 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 def in_units(size: int) -> str:
     """Write a number of bytes for people.
 
-    >>> in_units(512), in_units(98362432), in_units(3 * 2**30)
-    ('512 B', '93.8 MiB', '3.00 GiB')
+    >>> in_units(512), in_units(2048), in_units(98362432), in_units(3 * 2**30)
+    ('512 B', '2.0 KiB', '93.8 MiB', '3.00 GiB')
     """
     if size >= 2**30:
         return f"{size / 2**30:.2f} GiB"
-    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size} B"
+    if size >= 2**20:
+        return f"{size / 2**20:.1f} MiB"
+    return f"{size / 2**10:.1f} KiB" if size >= 2**10 else f"{size} B"
 
 
 def free_bytes(path: Path) -> int:
@@ -84,14 +86,16 @@ def walk(directory: Path) -> dict[str, os.stat_result]:
     waiting = [""]
     while waiting:
         prefix = waiting.pop()
-        for entry in os.scandir(directory / prefix):
-            name = prefix + entry.name
-            if entry.is_dir(follow_symlinks=False):
-                waiting.append(name + "/")
-            elif entry.is_file(follow_symlinks=False):
-                found[name] = entry.stat(follow_symlinks=False)
-            else:
-                raise RefusedError(f"{directory / name!s} is not a regular file", fix="only plain files may be stored")
+        with os.scandir(directory / prefix) as entries:
+            for entry in entries:
+                name = prefix + entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(name + "/")
+                elif entry.is_file(follow_symlinks=False):
+                    found[name] = entry.stat(follow_symlinks=False)
+                else:
+                    message = f"{directory / name} is not a regular file"
+                    raise RefusedError(message, fix="only plain files may be stored")
     return dict(sorted(found.items()))
 
 

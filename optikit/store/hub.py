@@ -90,8 +90,8 @@ def fetch(wanted: Repository, store: Store, *, offline: bool, note: Callable[[st
         RecipeError: The repository has several gguf files and the recipe names none.
     """
     key = cache_key(source="hf", repo=str(wanted), revision=wanted.revision, file=wanted.file)
-    pinned = _COMMIT.fullmatch(wanted.revision) is not None
-    known = downloads.recall(store, key, "path", "commit", "file") if pinned else None
+    final = offline or _COMMIT.fullmatch(wanted.revision) is not None  # else the branch may have moved on
+    known = downloads.recall(store, key, "path", "commit", "file") if final else None
     if known is not None and Path(known["path"]).exists():
         return Fetched(path=Path(known["path"]), commit=known["commit"], file=known["file"])
     try:

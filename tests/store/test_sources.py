@@ -1,0 +1,173 @@
+"""Paths and texts: what is taken, what is refused, and how a text is cut."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optikit.errors import InputMissingError, IntegrityError, RecipeError, RefusedError
+from optikit.recipe.schema import Text
+from optikit.store.sources import ModelSource, check_lock, cut, lock_entries, resolve_model, resolve_text
+from optikit.store.store import Store
+
+
+def model(spec: str, store: Store, base: Path) -> ModelSource:
+    return resolve_model(spec, store, base=base, offline=True, note=print)
+
+
+def test_a_directory_is_known_by_its_contents_not_its_name(tiny_llama: Path, store: Store, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "copy")
+    (tmp_path / "copy" / "README.md").write_text("not part of the model")
+    one = model(str(tiny_llama), store, tmp_path)
+    other = model("copy", store, tmp_path)
+    assert (one.kind, one.format, one.path) == ("path", "safetensors", tiny_llama)
+    assert other.path == tmp_path / "copy"
+    assert other.digest == one.digest
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        path = tmp_path / "copy" / name
+        before = path.read_bytes()
+        path.write_bytes(before[:-1] + b" ")
+        assert model("copy", store, tmp_path).digest != one.digest
+        path.write_bytes(before)
+    assert model("copy", store, tmp_path).digest == one.digest
+
+
+def test_a_gguf_file_is_known_by_its_contents(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "a.gguf").write_bytes(b"GGUF")
+    found = model("models/a.gguf", store, tmp_path)
+    assert (found.format, found.path) == ("gguf", tmp_path / "models" / "a.gguf")
+    assert found.digest == hashlib.sha256(b"GGUF").hexdigest()
+    assert model("models", store, tmp_path) == ModelSource(
+        spec="models", kind="path", format="gguf", path=found.path, digest=found.digest, resolved="models"
+    )
+    (tmp_path / "models" / "b.gguf").write_bytes(b"GGUF")
+    with pytest.raises(RecipeError, match="holds 2 gguf files"):
+        model("models", store, tmp_path)
+
+
+def test_paths_start_from_the_recipe_then_from_here(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "recipe").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here" / "a.gguf").write_bytes(b"here")
+    assert model("a.gguf", store, tmp_path / "recipe").path.read_bytes() == b"here"
+    (tmp_path / "recipe" / "a.gguf").write_bytes(b"recipe")
+    assert model("a.gguf", store, tmp_path / "recipe").path.read_bytes() == b"recipe"
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "a.pth", "a.ckpt", "a.pkl"])
+def test_pickles_are_refused(name: str, store: Store, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"\x80\x02.")
+    (tmp_path / "config.json").write_text("{}")
+    for spec in (str(tmp_path), name):
+        with pytest.raises(RefusedError, match="pickle") as raised:
+            model(spec, store, tmp_path)
+        assert "safetensors" in raised.value.fix
+
+
+def test_missing_things_have_a_suggestion(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "smollm2-135m").mkdir()
+    with pytest.raises(InputMissingError, match="smollm-135m doesn't exist") as raised:
+        model("smollm-135m", store, tmp_path)
+    assert raised.value.fix == "did you mean 'smollm2-135m'?"
+    with pytest.raises(InputMissingError) as raised:
+        model("HuggingFaceTB/SmolLM2-135M", store, tmp_path)
+    assert raised.value.fix == "for a repository on the hub write hf:HuggingFaceTB/SmolLM2-135M"
+    with pytest.raises(RecipeError, match="neither"):
+        model("smollm2-135m", store, tmp_path)
+    with pytest.raises(RecipeError, match="paths, hf: or pypi:"):
+        model("https://example.com/model", store, tmp_path)
+    (tmp_path / "smollm2-135m" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputMissingError, match=r"no config\.json"):
+        model("smollm2-135m", store, tmp_path)
+    with pytest.raises(RecipeError, match="neither a model directory nor a gguf"):
+        model("smollm2-135m/model.safetensors", store, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- texts
+
+
+def text(store: Store, base: Path, **fields: object):
+    return resolve_text(Text.model_validate(fields), store, base=base, offline=True, note=print)
+
+
+def test_a_text_is_cut_and_kept(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("<doc 1>\nÄ rose.\n</doc>\n<doc 2>\nA star.\n</doc>\n")
+    whole = text(store, tmp_path, text="a.txt")
+    assert whole.path.read_bytes() == (tmp_path / "a.txt").read_bytes()
+    assert whole.digest == whole.source_sha256
+    found = text(store, tmp_path, text="a.txt", drop_lines=["<doc", "</doc"])
+    assert found.path.read_text() == "Ä rose.\nA star.\n"
+    assert found.digest == hashlib.sha256(found.path.read_bytes()).hexdigest()
+    assert found.path.name == f"{found.digest}.txt"
+    assert found.source_sha256 == whole.digest
+    assert found.resolved == "a.txt"
+    found.path.write_text("damaged")
+    assert text(Store(store.root), tmp_path, text="a.txt", drop_lines=["<doc", "</doc"]).path.read_text() == (
+        "Ä rose.\nA star.\n"
+    )
+
+
+def test_another_text_at_the_same_path_is_another_text(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    one = text(store, tmp_path, text="a.txt")
+    (tmp_path / "a.txt").write_text("two")
+    assert text(store, tmp_path, text="a.txt").digest != one.digest
+
+
+def test_a_mark_at_the_start_is_left_out(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfword\r\n")
+    assert text(store, tmp_path, text="a.txt").path.read_bytes() == b"word\r\n"
+
+
+def test_text_that_is_no_text(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"abc\xff")
+    with pytest.raises(RecipeError, match=r"not UTF-8: invalid start byte at byte 3 \(0xff\)"):
+        text(store, tmp_path, text="a.txt")
+    (tmp_path / "b.txt").write_text("  \n")
+    with pytest.raises(RecipeError, match=r"nothing is left of b\.txt"):
+        text(store, tmp_path, text="b.txt")
+    (tmp_path / "c.txt").write_text("<doc\n")
+    with pytest.raises(RecipeError, match="nothing is left"):
+        text(store, tmp_path, text="c.txt", drop_lines=["<doc"])
+    with pytest.raises(InputMissingError, match=r"a\.tx doesn't exist") as raised:
+        text(store, tmp_path, text="a.tx")
+    assert raised.value.fix == "did you mean 'a.txt'?"
+    with pytest.raises(InputMissingError, match="not a file"):
+        text(store, tmp_path, text=str(tmp_path))
+
+
+@given(
+    content=st.text(alphabet="ab<\n\r\u2028ä", max_size=60),
+    edge=st.floats(0, 1),
+    drop=st.lists(st.sampled_from(["a", "<", "b<"]), max_size=2),
+)
+def test_shares_that_meet_make_the_whole(content: str, edge: float, drop: list[str]) -> None:
+    parts = cut(content, (0.0, edge), drop) + cut(content, (edge, 1.0), drop)
+    assert parts == cut(content, (0.0, 1.0), drop)
+    kept = [line for line in content.split("\n") if not line.startswith(tuple(drop))] if drop else content.split("\n")
+    assert "".join(kept) == parts.replace("\n", "")
+
+
+# ---------------------------------------------------------------------------------------------- optikit.lock
+
+
+def test_a_changed_input_is_named(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    sources = [text(store, tmp_path, text="a.txt", part=(0, 0.5)), model("a.gguf", store, tmp_path)]
+    entries = lock_entries(sources)
+    assert entries["a.txt"] == {"resolved": "a.txt", "sha256": hashlib.sha256(b"one two").hexdigest()}
+    check_lock(entries, sources)
+    check_lock({}, sources)
+    (tmp_path / "a.gguf").write_bytes(b"GGUX")
+    with pytest.raises(IntegrityError, match=r"a\.gguf changed"):
+        check_lock(entries, [model("a.gguf", store, tmp_path)])
