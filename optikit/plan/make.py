@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from optikit.models.reader import read, read_gguf
 from optikit.plan.context import Context
 from optikit.plan.measures import measure_steps
 from optikit.plan.model import Plan, Step
-from optikit.problems import Problem
+from optikit.problems import Problem, did_you_mean
 from optikit.recipe.schema import Recipe, StageEntry, Text, as_written
 from optikit.recipe.size import parse_size
 from optikit.stages.protocol import Stage
@@ -89,9 +88,7 @@ def _target(loaded: LoadedRecipe) -> Target:
     name = loaded.recipe.target
     target = targets.find(name)
     if target is None:
-        near = difflib.get_close_matches(name, targets.names(), n=1)
-        fix = f"did you mean {near[0]!r}?" if near else "`optikit targets` lists them"
-        message = f"unknown target {name!r}"
+        message, fix = f"unknown target {name!r}", did_you_mean(name, targets.names())
         problem = Problem(code="unknown-target", message=message, fix=fix, loc=("target",))
         raise _error(loaded, [problem.at(loaded.marks.mark(problem.loc))])
     return target
@@ -107,10 +104,15 @@ def _texts(recipe: Recipe) -> dict[str, Text]:
 
 def _refuse(loaded: LoadedRecipe, problems: Iterable[Problem]) -> tuple[Problem, ...]:
     """Raise if any problem is an error, with all of them; else return the warnings. Each is put at its place."""
-    placed = tuple(problem.at(problem.mark or loaded.marks.mark(problem.loc)) for problem in problems)
+    placed = tuple(sorted((p.at(p.mark or loaded.marks.mark(p.loc)) for p in problems), key=_order))
     if any(problem.level == "error" for problem in placed):
         raise _error(loaded, placed)
     return placed
+
+
+def _order(problem: Problem) -> tuple[int, int]:
+    """Sort by place in the file, as a reader meets them."""
+    return (problem.mark.line, problem.mark.column) if problem.mark else (0, 0)
 
 
 def _error(loaded: LoadedRecipe, problems: Sequence[Problem]) -> RecipeError:
