@@ -51,6 +51,10 @@ def tokenizer(directory: Path) -> Tokenizer:
     return loaded
 
 
+MARGIN = 1000
+"""Characters before a cut whose tokens aren't sure yet."""
+
+
 @dataclass(frozen=True)
 class Encoded:
     """A text as tokens. `ends` is the offset, in bytes of UTF-8, where the text of each token ends."""
@@ -59,23 +63,33 @@ class Encoded:
     ends: NDArray[np.int64]
 
 
-def encode(text: str, by: Tokenizer) -> Encoded:
-    """Tokenize a text as one piece, without special tokens."""
+def encode(text: str, by: Tokenizer, *, at_least: int | None = None) -> Encoded:
+    """Tokenize a text as one piece, without special tokens.
+
+    With `at_least`, only as much of its start as holds that many tokens, or all of it. What follows decides how a word
+    at the cut is split, so tokens of the last thousand characters before a cut are left out.
+    """
     import numpy as np
 
-    encoding = by.encode(text, add_special_tokens=False)
-    characters = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    length = len(text) if at_least is None else min(len(text), 6 * at_least + 2 * MARGIN)
+    while True:
+        encoding = by.encode(text[:length], add_special_tokens=False)
+        ends = np.array([end for _, end in encoding.offsets], np.int64)
+        sure = len(ends) if length == len(text) else int(np.searchsorted(ends, length - MARGIN))
+        if length == len(text) or sure >= (at_least or 0):
+            break
+        length = min(len(text), 2 * length)
+    characters = np.frombuffer(text[:length].encode("utf-32-le"), np.uint32)
     widths = 1 + (characters > 0x7F).astype(np.int64) + (characters > 0x7FF) + (characters > 0xFFFF)
     offsets = np.concatenate([[0], np.cumsum(widths)])
-    ends = np.array([end for _, end in encoding.offsets], np.int64)
-    return Encoded(np.array(encoding.ids, np.int64), offsets[ends])
+    return Encoded(np.array(encoding.ids[:sure], np.int64), offsets[ends[:sure]])
 
 
 def prompts(path: Path, by: Tokenizer, *, length: int, wanted: int, seed: int) -> list[list[int]]:
     """Return up to `wanted` prompts of exactly `length` tokens, in an order that `seed` decides.
 
     JSON Lines with a `prompt` field: longer prompts are cut, shorter ones left out. Anything else is prose: passages
-    that don't overlap, from anywhere in it.
+    that don't overlap, of its start: four times as many as wanted to choose from.
 
     Raises:
         InputMissingError: Not one prompt is long enough, or a line isn't {"prompt": "…"}.
@@ -83,9 +97,9 @@ def prompts(path: Path, by: Tokenizer, *, length: int, wanted: int, seed: int) -
     import numpy as np
 
     text = read(path)
-    candidates = [encode(prompt, by).tokens for prompt in _prompt_fields(path, text)]
+    candidates = [encode(prompt, by, at_least=length).tokens for prompt in _prompt_fields(path, text)]
     if not candidates:
-        tokens = encode(text, by).tokens
+        tokens = encode(text, by, at_least=4 * wanted * length).tokens
         candidates = [tokens[start : start + length] for start in range(0, len(tokens), length)]
     fitting = [tokens[:length].tolist() for tokens in candidates if len(tokens) >= length]
     if not fitting:

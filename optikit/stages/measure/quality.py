@@ -114,7 +114,8 @@ def _windows(options: Options, job: Job) -> tuple[dict[str, Any], NDArray[np.int
     from optikit.metrics import perplexity
 
     text = _text.read(job.inputs["text"])
-    encoded = _text.encode(text, _text.tokenizer(job.inputs["tokenizer"]))
+    needed = options.window * options.windows
+    encoded = _text.encode(text, _text.tokenizer(job.inputs["tokenizer"]), at_least=needed)
     try:
         windows = perplexity.cut(encoded.tokens, options.window, options.windows)
     except ValueError as error:

@@ -27,6 +27,33 @@ def test_every_byte_of_the_text_belongs_to_a_token(reader, text):
     assert reader.decode(encoded.tokens.tolist()) == text or "<" in text
 
 
+@pytest.fixture(scope="module")
+def merging(tmp_path_factory, prose):
+    """A tokenizer with merges, so that how a word splits depends on what follows."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=sorted(alphabet), show_progress=False)
+    made.train_from_iterator([prose.read_text(encoding="utf-8")], trainer)
+    directory = tmp_path_factory.mktemp("merging")
+    made.save(str(directory / "tokenizer.json"))
+    return _text.tokenizer(directory)
+
+
+@pytest.mark.parametrize("at_least", [1, 100, 700, 5000, 10**9])
+def test_the_start_of_a_text_is_tokenized_as_in_the_whole(merging, prose, at_least):
+    text = prose.read_text(encoding="utf-8")
+    whole, start = _text.encode(text, merging), _text.encode(text, merging, at_least=at_least)
+    count = len(start.tokens)
+    assert count >= min(at_least, len(whole.tokens))
+    assert start.tokens.tolist() == whole.tokens[:count].tolist()
+    assert start.ends.tolist() == whole.ends[:count].tolist()
+    if at_least == 100:
+        assert count < len(whole.tokens)
+
+
 def test_truncation_that_a_tokenizer_file_asks_for_is_off(tiny_llama, tmp_path):
     from tokenizers import Tokenizer
 
