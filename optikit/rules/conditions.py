@@ -18,8 +18,9 @@ from optikit.rules.stack import Scope
 
 def _version(value: Any, specifiers: Any) -> bool:
     from packaging.specifiers import SpecifierSet
+    from packaging.version import Version
 
-    return SpecifierSet(specifiers).contains(str(value), prereleases=True)
+    return SpecifierSet(specifiers).contains(Version(str(value)), prereleases=True)
 
 
 OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = MappingProxyType(

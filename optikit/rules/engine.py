@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from typing import Any, Literal, get_args
@@ -37,6 +37,7 @@ class Rule:
         source: Documentation, paper or source file behind it.
         date: When that was read, ISO 8601.
         at: Option of the stage that the problem points at, or a path from the top of the recipe (`target`).
+        repair: Options by verb that mend it, for `nearest`: {"compile": {"batch_size": 1}}.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Rule:
     source: str
     date: str
     at: str = ""
+    repair: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def range(self) -> Range:
