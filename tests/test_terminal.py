@@ -192,10 +192,10 @@ import sys, time
 from optikit import terminal
 names = ["1-quantize-gptq", {HOSTILE!r}]
 with terminal.make("auto") as progress:
-    print("data")
     assert type(progress) is terminal.Live
     progress.plan(names)
     progress.start(names[0])
+    print("data")  # a verb's output, while the display is up
     for done in range(4):
         progress.update(names[0], done, 30, "blocks")
         time.sleep(0.15)
