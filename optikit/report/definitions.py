@@ -68,7 +68,7 @@ DEFINITIONS: dict[str, Definition] = {
         name="Speedup",
         formula="median over pairs of time(baseline) / time(result)",
         meaning="Baseline and result run alternately (A B B A), so that a busy machine slows both. The interval is a "
-        "bootstrap over the pairs; the noise floor is the half-width of the same ratio of the baseline to itself.",
+        "bootstrap over the pairs; the noise floor is how far the same ratio of the baseline to itself strays from 1.",
     ),
     "first_call": Definition(
         name="First call",
