@@ -16,10 +16,16 @@ if TYPE_CHECKING:
 def explain(
     what: Annotated[str, typer.Argument(help="A rule, a stage, a target, or an exit code.", show_default=False)] = "",
     every: Annotated[bool, typer.Option("--list", help="List every rule.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="With --list: the whole rows, as a page.")] = False,
 ) -> None:
     """Explain a rule (quantize-twice), a stage (gptq or quantize.gptq), a target (l4) or an exit code (65)."""
     from optikit.errors import UsageError
 
+    if every and markdown:
+        from optikit.rules.document import markdown as page
+
+        typer.echo(page(), nl=False)
+        return
     if every:
         typer.echo("\n".join(_listed()))
         return
@@ -51,10 +57,12 @@ def _names() -> Iterator[str]:
 
 
 def _listed() -> list[str]:
+    import textwrap
+
     from optikit.cli._table import table
     from optikit.rules import rules
 
-    rows = [(rule.id, rule.level, rule.why.split(": ")[0]) for rule in rules().values()]
+    rows = [(rule.id, rule.level, textwrap.shorten(rule.why, 80, placeholder=" ...")) for rule in rules().values()]
     return table([("rule", "level", "what"), *rows])
 
 
