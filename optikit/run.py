@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import sys
@@ -78,8 +77,7 @@ def _tell(report: Report, request: Request) -> None:
     write.write(report, request.out)
     if request.junit is not None:
         request.junit.write_text(junit.render(report), encoding="utf-8")
-    if os.environ.get("GITHUB_ACTIONS") == "true":
-        github.announce(report, os.environ)
+    github.publish(report)
     if request.progress != "none":
         terminal.summary(report, request.out)
 
