@@ -1,7 +1,7 @@
 """One arm of a speed test: a process that loads one model once and decodes when told to. JSON lines in and out.
 
-    in   {"load": {"directory": "…", "runtime": "…", "dtype": "…", "threads": 2}}
-    out  {"ok": true, "runtime": "…", "dtype": "…", "threads": 2, "max_tokens": 2048, "load_s": 1.5}
+    in   {"load": {"directory": "…", "runtime": "…", "dtype": "…", "threads": 2, "max_tokens": 192}}
+    out  {"ok": true, "runtime": "…", "dtype": "…", "threads": 2, "max_tokens": 192, "load_s": 1.5}
     in   {"decode": {"prompt": [1, 2], "new_tokens": 64}}
     out  {"ok": true, "start_ns": 1, "token_ns": [2, 3], "tokens": [7, 8]}
     in   {"peak": {}}
@@ -36,8 +36,7 @@ def load(request: dict[str, Any]) -> tuple[Decoder, dict[str, Any]]:
     started = time.perf_counter()
     from optikit import runtime
 
-    directory = Path(request["directory"])
-    decoder = runtime.load(directory, runtime=request["runtime"], dtype=request["dtype"], threads=request["threads"])
+    decoder = runtime.load(Path(request.pop("directory")), **request)
     seconds = time.perf_counter() - started
     read_back = ("runtime", "dtype", "threads", "max_tokens")
     return decoder, {"load_s": seconds} | {name: getattr(decoder, name) for name in read_back}

@@ -97,7 +97,9 @@ def run(options: Options, job: Job) -> Facts:
     from optikit.runtime import load
 
     about, windows, scored_bytes = _windows(options, job)
-    decoder = load(job.source, runtime=options.runtime, dtype=options.dtype, threads=job.threads)
+    decoder = load(
+        job.source, runtime=options.runtime, dtype=options.dtype, threads=job.threads, max_tokens=options.window
+    )
     about |= {"vocab": decoder.vocab, "runtime": decoder.runtime, "dtype": decoder.dtype, "threads": decoder.threads}
     baseline = job.inputs.get("baseline")
     if baseline is not None:
@@ -140,9 +142,6 @@ def _score(options: Options, job: Job, decoder: Decoder, windows: NDArray[np.int
 
     from optikit.metrics.scoring import NotFiniteError, score
 
-    if decoder.max_tokens < options.window:
-        message = f"{decoder.runtime} holds {decoder.max_tokens} tokens, and a window has {options.window}"
-        raise StageFailedError(message, fix=f"set window to {decoder.max_tokens} or less")
     kept = job.inputs["baseline"] / LOGITS if "baseline" in job.inputs else None
     try:
         with ExitStack() as files:

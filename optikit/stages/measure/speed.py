@@ -140,7 +140,7 @@ def run(options: Options, job: Job) -> Facts:
         for arm in options.arms:
             job.progress(len(arms), len(options.arms), "model loaded")
             arms[arm.name] = stack.enter_context(_start(arm, options, job))
-            loaded[arm.name] = _load(arms[arm.name], arm, job)
+            loaded[arm.name] = _load(arms[arm.name], arm, options, job)
         samples = list(conduct(arms, prompts, rounds, job.progress))
         peaks = {name: arm.ask("peak") for name, arm in arms.items()}
     steal = machine.steal_share(ticks, machine.cpu_times())
@@ -155,10 +155,16 @@ def _start(arm: ArmOptions, options: Options, job: Job) -> Arm:
     return Arm(arm.name, log=job.scratch / f"{arm.name}.log", hang_s=options.hang_s)
 
 
-def _load(process: Arm, arm: ArmOptions, job: Job) -> dict[str, Any]:
+def _load(process: Arm, arm: ArmOptions, options: Options, job: Job) -> dict[str, Any]:
     """Load an arm's model; return what was really loaded, and how long that took."""
-    directory = str(job.inputs[arm.role])
-    loaded = process.ask("load", directory=directory, runtime=arm.runtime, dtype=arm.dtype, threads=job.threads)
+    loaded = process.ask(
+        "load",
+        directory=str(job.inputs[arm.role]),
+        runtime=arm.runtime,
+        dtype=arm.dtype,
+        threads=job.threads,
+        max_tokens=options.prompt_tokens + options.new_tokens,
+    )
     if arm.dtype not in ("auto", loaded["dtype"]):
         message = f"{arm.name}: asked for {arm.dtype}, but {loaded['runtime']} loaded {loaded['dtype']}"
         raise StageFailedError(message, fix=f"set its dtype to auto or {loaded['dtype']}")
@@ -192,7 +198,6 @@ def _facts(samples: Sequence[Sample], options: Options, about: Mapping[str, Mapp
             if name != last
         },
         "noise": _dump(noise),
-        "limits": {name: each["max_tokens"] for name, each in about.items()},
     }
 
 

@@ -1,0 +1,246 @@
+r"""Tasks with right answers: multiple choice by log-likelihood, questions by exact match. Items are JSON lines.
+
+    {"prompt": "The sky is", "choices": ["blue", "made of cheese"], "answer": 0}
+    {"prompt": "Q: 2 + 2?\nA:", "answer": "4"}            or "answer": ["4", "four"]
+
+Choices are scored as lm-evaluation-harness scores them: the log-likelihood of " " + choice after the prompt, tokenized
+together; `acc` takes the likeliest choice, `acc_norm` the likeliest per character. The prompt is read once and its
+key-value cache serves all choices.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optikit.errors import InputMissingError
+from optikit.metrics import perplexity
+from optikit.runtime.protocol import Decoder
+
+CHUNK = 256
+"""Tokens per call while a prompt is read."""
+DELIMITER = " "
+"""Between prompt and choice."""
+
+
+class Tokenizer(Protocol):
+    """What a task asks of a tokenizer."""
+
+    def encode(self, text: str) -> Sequence[int]:
+        """Return token ids, without special tokens."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of token ids."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A prompt with choices, of which `answer` is the right one."""
+
+    id: str
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A prompt with the texts that count as right."""
+
+    id: str
+    prompt: str
+    answers: tuple[str, ...]
+
+
+def read(path: Path) -> tuple[Choice, ...] | tuple[Question, ...]:
+    """Read the items of a task: all with choices, or none.
+
+    Raises:
+        InputMissingError: No items, or a line that isn't one; says which line and why.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise InputMissingError(f"task file {path} doesn't exist", fix="check its path") from error
+    except UnicodeDecodeError as error:
+        raise InputMissingError(f"task file {path} is not UTF-8", fix="convert it to UTF-8") from error
+    items = [_item(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    choices = tuple(item for item in items if isinstance(item, Choice))
+    questions = tuple(item for item in items if isinstance(item, Question))
+    if not items:
+        raise InputMissingError(f"task file {path} has no items", fix="every line is one JSON object")
+    if choices and questions:
+        raise InputMissingError(f"{path} mixes items with and without choices", fix="split it into two tasks")
+    return choices or questions
+
+
+def _item(path: Path, number: int, line: str) -> Choice | Question:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        entry = None
+    problem = _problem(entry)
+    if problem:
+        raise InputMissingError(f"{path}:{number}: {problem}", fix="see `prompt`, `choices` and `answer` in the docs")
+    name, prompt, answer = str(entry.get("id", number)), entry["prompt"], entry["answer"]
+    if "choices" in entry:
+        return Choice(id=name, prompt=prompt, choices=tuple(entry["choices"]), answer=answer)
+    return Question(id=name, prompt=prompt, answers=(answer,) if isinstance(answer, str) else tuple(answer))
+
+
+def _problem(entry: Any) -> str:
+    """Say what is wrong with a parsed line; "" if nothing is."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        return 'expected {"prompt": "…", "answer": …}'
+    answer = entry.get("answer")
+    if "choices" not in entry:
+        return "" if _texts(answer if isinstance(answer, list) else [answer]) else "`answer` must be a text, or several"
+    if not _texts(entry["choices"]) or len(entry["choices"]) < 2:
+        return "`choices` must be two or more texts"
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(entry["choices"]):
+        return f"`answer` must be a number from 0 to {len(entry['choices']) - 1}, got {answer!r}"
+    return ""
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) and text for text in value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """What a model made of a multiple-choice item.
+
+    Attributes:
+        loglikelihoods: Of every choice, nats.
+        choice, choice_norm: The likeliest, and the likeliest per character.
+        correct, correct_norm: Whether that is the answer.
+    """
+
+    id: str
+    loglikelihoods: tuple[float, ...]
+    choice: int
+    choice_norm: int
+    correct: bool
+    correct_norm: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """What a model wrote: its text up to the stop, its length in tokens, whether it is right."""
+
+    id: str
+    text: str
+    tokens: int
+    correct: bool
+
+
+def split_pair(tokenizer: Tokenizer, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Tokenize prompt and continuation together and split them; blanks that end the prompt go to the continuation."""
+    blanks = len(prompt) - len(prompt.rstrip())
+    if blanks:
+        prompt, continuation = prompt[:-blanks], prompt[-blanks:] + continuation
+    whole, head = list(tokenizer.encode(prompt + continuation)), list(tokenizer.encode(prompt))
+    return head, whole[len(head) :]
+
+
+def choose(decoder: Decoder, tokenizer: Tokenizer, item: Choice, *, start_token: int) -> Chosen:
+    """Score every choice of an item; an empty prompt is `start_token` alone.
+
+    Raises:
+        InputMissingError: Prompt and choice together exceed the model's context.
+    """
+    pairs = [split_pair(tokenizer, item.prompt, DELIMITER + choice) for choice in item.choices]
+    reader = _Reader(decoder, item.id)
+    likelihoods = tuple(reader.loglikelihood(head or [start_token], tail) for head, tail in pairs)
+    lengths = [len(choice) for choice in item.choices]
+    best = int(np.argmax(likelihoods))
+    best_norm = int(np.argmax(np.array(likelihoods) / lengths))
+    return Chosen(
+        id=item.id,
+        loglikelihoods=likelihoods,
+        choice=best,
+        choice_norm=best_norm,
+        correct=best == item.answer,
+        correct_norm=best_norm == item.answer,
+    )
+
+
+class _Reader:
+    """Log-likelihoods of continuations of one prompt: the prompt stays in the decoder's cache."""
+
+    def __init__(self, decoder: Decoder, item: str) -> None:
+        self._decoder = decoder
+        self._item = item
+        self._head: list[int] = []
+        self._after: NDArray[np.float32] = np.empty(0, np.float32)
+        """Logits (1, vocab) after the prompt."""
+
+    def loglikelihood(self, head: list[int], tail: list[int]) -> float:
+        """Return ln p(tail | head), nats."""
+        _require_fit(self._decoder, len(head) + len(tail), self._item)
+        if head != self._head:
+            self._head, self._after = head, _last_logits(self._decoder, np.array(head, np.int64))
+        rows = self._after
+        if len(tail) > 1:
+            more = self._decoder.forward(np.array(tail[:-1], np.int64), len(head))
+            rows = np.concatenate([rows, more])
+        return -float(perplexity.token_nll(rows, np.array(tail, np.int64)).sum())
+
+
+def _last_logits(decoder: Decoder, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return the logits (1, vocab) after `tokens`, read in chunks: all logits of a long prompt would fill memory."""
+    last = np.empty((0, decoder.vocab), np.float32)
+    for start in range(0, len(tokens), CHUNK):
+        last = decoder.forward(tokens[start : start + CHUNK], start)[-1:].copy()
+    return last
+
+
+def _require_fit(decoder: Decoder, tokens: int, item: str) -> None:
+    if tokens > decoder.max_tokens:
+        message = f"item {item} needs {tokens} tokens, and the model's context holds {decoder.max_tokens}"
+        raise InputMissingError(message, fix="shorten its prompt")
+
+
+def answer(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    item: Question,
+    *,
+    most_tokens: int = 64,
+    stop: Sequence[str] = ("\n",),
+    end_tokens: frozenset[int] = frozenset(),
+) -> Answered:
+    """Write greedily until a stop text, an end token, or `most_tokens`; right if one of the answers is what came.
+
+    Blanks are compared loosely (ends stripped, runs as one), letters exactly.
+
+    Raises:
+        InputMissingError: Prompt and answer together exceed the model's context.
+    """
+    prompt = list(tokenizer.encode(item.prompt))
+    _require_fit(decoder, len(prompt) + most_tokens, item.id)
+    written: list[int] = []
+    text = ""
+    for token in decoder.greedy(np.array(prompt, np.int64), most_tokens):
+        if token in end_tokens:
+            break
+        written.append(token)
+        text = tokenizer.decode(written)
+        if any(mark in text for mark in stop):
+            break
+    for mark in stop:
+        text = text.split(mark, 1)[0]
+    right = _normal(text) in {_normal(each) for each in item.answers}
+    return Answered(id=item.id, text=text, tokens=len(written), correct=right)
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.split())
