@@ -1,1 +1,79 @@
-"""Runtimes: forward passes through torch and onnxruntime behind one small protocol, and the decoding loop."""
+"""Runtimes: one `Decoder` protocol, whoever multiplies the matrices.
+
+    from optikit import runtime
+    decoder = runtime.load(Path("out/compiled/onnxruntime"))
+    for token in decoder.greedy(np.array(tokenizer.encode("Once upon a time")), 64): ...
+
+What isn't needed isn't imported: a compiled directory is served without torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optikit.errors import InputMissingError, UsageError
+
+if TYPE_CHECKING:
+    from optikit.runtime.protocol import Decoder
+
+MARKS = {"onnxruntime": "genai_config.json", "transformers": "config.json"}
+"""The file by which a directory of each runtime is known, in the order of preference."""
+INSIDE = ("compiled/onnxruntime", "model")
+"""Where an output directory of `optikit run` holds such directories, best first."""
+
+
+def find(directory: Path, runtime: str = "auto") -> tuple[str, Path]:
+    """Return the runtime that loads a directory, and the directory it loads.
+
+    Args:
+        directory: A compiled directory, a Hugging Face directory, or what `optikit run` wrote.
+        runtime: `auto`, or the runtime that it has to be.
+
+    Raises:
+        InputMissingError: Nothing there can be loaded.
+        UsageError: There is no such runtime.
+    """
+    if runtime not in ("auto", *MARKS):
+        raise UsageError(f"there is no runtime {runtime!r}", fix=f"use auto, {' or '.join(MARKS)}")
+    wanted = MARKS if runtime == "auto" else {runtime: MARKS[runtime]}
+    for place in (directory, *(directory / inside for inside in INSIDE)):
+        for name, mark in wanted.items():
+            if (place / mark).is_file():
+                return name, place
+    if not directory.is_dir():
+        raise InputMissingError(f"{directory} is not a directory", fix="give a model directory")
+    message = f"{directory} holds no model: no {' or '.join(wanted.values())}"
+    raise InputMissingError(message, fix="give a compiled directory, a Hugging Face directory, or the output of a run")
+
+
+def load(
+    directory: Path,
+    *,
+    runtime: str = "auto",
+    dtype: str = "auto",
+    threads: int | None = None,
+    max_tokens: int | None = None,
+) -> Decoder:
+    """Load a model.
+
+    Args:
+        directory: A compiled directory, a Hugging Face directory (dense or packed), or what `optikit run` wrote.
+        runtime: `auto`, `onnxruntime` or `transformers`.
+        dtype: `auto` is what the directory holds; transformers can also run it in `float32` or `bfloat16`.
+        threads: CPU threads; None is all that this process may use.
+        max_tokens: Longest sequence that the cache will hold; None is the model's context.
+
+    Raises:
+        InputMissingError: Nothing there can be loaded.
+        IntegrityError: A file is damaged.
+        UsageError: A runtime, dtype or length that it can't have.
+    """
+    name, place = find(directory, runtime)
+    if name == "onnxruntime":
+        from optikit.runtime.onnx_decoder import OnnxDecoder
+
+        return OnnxDecoder(place, dtype=dtype, threads=threads, max_tokens=max_tokens)
+    from optikit.runtime.torch_decoder import TorchDecoder
+
+    return TorchDecoder(place, dtype=dtype, threads=threads, max_tokens=max_tokens)

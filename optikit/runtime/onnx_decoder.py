@@ -1,0 +1,261 @@
+"""`OnnxDecoder`: onnxruntime itself on a directory of the onnxruntime-genai builder, with nothing in between.
+
+What makes it fast is what it doesn't do:
+
+- One set of key-value buffers is bound as past and as present: a step writes its row in place and copies nothing. The
+  graph reads the sequence length off the attention mask, so rolling back is passing a shorter mask.
+- Inputs and outputs are bound by address once per number of tokens m; a step then costs one call.
+- Before the output head a slice is put into the graph in memory (the file stays as it is): a prompt computes logits
+  for its last token only, a fifth less work on SmolLM2-135M.
+
+A graph of accuracy level 4 has one matrix kernel for m = 1 and others for m ≥ 2; their logits differ by up to 1. Rows
+don't depend on m beyond that, so a loop that must repeat itself token by token uses m = 1 throughout, or never.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as native
+
+from optikit import host
+from optikit.errors import InputMissingError, IntegrityError, UsageError
+from optikit.runtime.limits import check_call, check_room
+from optikit.runtime.protocol import Logits, Tokens
+
+CONFIG = "genai_config.json"
+HEAD = "/lm_head/MatMul"
+FIRST_ROW = "optikit_first_row"
+"""Input that the slice before the head reads: index of the first token whose logits are wanted."""
+CHUNK = 256
+"""Tokens per call of a longer sequence: bounds the activations, and is large enough for full speed."""
+KEPT_CALLS = 16
+"""Calls of up to this many tokens stay bound; a longer one is bound anew, which costs a thousandth of its run."""
+CACHE_BYTES = 4 << 30
+"""Default bound on the address space of the cache; pages are taken only as they are filled."""
+FAILURES = tuple(each for each in vars(native).values() if isinstance(each, type) and issubclass(each, Exception))
+"""What onnxruntime raises: classes without a common base of their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What genai_config.json says of a decoder graph: names of its inputs and outputs, shape of its cache."""
+
+    graph: Path
+    layers: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    context: int
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+    @property
+    def cache_names(self) -> Iterator[tuple[str, str]]:
+        """Yield (past, present) of every key and value tensor."""
+        for layer in range(self.layers):
+            for kind in ("key", "value"):
+                yield self.inputs[f"past_{kind}_names"] % layer, self.outputs[f"present_{kind}_names"] % layer
+
+
+def read_layout(directory: Path) -> Layout:
+    """Read genai_config.json.
+
+    Raises:
+        InputMissingError: There is none, or the graph that it names isn't there.
+        IntegrityError: It isn't what onnxruntime-genai writes.
+    """
+    path = directory / CONFIG
+    if not path.is_file():
+        raise InputMissingError(f"{directory} has no {CONFIG}", fix="give a directory that `compile` wrote")
+    try:
+        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        decoder = model["decoder"]
+        layout = Layout(
+            graph=directory / Path(decoder["filename"]).name,
+            layers=int(decoder["num_hidden_layers"]),
+            kv_heads=int(decoder["num_key_value_heads"]),
+            head_dim=int(decoder["head_size"]),
+            vocab=int(model["vocab_size"]),
+            context=int(model["context_length"]),
+            inputs=decoder["inputs"],
+            outputs=decoder["outputs"],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        message = f"{path} isn't a decoder's configuration: {type(error).__name__}: {error}"
+        raise IntegrityError(message, fix="compile the model again") from error
+    if not layout.graph.is_file():
+        raise InputMissingError(f"{directory} has no {layout.graph.name}", fix="compile the model again")
+    return layout
+
+
+def _read_graph(layout: Layout) -> onnx.ModelProto:
+    try:
+        return onnx.load(str(layout.graph), load_external_data=False)
+    except DecodeError as error:
+        raise IntegrityError(f"{layout.graph} is not an ONNX file: {error}", fix="compile the model again") from error
+
+
+def stored_dtype(graph: onnx.GraphProto) -> str:
+    """Return how most products of a graph store their weights: `int4`, `int8` or `float32`."""
+    bits = Counter(
+        next(attribute.i for attribute in node.attribute if attribute.name == "bits")
+        for node in graph.node
+        if node.op_type == "MatMulNBits"
+    )
+    return f"int{bits.most_common(1)[0][0]}" if bits else "float32"
+
+
+def _slice_before_head(graph: onnx.GraphProto, where: Path) -> None:
+    """Let the head see only the rows from input FIRST_ROW on."""
+    position = next((i for i, node in enumerate(graph.node) if node.name.startswith(HEAD)), None)
+    if position is None:
+        raise IntegrityError(f"{where} has no node {HEAD}", fix="compile the model with onnxruntime-genai's builder")
+    head = graph.node[position]
+    ends = onnx.helper.make_tensor(f"{FIRST_ROW}_end", onnx.TensorProto.INT64, [1], [np.iinfo(np.int64).max])
+    axis = onnx.helper.make_tensor(f"{FIRST_ROW}_axis", onnx.TensorProto.INT64, [1], [1])
+    graph.initializer.extend([ends, axis])
+    graph.input.append(onnx.helper.make_tensor_value_info(FIRST_ROW, onnx.TensorProto.INT64, [1]))
+    rows = onnx.helper.make_node(
+        "Slice", [head.input[0], FIRST_ROW, ends.name, axis.name], [f"{FIRST_ROW}_rows"], name=f"{FIRST_ROW}_slice"
+    )
+    head.input[0] = rows.output[0]
+    graph.node.insert(position, rows)
+    for output in graph.output:
+        if output.name == "logits":
+            output.type.tensor_type.shape.dim[1].dim_param = "rows"
+
+
+def _open(model: onnx.ModelProto, layout: Layout, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3  # errors come as exceptions; warnings are not the user's to act on
+    folder = str(layout.graph.parent.resolve())
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    try:
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except FAILURES as error:
+        message = f"onnxruntime can't load {layout.graph}: {error}"
+        raise IntegrityError(message, fix="compile the model again") from error
+
+
+class _Call:
+    """The inputs and outputs of a run of m tokens, bound by address."""
+
+    def __init__(
+        self, session: onnxruntime.InferenceSession, layout: Layout, cache: list[NDArray[Any]], m: int
+    ) -> None:
+        self.binding = session.io_binding()
+        self.tokens = np.zeros((1, m), np.int64)
+        self.positions = np.zeros((1, m), np.int64)
+        self.first_row = np.zeros(1, np.int64)
+        self._bind(layout.inputs["input_ids"], self.tokens)
+        self._bind(FIRST_ROW, self.first_row)
+        if "position_ids" in {each.name for each in session.get_inputs()}:
+            self._bind("position_ids", self.positions)
+        for (past, present), buffer in zip(layout.cache_names, cache, strict=True):
+            self._bind(past, buffer)
+            self.output(present, buffer)
+
+    def _bind(self, name: str, array: NDArray[Any]) -> None:
+        self.binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def output(self, name: str, array: NDArray[Any]) -> None:
+        """Bind an output to memory that the caller keeps alive until the run is over."""
+        self.binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+class OnnxDecoder:
+    """A compiled model with its cache; see `protocol.Decoder`.
+
+    Args:
+        directory: What `compile: {engine: onnxruntime}` wrote, or any directory of the builder.
+        dtype: `auto`, or the dtype that the graph must have.
+        threads: CPU threads; None is all that this process may use.
+        max_tokens: Longest sequence; None is the model's context, or less where its cache would pass 4 GiB.
+
+    Raises:
+        InputMissingError: A file is missing.
+        IntegrityError: A file is damaged, or onnxruntime can't run the graph.
+        UsageError: The graph has another dtype, or a shorter context than `max_tokens`.
+    """
+
+    runtime = "onnxruntime"
+
+    def __init__(
+        self, directory: Path, *, dtype: str = "auto", threads: int | None = None, max_tokens: int | None = None
+    ) -> None:
+        layout = read_layout(directory)
+        model = _read_graph(layout)
+        self.dtype = stored_dtype(model.graph)
+        if dtype not in ("auto", self.dtype):
+            raise UsageError(
+                f"{directory} holds {self.dtype} weights, not {dtype}", fix=f"use dtype auto or {self.dtype}"
+            )
+        if max_tokens is not None and max_tokens > layout.context:
+            message = f"max_tokens {max_tokens} is beyond the model's context of {layout.context} tokens"
+            raise UsageError(message, fix=f"use {layout.context} or less")
+        row_bytes = 2 * layout.layers * layout.kv_heads * layout.head_dim * 4
+        self.max_tokens = max_tokens or min(layout.context, CACHE_BYTES // row_bytes)
+        self.threads = threads or host.threads()
+        self.vocab = layout.vocab
+        _slice_before_head(model.graph, layout.graph)
+        self._layout = layout
+        self._session = _open(model, layout, self.threads)
+        shape = (1, layout.kv_heads, self.max_tokens, layout.head_dim)
+        self._cache = [np.zeros(shape, np.float32) for _ in layout.cache_names]
+        self._mask = np.ones((1, self.max_tokens), np.int64)
+        self._calls: dict[int, _Call] = {}
+        self._last_row = np.empty((1, 1, self.vocab), np.float32)
+        self._filled = 0
+
+    def forward(self, tokens: Tokens, position: int) -> Logits:
+        """Run `tokens` (m,) at `position`; see `protocol.Decoder.forward`."""
+        check_call(tokens, position, filled=self._filled, vocab=self.vocab, max_tokens=self.max_tokens)
+        logits = np.empty((len(tokens), self.vocab), np.float32)
+        for start in range(0, len(tokens), CHUNK):
+            part = tokens[start : start + CHUNK]
+            self._run(part, position + start, logits[None, start : start + len(part)])
+        return logits
+
+    def greedy(self, prompt: Tokens, new_tokens: int) -> Iterator[int]:
+        """Yield `new_tokens` greedy tokens after `prompt`; see `protocol.Decoder.greedy`."""
+        check_call(prompt, 0, filled=0, vocab=self.vocab, max_tokens=self.max_tokens)
+        check_room(len(prompt) + new_tokens, self.max_tokens)
+        row = self._last_row
+        for start in range(0, len(prompt), CHUNK):
+            self._run(prompt[start : start + CHUNK], start, row)
+        for position in range(len(prompt), len(prompt) + new_tokens - 1):
+            token = int(row.argmax())
+            yield token
+            self._run(np.array([token]), position, row)
+        yield int(row.argmax())
+
+    def _run(self, tokens: Tokens, position: int, logits: NDArray[np.float32]) -> None:
+        """Run tokens (m,) and write the logits of the last r of them to `logits` (1, r, vocab)."""
+        m = len(tokens)
+        call = self._calls.get(m) or _Call(self._session, self._layout, self._cache, m)
+        if m <= KEPT_CALLS:
+            self._calls[m] = call
+        end = position + m
+        call.tokens[0] = tokens
+        call.positions[0] = np.arange(position, end)
+        call.first_row[0] = m - logits.shape[1]
+        mask = self._layout.inputs["attention_mask"]
+        call.binding.bind_input(mask, "cpu", 0, np.int64, (1, end), self._mask.ctypes.data)
+        call.output(self._layout.outputs["logits"], logits)
+        self._session.run_with_iobinding(call.binding)
+        self._filled = end
