@@ -126,6 +126,11 @@ def test_after_the_first_time_only_sizes_are_compared(store: Store) -> None:
     assert store.find(KEY) is not None, "this process wrote it and needn't read it again"
     _truncate(path)
     assert store.find(KEY) is None
+    commit(store)
+    reader = Store(store.root)
+    assert reader.find(KEY) is not None
+    _flip(path)
+    assert reader.find(KEY) is not None, "this process has read it"
 
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "a/../../b", "a//b", "./a", "a/", ""])
@@ -185,6 +190,18 @@ def test_a_file_changed_right_after_it_was_hashed_is_hashed_again(tmp_path: Path
         first = digests.of(path)
         path.write_text(f"{round_ + 50000:05}")  # same size, most often within the same tick of the clock
         assert digests.of(path) != first
+
+
+def test_a_file_that_was_just_written_is_not_trusted_yet(tmp_path: Path) -> None:
+    """Within one step of the clock a file can change again and look the same."""
+    path = tmp_path / "file"
+    path.write_text("x")
+    digests = Digests(tmp_path / "digests.json")
+    digests.of(path)
+    assert digests._new == {}
+    _settle(tmp_path)
+    digests.of(path)
+    assert list(digests._new) == [str(path)]
 
 
 def test_export_copies_and_replaces(store: Store, tmp_path: Path) -> None:
