@@ -1,8 +1,8 @@
 """Roofline floors: how fast a model could at best run on a target, and what that would at least cost.
 
-Decoding reads every weight once per step and the whole key-value cache: bytes over bandwidth. Prefill multiplies: work
-over rate. Real engines are slower; a floor says what no engine on that hardware can beat, and is labelled so. What
-the target's row leaves open stays None.
+Decoding reads every weight once per step and the whole key-value cache: bytes over bandwidth, or at large batch work
+over rate. Prefill multiplies: work over rate. Real engines are slower; a floor says what no engine on that hardware
+can beat, and is labelled so. What the target's row leaves open stays None.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def cache_bytes(facts: ModelFacts, *, batch: int, length: int) -> int:
 
 
 def decode_floor(facts: ModelFacts, target: Target, *, batch: int = 1, length: int = 2048) -> float | None:
-    """Return the least seconds of one decoding step: bytes that must be read, over bandwidth.
+    """Return the least seconds of one decoding step: the longer of reading the bytes and doing the work.
 
     An embedding that isn't also the output head is looked up, not read through.
     """
@@ -75,20 +75,27 @@ def decode_floor(facts: ModelFacts, target: Target, *, batch: int = 1, length: i
         return None
     looked_up = 0 if facts.tied else 2 * facts.vocab * facts.hidden
     read = max(facts.weight_bytes - looked_up, 0) + cache_bytes(facts, batch=batch, length=length)
-    return read / (target.bandwidth_gb_s * 1e9 * target.count)
+    work = 2 * batch * (facts.linear_elements + facts.vocab * facts.hidden)
+    return max(
+        read / (target.bandwidth_gb_s * 1e9 * target.count), work / (operations_per_second(facts, target) or 1e99)
+    )
 
 
 def prefill_floor(facts: ModelFacts, target: Target, *, batch: int = 1, length: int = 2048) -> float | None:
-    """Return the least seconds of reading prompts: multiplications and additions, over the dense peak rate.
+    """Return the least seconds of reading prompts: multiplications and additions, over the dense peak rate."""
+    rate = operations_per_second(facts, target)
+    return None if rate is None else prefill_operations(facts, batch=batch, length=length) / rate
+
+
+def operations_per_second(facts: ModelFacts, target: Target) -> float | None:
+    """Return the dense peak rate of a whole target.
 
     Eight-bit activations run at the int8 rate; everything else is multiplied in 16 bits, whatever its storage.
     """
     rate = target.bf16_tflops or target.fp16_tflops
     if "int8_w8a8" in facts.traits and target.int8_tops is not None:
         rate = target.int8_tops
-    if rate is None:
-        return None
-    return prefill_operations(facts, batch=batch, length=length) / (rate * 1e12 * target.count)
+    return None if rate is None else rate * 1e12 * target.count
 
 
 def prefill_operations(facts: ModelFacts, *, batch: int, length: int) -> int:
@@ -140,3 +147,23 @@ def speculation_speedup(acceptance: Sequence[float], *, draft_cost: float, verif
     2.0
     """
     return tokens_per_step(acceptance) / (len(acceptance) * draft_cost + verify_cost)
+
+
+def told(found: Floors, target: Target) -> list[str]:
+    """Return floors as lines for people; what isn't known is left out."""
+    room = "" if found.memory_bytes is None else f" of {found.memory_bytes / 1e9:.1f} GB"
+    lines = [
+        f"serving on {target.name}, batch {found.batch}, {found.length} tokens (floors by roofline, not measured)",
+        f"  memory   weights {found.weight_bytes / 1e9:.2f} GB + cache {found.kv_bytes / 1e9:.2f} GB{room}",
+    ]
+    if found.fits is False:
+        lines[-1] += ": doesn't fit"
+    if found.decode_seconds is not None:
+        rate = found.batch / found.decode_seconds
+        lines.append(f"  decode   at least {1e3 * found.decode_seconds:.3g} ms a step, at most {rate:.4g} tokens/s")
+    if found.prefill_seconds is not None:
+        lines.append(f"  prefill  at least {1e3 * found.prefill_seconds:.3g} ms for {found.length} tokens")
+    if found.usd_per_million_output_tokens is not None:
+        price = f"${found.usd_per_million_output_tokens:.3g} per million output tokens"
+        lines.append(f"  price    at least {price} ({found.price_source})")
+    return lines

@@ -17,6 +17,7 @@ from optikit.targets.estimate import (
     prefill_operations,
     price_per_million,
     speculation_speedup,
+    told,
     tokens_per_step,
 )
 from optikit.targets.neuron import llama2_7b
@@ -31,6 +32,22 @@ def test_decode_floor_by_hand():
     read = 2 * MODEL.parameters - 2 * 32000 * 4096 + 2 * 32 * 32 * 128 * 2048 * 2
     assert seconds == pytest.approx(read / 2.039e12)
     assert 6.9e-3 < seconds < 7.1e-3
+
+
+def test_decoding_many_sequences_is_bound_by_work():
+    """512 sequences of one token on an L4: 6.6 B weights, two operations each, at 121 TFLOPS."""
+    seconds = decode_floor(MODEL, rows()["l4"], batch=512, length=1)
+    assert seconds == pytest.approx(2 * 512 * (MODEL.linear_elements + 32000 * 4096) / 121e12)
+
+
+def test_floors_in_words():
+    lines = told(floors(MODEL, rows()["t4"], batch=8, length=4096), rows()["t4"])
+    assert lines[0] == "serving on t4, batch 8, 4096 tokens (floors by roofline, not measured)"
+    assert lines[1] == "  memory   weights 13.48 GB + cache 17.18 GB of 17.2 GB: doesn't fit"
+    assert lines[2].startswith("  decode   at least ")
+    assert len(lines) == 4
+    assert "price" in told(floors(MODEL, rows()["g5.xlarge"]), rows()["g5.xlarge"])[-1]
+    assert len(told(floors(MODEL, BARE), BARE)) == 2
 
 
 def test_tied_embedding_is_read_through():

