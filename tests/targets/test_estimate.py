@@ -17,8 +17,8 @@ from optikit.targets.estimate import (
     prefill_operations,
     price_per_million,
     speculation_speedup,
-    told,
     tokens_per_step,
+    told,
 )
 from optikit.targets.neuron import llama2_7b
 
