@@ -2,11 +2,13 @@
 
 `load_state(directory, dtype)` is for runtimes: the dense state dict of any directory that a stage here can write.
 `dequantized_state(directory)` is the same, one tensor at a time.
+`rounds_activations(directory)` says whether a server of it rounds the inputs of quantized linears, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,66 @@ import torch
 from torch import Tensor
 
 from optikit.errors import IntegrityError
-from optikit.formats import gptq
+from optikit.formats import awq, compressed_tensors, gptq
 from optikit.formats.checkpoint import Checkpoint
 from optikit.models import architectures
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """A way of packing a linear.
+
+    Attributes:
+        dialect: Key of `quantization_config` that names the variant, its value here, and what its absence means.
+        suffixes: Tensors of a packed linear.
+        mark: The one of them that no dense linear has.
+        unpack: Tensors by suffix, and bits → weight (out, in) float32.
+    """
+
+    dialect: tuple[str, str, str]
+    suffixes: tuple[str, ...]
+    mark: str
+    unpack: Callable[[Mapping[str, Tensor], int], Tensor]
+
+
+def _gptq(tensors: Mapping[str, Tensor], bits: int) -> Tensor:
+    return gptq.dequantize(*gptq.unpack(tensors, bits), tensors["g_idx"])
+
+
+def _awq(tensors: Mapping[str, Tensor], _: int) -> Tensor:
+    return gptq.dequantize(*awq.unpack(tensors))
+
+
+def _int_quantized(tensors: Mapping[str, Tensor], _: int) -> Tensor:
+    return compressed_tensors.dequantize(tensors)
+
+
+PACKINGS: Mapping[str, _Packing] = {
+    "gptq": _Packing(("checkpoint_format", "gptq", "gptq"), gptq.SUFFIXES, "qweight", _gptq),
+    "awq": _Packing(("version", "gemm", "gemm"), awq.SUFFIXES, "qweight", _awq),
+    "compressed-tensors": _Packing(
+        ("format", "int-quantized", ""), compressed_tensors.SUFFIXES, "weight_scale", _int_quantized
+    ),
+}
+"""Packings that can be read, by `quant_method`."""
 
 
 def _transposed(config: Mapping[str, Any]) -> bool:
     row = architectures.find(str(config.get("model_type", "")))
     return row is not None and row.transposed
+
+
+def _packing(settings: Mapping[str, Any], directory: Path) -> _Packing | None:
+    if not settings:
+        return None
+    method = settings.get("quant_method")
+    found = PACKINGS.get(str(method))
+    if found is not None:
+        key, wanted, absent = found.dialect
+        if settings.get(key, absent) == wanted:
+            return found
+        method = f"{method} with {key} {settings.get(key)!r}"
+    raise IntegrityError(f"{directory} is packed as {method!r}", fix=f"formats that can be read: {', '.join(PACKINGS)}")
 
 
 def dequantized_state(directory: Path) -> Iterator[tuple[str, Tensor]]:
@@ -34,20 +88,27 @@ def dequantized_state(directory: Path) -> Iterator[tuple[str, Tensor]]:
     """
     checkpoint = Checkpoint(directory)
     config: Mapping[str, Any] = checkpoint.config()
-    packing: Mapping[str, Any] = config.get("quantization_config") or {}
-    method = packing.get("quant_method")
-    if method not in (None, "gptq") or packing.get("checkpoint_format", "gptq") != "gptq":
-        raise IntegrityError(f"{directory} is packed as {method!r}", fix="formats that can be read: dense, gptq")
+    settings: Mapping[str, Any] = config.get("quantization_config") or {}
+    packing = _packing(settings, directory)
     for name in checkpoint:
         layer, _, kind = name.rpartition(".")
-        if not packing or kind not in gptq.SUFFIXES or f"{layer}.qweight" not in checkpoint:
+        if packing is None or kind not in packing.suffixes or f"{layer}.{packing.mark}" not in checkpoint:
             yield name, checkpoint.read(name)
-        elif kind == "qweight":
-            tensors = {suffix: checkpoint.read(f"{layer}.{suffix}") for suffix in gptq.SUFFIXES}
-            weight = gptq.dequantize(*gptq.unpack(tensors, int(packing["bits"])), tensors["g_idx"])
+        elif kind == packing.mark:
+            tensors = {suffix: checkpoint.read(f"{layer}.{suffix}") for suffix in packing.suffixes}
+            weight = packing.unpack(tensors, int(settings.get("bits", 0)))
             yield f"{layer}.weight", weight.T.contiguous() if _transposed(config) else weight
 
 
 def load_state(directory: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the dense state dict of a model directory, floating point tensors as `dtype`, Hugging Face names."""
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in dequantized_state(directory)}
+
+
+def rounds_activations(directory: Path) -> frozenset[str]:
+    """Return the linears (full names) whose inputs a server rounds to int8, a scale per token, before multiplying."""
+    checkpoint = Checkpoint(directory)
+    settings: Any = checkpoint.config().get("quantization_config") or {}
+    if settings.get("quant_method") != "compressed-tensors":
+        return frozenset()
+    return frozenset(name.removesuffix(".weight_scale") for name in checkpoint if name.endswith(".weight_scale"))
