@@ -238,7 +238,9 @@ def _weights(stack: Stack) -> dict[str, Any]:
         **{key: value for key, value in options.items() if value is not None},
         "quant_method": method,
         "quantized": method is not None,
-        "sparsity_targets": frozenset(sparsity.get("targets") or ()) if isinstance(sparsity, Mapping) else None,
+        "sparsity_targets": (frozenset(sparsity.get("targets") or ()) or None)
+        if isinstance(sparsity, Mapping)
+        else None,
     }
 
 

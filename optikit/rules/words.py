@@ -64,7 +64,7 @@ WEIGHTS: Mapping[str, str] = MappingProxyType(
         "type": "int or float",
         "strategy": "tensor, channel, group",
         "scale_max": "largest value that the scales were made for",
-        "sparsity_targets": "set: sparsity_config.targets",
+        "sparsity_targets": "set: sparsity_config.targets, if any",
     }
 )
 FIT: Mapping[str, str] = MappingProxyType(

@@ -176,6 +176,10 @@ def calibration() -> Finding:
         f"{probe.bandwidth_gb_s:.1f} GB/s, {1000 * probe.fp32_tflops:.0f} GFLOPS fp32, "
         f"{1000 * probe.bf16_tflops:.0f} GFLOPS bf16"
     )
+    if not probe.quiet:
+        fix = "run optikit doctor --calibrate again when the machine is quiet"
+        busy = f"{detail}; measured at load {probe.load:.1f} per thread, so too low"
+        return Finding(what="calibration", status="warn", detail=busy, fix=fix)
     return Finding(what="calibration", status="ok", detail=detail)
 
 

@@ -27,10 +27,13 @@ class Probe:
 
     Attributes:
         cpu, threads: Which machine.
-        bandwidth_gb_s: Bytes of a float32 matrix-vector product per second, 10⁹: what decoding one token does.
+        bandwidth_gb_s: Bytes read and written per second, 10⁹, by a float32 matrix-vector product (what decoding one
+            token does) or a copy, whichever was faster.
         fp32_tflops: Float32 matrix product, 10¹² operations per second.
         bf16_tflops: The same in bf16.
         unix_time: When it was measured.
+        load: Other work on the machine just before, in running processes per thread: above about 0.3 the figures are
+            too low, and floors made of them aren't floors.
     """
 
     cpu: str
@@ -39,6 +42,12 @@ class Probe:
     fp32_tflops: float
     bf16_tflops: float
     unix_time: float
+    load: float
+
+    @property
+    def quiet(self) -> bool:
+        """Whether the machine had little else to do."""
+        return self.load < 0.3
 
 
 def path() -> Path:
@@ -102,10 +111,12 @@ def _run() -> Probe:
     """Measure, in this process."""
     import torch
 
+    load = os.getloadavg()[0] / host.threads()
     torch.set_num_threads(host.threads())
     size = 8192  # 268 MB of float32: more than any cache
-    matrix, vector = torch.ones(size, size), torch.ones(size)
-    bandwidth = 4 * size * size / _best(lambda: torch.mv(matrix, vector))
+    matrix, vector, other = torch.ones(size, size), torch.ones(size), torch.empty(size, size)
+    product = 4 * size * size / _best(lambda: torch.mv(matrix, vector))
+    copy = 8 * size * size / _best(lambda: other.copy_(matrix))
 
     def rate(dtype: torch.dtype) -> float:
         square = torch.ones(1024, 1024, dtype=dtype)
@@ -114,10 +125,11 @@ def _run() -> Probe:
     return Probe(
         cpu=host.cpu_model(),
         threads=host.threads(),
-        bandwidth_gb_s=bandwidth / 1e9,
+        bandwidth_gb_s=max(product, copy) / 1e9,
         fp32_tflops=rate(torch.float32) / 1e12,
         bf16_tflops=rate(torch.bfloat16) / 1e12,
         unix_time=time.time(),
+        load=load,
     )
 
 

@@ -19,6 +19,7 @@ GOOD = {
     "fp32_tflops": 0.1,
     "bf16_tflops": 0.4,
     "unix_time": 1.0,
+    "load": 0.1,
 }
 
 
@@ -108,6 +109,13 @@ def test_calibration_reaches_the_cpu_target(home):
     (home / "calibration.json").write_text(json.dumps(GOOD))
     assert targets.find("cpu").bandwidth_gb_s == 20.0
     assert found("calibration").status == "ok"
+
+
+def test_calibration_under_load_is_told(home):
+    home.mkdir()
+    (home / "calibration.json").write_text(json.dumps({**GOOD, "load": 2.5}))
+    finding = found("calibration")
+    assert (finding.status, "2.5 per thread" in finding.detail) == ("warn", True)
 
 
 def test_failed_measurement_says_why(monkeypatch, tmp_path):
