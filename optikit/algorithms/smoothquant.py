@@ -9,6 +9,7 @@ Differs alpha is searched for every group of linears that share an input, instea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 from optikit.algorithms import int8
 from optikit.algorithms.awq import output_error
 
+STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""Migration strengths tried."""
 SMALLEST = 1e-5
 """Lower bound of channel extremes, as the paper's code has it: dead channels get a finite scale."""
 
@@ -69,8 +72,28 @@ def w8a8_error(weight: Tensor, gram: Tensor, sample: Tensor, tokens: int, scale:
     return float(of_weights.sum()) + float(of_inputs.square().sum()) * tokens / len(sample)
 
 
+def tie(extreme: Tensor, ties: Tensor | None) -> Tensor:
+    """Give channels that must share a scale one extreme: the largest.
+
+    Args:
+        extreme: (in,).
+        ties: (in,) int64, for each channel the one of the feeding module that it copies; None ties nothing.
+    """
+    if ties is None:
+        return extreme
+    largest = torch.zeros(int(ties.max()) + 1, dtype=extreme.dtype, device=extreme.device)
+    return largest.scatter_reduce_(0, ties, extreme, "amax")[ties]
+
+
 def search(
-    weight: Tensor, gram: Tensor, input_max: Tensor, sample: Tensor, tokens: int, *, steps: int = 10
+    weight: Tensor,
+    gram: Tensor,
+    input_max: Tensor,
+    sample: Tensor,
+    tokens: int,
+    *,
+    strengths: Sequence[float] = STRENGTHS,
+    ties: Tensor | None = None,
 ) -> Smoothing:
     """Find the migration strength with the least error.
 
@@ -80,15 +103,16 @@ def search(
         input_max: (in,) largest magnitude of each input channel over those tokens.
         sample: (n, in) float32, some of those tokens.
         tokens: How many tokens `gram` sums over.
-        steps: Values of alpha tried, evenly spaced in (0, 1].
+        strengths: Values of alpha to try beside no smoothing.
+        ties: (in,) int64: channels of equal number must get the same scale (heads that share a value head).
     """
     plain = torch.ones_like(input_max, dtype=torch.float32)
     plain_error = w8a8_error(weight, gram, sample, tokens, plain)
     best = Smoothing(plain, None, plain_error, plain_error)
-    weight_max = weight.abs().amax(dim=0)
-    for step in range(1, steps + 1):
-        scale = scale_of(input_max.float(), weight_max, step / steps)
+    input_max, weight_max = tie(input_max.float(), ties), tie(weight.abs().amax(dim=0), ties)
+    for alpha in strengths:
+        scale = scale_of(input_max, weight_max, alpha)
         error = w8a8_error(weight, gram, sample, tokens, scale)
         if error < best.error:
-            best = Smoothing(scale, step / steps, error, plain_error)
+            best = Smoothing(scale, alpha, error, plain_error)
     return best

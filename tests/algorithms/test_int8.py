@@ -63,7 +63,7 @@ def slow_error(weight: Tensor, inputs: Tensor, scale: Tensor) -> float:
 @pytest.mark.parametrize("seed", range(2))
 def test_estimated_error_is_the_real_one_and_smoothing_lowers_it(seed):
     weight, inputs = problem(seed)
-    found = smoothquant.search(weight, inputs.T @ inputs, inputs.abs().amax(0), inputs[::2], len(inputs), steps=8)
+    found = smoothquant.search(weight, inputs.T @ inputs, inputs.abs().amax(0), inputs[::2], len(inputs))
     assert found.alpha is not None
     plain, smooth = slow_error(weight, inputs, torch.ones(32)), slow_error(weight, inputs, found.scale)
     assert found.plain_error == pytest.approx(plain, rel=0.15)
@@ -92,3 +92,12 @@ def test_dead_channels_get_a_finite_scale():
     found = smoothquant.search(weight, inputs.T @ inputs, inputs.abs().amax(0), inputs, 300)
     assert torch.isfinite(found.scale).all()
     assert (found.scale > 0).all()
+
+
+def test_tied_channels_share_a_scale():
+    weight, inputs = problem(1)
+    ties = torch.arange(32) // 2
+    found = smoothquant.search(weight, inputs.T @ inputs, inputs.abs().amax(0), inputs, 300, ties=ties)
+    assert found.alpha is not None
+    assert torch.equal(found.scale[::2], found.scale[1::2])
+    assert smoothquant.tie(torch.tensor([1.0, 3.0, 2.0]), torch.tensor([1, 0, 1])).tolist() == [2.0, 3.0, 2.0]
