@@ -73,7 +73,15 @@ def _unpack(directory: Path, dtype: torch.dtype | str) -> Any:
         name = missing[0] if missing else found.unexpected_keys[0]
         what = "lacks" if missing else "holds an unknown"
         raise IntegrityError(f"{directory} {what} tensor {name}", fix="check the model directory")
+    for name in formats.rounds_activations(directory):
+        model.get_submodule(name).register_forward_pre_hook(_round_input)
     return model.eval()
+
+
+def _round_input(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Round each token's inputs to int8 as an int8 server does, so that quality is that of the served model."""
+    step = inputs[0].float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
+    return ((inputs[0].float() / step).round() * step).to(inputs[0].dtype)
 
 
 class _AbandonedError(Exception):

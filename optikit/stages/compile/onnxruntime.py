@@ -1,21 +1,23 @@
 """ONNX Runtime: one graph for the CPU, with int4 matrix kernels where the weights are quantized.
 
-onnxruntime-genai's model builder writes the graph from a `gptq` directory (weights stay exactly what the quantizer
-chose) or from a dense one (float32, or rounded to nearest by the engine). Afterwards every linear is unpacked from the
-file again and compared with the source, bit by bit where nothing may have changed, and a child process decodes with
-onnxruntime-genai itself.
+onnxruntime-genai's model builder writes the graph from a `gptq` or `awq` directory (weights stay exactly what the
+quantizer chose) or from a dense one (float32, or rounded to nearest by the engine). Afterwards every linear is unpacked
+from the file again and compared with the source, bit by bit where nothing may have changed, and a child process decodes
+with onnxruntime-genai itself.
 
 Helps   decode at batch 1: a step reads a quarter to a seventh of the bytes, in integer instructions
 Hurts   prefill gains less than decode: it is bound by arithmetic, not by bytes
 Cost    seconds; memory of the builder: a few times the output head, plus the weights
 Note    accuracy level 4 rounds activations to int8 per block: KL 0.006 nats on SmolLM2-135M. Its kernel for one token
         differs from the one for several by up to 1 logit, so a speculated text may differ from a plain one at near-ties
-Note    a 4-bit head costs more than all 4-bit layers together there (KL 0.10, perplexity +7 %) and is hardly faster
+Note    a 4-bit head, which is the embedding too where they are tied, costs KL 0.10 there (perplexity +7 %), an 8-bit
+        one next to nothing, at nearly the same speed
 Note    bf16 isn't offered: onnxruntime has no CPU kernels for it
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -25,20 +27,22 @@ from optikit.problems import Problem
 from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
 from optikit.targets import Target
 
-SUMMARY = "ONNX Runtime graph for CPUs: int4 or int8 from gptq weights, float32 from dense ones"
+SUMMARY = "ONNX Runtime graph for CPUs: int4 or int8 from gptq and awq weights, float32 from dense ones"
 NEEDS: frozenset[Trait] = frozenset()
 CALIBRATED = False
 LIBRARIES = ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers")
 ENVIRONMENT: str | None = None
 
 ENGINE = "onnxruntime"
-QUANTIZED: frozenset[Trait] = frozenset({"int4_gptq", "int8_gptq"})
+QUANTIZED: frozenset[Trait] = frozenset({"int4_gptq", "int8_gptq", "int4_awq"})
 READABLE: frozenset[Trait] = QUANTIZED | {"dense"}
 """How the weights may be stored: what the builder reads and what can be compared with its output."""
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
 """Families of architectures.toml that the builder knows, too (onnxruntime-genai 0.18, models/builder.py)."""
 GROUP_SIZES = frozenset({16, 32, 64, 128, 256})
 """Block sizes of the MatMulNBits operator on a CPU."""
+TRIAL_TOKENS = 8
+"""Tokens that a compiled artifact has to decode before it is accepted."""
 
 
 class Options(StageOptions):
@@ -152,6 +156,40 @@ def _shares_head(options: Options, facts: ModelFacts) -> bool:
     return facts.tied and options.head != "float32" and (_bits(options, facts) == 4 or bool(facts.traits & QUANTIZED))
 
 
+def builder_precision(options: Options, facts: ModelFacts) -> str:
+    """Return the builder's `-p`: for packed weights it only reaches what the quantizer left in float."""
+    if facts.traits & QUANTIZED:
+        return "int4"
+    return "fp32" if options.precision == "auto" else options.precision
+
+
+def builder_options(options: Options) -> tuple[str, ...]:
+    """Return the builder's `--extra_options`.
+
+    Its `rtn` rounding, not its default one: the default names an 8-bit head in a way that a tied embedding doesn't find
+    (onnxruntime-genai 0.18).
+    """
+    common = (f"accuracy_level={options.accuracy_level}", f"block_size={options.block_size}", "algo_config=rtn")
+    if options.head == "float32":
+        return (*common, "nodes_to_exclude=/lm_head/MatMul", "shared_embeddings=false")
+    return (*common, f"matmul_mixed_precision=last_matmul:{options.head}")
+
+
 def run(options: Options, job: Job) -> Facts:
-    """Build the graph, compare it with the source, decode with it."""
-    raise NotImplementedError
+    """Build the graph, compare it with the source, decode with it.
+
+    Raises:
+        StageFailedError: The builder failed, wrote other weights than it read, or a graph that doesn't run.
+    """
+    from optikit.models.reader import read
+    from optikit.stages.compile import _onnx_build, _onnx_verify
+
+    facts = read(job.source)
+    precision = builder_precision(options, facts)
+    extra = builder_options(options) if precision != "fp32" else ()
+    _onnx_build.build(job, precision, extra, facts.layers)
+    found = _onnx_verify.compare(
+        job.source, job.dest, facts, exact=precision == "fp32" or bool(facts.traits & QUANTIZED)
+    )
+    trial = json.loads(_onnx_build.decode(job, TRIAL_TOKENS))
+    return {"builder_precision": precision, "builder_options": list(extra), **found, "trial": trial}

@@ -1,0 +1,34 @@
+"""`python -m optikit.stages.compile._onnx_trial DIR N`: decode N tokens from DIR with onnxruntime-genai alone.
+
+A process of its own, because a wrong graph ends it by a signal. Prints {"tokens": […], "text": "…"}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+PROMPT = "The capital of France is"
+
+
+def main(directory: str, count: int) -> None:
+    """Decode greedily from a fixed prompt; end-of-text is put off until `count` tokens are there."""
+    import onnxruntime_genai as genai
+
+    model = genai.Model(directory)
+    tokenizer = genai.Tokenizer(model)
+    prompt = tokenizer.encode(PROMPT)
+    settings = genai.GeneratorParams(model)
+    length = len(prompt) + count
+    settings.set_search_options(do_sample=False, min_length=length, max_length=length)
+    generator = genai.Generator(model, settings)
+    generator.append_tokens(prompt)
+    tokens = []
+    while not generator.is_done():
+        generator.generate_next_token()
+        tokens.append(int(generator.get_next_tokens()[0]))
+    sys.stdout.write(json.dumps({"tokens": tokens, "text": tokenizer.decode(tokens)}) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
