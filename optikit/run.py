@@ -32,6 +32,7 @@ class Request:
     offline: bool = False
     progress: str = "auto"
     device: str = "auto"
+    targets: Path | None = None
     junit: Path | None = None
     lock_timeout: float | None = None
 
@@ -50,7 +51,14 @@ def run_recipe(request: Request) -> Report | None:
     output.require_writable(request.out)
     store = Store.default()
     with terminal.make(request.progress) as progress:
-        plan = make_plan(loaded, store, offline=request.offline, device=_device(request.device), note=progress.note)
+        plan = make_plan(
+            loaded,
+            store,
+            offline=request.offline,
+            device=_device(request.device),
+            extra_targets=request.targets,
+            note=progress.note,
+        )
         _require_step(plan, request.until)
         _require_disk(plan, store)
         for warning in plan.warnings:

@@ -13,6 +13,7 @@ from optikit.cli.explain import explain
 from optikit.cli.generate import generate
 from optikit.cli.init import init
 from optikit.cli.plan import plan
+from optikit.cli.recommend import recommend
 from optikit.cli.report import report
 from optikit.cli.run import run
 from optikit.cli.schema import schema
@@ -38,7 +39,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for verb in (run, plan, init, schema, targets, stages, explain, doctor, report, diff, verify, generate):
+for verb in (run, plan, recommend, init, schema, targets, stages, explain, doctor, report, diff, verify, generate):
     app.command()(verb)
 app.add_typer(cache, name="cache")
 

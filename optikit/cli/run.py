@@ -39,6 +39,7 @@ def run(
         ProgressMode, typer.Option(envvar="OPTIKIT_PROGRESS", help="auto is live on a terminal, else plain lines.")
     ] = ProgressMode.AUTO,
     device: Annotated[DeviceChoice, typer.Option(help="Where calibrated stages compute.")] = DeviceChoice.AUTO,
+    targets: Annotated[Path | None, typer.Option(metavar="FILE", help="A TOML file of more targets.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="An inconclusive gate ends with exit code 11.")] = False,
     junit: Annotated[Path | None, typer.Option(help="Also write gates and steps as JUnit XML.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print report.json to stdout.")] = False,
@@ -61,6 +62,7 @@ def run(
             offline=offline,
             progress=progress.value,
             device=device.value,
+            targets=targets,
             junit=junit,
             lock_timeout=lock_timeout,
         )

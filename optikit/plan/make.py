@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optikit import gates, host, rules, targets
@@ -18,10 +19,23 @@ from optikit.recipe.size import parse_size
 from optikit.stages.protocol import Stage
 from optikit.store.sources import resolve_model, resolve_text
 from optikit.targets import Target
+from optikit.worker import versions
 
 if TYPE_CHECKING:
     from optikit.recipe.load import LoadedRecipe
     from optikit.store.store import Store
+
+RULED_LIBRARIES = (
+    "torch",
+    "transformers",
+    "huggingface-hub",
+    "numpy",
+    "optimum",
+    "optimum-intel",
+    "llmcompressor",
+    "vllm",
+)
+"""Distributions of the main environment that rules may name."""
 
 
 def make_plan(
@@ -30,6 +44,7 @@ def make_plan(
     *,
     offline: bool = False,
     device: str = "cpu",
+    extra_targets: Path | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Plan:
     """Resolve, check, estimate and freeze a recipe.
@@ -39,19 +54,21 @@ def make_plan(
         store: Where downloads are kept; nothing else is written.
         offline: Use only what is already on this machine.
         device: torch device that calibrated stages will use; part of their keys, for it decides bits.
+        extra_targets: A TOML file with more rows of targets.
         note: Told about downloads.
 
     Raises:
         RecipeError: With every problem at once, each at its place in the file.
         OptikitError: When a source can't be had (66, 69, 76, 77).
     """
-    context = _resolve(loaded, store, offline=offline, device=device, note=note)
+    target = _target(loaded, extra_targets)
+    context = _resolve(loaded, target, store, offline=offline, device=device, note=note)
     recipe = context.recipe
     steps, problems = _steps(context)
     measures = measure_steps(context, steps)
     limit = parse_size(recipe.max_memory) if recipe.max_memory else None
     problems += gates.unmeasurable(recipe)
-    problems += rules.check(_stack(context, steps))
+    problems += rules.check(_stack(context, steps, offline=offline))
     problems += _too_large((*steps, *measures), limit)
     warnings = _refuse(loaded, problems)
     return Plan(
@@ -68,13 +85,15 @@ def make_plan(
     )
 
 
-def _resolve(loaded: LoadedRecipe, store: Store, *, offline: bool, device: str, note: Callable[[str], None]) -> Context:
+def _resolve(
+    loaded: LoadedRecipe, target: Target, store: Store, *, offline: bool, device: str, note: Callable[[str], None]
+) -> Context:
     recipe = loaded.recipe
     model = resolve_model(recipe.model, store, base=loaded.base, offline=offline, note=note)
     return Context(
         recipe=recipe,
         device=device,
-        target=_target(loaded),
+        target=target,
         model=model,
         facts=read_gguf(model.path) if model.format == "gguf" else read(model.path),
         texts={
@@ -84,11 +103,11 @@ def _resolve(loaded: LoadedRecipe, store: Store, *, offline: bool, device: str, 
     )
 
 
-def _target(loaded: LoadedRecipe) -> Target:
+def _target(loaded: LoadedRecipe, extra: Path | None) -> Target:
     name = loaded.recipe.target
-    target = targets.find(name)
+    target = targets.find(name, extra)
     if target is None:
-        message, fix = f"unknown target {name!r}", did_you_mean(name, targets.names())
+        message, fix = f"unknown target {name!r}", did_you_mean(name, targets.names(extra))
         problem = Problem(code="unknown-target", message=message, fix=fix, loc=("target",))
         raise _error(loaded, [problem.at(loaded.marks.mark(problem.loc))])
     return target
@@ -215,7 +234,7 @@ def _stage_step(context: Context, stage: Stage, index: int, facts: ModelFacts, p
     )
 
 
-def _stack(context: Context, steps: Sequence[Step]) -> rules.Stack:
+def _stack(context: Context, steps: Sequence[Step], *, offline: bool) -> rules.Stack:
     """Describe the whole stack for the rules: every stage as written, with the facts before and after it."""
     planned = {step.name: step for step in steps}
     facts = context.facts
@@ -230,8 +249,10 @@ def _stack(context: Context, steps: Sequence[Step]) -> rules.Stack:
         stages=tuple(placed),
         target=context.target,
         model=context.facts,
-        host=host.describe() | {"cuda": context.device == "cuda"},
+        environments={"main": versions(RULED_LIBRARIES)},
+        host=host.describe() | {"cuda": context.device == "cuda", "offline": offline},
         evaluate=context.recipe.evaluate.model_dump(mode="json"),
+        gates=tuple(context.recipe.gates),
     )
 
 

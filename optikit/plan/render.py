@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from optikit.plan.model import Plan, Step
+from optikit.targets.estimate import floors, told
 
 if TYPE_CHECKING:
     from optikit.store.store import Store
@@ -25,6 +26,7 @@ def render(plan: Plan, store: Store) -> str:
     peak = max((step.estimate.peak_bytes for step in todo), default=0)
     disk = sum(step.estimate.disk_bytes for step in todo)
     model = plan.facts
+    final = plan.steps[-1].after if plan.steps else plan.facts
     shape = f"{model.parameters / 1e6:.0f} M parameters, {model.layers} layers, hidden {model.hidden}"
     expected = f"about {_seconds(total)}, peak {_mib(peak)}, disk {_mib(disk)} (estimates)"
     lines = [
@@ -35,9 +37,18 @@ def render(plan: Plan, store: Store) -> str:
         *_table(rows),
         "",
         f"to do   {len(todo)} of {len(steps)} steps, {expected}",
+        "",
+        *told(floors(final, plan.target, length=_length(plan)), plan.target),
         *(f"warning: {warning.message}" for warning in plan.warnings),
     ]
     return "\n".join(lines)
+
+
+def _length(plan: Plan) -> int:
+    """Return the tokens of one request as the recipe measures it; 2048 where it doesn't."""
+    speed = plan.recipe.evaluate.speed
+    wanted = speed.prompt_tokens + speed.new_tokens if speed else 2048
+    return min(wanted, plan.facts.max_positions)
 
 
 def _row(step: Step, *, cached: bool) -> tuple[str, ...]:
