@@ -44,6 +44,8 @@ NLL = "nll.npy"
 SECTIONS = frozenset(Quality.model_fields)
 """Facts of a quality step that are the measurement itself; the rest is detail."""
 FEW_WINDOWS = 8
+BUSY = 1.5
+"""Load per thread above which others were at work; the step before leaves up to 1."""
 MUCH_STEAL = 0.05
 MUCH_NOISE = 0.05
 
@@ -273,6 +275,11 @@ class _Run:
             return
         if self.statuses.get(SPEED) == "cached":
             yield "Speed was timed in an earlier run on this machine and taken from the store."
+        before = facts["host"]["before"]
+        load = before["load_average_1min"]
+        if load is not None and load > BUSY * before["threads"]:
+            on = f"a load of {load:.1f} on {before['threads']} threads"
+            yield f"When timing began the machine was already busy: {on}."
         steal = facts["host"]["steal_share"]
         if steal is not None and steal > MUCH_STEAL:
             yield f"While timing, the hypervisor gave {steal:.0%} of the processor time to other machines."

@@ -121,7 +121,7 @@ def nll():
 def quality(name, rows):
     if name == "baseline":
         perplexity = Perplexity(protocol="text-bbbbbbbb@16x12", value=7.0, tokens=180, bits_per_byte=1.5)
-        return Quality(runtime="transformers", perplexity=perplexity, reason="this is the baseline")
+        return Quality(runtime="transformers", perplexity=perplexity)
     ratio, interval = statistics.perplexity_ratio(rows["baseline"], rows[name])
     perplexity = Perplexity(protocol="text-bbbbbbbb@16x12", value=8.0, ratio=ratio, ratio_ci95=interval, tokens=180)
     apart = Divergence(mean=0.05, median=0.02, p90=0.1, p99=0.3, max=2.0, mean_ci95=(0.04, 0.06), tokens=180)
@@ -169,7 +169,7 @@ SPEED_FACTS = {
     "ratios": {"transformers-float32": ratio(0.5), "result": ratio(5.0)},
     "last_against": {"transformers-float32": ratio(10.0)},
     "noise": ratio(1.0),
-    "host": {"before": {}, "after": {}, "steal_share": 0.2},
+    "host": {"before": {"threads": 2, "load_average_1min": 7.5}, "after": {}, "steal_share": 0.2},
     "prompts": 1,
     "files": ["samples.jsonl"],
 }
@@ -300,6 +300,7 @@ def test_warnings_say_what_to_distrust(tmp_path, artifacts):
     warnings = " ".join(report(plan(tmp_path), artifacts).warnings)
     assert "gave 20% of the processor time to other machines" in warnings
     assert "differs from itself by up to 8% in decode speed" in warnings
+    assert "the machine was already busy: a load of 7.5 on 2 threads" in warnings
     assert "only 1 prompts of that length" in warnings
 
 
