@@ -1,0 +1,285 @@
+"""Medusa heads: against the formulas written out, and against what a head must be able to learn."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from optikit.algorithms import head_training, medusa
+from optikit.algorithms.head_training import Rows, Settings, train
+from optikit.algorithms.medusa import IGNORED, MedusaHeads, make_targets
+from optikit.errors import StageFailedError
+
+VOCAB, HIDDEN = 16, 24
+
+
+def build(seed=0, **options):
+    torch.manual_seed(seed)
+    return MedusaHeads(torch.randn(VOCAB, HIDDEN), **{"heads": 3, **options})
+
+
+def shaken(**options):
+    """Heads whose weights are not zero any more."""
+    heads = build(**options)
+    with torch.no_grad():
+        for each in heads.blocks.parameters():
+            each.normal_(0, 0.3)
+    return heads
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_new_heads_repeat_the_models_own(shared, layers):
+    heads = build(shared=shared, layers=layers)
+    hidden = torch.randn(5, HIDDEN)
+    own = hidden @ heads.outputs[0].T
+    for head in range(3):
+        assert torch.equal(heads(hidden)[:, head], own)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_heads_compute_what_the_paper_writes(shared):
+    heads = shaken(layers=2, shared=shared)
+    hidden = torch.randn(5, HIDDEN)
+    for k, blocks in enumerate(heads.blocks):
+        x = hidden
+        for block in blocks:
+            x = x + nn.functional.silu(x @ block.linear.weight.T + block.linear.bias)
+        expected = x @ heads.outputs[0 if shared else k].T
+        torch.testing.assert_close(heads(hidden)[:, k], expected)
+    first, second = heads.blocks[0]
+    assert not torch.equal(first.linear.weight, second.linear.weight)
+
+
+def test_shared_heads_do_not_train_the_output_layer():
+    assert {name for name, each in build().named_parameters() if not each.requires_grad} == {"outputs.0"}
+    assert all(each.requires_grad for each in build(shared=False).parameters())
+    assert len(build(shared=False).outputs) == 3
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5),
+    heads=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+)
+def test_targets_equal_the_obvious_loop(lengths, heads, seed):
+    rng = np.random.default_rng(seed)
+    documents = np.repeat(np.arange(len(lengths)), lengths)
+    tokens = rng.integers(0, VOCAB, len(documents))
+    wanted = rng.random(len(documents)) < 0.7
+    found = make_targets(*map(torch.from_numpy, (tokens, documents, wanted)), heads)
+    for t in range(len(tokens)):
+        for k in range(heads):
+            ahead = t + 2 + k
+            right = ahead < len(tokens) and documents[ahead] == documents[t] and wanted[ahead]
+            assert found[t, k] == (tokens[ahead] if right else IGNORED)
+
+
+@pytest.mark.parametrize("token_ids", [None, torch.tensor([1, 4, 9, 11])])
+def test_losses_are_weighted_cross_entropies(token_ids):
+    heads = shaken(shared=False, token_ids=token_ids)
+    hidden = torch.randn(40, HIDDEN)
+    targets = torch.randint(0, VOCAB, (40, 3))
+    targets[::3, 0] = IGNORED
+    for k, loss in enumerate(medusa.losses(heads, hidden, targets)):
+        values = []
+        for t in range(40):
+            token = int(targets[t, k])
+            if token == IGNORED or (token_ids is not None and token not in token_ids):
+                continue
+            row = token if token_ids is None else token_ids.tolist().index(token)
+            values.append(-heads(hidden[t : t + 1])[0, k].log_softmax(-1)[row].item())
+        assert float(loss.detach()) == pytest.approx(0.8 ** (k + 1) * np.mean(values), rel=1e-5)
+
+
+def test_every_head_learns_from_its_own_loss_alone():
+    heads = shaken(shared=False)
+    hidden, targets = torch.randn(20, HIDDEN), torch.randint(0, VOCAB, (20, 3))
+    for k, loss in enumerate(medusa.losses(heads, hidden, targets)):
+        heads.zero_grad()
+        loss.backward()
+        norms = medusa.gradient_norms(heads)
+        assert [norm > 0 for norm in norms] == [head == k for head in range(3)]
+
+
+def test_a_head_without_targets_costs_nothing():
+    targets = torch.randint(0, VOCAB, (20, 3))
+    targets[:, 2] = IGNORED
+    *_, last = medusa.losses(build(), torch.randn(20, HIDDEN), targets)
+    last.backward()
+    assert float(last.detach()) == 0
+
+
+def test_guesses_are_tokens_of_the_whole_vocabulary():
+    token_ids = torch.tensor([1, 4, 9, 11])
+    heads = shaken(token_ids=token_ids)
+    hidden = torch.randn(6, HIDDEN)
+    tokens, probs = heads.guess(hidden)
+    best = heads(hidden).softmax(-1).max(-1)
+    assert torch.equal(tokens, token_ids[best.indices])
+    assert torch.equal(probs, best.values)
+    assert heads.outputs[0].shape == (4, HIDDEN)
+
+
+def test_accuracy_equals_the_obvious_count():
+    heads = shaken(token_ids=torch.arange(0, VOCAB, 2))
+    hidden = torch.randn(300, HIDDEN)
+    targets = torch.randint(0, VOCAB, (300, 3))
+    targets[::7, 1] = IGNORED
+    known = [t for t in range(300) if t % 7]
+    ranked = heads.token_ids[heads(hidden).sort(-1, descending=True).indices]
+    right = np.array([[[int(ranked[t, k, r] == targets[t, k]) for r in range(5)] for k in range(3)] for t in known])
+    found = medusa.accuracy(heads, hidden, targets, batch=64)
+    assert found.positions == len(known)
+    assert found.top1 == pytest.approx(right[:, :, 0].mean(0))
+    assert found.top5 == pytest.approx(right.sum(-1).mean(0))
+    assert found.chain == pytest.approx(right[:, :, 0].cumprod(1).mean(0))
+    assert found.tokens_per_step == pytest.approx(1 + right[:, :, 0].cumprod(1).mean(0).sum())
+
+
+def test_accuracy_of_nothing_is_zero():
+    found = medusa.accuracy(build(), torch.zeros(4, HIDDEN), torch.full((4, 3), IGNORED))
+    assert (found.positions, found.tokens_per_step) == (0, 1)
+
+
+def test_the_draft_vocabulary_holds_the_most_frequent_tokens():
+    tokens = torch.tensor([5, 5, 5, 9, 9, 2, 14])
+    assert medusa.draft_vocabulary(tokens, 3, vocab=VOCAB).tolist() == [2, 5, 9]
+    assert medusa.draft_vocabulary(tokens, 5, vocab=VOCAB).tolist() == [0, 2, 5, 9, 14]
+    assert medusa.coverage(tokens, torch.tensor([5, 9])) == pytest.approx(5 / 7)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def lesson(seed=0, count=1500, noise=0.1):
+    """A noisy walk along a fixed cycle of tokens; the state is a random vector of the newest token."""
+    rng = np.random.default_rng(seed)
+    cycle = np.random.default_rng(99).permutation(VOCAB)
+    follows = np.empty(VOCAB, np.int64)
+    follows[cycle] = np.roll(cycle, -1)
+    tokens = [0]
+    for _ in range(count - 1):
+        tokens.append(int(rng.integers(VOCAB)) if rng.random() < noise else int(follows[tokens[-1]]))
+    tokens = torch.tensor(tokens)
+    states = torch.from_numpy(np.random.default_rng(98).normal(0, 1, (VOCAB, HIDDEN)).astype(np.float32))
+    output = torch.zeros(VOCAB, HIDDEN)
+    output[torch.from_numpy(follows)] = 4 * torch.linalg.pinv(states).T  # the model's own head: the next token
+    documents = torch.arange(count) // 50
+    targets = make_targets(tokens, documents, torch.ones(count, dtype=torch.bool), 3)
+    return output, Rows(hidden=states[tokens].to(torch.bfloat16), targets=targets)
+
+
+QUICK = Settings(epochs=6, batch=64, learning_rate=5e-3, warmup=5, checkpoint_every=7)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_heads_learn_what_can_be_known(tmp_path, shared, optimizer):
+    output, rows = lesson()
+    _, validation = lesson(seed=1)
+    heads = MedusaHeads(output, heads=3, shared=shared)
+    before = medusa.accuracy(heads, validation.hidden, validation.targets)
+    told = []
+    chosen = Settings(epochs=12, batch=64, learning_rate=5e-3, warmup=5, optimizer=optimizer)
+    history = train(heads, rows, validation, chosen, folder=tmp_path, observe=told.append)
+    after = medusa.accuracy(heads, validation.hidden, validation.targets)
+    ceiling = [0.906**2, 0.906**3, 0.906**4]  # the walk itself: nine in ten steps, and a sixteenth of the tenth
+    for k in range(3):
+        assert before.top1[k] < 0.3
+        assert after.top1[k] > ceiling[k] - 0.07
+    assert history.validation[history.best] == after
+    assert history.losses[-1] < history.losses[0]
+    assert len(told) == history.steps
+    assert all(told[0][f"gradient_norm_{head}"] > 0 for head in range(3))
+
+
+class _KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [1, 7, 20, 24, 50, 130])
+def test_a_killed_training_ends_with_the_same_heads(tmp_path, after):
+    output, rows = lesson()
+    _, validation = lesson(seed=1)
+    whole = MedusaHeads(output, heads=3)
+    expected = train(whole, rows, validation, QUICK, folder=tmp_path / "whole")
+    assert expected.steps > 130
+
+    def kill(told):
+        if told["step"] == after:
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        train(MedusaHeads(output, heads=3), rows, validation, QUICK, folder=tmp_path / "killed", observe=kill)
+    again = MedusaHeads(output, heads=3)
+    steps = []
+    found = train(again, rows, validation, QUICK, folder=tmp_path / "killed", observe=steps.append)
+    assert found == expected
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+    assert len(steps) <= expected.steps - after // 7 * 7
+    finished = MedusaHeads(output, heads=3)
+    assert train(finished, rows, validation, QUICK, folder=tmp_path / "killed") == expected
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), finished.parameters(), strict=True))
+
+
+def test_bad_numbers_end_training_with_the_last_good_heads(tmp_path):
+    output, rows = lesson()
+    _, validation = lesson(seed=1)
+    heads = MedusaHeads(output, heads=3)
+
+    def spoil(told):
+        if told["step"] == 30:  # in the second epoch
+            rows.hidden[100] = float("nan")
+
+    history = train(heads, rows, validation, QUICK, folder=tmp_path, observe=spoil)
+    assert history.stopped.startswith("loss nan at step")
+    assert history.epochs in (1, 2)
+    assert all(each.isfinite().all() for each in heads.parameters())
+    assert medusa.accuracy(heads, validation.hidden, validation.targets) == history.validation[history.best]
+
+
+def test_bad_numbers_from_the_start_fail(tmp_path):
+    output, rows = lesson()
+    rows.hidden[:] = float("inf")
+    with pytest.raises(StageFailedError, match="before there were any good heads"):
+        train(MedusaHeads(output, heads=3), rows, rows, QUICK, folder=tmp_path)
+
+
+def test_a_head_that_is_cut_off_is_noticed(tmp_path):
+    output, rows = lesson()
+    heads = MedusaHeads(output, heads=3)
+    heads.blocks[1].requires_grad_(requires_grad=False)
+    with pytest.raises(StageFailedError, match="head 1 gets no gradient"):
+        train(heads, rows, rows, QUICK, folder=tmp_path)
+
+
+def test_training_ends_when_validation_stalls(tmp_path):
+    output, rows = lesson()
+    never = Rows(hidden=rows.hidden[:60], targets=torch.randint(0, VOCAB, (60, 3)))
+    chosen = Settings(epochs=50, batch=512, learning_rate=1e-6, patience=2)
+    heads = MedusaHeads(output, heads=3)
+    history = train(heads, rows, never, chosen, folder=tmp_path)
+    assert history.stopped == "patience"
+    assert history.epochs == history.best + 3
+
+
+@pytest.mark.parametrize("empty", ["learn from", "validate on"])
+def test_nothing_to_learn_from_is_said(tmp_path, empty):
+    output, rows = lesson(count=200)
+    nothing = Rows(hidden=rows.hidden, targets=torch.full_like(rows.targets, IGNORED))
+    pair = (nothing, rows) if empty == "learn from" else (rows, nothing)
+    with pytest.raises(StageFailedError, match=f"nothing to {empty}"):
+        train(MedusaHeads(output, heads=3), *pair, QUICK, folder=tmp_path)
+
+
+def test_the_learning_rate_rises_and_falls():
+    chosen = Settings(warmup=10, learning_rate=2.0)
+    rates = [head_training.rate(step, 200, chosen) for step in range(200)]
+    assert rates[9] == max(rates) == 2.0
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0.2, rel=0.01)
