@@ -44,6 +44,9 @@ NLL = "nll.npy"
 SECTIONS = frozenset(Quality.model_fields)
 """Facts of a quality step that are the measurement itself; the rest is detail."""
 FEW_WINDOWS = 8
+FOR_P95 = 90
+"""`statistics.requests_needed(0.95)`; written out, because that module loads numpy."""
+FLOAT_TYPES = frozenset({"F32", "F16", "BF16", "F64"})
 BUSY = 1.5
 """Load per thread above which others were at work; the step before leaves up to 1."""
 MUCH_STEAL = 0.05
@@ -268,11 +271,23 @@ class _Run:
     def warnings(self) -> Iterator[str]:
         """Yield what a reader should know before trusting the numbers."""
         wanted = self.plan.recipe.evaluate
+        types = self._source_types()
+        if types - FLOAT_TYPES:
+            packed = ", ".join(sorted(types - FLOAT_TYPES))
+            yield f"The model's weights came from a {packed} file: what that lost is part of the baseline."
         if wanted.perplexity is not None and wanted.perplexity.windows < FEW_WINDOWS:
             yield f"{wanted.perplexity.windows} windows are few: quality intervals are wide and rest on Student's t."
         facts = self.speed_facts
         if not facts:
             return
+        yield from self._timing_warnings(facts)
+
+    def _source_types(self) -> frozenset[str]:
+        """Return the tensor types of the file that the model was unpacked from."""
+        unpacked = [self.artifacts[step.key].manifest.facts for step in self.plan.steps if step.verb == "acquire"]
+        return frozenset(name for facts in unpacked for name in facts.get("tensor_types", ()))
+
+    def _timing_warnings(self, facts: Mapping[str, Any]) -> Iterator[str]:
         if self.statuses.get(SPEED) == "cached":
             yield "Speed was timed in an earlier run on this machine and taken from the store."
         before = facts["host"]["before"]
@@ -286,7 +301,10 @@ class _Run:
         floor = facts["noise"]["decode"]["noise_floor"]
         if floor > MUCH_NOISE:
             yield f"The machine was noisy: the baseline differs from itself by up to {floor:.0%} in decode speed."
-        runs = wanted.speed.repetitions if wanted.speed else 0
+        timed = next(iter(facts["arms"].values()))
+        runs = timed["repetitions"]
+        if timed["ttft_ms_p95"] is None:
+            yield f"95th percentiles are left out: {runs} repetitions are too few, {FOR_P95} are needed."
         if facts["prompts"] < runs:
             yield f"The text has only {facts['prompts']} prompts of that length: some were decoded more than once."
 

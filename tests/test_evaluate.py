@@ -191,7 +191,9 @@ def artifacts(tmp_path):
         return store.commit(each.key, directory, manifest)
 
     made = {
-        STEPS[0].key: commit(STEPS[0], {}, {"model.safetensors": 1000, "config.json": 50}),
+        STEPS[0].key: commit(
+            STEPS[0], {"tensor_types": {"F32": 3, "Q4_1": 9}}, {"model.safetensors": 1000, "config.json": 50}
+        ),
         STEPS[1].key: commit(STEPS[1], {"bits_per_weight": 4.3}, {"model.safetensors": 400, "tokenizer.json": 99}),
         STEPS[2].key: commit(STEPS[2], {}, {"model.onnx": 10, "model.onnx.data": 290, "genai_config.json": 7}),
     }
@@ -301,6 +303,9 @@ def test_warnings_say_what_to_distrust(tmp_path, artifacts):
     assert "gave 20% of the processor time to other machines" in warnings
     assert "differs from itself by up to 8% in decode speed" in warnings
     assert "the machine was already busy: a load of 7.5 on 2 threads" in warnings
+    assert "95th percentiles are left out: 2 repetitions are too few, 90 are needed" in warnings
+    assert statistics.requests_needed(0.95) == evaluate.FOR_P95
+    assert "weights came from a Q4_1 file" in warnings
     assert "only 1 prompts of that length" in warnings
 
 
