@@ -18,12 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from optikit.errors import InputMissingError, IntegrityError
+from optikit.models import headers
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 """Largest shard, as transformers writes them."""
 COPY_BYTES = 1 << 22
@@ -54,39 +53,32 @@ class Entry:
     start: int
     stop: int
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Dtype of the elements."""
+        return DTYPES[self.dtype]
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """Return the tensors of a safetensors file by name.
+
+def locate(path: Path) -> dict[str, Entry]:
+    """Return where the tensors of a safetensors file lie, by name.
 
     Raises:
-        IntegrityError: The file is shorter than its header says, or has no readable header.
+        IntegrityError: The header is wrong, or promises more than the file holds.
     """
-    size = path.stat().st_size
+    checked = headers.read_header(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > size - 8:
-            raise IntegrityError(f"{path.name} is cut off inside its header", fix="fetch or write it again")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise IntegrityError(f"{path.name} has no readable header: {error}", fix="fetch it again") from error
-    header.pop("__metadata__", None)
+        rows = json.loads(file.read(length))
     base = 8 + length
-    entries = {
-        name: Entry(
-            path, row["dtype"], tuple(row["shape"]), base + row["data_offsets"][0], base + row["data_offsets"][1]
-        )
-        for name, row in header.items()
+    return {
+        name: Entry(path, facts.dtype, facts.shape, *(base + offset for offset in rows[name]["data_offsets"]))
+        for name, facts in checked.items()
     }
-    end = max((entry.stop for entry in entries.values()), default=base)
-    if end > size:
-        raise IntegrityError(f"{path.name} has {size} bytes where its header promises {end}", fix="fetch it again")
-    return entries
 
 
 def read_entry(entry: Entry) -> Tensor:
     """Read one tensor into memory of its own."""
-    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    tensor = torch.empty(entry.shape, dtype=entry.torch_dtype)
     if tensor.numel():
         view = memoryview(cast("Buffer", tensor.reshape(-1).view(torch.uint8).numpy()))
         with entry.file.open("rb", buffering=0) as file:
@@ -100,26 +92,22 @@ def read_entry(entry: Entry) -> Tensor:
     return tensor
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / INDEX
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = [WEIGHTS]
-    missing = next((name for name in names if not (directory / name).is_file()), None)
-    if missing is not None:
-        raise InputMissingError(f"{directory} has no {missing}", fix="give a directory with safetensors weights")
-    return [directory / name for name in names]
+def _files(directory: Path) -> list[str]:
+    if (directory / headers.SINGLE).exists():
+        return [headers.SINGLE]
+    index = json.loads((directory / headers.INDEX).read_text(encoding="utf-8"))
+    return sorted(set(index["weight_map"].values()))
 
 
 class Checkpoint:
     """The safetensors weights of a Hugging Face directory."""
 
     def __init__(self, directory: Path) -> None:
+        headers.read_directory(directory)  # refuses what is incomplete or contradicts itself
         self.directory = directory
         self.entries: dict[str, Entry] = {}
-        for file in _weight_files(directory):
-            self.entries.update(read_header(file))
+        for name in _files(directory):
+            self.entries.update(locate(directory / name))
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
@@ -154,7 +142,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _shards(entries: Mapping[str, Entry], limit: int) -> list[list[str]]:
     # Wide dtypes first, as safetensors itself orders them: every tensor stays aligned to its element.
-    names = sorted(entries, key=lambda name: (-DTYPES[entries[name].dtype].itemsize, name))
+    names = sorted(entries, key=lambda name: (-entries[name].torch_dtype.itemsize, name))
     shards: list[list[str]] = [[]]
     filled = 0
     for name in names:
@@ -200,13 +188,13 @@ def write_shards(directory: Path, entries: Mapping[str, Entry], *, shard_bytes: 
     """
     shards = _shards(entries, shard_bytes)
     if len(shards) == 1:
-        _write_shard(directory / WEIGHTS, shards[0], entries)
-        return [directory / WEIGHTS]
+        _write_shard(directory / headers.SINGLE, shards[0], entries)
+        return [directory / headers.SINGLE]
     files = [directory / f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for file, names in zip(files, shards, strict=True):
         _write_shard(file, names, entries)
     total = sum(entry.stop - entry.start for entry in entries.values())
     located = {name: file.name for file, names in zip(files, shards, strict=True) for name in names}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(located.items()))}
-    (directory / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    (directory / headers.INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     return files

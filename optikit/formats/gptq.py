@@ -34,16 +34,16 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     """
     per_word = 32 // bits
     words = codes.reshape(codes.shape[0] // per_word, per_word, codes.shape[1])
-    packed: Tensor = words[:, 0].to(torch.int32)
+    packed = words[:, 0].to(torch.int32)
     for offset in range(1, per_word):
-        packed |= words[:, offset].to(torch.int32) << (offset * bits)
+        packed.bitwise_or_(words[:, offset].to(torch.int32) << (offset * bits))
     return packed
 
 
 def unpack_words(packed: Tensor, bits: int) -> Tensor:
     """Undo `pack_words`: (n, m) int32 → (n · 32 / bits, m) uint8."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
-    codes = (packed[:, None, :] >> shifts[None, :, None]) & (2**bits - 1)
+    codes: Tensor = (packed[:, None, :] >> shifts[None, :, None]) & (2**bits - 1)
     return codes.to(torch.uint8).reshape(-1, packed.shape[1])
 
 

@@ -1,4 +1,4 @@
-"""What every weight-only quantizer asks and promises: the grid's options, the checks on shapes, the facts afterwards."""
+"""What every weight-only quantizer asks and promises: the grid's options, checks on shapes, facts afterwards."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def after_grid(options: GridOptions, facts: ModelFacts, trait: Trait) -> ModelFa
 
 
 def quantization_config(options: GridOptions, linears: tuple[str, ...], **more: Any) -> dict[str, Any]:
-    """Return config.json's `quantization_config` of a `gptq` checkpoint, as GPTQModel, vLLM and onnxruntime-genai read it.
+    """Return config.json's `quantization_config` of a `gptq` checkpoint, as GPTQModel, vLLM and others read it.
 
     Args:
         options: The grid.

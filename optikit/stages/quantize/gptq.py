@@ -8,14 +8,14 @@ Cost    five forward passes per block, O(inÂ²) float32 memory per linear, O(outÂ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from pydantic import Field
 
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
 from optikit.stages.protocol import Estimate, Facts, Job
-from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid
+from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, ignored, quantization_config
 from optikit.targets import Target
 
 SUMMARY = "GPTQ: 4- or 8-bit weights, rounding guided by calibration text"
@@ -61,4 +61,24 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 
 def run(options: Options, job: Job) -> Facts:
     """Walk the blocks, quantizing each on the outputs of the quantized ones before it."""
-    raise NotImplementedError
+    from optikit.algorithms.grid import Grid
+    from optikit.calibration.packed import write_packed
+    from optikit.calibration.quantizers import Gptq
+    from optikit.calibration.walk import walk
+
+    grid = Grid(bits=options.bits, group_size=options.group_size, sym=options.sym, search=options.mse)
+    method = Gptq(grid=grid, damp=options.damp, act_order=options.act_order)
+    walked = walk(job, method, leave=lambda name: ignored(name, options.ignore))
+    facts = write_packed(job, walked, grid, quantization_config(options, walked.all_linears, damp_percent=options.damp))
+    return {**facts, **_findings(walked.facts), "compute_dtype": walked.dtype}
+
+
+def _findings(facts: Mapping[str, Mapping[str, float]]) -> Facts:
+    losses = {name: row["loss"] for name, row in facts.items()}
+    worst = max(losses, key=losses.__getitem__)
+    return {
+        "relative_loss_mean": round(sum(losses.values()) / len(losses), 6),
+        "relative_loss_max": {"linear": worst, "value": round(losses[worst], 6)},
+        "rounded_for_want_of_a_hessian": [name for name, row in facts.items() if row["damp"] == 0],
+        "damped_more": [name for name, row in facts.items() if row["damp"] > 0 and row["damp"] != row["damp_asked"]],
+    }

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
 from optikit.stages.protocol import Estimate, Facts, Job
-from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid
+from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, ignored, quantization_config
 from optikit.targets import Target
 
 SUMMARY = "round to nearest: 4- or 8-bit weights without calibration"
@@ -54,4 +54,11 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 
 def run(options: Options, job: Job) -> Facts:
     """Round every linear of every block."""
-    raise NotImplementedError
+    from optikit.algorithms.grid import Grid
+    from optikit.calibration.packed import write_packed
+    from optikit.calibration.quantizers import Rtn
+    from optikit.calibration.walk import walk_blind
+
+    grid = Grid(bits=options.bits, group_size=options.group_size, sym=options.sym, search=options.mse)
+    walked = walk_blind(job, Rtn(grid=grid), leave=lambda name: ignored(name, options.ignore))
+    return write_packed(job, walked, grid, quantization_config(options, walked.all_linears))

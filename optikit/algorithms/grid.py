@@ -1,0 +1,187 @@
+"""Integer grids: a scale and a zero point for every group of weights in a row.
+
+A weight w of group g is coded as q = clamp(round(w / s_g) + z_g, 0, 2^bits - 1) and stands for (q - z_g) · s_g.
+
+Symmetric grids have z = 2^(bits - 1) and one more code below zero than above it. The scale here carries a sign, so that
+the side with the extra code is the side of the group's largest weight: that is worth half a level of range, for free.
+Scales are rounded to float16, as they are stored, *before* codes are chosen: what was chosen is what is read back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SMALLEST_SCALE = 2.0**-24
+"""Smallest positive float16; a scale of zero would divide by zero in loaders."""
+LARGEST_SCALE = 65504.0
+REACHES = (0.9, 0.95, 1.0, 1.05, 1.1, 1.15)
+"""Symmetric candidates: the largest weight lands on code -reach · 2^(bits-1). Twenty are no better than these six."""
+SHARES = (1.02, 0.98, 0.94, 0.9, 0.86, 0.82, 0.78)
+"""Asymmetric candidates: share of the span between the extremes that the codes cover."""
+PRUNED_SHARE = 0.25
+"""Share of exact zeros from which on a weight counts as pruned, and its zeros are held."""
+CHUNK_ELEMENTS = 1 << 16
+"""Weights searched together: a handful of buffers of this size fit into a core's cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What codes look like.
+
+    Attributes:
+        bits: Bits per code.
+        group_size: Weights of a row that share a scale; -1 for the whole row.
+        sym: Zero points fixed in the middle.
+        search: Search scales for the least squared error, instead of spanning the extremes.
+    """
+
+    bits: int
+    group_size: int
+    sym: bool
+    search: bool = True
+
+    @property
+    def most(self) -> int:
+        """Largest code."""
+        return (1 << self.bits) - 1
+
+    def width(self, columns: int) -> int:
+        """Return the weights of a group in rows of `columns`.
+
+        Raises:
+            ValueError: The group size doesn't divide the row.
+        """
+        size: int = columns if self.group_size < 0 else self.group_size
+        if columns % size:
+            raise ValueError(f"group_size {size} does not divide {columns} columns")
+        return size
+
+
+class Scales(NamedTuple):
+    """Scales and zero points, (rows, groups) float32; scales are float16 values, zero points whole numbers ≥ 1."""
+
+    scales: Tensor
+    zeros: Tensor
+
+
+class Quantized(NamedTuple):
+    """A quantized weight.
+
+    Attributes:
+        codes: (rows, columns) uint8.
+        scales: (rows, groups) float16.
+        zeros: (rows, groups) uint8.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+
+def stored_scale(scale: Tensor) -> Tensor:
+    """Round scales to what float16 can hold, never to zero or infinity; the sign stays."""
+    magnitude = scale.abs().clamp(SMALLEST_SCALE, LARGEST_SCALE)
+    return torch.copysign(magnitude, scale).half().float()
+
+
+def extremes(groups: Tensor, grid: Grid) -> Scales:
+    """Return the grid that spans each group's extremes.
+
+    Args:
+        groups: (rows, groups, group size) float32.
+        grid: Bits and symmetry.
+    """
+    if grid.sym:
+        half = 2 ** (grid.bits - 1)
+        scales = stored_scale(groups.abs().amax(-1) * (2 / grid.most))
+        return Scales(scales, torch.full_like(scales, half))
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scales = stored_scale((high - low) / grid.most)
+    # Zero points start at 1: the gptq format stores them minus one, and loaders disagree on what 0 becomes.
+    return Scales(scales, torch.round(-low / scales).clamp(1, grid.most))
+
+
+def fit(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Scales:
+    """Choose scales and zero points.
+
+    Args:
+        weight: (rows, columns) float32.
+        grid: Bits, group size, symmetry, search.
+        importance: (columns,) > 0: what a squared error in that column costs; all the same if None.
+    """
+    rows, columns = weight.shape
+    size = grid.width(columns)
+    groups = weight.reshape(rows, columns // size, size)
+    if not grid.search:
+        return extremes(groups, grid)
+    cost = torch.ones(columns, device=weight.device) if importance is None else importance / importance.mean()
+    cost = cost.reshape(1, columns // size, size)
+    search = _search_symmetric if grid.sym else _search_asymmetric
+    found = [search(part, cost, grid) for part in torch.split(groups, max(1, CHUNK_ELEMENTS // columns))]
+    return Scales(torch.cat([part.scales for part in found]), torch.cat([part.zeros for part in found]))
+
+
+class _Best:
+    """Keeps, per group, the candidate that explains most of the weights' squared norm.
+
+    For given codes q (zero point taken off) the best scale is s = Σcwq / Σcq², and it removes (Σcwq)² / Σcq² of Σcw².
+    """
+
+    def __init__(self, groups: Tensor, cost: Tensor) -> None:
+        self._cost, self._costed = cost, groups * cost
+        shape = groups.shape[:-1]
+        self._gain = torch.full(shape, -1.0, device=groups.device)
+        self.scales = torch.full(shape, SMALLEST_SCALE, device=groups.device)
+        self.zeros = torch.ones(shape, device=groups.device)
+
+    def offer(self, codes: Tensor, zeros: Tensor) -> None:
+        """Offer codes (rows, groups, size) with their zero points (rows, groups)."""
+        along = (codes * self._costed).sum(-1)
+        norm = (codes.square_() * self._cost).sum(-1)
+        gain = torch.where(norm > 0, along.square() / norm, 0.0)
+        better = gain > self._gain
+        self._gain = torch.where(better, gain, self._gain)
+        self.scales = torch.where(better, along / norm.clamp_min(1e-30), self.scales)
+        self.zeros = torch.where(better, zeros, self.zeros)
+
+
+def _search_symmetric(groups: Tensor, cost: Tensor, grid: Grid) -> Scales:
+    half = 2 ** (grid.bits - 1)
+    peak = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
+    best = _Best(groups, cost)
+    zeros = torch.full_like(peak, half)
+    # The largest weight lands on code -reach·half: below 1 the lowest codes stay empty, above 1 it is clipped.
+    for reach in REACHES:
+        inverse = torch.where(peak == 0, 0.0, -reach * half / peak)
+        codes = (groups * inverse[..., None]).round_().clamp_(-half, half - 1)
+        best.offer(codes, zeros)
+    return Scales(stored_scale(best.scales), zeros)
+
+
+def _search_asymmetric(groups: Tensor, cost: Tensor, grid: Grid) -> Scales:
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    best = _Best(groups, cost)
+    for share in SHARES:
+        scales = ((high - low) * (share / grid.most)).clamp_min(SMALLEST_SCALE)
+        zeros = torch.round(-low * share / scales).clamp_(1, grid.most)
+        codes = (groups / scales[..., None]).round_()
+        codes = torch.maximum(torch.minimum(codes, (grid.most - zeros)[..., None]), -zeros[..., None])
+        best.offer(codes, zeros)
+    return Scales(stored_scale(best.scales), best.zeros)
+
+
+def pruned_mask(weight: Tensor) -> Tensor | None:
+    """Return which weights are alive where a weight was pruned (a quarter of it is exactly zero), else None."""
+    alive = weight != 0
+    return alive if alive.float().mean().item() <= 1 - PRUNED_SHARE else None
+
+
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """Return the weight (rows, columns) float32 that codes stand for."""
+    rows, columns = codes.shape
+    grouped = codes.float().reshape(rows, scales.shape[1], -1)
+    return ((grouped - zeros.float()[..., None]) * scales.float()[..., None]).reshape(rows, columns)

@@ -1,0 +1,76 @@
+"""What a weight technique is to the walk: a statistic of a group's inputs, and what it does to that group's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Linears of one block that see the same input.
+
+    Attributes:
+        names: Full names, without `.weight`.
+        weights: Per linear (out_features, in_features), float32.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[Tensor, ...]
+
+    @property
+    def width(self) -> int:
+        """Input features."""
+        return int(self.weights[0].shape[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Applied:
+    """What a technique made of a group.
+
+    Attributes:
+        weights: Per linear (out_features, in_features): what the walk goes on with; bit-equal to what `tensors` mean.
+        tensors: What is written in place of each linear's `weight`, under full names.
+        facts: Found out on the way, as JSON, by linear name.
+    """
+
+    weights: tuple[Tensor, ...]
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+class Statistic(Protocol):
+    """What is kept of the inputs of a group."""
+
+    def update(self, inputs: Tensor) -> None:
+        """Take in (tokens, in_features) inputs, in the walk's compute dtype."""
+        ...
+
+
+S = TypeVar("S", bound=Statistic)
+
+
+class Method(Protocol[S]):
+    """A technique that looks at inputs. Its `repr` tells it from others.
+
+    `apply` depends on its arguments alone: a resumed walk repeats it and must get the same bytes.
+    """
+
+    def statistic(self, width: int, device: str) -> S:
+        """Return an empty statistic for inputs of `width` features."""
+        ...
+
+    def apply(self, group: Group, statistic: S) -> Applied:
+        """Change a group's weights."""
+        ...
+
+
+class BlindMethod(Protocol):
+    """A technique that looks at weights alone. Its `repr` tells it from others."""
+
+    def apply(self, group: Group) -> Applied:
+        """Change a group's weights."""
+        ...

@@ -1,0 +1,80 @@
+"""Round to nearest and GPTQ as methods of the walk: group in, packed `gptq` tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optikit.algorithms import gptq, rtn
+from optikit.algorithms.grid import Grid, Quantized, dequantize, pruned_mask
+from optikit.calibration.gram import Gram
+from optikit.calibration.method import Applied, Group
+from optikit.formats.gptq import pack
+
+
+def _applied(group: Group, quantized: Quantized, bits: int, facts: Mapping[str, Any]) -> Applied:
+    """Cut the stacked rows of a group into its linears again, packed."""
+    rows = [len(weight) for weight in group.weights]
+    parts = [Quantized(*part) for part in zip(*(torch.split(t, rows) for t in quantized), strict=True)]
+    tensors = {
+        f"{name}.{suffix}": tensor
+        for name, part in zip(group.names, parts, strict=True)
+        for suffix, tensor in pack(part.codes, part.scales, part.zeros, bits).items()
+    }
+    return Applied(
+        weights=tuple(dequantize(*part) for part in parts),
+        tensors=tensors,
+        facts=dict.fromkeys(group.names, facts),
+    )
+
+
+@dataclass(frozen=True)
+class Rtn:
+    """Round to nearest."""
+
+    grid: Grid
+
+    def apply(self, group: Group) -> Applied:
+        """Round every linear of the group."""
+        weight = torch.cat(group.weights)
+        mask = pruned_mask(weight)
+        quantized = rtn.quantize(weight, self.grid, mask)
+        return _applied(group, quantized, self.grid.bits, {})
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """GPTQ on stacked rows: linears that see the same input share a Hessian."""
+
+    grid: Grid
+    damp: float
+    act_order: bool
+
+    def statistic(self, width: int, device: str) -> Gram:
+        """Return an empty Hessian."""
+        return Gram(width, device)
+
+    def apply(self, group: Group, statistic: Gram) -> Applied:
+        """Quantize the group."""
+        weight = torch.cat(group.weights)
+        hessian = statistic.mean()
+        rounded = gptq.quantize(
+            weight, hessian, self.grid, damp=self.damp, act_order=self.act_order, mask=pruned_mask(weight)
+        )
+        facts = {
+            "damp": rounded.damp,
+            "damp_asked": self.damp,
+            "loss": relative_loss(weight, dequantize(*rounded.quantized), hessian),
+        }
+        return _applied(group, rounded.quantized, self.grid.bits, facts)
+
+
+def relative_loss(weight: Tensor, new: Tensor, hessian: Tensor) -> float:
+    """Return the squared error of a layer's outputs, relative to the outputs' own squared norm."""
+    error = weight - new
+    lost, norm = ((part @ hessian).mul_(part).sum().item() for part in (error, weight))
+    return lost / norm if norm > 0 else 0.0

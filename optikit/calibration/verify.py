@@ -1,0 +1,114 @@
+"""Re-open what was written and hold it to what was promised: by reading files, not by trusting the code that wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optikit.algorithms.grid import Grid, pruned_mask
+from optikit.calibration.stored import StoredModel
+from optikit.errors import StageFailedError
+from optikit.formats import gptq
+from optikit.formats.checkpoint import COPY_BYTES, Checkpoint, Entry
+
+FIX = "this is a defect of optikit or of the disk: run again, and report it if it stays"
+LARGEST_ERROR = 1.0
+"""Error of a weight relative to its norm at which it isn't the same weight any more; 4-bit rounding is near 0.1."""
+
+
+def same_bytes(one: Entry, other: Entry) -> bool:
+    """Return whether two tensors are equal bit by bit."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    left = one.stop - one.start
+    with one.file.open("rb") as a, other.file.open("rb") as b:
+        a.seek(one.start)
+        b.seek(other.start)
+        while left > 0:
+            count = min(left, COPY_BYTES)
+            if a.read(count) != b.read(count):
+                return False
+            left -= count
+    return True
+
+
+def verify_packed(source: Path, dest: Path, linears: tuple[str, ...], grid: Grid) -> dict[str, Any]:
+    """Check a `gptq` checkpoint against the dense one it was made from.
+
+    Every promised linear is packed in the promised grid, finite, close to the dense weight, zero where a pruned one
+    was zero; every other tensor has the bytes of the source.
+
+    Returns:
+        Facts: linears packed, bits per packed weight, share of the blocks' linear weights that is packed.
+
+    Raises:
+        StageFailedError: Naming the tensor that isn't what was promised.
+    """
+    stored, written = StoredModel(Checkpoint(source)), Checkpoint(dest)
+    packed = set(linears)
+    expected = {f"{name}.{suffix}" for name in packed for suffix in gptq.SUFFIXES}
+    untouched = {name for name in stored.checkpoint if name.removesuffix(".weight") not in packed}
+    for name in sorted(expected | untouched):
+        if name not in written:
+            raise StageFailedError(f"{name} was not written", fix=FIX)
+    for name in sorted(set(written) - expected - untouched):
+        raise StageFailedError(f"{name} was written and nothing asked for it", fix=FIX)
+    for name in sorted(untouched):
+        if not same_bytes(stored.checkpoint.entries[name], written.entries[name]):
+            raise StageFailedError(f"{name} should be untouched and differs from the source", fix=FIX)
+    weights = packed_bytes = 0
+    for name in linears:
+        weights += _check_linear(stored, written, name, grid)
+        entries = [written.entries[f"{name}.{suffix}"] for suffix in gptq.SUFFIXES]
+        packed_bytes += sum(entry.stop - entry.start for entry in entries)
+    total = sum(_elements(entry) for name, entry in stored.checkpoint.entries.items() if _in_blocks(stored, name))
+    return {
+        "linears_packed": len(linears),
+        "bits_per_weight": round(8 * packed_bytes / max(weights, 1), 3),
+        "packed_share": round(weights / max(total, 1), 4),
+    }
+
+
+def _elements(entry: Entry) -> int:
+    return (entry.stop - entry.start) // entry.torch_dtype.itemsize
+
+
+def _in_blocks(stored: StoredModel, name: str) -> bool:
+    linears = tuple(f".{linear}.weight" for linear in stored.row.linears)
+    return name.endswith(linears)
+
+
+def _check_linear(stored: StoredModel, written: Checkpoint, name: str, grid: Grid) -> int:
+    tensors = {suffix: written.read(f"{name}.{suffix}") for suffix in gptq.SUFFIXES}
+    dense = stored.read(f"{name}.weight").float()
+    dense = dense.T if stored.row.transposed else dense
+    codes, scales, zeros = gptq.unpack(tensors, grid.bits)
+    _check_grid(name, dense, codes, scales, zeros, grid)
+    new = gptq.dequantize(codes, scales, zeros, tensors["g_idx"])
+    if not torch.isfinite(new).all():
+        raise StageFailedError(f"{name} dequantizes to NaN or infinity", fix=FIX)
+    pruned = pruned_mask(dense)
+    if pruned is not None and bool((new[~pruned] != 0).any()):
+        raise StageFailedError(f"{name} was pruned and has lost zeros", fix=FIX)
+    error = ((new - dense).norm() / dense.norm().clamp_min(1e-30)).item()
+    if error >= LARGEST_ERROR:
+        raise StageFailedError(f"{name} is off by {error:.0%} of its norm", fix=FIX)
+    return dense.numel()
+
+
+def _check_grid(name: str, dense: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) -> None:
+    rows, columns = dense.shape
+    size = grid.width(columns)
+    if codes.shape != dense.shape or scales.shape != (rows, columns // size) or zeros.shape != scales.shape:
+        message = (
+            f"{name} has codes {tuple(codes.shape)} and scales {tuple(scales.shape)} for a weight {rows}x{columns}"
+        )
+        raise StageFailedError(message, fix=FIX)
+    middle = 2 ** (grid.bits - 1)
+    if scales.dtype != torch.float16 or bool((scales == 0).any()):
+        raise StageFailedError(f"{name} has scales that are zero or not float16", fix=FIX)
+    if bool((zeros == 0).any()) or (grid.sym and bool((zeros != middle).any())):
+        raise StageFailedError(f"{name} has zero points that its grid doesn't allow", fix=FIX)

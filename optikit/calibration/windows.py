@@ -1,0 +1,68 @@
+"""Calibration text → windows of token ids: spread over the whole text, seeded, begun as the model expects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from optikit.errors import InputMissingError, StageFailedError
+
+CHUNK_CHARACTERS = 200_000
+"""Text is tokenized in pieces of about this size, cut at line ends: a tokenizer keeps 50 bytes per character."""
+
+
+def _pieces(text: str) -> list[str]:
+    pieces = []
+    start = 0
+    while start < len(text):
+        cut = text.find("\n", start + CHUNK_CHARACTERS)
+        stop = len(text) if cut < 0 else cut + 1
+        pieces.append(text[start:stop])
+        start = stop
+    return pieces
+
+
+def _prefix(tokenizer: Tokenizer) -> list[int]:
+    # What the tokenizer puts before any text, e.g. <s>: models lean on it, windows must have it too.
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    full = tokenizer.encode("a").ids
+    return full[: full.index(plain[0])] if plain and plain[0] in full else []
+
+
+def draw(directory: Path, text: Path, *, samples: int, length: int, seed: int) -> Tensor:
+    """Draw windows from a text: one from each of `samples` equal parts of it, at a random place.
+
+    Args:
+        directory: Model directory with a tokenizer.json.
+        text: UTF-8 file.
+        samples: Number of windows.
+        length: Tokens per window, a begin-of-text token included where the tokenizer puts one.
+        seed: Decides the places.
+
+    Returns:
+        (samples, length) int64.
+
+    Raises:
+        InputMissingError: No tokenizer.json.
+        StageFailedError: The text has fewer tokens than one window.
+    """
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        raise InputMissingError(f"{directory} has no tokenizer.json", fix="save the model's fast tokenizer beside it")
+    tokenizer = Tokenizer.from_file(str(path))
+    prefix = torch.tensor(_prefix(tokenizer), dtype=torch.int64)
+    pieces = _pieces(text.read_text(encoding="utf-8"))
+    tokens = torch.cat(
+        [torch.tensor(tokenizer.encode(piece, add_special_tokens=False).ids, dtype=torch.int64) for piece in pieces]
+    )
+    wanted = length - len(prefix)
+    if len(tokens) < wanted:
+        message = f"{text.name} has {len(tokens)} tokens, fewer than one calibration window of {length}"
+        raise StageFailedError(message, fix="use a longer text or a smaller calibration.length")
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.arange(samples) + torch.rand(samples, generator=generator, dtype=torch.float64)
+    starts = (places / samples * (len(tokens) - wanted + 1)).long()
+    return torch.stack([torch.cat([prefix, tokens[start : start + wanted]]) for start in starts.tolist()])

@@ -1,0 +1,45 @@
+"""A model directory made from another: same tokenizer, new weights, configuration with what changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from optikit.formats.checkpoint import Entry, write_shards
+
+COMPANIONS = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "LICENSE",
+    "LICENSE.txt",
+)
+"""Files that go along unchanged. Nothing else does: no code, no other weights."""
+
+
+def write_model(source: Path, dest: Path, entries: Mapping[str, Entry], *, changes: Mapping[str, Any]) -> None:
+    """Write a model directory.
+
+    Args:
+        source: Directory whose configuration and tokenizer are taken over.
+        dest: Existing directory.
+        entries: Every tensor and where its bytes lie.
+        changes: Keys of config.json that are new or different.
+    """
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    (dest / "config.json").write_text(json.dumps({**config, **changes}, indent=2) + "\n", encoding="utf-8")
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, dest / name)
+    write_shards(dest, entries)
