@@ -10,16 +10,39 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
+class Feeder:
+    """The module whose outputs are a group's inputs, channel by channel: it can take a scale off them.
+
+    Attributes:
+        name: Full name.
+        tensors: Its tensors by full name: as stored, or as the walk has just made them.
+        linear: It is a linear, whose rows are the channels; else a norm.
+        offset: Added to a norm's stored weight before it multiplies.
+        ties: (in_features,) int64, for each input of the group the channel that it copies (query heads that share a
+            value head); None where they are the same.
+    """
+
+    name: str
+    tensors: Mapping[str, Tensor]
+    linear: bool
+    offset: float = 0.0
+    ties: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Group:
     """Linears of one block that see the same input.
 
     Attributes:
         names: Full names, without `.weight`.
         weights: Per linear (out_features, in_features), float32.
+        feeder: What can take a scale off the inputs; None where nothing can, or where it also feeds a linear that is
+            left alone.
     """
 
     names: tuple[str, ...]
     weights: tuple[Tensor, ...]
+    feeder: Feeder | None = None
 
     @property
     def width(self) -> int:
@@ -33,7 +56,8 @@ class Applied:
 
     Attributes:
         weights: Per linear (out_features, in_features): what the walk goes on with; bit-equal to what `tensors` mean.
-        tensors: What is written in place of each linear's `weight`, under full names.
+        tensors: What is written in place of each linear's `weight`, under full names; tensors of the feeder that
+            change may be among them.
         facts: Found out on the way, as JSON, by linear name.
     """
 

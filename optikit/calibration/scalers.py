@@ -1,4 +1,4 @@
-"""AWQ and SmoothQuant as methods of the walk: scale a group's inputs, fold the inverse into what feeds them, quantize."""
+"""AWQ and SmoothQuant as methods of the walk: scale a group's inputs, fold the inverse into its feeder, quantize."""
 
 from __future__ import annotations
 
@@ -202,7 +202,8 @@ class W8A8:
             strengths=self.strengths if group.feeder else (),
             ties=group.feeder.ties if group.feeder else None,
         )
-        scale, tensors = found.scale, {}
+        scale = found.scale
+        tensors: dict[str, Tensor] = {}
         if group.feeder is not None and found.alpha is not None:
             tensors, scale = fold(group.feeder, scale, suffix="weight_scale", axis=0)
         scales = int8.scales_of(weight * scale, self.dtype)

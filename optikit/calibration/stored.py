@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from optikit.calibration.method import Feeder
 from optikit.errors import StageFailedError
 from optikit.formats.checkpoint import Checkpoint
 from optikit.models import architectures
@@ -50,6 +51,8 @@ class StoredModel:
         self.row: Architecture = row
         self.layers = int(str(config[row.keys["layers"]]))
         self.most_tokens = int(str(config[row.keys["max_positions"]]))
+        heads, hidden = (int(str(config[row.keys[key]])) for key in ("heads", "hidden"))
+        self._head_dim = int(str(config.get(row.keys["head_dim"]) or hidden // heads))
 
     def stored_name(self, name: str) -> str:
         """Return the checkpoint's name of a tensor: some checkpoints hold the base model without its prefix.
@@ -85,6 +88,41 @@ class StoredModel:
             if linears:
                 groups.append(tuple(linears))
         return groups
+
+    def feeder(
+        self, block: int, linears: tuple[Linear, ...], leave: Callable[[str], bool], changed: Mapping[str, Tensor]
+    ) -> Feeder | None:
+        """Return the module that can take a scale off the inputs of a group.
+
+        Args:
+            block: Index of the block.
+            linears: The group, as `groups` has it.
+            leave: Whether a linear (full name) is left as it is.
+            changed: Tensors of this block that are new, by full name.
+        """
+        place = next(i for i, names in enumerate(self.row.groups) if linears[0].inside in names)
+        inside = self.row.feeders[place]
+        full = f"{self.row.block(block)}.{inside}"
+        linear = inside in self.row.linears
+        if not inside or len(linears) < len(self.row.groups[place]) or (linear and leave(full)):
+            return None
+        name = self.stored_linear(full)
+        own = (f"{name}.weight", f"{name}.bias")
+        kept = {key: self.read(key) for key in own if key in self.checkpoint and not (linear and key == own[0])}
+        made = {key: tensor for key, tensor in changed.items() if key.startswith(f"{name}.")}
+        ties = self._ties(Linear(inside, name), self.width(linears[0])) if linear else None
+        offset = 0.0 if linear else self.row.norm_offset
+        return Feeder(name=name, tensors={**kept, **made}, linear=linear, offset=offset, ties=ties)
+
+    def _ties(self, feeder: Linear, width: int) -> Tensor | None:
+        """Return which row of a feeding linear each of `width` inputs copies: key-value heads serve several queries."""
+        shape = self.checkpoint.entries[f"{feeder.name}.weight"].shape
+        rows = shape[1 if self.row.transposed else 0]
+        if rows == width:
+            return None
+        channel = torch.arange(width)
+        head = channel // self._head_dim // (width // rows)
+        return head * self._head_dim + channel % self._head_dim
 
     def stored_linear(self, name: str) -> str:
         """Return the checkpoint's name of a linear, without `.weight`."""

@@ -17,7 +17,7 @@ from optikit import host
 from optikit.calibration import windows
 from optikit.calibration.arithmetic import compute_dtype
 from optikit.calibration.ledger import HiddenStates, Ledger
-from optikit.calibration.method import Applied, BlindMethod, Group, Method, S
+from optikit.calibration.method import Applied, BlindMethod, Feeder, Group, Method, S
 from optikit.calibration.paused import Door, PausedForward, fit_doors
 from optikit.calibration.skeleton import Call, Skeleton
 from optikit.calibration.stored import Linear, StoredModel
@@ -102,9 +102,9 @@ def _walked(stored: StoredModel, ledger: Ledger, dtype: torch.dtype) -> Walked:
     )
 
 
-def _group(job: Job, stored: StoredModel, linears: tuple[Linear, ...]) -> Group:
+def _group(job: Job, stored: StoredModel, linears: tuple[Linear, ...], feeder: Feeder | None = None) -> Group:
     weights = tuple(stored.weight(linear).to(job.device) for linear in linears)
-    return Group(names=tuple(linear.name for linear in linears), weights=weights)
+    return Group(names=tuple(linear.name for linear in linears), weights=weights, feeder=feeder)
 
 
 class _Changed:
@@ -231,7 +231,8 @@ class _Calibrated(Generic[S]):
         changed = _Changed()
         try:
             for linears in groups:
-                applied = self._apply(passes, linears)
+                feeder = self._stored.feeder(index, linears, self._leave, changed.tensors)
+                applied = self._apply(passes, linears, feeder)
                 self._skeleton.replace(block, linears, applied.weights)
                 changed.take(self._stored, linears, applied)
             sha256 = after.write(passes.outputs())
@@ -241,11 +242,11 @@ class _Calibrated(Generic[S]):
             self._skeleton.empty_block(index)
         self._ledger.commit(changed.tensors, changed.linears, changed.facts, sha256)
 
-    def _apply(self, passes: _Passes, linears: tuple[Linear, ...]) -> Applied:
+    def _apply(self, passes: _Passes, linears: tuple[Linear, ...], feeder: Feeder | None) -> Applied:
         statistic = self._method.statistic(self._stored.width(linears[0]), self._job.device)
         for inputs in passes.inputs(linears[0].inside):
             if not torch.isfinite(inputs).all():
                 message = f"the inputs of {linears[0].name} are not finite"
                 raise StageFailedError(message, fix="does the dense model give finite outputs on this text?")
             statistic.update(inputs)
-        return self._method.apply(_group(self._job, self._stored, linears), statistic)
+        return self._method.apply(_group(self._job, self._stored, linears, feeder), statistic)

@@ -1,0 +1,128 @@
+"""The end of a quantization that scales: the model directory, written and held to its promise.
+
+Norms and biases that feed scaled linears are allowed to change, and only they; what they were divided by is read off
+the files, and with it every linear is compared with the dense one it stands for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optikit.algorithms.grid import pruned_mask
+from optikit.calibration.method import Feeder
+from optikit.calibration.stored import Linear, StoredModel
+from optikit.calibration.verify import FIX, LARGEST_ERROR, same_bytes
+from optikit.calibration.walk import Walked
+from optikit.errors import StageFailedError
+from optikit.formats.checkpoint import Checkpoint
+from optikit.formats.directory import write_model
+from optikit.stages.protocol import Job
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How linears are packed: tensors by suffix with their dtypes, and the weight (out, in) float32 they stand for."""
+
+    dtypes: Mapping[str, torch.dtype]
+    unpack: Callable[[Mapping[str, Tensor]], Tensor]
+
+
+def write_scaled(
+    job: Job, walked: Walked, packing: Packing, quantization_config: Mapping[str, Any], leave: Callable[[str], bool]
+) -> dict[str, Any]:
+    """Write `job.dest` with packed linears and folded scales, and verify it against `job.source`.
+
+    Returns:
+        Facts about what was written.
+
+    Raises:
+        StageFailedError: Naming the tensor that isn't what was promised.
+    """
+    write_model(job.source, job.dest, walked.entries, changes={"quantization_config": dict(quantization_config)})
+    stored, written = StoredModel(Checkpoint(job.source)), Checkpoint(job.dest)
+    _check_names(stored, written, walked.linears, packing, leave)
+    errors: dict[str, float] = {}
+    for block in range(stored.layers):
+        errors |= _check_block(block, stored, written, packing, leave)
+    packed = [written.entries[f"{name}.{suffix}"] for name in walked.linears for suffix in packing.dtypes]
+    elements = sum(math.prod(stored.checkpoint.entries[f"{name}.weight"].shape) for name in walked.linears)
+    return {
+        "linears_packed": len(errors),
+        "bits_per_weight": round(8 * sum(entry.stop - entry.start for entry in packed) / elements, 3),
+        "relative_weight_error_mean": round(sum(errors.values()) / len(errors), 5),
+    }
+
+
+def _check_names(
+    stored: StoredModel, written: Checkpoint, linears: tuple[str, ...], packing: Packing, leave: Callable[[str], bool]
+) -> None:
+    """Check that the promised tensors are there, and that whatever feeds no scaled linear has the source's bytes."""
+    promised = {f"{name}.{suffix}" for name in linears for suffix in packing.dtypes}
+    dense = {name for name in stored.checkpoint if name.removesuffix(".weight") not in linears}
+    if promised | dense != set(written):
+        odd = min((promised | dense) ^ set(written))
+        raise StageFailedError(f"{odd} is {'missing' if odd not in written else 'unasked for'}", fix=FIX)
+    may_change = {
+        name
+        for block in range(stored.layers)
+        for group in stored.groups(block, leave)
+        if (feeder := stored.feeder(block, group, leave, {}))
+        for name in (f"{feeder.name}.weight", f"{feeder.name}.bias")
+    }
+    for name in sorted(dense - may_change):
+        if not same_bytes(stored.checkpoint.entries[name], written.entries[name]):
+            raise StageFailedError(f"{name} should be untouched and differs from the source", fix=FIX)
+
+
+def _check_block(
+    block: int, stored: StoredModel, written: Checkpoint, packing: Packing, leave: Callable[[str], bool]
+) -> dict[str, float]:
+    """Return the relative error of every packed linear of a block, all scales undone."""
+    errors, divided = {}, dict[str, Tensor]()
+    feeders = {feeder for feeder in stored.row.feeders if feeder in stored.row.linears}
+    for group in stored.groups(block, leave):
+        scale = _scale(stored.feeder(block, group, leave, {}), written, divided)
+        for linear in group:
+            new, dense = _unpacked(linear, written, packing), stored.weight(linear)
+            if new.shape != dense.shape:
+                raise StageFailedError(f"{linear.name} has shape {tuple(new.shape)}, not {tuple(dense.shape)}", fix=FIX)
+            alive = pruned_mask(dense)
+            if alive is not None and bool((new[~alive] != 0).any()):
+                raise StageFailedError(f"{linear.name} was pruned and has lost zeros", fix=FIX)
+            new = new / scale
+            if linear.inside in feeders:
+                rows = (new * dense).sum(dim=1) / dense.square().sum(dim=1)
+                rows = torch.where(torch.isfinite(rows) & (rows > 0), rows, 1.0)
+                divided[linear.name] = 1 / rows
+                new = new / rows[:, None]
+            error = float((new - dense).norm() / dense.norm().clamp_min(1e-30))
+            if not error < LARGEST_ERROR:
+                raise StageFailedError(f"{linear.name} is off by {error:.0%} of its norm", fix=FIX)
+            errors[linear.name] = error
+    return errors
+
+
+def _unpacked(linear: Linear, written: Checkpoint, packing: Packing) -> Tensor:
+    tensors = {suffix: written.read(f"{linear.name}.{suffix}") for suffix in packing.dtypes}
+    for suffix, dtype in packing.dtypes.items():
+        if tensors[suffix].dtype != dtype:
+            raise StageFailedError(f"{linear.name}.{suffix} is {tensors[suffix].dtype}, not {dtype}", fix=FIX)
+    return packing.unpack(tensors)
+
+
+def _scale(feeder: Feeder | None, written: Checkpoint, divided: Mapping[str, Tensor]) -> Tensor:
+    """Return what a group's inputs are divided by, as the files have it."""
+    if feeder is None:
+        return torch.ones(1)
+    if feeder.linear:
+        per_row = divided[feeder.name]
+        return per_row if feeder.ties is None else per_row[feeder.ties]
+    name = f"{feeder.name}.weight"
+    before, after = feeder.tensors[name].float() + feeder.offset, written.read(name).float() + feeder.offset
+    return torch.where(after == 0, 1.0, before / after)
