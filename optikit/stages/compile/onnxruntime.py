@@ -37,8 +37,13 @@ ENGINE = "onnxruntime"
 QUANTIZED: frozenset[Trait] = frozenset({"int4_gptq", "int8_gptq", "int4_awq"})
 READABLE: frozenset[Trait] = QUANTIZED | {"dense"}
 """How the weights may be stored: what the builder reads and what can be compared with its output."""
-MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
-"""Families of architectures.toml that the builder knows, too (onnxruntime-genai 0.18, models/builder.py)."""
+MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"})
+"""Families of architectures.toml that the builder knows, too, and whose logits were compared with transformers'
+(onnxruntime-genai 0.18; its Gemma 3 doesn't read what transformers 5 writes)."""
+WINDOW_LEFT_OUT = frozenset({"mistral", "phi3"})
+"""Families whose attention window the builder leaves out."""
+ROPE_TYPES = frozenset({"default", "llama3", "linear", "yarn"})
+"""Rotary embeddings that the builder knows (models/builders/base.py, make_rope_init)."""
 GROUP_SIZES = frozenset({16, 32, 64, 128, 256})
 """Block sizes of the MatMulNBits operator on a CPU."""
 TRIAL_TOKENS = 8
@@ -65,9 +70,7 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
         message = f"target {target.name!r} doesn't run {ENGINE}"
         fix = f"it runs {', '.join(target.engines)}" if target.engines else "choose target: cpu"
         yield Problem(code="engine-not-on-target", message=message, fix=fix)
-    if facts.model_type not in MODEL_TYPES:
-        message = f"onnxruntime-genai's builder doesn't know model_type {facts.model_type!r}"
-        yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(sorted(MODEL_TYPES))}")
+    yield from _check_family(facts)
     stored = facts.traits & READABLE
     if not stored:
         message = f"the builder can't read these weights: {', '.join(sorted(facts.traits))}"
@@ -79,6 +82,25 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
         message = "onnxruntime has no fast int8 kernel for float32 activations: the head alone takes most of a step"
         fix = "use accuracy_level: 4, or head: float32"
         yield Problem(code="slow-head", message=message, fix=fix, loc=("head",), level="warning")
+
+
+def _check_family(facts: ModelFacts) -> Iterator[Problem]:
+    if facts.model_type not in MODEL_TYPES:
+        message = f"onnxruntime-genai's builder doesn't know model_type {facts.model_type!r}"
+        yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(sorted(MODEL_TYPES))}")
+    rope = _rope_type(facts.config)
+    if rope not in ROPE_TYPES:
+        message = f"the builder doesn't know rotary embeddings of type {rope!r}"
+        yield Problem(code="unknown-rope", message=message, fix=f"known: {', '.join(sorted(ROPE_TYPES))}")
+    window = facts.sliding_window or facts.max_positions
+    if facts.model_type in WINDOW_LEFT_OUT and window < facts.max_positions:
+        message = f"the builder leaves out {facts.model_type}'s attention window: beyond {window} tokens results differ"
+        yield Problem(code="window-left-out", message=message, fix=f"keep to {window} tokens", level="warning")
+
+
+def _rope_type(config: Mapping[str, Any]) -> str:
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return str(found.get("rope_type", found.get("type", "default")))
 
 
 def _check_packing(options: Options, packing: Mapping[str, Any]) -> Iterator[Problem]:
@@ -127,28 +149,35 @@ def _bits(options: Options, facts: ModelFacts) -> int:
     return {"int4": 4, "int8": 8}.get(options.precision, 32)
 
 
-def _packed_bytes(elements: float, bits: int, group: int, *, zeros: bool) -> float:
-    return elements * (bits / 8 + (4 + (bits / 8 if zeros else 0)) / group)
+def _packed_bytes(shape: tuple[int, int], bits: int, group: int, *, zeros: bool) -> int:
+    """Return the bytes of a MatMulNBits weight (out_features, in_features): codes, float32 scales, zero points."""
+    rows, columns = shape
+    blocks = -(-columns // group)
+    return rows * (blocks * (group * bits // 8 + 4) + (-(-blocks * bits // 8) if zeros else 0))
 
 
 def after(options: Options, facts: ModelFacts) -> ModelFacts:
     """Return the facts of the compiled artifact; its size is computed from the shapes."""
-    bits = _bits(options, facts)
-    embedding = float(facts.vocab * facts.hidden)
-    rest = 4.0 * (2 * facts.layers + 1) * facts.hidden + 4.0 * facts.max_positions * facts.head_dim
+    bits, embedding = _bits(options, facts), facts.vocab * facts.hidden
+    rest = 4 * (2 * facts.layers + 1) * facts.hidden + 4 * facts.max_positions * facts.head_dim
     if bits == 32:
-        size = 4.0 * (facts.linear_elements + (1 if facts.tied else 2) * embedding) + rest
-        return replace(facts.having("onnx"), weight_bytes=int(size))
+        size = 4 * (facts.linear_elements + (1 if facts.tied else 2) * embedding) + rest
+        return replace(facts.having("onnx"), weight_bytes=size)
     quantized = bool(facts.traits & QUANTIZED)
     group = _packing(facts).get("group_size", 64) if quantized else options.block_size
-    body = _packed_bytes(facts.linear_elements, bits, group, zeros=quantized)
-    head_bits = {"int4": 4, "int8": 8, "float32": 32}[options.head]
-    head = 4 * embedding if head_bits == 32 else _packed_bytes(embedding, head_bits, options.block_size, zeros=False)
-    table = 0.0 if _shares_head(options, facts) else 4 * embedding
+    body = sum(_packed_bytes(shape, bits, group, zeros=quantized) for shape in facts.linears.values())
+    table = 0 if _shares_head(options, facts) else 4 * embedding
     return replace(
         facts.having("onnx", without=frozenset() if quantized else frozenset({"dense"})),
-        weight_bytes=int(body + head + table + rest),
+        weight_bytes=body + _head_bytes(options, facts) + table + rest,
     )
+
+
+def _head_bytes(options: Options, facts: ModelFacts) -> int:
+    if options.head == "float32":
+        return 4 * facts.vocab * facts.hidden
+    bits = 8 if options.head == "int8" else 4
+    return _packed_bytes((facts.vocab, facts.hidden), bits, options.block_size, zeros=False)
 
 
 def _shares_head(options: Options, facts: ModelFacts) -> bool:
