@@ -72,9 +72,10 @@ class MedusaHeads(nn.Module):
         """Number of heads."""
         return len(self.blocks)
 
-    def states(self, hidden: Tensor) -> Tensor:
-        """Return what the output layers read, (n, heads, hidden), from hidden states (n, hidden)."""
-        return torch.stack([block(hidden) for block in self.blocks], dim=1)
+    def linears(self, head: int) -> list[tuple[Tensor, Tensor]]:
+        """Return weight (hidden, hidden) and bias (hidden,) of each residual layer of a head."""
+        linears = [each for each in self.blocks[head].modules() if isinstance(each, nn.Linear)]
+        return [(each.weight, each.bias) for each in linears]
 
     def logits(self, head: int, hidden: Tensor) -> Tensor:
         """Return one head's logits (n, drafted) from hidden states (n, hidden)."""
