@@ -148,7 +148,7 @@ def cut(text: str, part: tuple[float, float] = (0.0, 1.0), drop_lines: Iterable[
         return text[start:end]
     lines = re.finditer(r"[^\n]*\n|[^\n]+", text)
     kept = (line for line in lines if not line[0].startswith(prefixes))
-    return "".join(text[max(start, line.start()) : max(start, min(end, line.end()))] for line in kept)
+    return "".join(text[max(start, line.start()) : min(end, line.end())] for line in kept)
 
 
 def lock_entries(sources: Iterable[ModelSource | TextSource]) -> dict[str, dict[str, str]]:

@@ -132,6 +132,8 @@ def test_credentials_do_not_reach_the_message(links: Path, store: Store, monkeyp
     with pytest.raises(UnavailableError) as raised:
         resolve("pypi:tiny-model==1.0", store)
     assert "canary" not in raised.value.message
+    said = "ERROR: 401 for https://user:canary@example.com/simple"
+    assert "canary" not in pypi._unavailable(pypi.parse("pypi:a==1"), said).message
 
 
 def test_the_file_has_to_be_named_where_there_are_several(links: Path, store: Store) -> None:
