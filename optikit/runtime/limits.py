@@ -6,7 +6,9 @@ from optikit.errors import UsageError
 from optikit.runtime.protocol import Tokens
 
 
-def check_call(tokens: Tokens, position: int, *, filled: int, vocab: int, max_tokens: int) -> None:
+def check_call(
+    tokens: Tokens, position: int, *, filled: int, vocab: int, max_tokens: int, rows: int | None = None
+) -> None:
     """Refuse tokens that a decoder can't run at `position`.
 
     Args:
@@ -15,14 +17,18 @@ def check_call(tokens: Tokens, position: int, *, filled: int, vocab: int, max_to
         filled: Tokens that the cache holds.
         vocab: Width of the logits.
         max_tokens: Longest sequence the cache holds.
+        rows: Positions whose logits are wanted.
 
     Raises:
-        UsageError: No tokens, a gap before them, an id outside the vocabulary, or a sequence that is too long.
+        UsageError: No tokens, a gap before them, an id outside the vocabulary, a sequence that is too long, or more rows
+            than tokens.
     """
     if tokens.ndim != 1 or tokens.size == 0:
         raise UsageError(
             f"a decoder needs a row of tokens, not an array of shape {tokens.shape}", fix="give at least one token"
         )
+    if rows is not None and not 1 <= rows <= tokens.size:
+        raise UsageError(f"{rows} rows of logits of {tokens.size} tokens can't be had", fix="ask for 1 to all of them")
     if not 0 <= position <= filled:
         raise UsageError(
             f"position {position} isn't within the {filled} tokens of the cache", fix="run what comes before it first"

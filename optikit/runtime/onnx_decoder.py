@@ -222,13 +222,15 @@ class OnnxDecoder:
         self._last_row = np.empty((1, 1, self.vocab), np.float32)
         self._filled = 0
 
-    def forward(self, tokens: Tokens, position: int) -> Logits:
+    def forward(self, tokens: Tokens, position: int, rows: int | None = None) -> Logits:
         """Run `tokens` (m,) at `position`; see `protocol.Decoder.forward`."""
-        check_call(tokens, position, filled=self._filled, vocab=self.vocab, max_tokens=self.max_tokens)
-        logits = np.empty((len(tokens), self.vocab), np.float32)
+        check_call(tokens, position, rows=rows, filled=self._filled, vocab=self.vocab, max_tokens=self.max_tokens)
+        logits = np.empty((rows or len(tokens), self.vocab), np.float32)
+        skipped = len(tokens) - len(logits)
         for start in range(0, len(tokens), CHUNK):
             part = tokens[start : start + CHUNK]
-            self._run(part, position + start, logits[None, start : start + len(part)])
+            wanted = logits[None, max(0, start - skipped) : max(0, start + len(part) - skipped)]
+            self._run(part, position + start, wanted if wanted.size else self._last_row)
         return logits
 
     def greedy(self, prompt: Tokens, new_tokens: int) -> Iterator[int]:

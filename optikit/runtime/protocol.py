@@ -29,13 +29,18 @@ class Decoder(Protocol):
     vocab: int
     max_tokens: int
 
-    def forward(self, tokens: Tokens, position: int) -> Logits:
+    def forward(self, tokens: Tokens, position: int, rows: int | None = None) -> Logits:
         """Run `tokens` (m,) at `position`, after whatever the cache holds before it.
 
         The cache is cut to `position` first: rolling back is passing a smaller position.
 
+        Args:
+            tokens: (m,), m ≥ 1.
+            position: Where they start.
+            rows: Positions whose logits are wanted, the last ones, 1 ≤ rows ≤ m; None is all. A prompt needs one.
+
         Returns:
-            Logits of all m positions, (m, vocab) float32.
+            Their logits, (rows, vocab) float32.
         """
         ...
 

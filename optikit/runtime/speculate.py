@@ -30,11 +30,7 @@ class HiddenDecoder(Decoder, Protocol):
     """A decoder that can show what its output head reads."""
 
     def hidden(self, row: int) -> Hidden:
-        """Return the state (hidden,) of a row of the last `forward`'s logits, after the final norm.
-
-        Args:
-            row: Index into those logits; negative counts from the end.
-        """
+        """Return the state (hidden,) that a row of the last `forward`'s logits was read from, after the final norm."""
         ...
 
 
@@ -103,8 +99,7 @@ def generate(
     written: list[int] = []
     drafter.start(prompt)
     draft = EMPTY
-    logits = decoder.forward(_window(prompt, EMPTY, request.min_window), 0)[len(prompt) - 1 : len(prompt)]
-    row = len(prompt) - 1
+    logits = _run(decoder, prompt, EMPTY, 0, request.min_window)
     while True:
         length = len(prompt) + len(written)
         text[length : length + len(draft.tokens)] = draft.tokens
@@ -118,13 +113,11 @@ def generate(
             return
         text[length : length + len(tokens)] = tokens
         length += len(tokens)
-        hidden = cast("HiddenDecoder", decoder).hidden(row + accepted) if drafter.reads_hidden else None
+        hidden = cast("HiddenDecoder", decoder).hidden(accepted) if drafter.reads_hidden else None
         drafter.extend(text[length - len(tokens) : length], hidden)
         left = request.max_new_tokens - len(written)
         draft = drafter.draft(left - 1, rng) if left > 1 else EMPTY
-        row = 0
-        window = _window(text[length - 1 : length], draft, request.min_window)
-        logits = decoder.forward(window, length - 1)[: len(draft.tokens) + 1]
+        logits = _run(decoder, text[length - 1 : length], draft, length - 1, request.min_window)
 
 
 def _check(decoder: Decoder, drafter: Drafter, prompt: Tokens, request: Request) -> None:
@@ -138,10 +131,17 @@ def _check(decoder: Decoder, drafter: Drafter, prompt: Tokens, request: Request)
         raise UsageError(message, fix="use lookup or a draft model, or another runtime")
 
 
-def _window(tokens: Tokens, draft: Draft, at_least: int) -> Tokens:
-    """Return what to run: tokens, then the draft, then the last of both again until there are enough."""
-    window = np.concatenate([tokens, draft.tokens]) if len(draft.tokens) else tokens
-    return window if len(window) >= at_least else np.append(window, window[-1])
+def _run(decoder: Decoder, tokens: Tokens, draft: Draft, position: int, at_least: int) -> Logits:
+    """Run tokens and the draft behind them; return the logits (k + 1, vocab) of the last token and of the draft.
+
+    Too short a window is filled up with its last token; what that predicts is nobody's business.
+    """
+    wanted = len(draft.tokens) + 1
+    window = np.concatenate([tokens, draft.tokens]) if wanted > 1 else tokens
+    missing = max(0, at_least - len(window))
+    if missing:
+        window = np.append(window, np.repeat(window[-1:], missing))
+    return decoder.forward(window, position, wanted + missing)[:wanted]
 
 
 def _process(logits: Logits, text: Tokens, length: int, processors: Iterable[Processor]) -> Logits:

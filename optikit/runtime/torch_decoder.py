@@ -147,13 +147,14 @@ class TorchDecoder:
         gc.collect()
 
     @torch.inference_mode()
-    def forward(self, tokens: Tokens, position: int) -> Logits:
+    def forward(self, tokens: Tokens, position: int, rows: int | None = None) -> Logits:
         """Run `tokens` (m,) at `position`; see `protocol.Decoder.forward`."""
         filled = self._cache.get_seq_length()
-        check_call(tokens, position, filled=filled, vocab=self.vocab, max_tokens=self.max_tokens)
+        check_call(tokens, position, rows=rows, filled=filled, vocab=self.vocab, max_tokens=self.max_tokens)
         if position < filled:
             self._cache.crop(position - filled)
-        output = self._model(torch.from_numpy(tokens)[None], past_key_values=self._cache, use_cache=True)
+        inputs = torch.from_numpy(tokens)[None]
+        output = self._model(inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=rows or 0)
         logits: Logits = output.logits[0].float().numpy()
         return logits
 
