@@ -20,8 +20,7 @@ def check_call(
         rows: Positions whose logits are wanted.
 
     Raises:
-        UsageError: No tokens, a gap before them, an id outside the vocabulary, a sequence that is too long, or more rows
-            than tokens.
+        UsageError: No tokens, a gap before them, an id outside the vocabulary, too long a sequence, too many rows.
     """
     if tokens.ndim != 1 or tokens.size == 0:
         raise UsageError(
