@@ -104,7 +104,7 @@ def read_gguf(path: Path) -> ModelFacts:
     linears = _linears(architecture, quantization.DENSE, tensors, figures["layers"], path)
     tied = "output.weight" not in header.tensors
     _check_embedding(architecture, tensors, figures, path)
-    settings = {key: figures[name] for name, key in USUAL_KEYS.items()}
+    settings = {key: figures[name] for name, key in USUAL_KEYS.items() if name in figures}
     return _facts(
         architecture,
         figures,

@@ -89,7 +89,7 @@ def fetch(wanted: Repository, store: Store, *, offline: bool, note: Callable[[st
         RefusedError: The repository has pickled weights only.
         RecipeError: The repository has several gguf files and the recipe names none.
     """
-    key = cache_key(source="hf", repo=str(wanted), revision=wanted.revision, file=wanted.file)
+    key = _key(wanted, wanted.revision)
     final = offline or _COMMIT.fullmatch(wanted.revision) is not None  # else the branch may have moved on
     known = downloads.recall(store, key, "path", "commit", "file") if final else None
     if known is not None and Path(known["path"]).exists():
@@ -101,8 +101,14 @@ def fetch(wanted: Repository, store: Store, *, offline: bool, note: Callable[[st
         raise
     except Exception as error:  # the client's transport, server and cache errors have no common base
         raise _unavailable(wanted, error, offline=offline) from error
-    downloads.remember(store, key, {"path": str(fetched.path), "commit": fetched.commit, "file": fetched.file})
+    row = {"path": str(fetched.path), "commit": fetched.commit, "file": fetched.file}
+    for known_as in {key, _key(wanted, fetched.commit)}:
+        downloads.remember(store, known_as, row)
     return fetched
+
+
+def _key(wanted: Repository, revision: str) -> str:
+    return cache_key(source="hf", repo=str(wanted), revision=revision, file=wanted.file)
 
 
 def _download(wanted: Repository, note: Callable[[str], None]) -> Fetched:

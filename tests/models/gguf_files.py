@@ -37,7 +37,13 @@ def shapes(vocab: int) -> dict[str, tuple[int, ...]]:
 
 
 def write(
-    path: Path, family: str = "llama", *, spoil: float | None = None, leave_out: str = "", **metadata: int
+    path: Path,
+    family: str = "llama",
+    *,
+    spoil: float | None = None,
+    leave_out: str = "",
+    intermediate: bool = True,
+    **metadata: int,
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Write a seeded random model, matrices in Q4_1, and return the weights that the file really holds."""
     import gguf
@@ -47,7 +53,8 @@ def write(
     writer.add_name("Somebody's Model")
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(INTERMEDIATE)
+    if intermediate:
+        writer.add_feed_forward_length(INTERMEDIATE)
     writer.add_block_count(LAYERS)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)

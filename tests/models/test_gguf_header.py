@@ -85,6 +85,11 @@ def test_what_is_missing_or_unknown_is_named(tmp_path: Path) -> None:
         reader.read_gguf(path)
 
 
+def test_a_width_that_is_not_told_is_taken_from_the_weights(tmp_path: Path) -> None:
+    gguf_files.write(tmp_path / "a.gguf", intermediate=False)
+    assert reader.read_gguf(tmp_path / "a.gguf").intermediate == 96
+
+
 def _text(text: str) -> bytes:
     return struct.pack("<Q", len(text)) + text.encode()
 

@@ -80,7 +80,7 @@ def test_faults_need_the_testing_switch(tmp_path: Path, child: Child) -> None:
 
 def test_killed_at_random_moments(tmp_path: Path, child: Child) -> None:
     draw = random.Random(0)
-    for _ in range(25):
+    for _ in range(12):
         root = tmp_path / str(draw.random())
         process = child(WRITE, root)
         assert process.stdout is not None
