@@ -1,0 +1,236 @@
+"""Which drafter, how far, or none: decided by what a forward of m tokens costs here and by what was really accepted.
+
+Speculation pays where (tokens per step) × T(1) exceeds T(m) plus the time to draft, T(m) being the time of a forward of
+m tokens. T is measured: kernels jump where one expects them flat. Acceptance is replayed on texts that the model wrote
+itself: greedy speculation writes the same text whatever is drafted, so the steps that a drafter would have taken follow
+from the text alone, without running the model again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from optikit.runtime.drafters import EMPTY, LOOKUP_LENGTHS, Drafter, Hidden, PromptLookup
+from optikit.runtime.protocol import Decoder, Tokens
+from optikit.runtime.speculate import Statistics, Step
+from optikit.targets.estimate import tokens_per_step
+
+WINDOWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 24, 32)
+"""Window lengths m at which T(m) is measured; between them it is interpolated."""
+WORTHWHILE = 1.03
+"""Predicted speed-up below which speculation stays off: what is gained has to exceed what measuring can tell."""
+
+
+@dataclass(frozen=True)
+class WindowCosts:
+    """T(m): milliseconds of a forward of m tokens.
+
+    Attributes:
+        ms: Measured times by window length; has 1.
+    """
+
+    ms: Mapping[int, float]
+
+    def at(self, m: int) -> float:
+        """Return T(m): measured, interpolated, or beyond the longest window continued along the last slope.
+
+        >>> costs = WindowCosts({1: 4.0, 3: 6.0, 5: 7.0})
+        >>> [costs.at(m) for m in (1, 2, 3, 7)]
+        [4.0, 5.0, 6.0, 8.0]
+        """
+        lengths = sorted(self.ms)
+        if m > lengths[-1] and len(lengths) > 1:
+            before, last = lengths[-2:]
+            return self.ms[last] + (m - last) * (self.ms[last] - self.ms[before]) / (last - before)
+        return float(np.interp(m, lengths, [self.ms[each] for each in lengths]))
+
+    def relative(self, m: int) -> float:
+        """Return v(m) = T(m) / T(1)."""
+        return self.at(m) / self.at(1)
+
+
+def measure_windows(
+    decoder: Decoder,
+    context: Tokens,
+    *,
+    windows: Sequence[int] = WINDOWS,
+    rounds: int = 15,
+    observe: Callable[[int, int], None] = lambda _done, _total: None,
+) -> WindowCosts:
+    """Measure T(m) behind a context, in rounds of all windows there and back, and take the medians.
+
+    Args:
+        decoder: The target.
+        context: (n,): what the cache holds meanwhile.
+        windows: Lengths to measure; those that don't fit behind the context are left out.
+        rounds: Times that each length is measured; two more of each warm up.
+        observe: Told (done, total) rounds.
+    """
+    room = decoder.max_tokens - len(context)
+    lengths = sorted({1, *(m for m in windows if m <= room)})
+    taken: dict[int, list[float]] = {m: [] for m in lengths}
+    decoder.forward(context, 0, 1)
+    for number in range(rounds + 2):
+        observe(number, rounds + 2)
+        for m in lengths if number % 2 else reversed(lengths):
+            tokens = np.resize(context, m)
+            start = time.perf_counter()
+            decoder.forward(tokens, len(context))
+            taken[m].append((time.perf_counter() - start) * 1000)
+    observe(rounds + 2, rounds + 2)
+    return WindowCosts({m: float(np.median(times[2:])) for m, times in taken.items()})
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text that the target wrote greedily.
+
+    Attributes:
+        prompt: (n,).
+        text: (m,), m ≥ 1: what it wrote.
+        hidden: (m, hidden): the states that predicted each token; None where no drafter needs them.
+    """
+
+    prompt: Tokens
+    text: Tokens
+    hidden: Hidden | None = None
+
+
+def replay(drafter: Drafter, written: Written) -> list[Step]:
+    """Return the steps that greedy speculation takes to write a known text; its prompt's run isn't among them."""
+    text, rng = written.text, np.random.default_rng(0)
+    drafter.start(written.prompt)
+    steps, known, new = [], 0, 1
+    while known + new < len(text):
+        known += new
+        hidden = None if written.hidden is None else written.hidden[known - 1]
+        drafter.extend(text[known - new : known], hidden)
+        left = len(text) - known
+        draft = drafter.draft(left - 1, rng) if left > 1 else EMPTY
+        wrong = np.flatnonzero(draft.tokens != text[known : known + len(draft.tokens)])
+        accepted = int(wrong[0]) if len(wrong) else len(draft.tokens)
+        new = accepted + 1
+        tokens = tuple(text[known : known + new].tolist())
+        steps.append(
+            Step(tokens, len(draft.tokens), accepted, draft.by, "length" if known + new == len(text) else None)
+        )
+    return steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a drafter is expected to bring on given texts.
+
+    Attributes:
+        ms_per_token: With it.
+        plain_ms_per_token: Without.
+        statistics: Its steps.
+    """
+
+    ms_per_token: float
+    plain_ms_per_token: float
+    statistics: Statistics
+
+    @property
+    def speedup(self) -> float:
+        """Plain time over speculated time; 1 where there was nothing to speculate on."""
+        return self.plain_ms_per_token / self.ms_per_token if self.ms_per_token else 1.0
+
+
+def predict(
+    steps: Iterable[Step], costs: WindowCosts, *, draft_ms: float = 0.0, per_token_ms: float = 0.0, min_window: int = 1
+) -> Prediction:
+    """Price steps: Σ T(window) + drafting, against T(1) for each token.
+
+    Args:
+        steps: Of `replay` or `generate`.
+        costs: T(m).
+        draft_ms: Time of asking the drafter once.
+        per_token_ms: Time of each token that it drafts.
+        min_window: Shortest window that is run, as in `Request`.
+    """
+    found = Statistics()
+    total = 0.0
+    for step in steps:
+        found.add(step)
+        if step.by != "prompt":
+            total += costs.at(max(min_window, step.drafted + 1)) + draft_ms + per_token_ms * step.drafted
+    tokens = max(1, found.tokens)
+    plain = costs.at(1) if found.tokens else 0.0
+    return Prediction(ms_per_token=total / tokens, plain_ms_per_token=plain, statistics=found)
+
+
+def best_window(acceptance: Sequence[float], costs: WindowCosts, *, per_token_ms: float) -> tuple[int, float]:
+    """Return how many tokens to draft, and the speed-up to expect: argmax over k of E(k) T(1) / (k c + T(k + 1)).
+
+    Args:
+        acceptance: Probability that the i-th draft token is kept, given that those before it were.
+        costs: T(m).
+        per_token_ms: c: time to draft a token.
+
+    Returns:
+        (0, 1.0) where drafting doesn't pay.
+
+    >>> k, speedup = best_window([0.8] * 8, WindowCosts({1: 10.0, 9: 12.4}), per_token_ms=1.4)
+    >>> k, round(speedup, 2)
+    (4, 2.0)
+    >>> best_window([0.3] * 8, WindowCosts({1: 10.0, 9: 26.0}), per_token_ms=3.0)
+    (0, 1.0)
+    """
+    best = (0, 1.0)
+    for k in range(1, len(acceptance) + 1):
+        expected = tokens_per_step(acceptance[:k]) * costs.at(1) / (k * per_token_ms + costs.at(k + 1))
+        best = max(best, (k, expected), key=lambda each: each[1])
+    return best
+
+
+LOOKUP_DRAFTS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
+"""Draft lengths that are tried after a match of a given length; 0 leaves such matches alone."""
+
+
+def tune_lookup(
+    texts: Sequence[Written],
+    costs: WindowCosts,
+    *,
+    matches: Sequence[int] = (1, 2, 3, 4, 5),
+    start: Mapping[int, int] = LOOKUP_LENGTHS,
+    min_window: int = 1,
+) -> dict[int, int]:
+    """Return the lookup lengths (match → draft) with the best predicted speed: coordinate descent over `LOOKUP_DRAFTS`.
+
+    Args:
+        texts: What the model wrote for prompts of the kind that it will get.
+        costs: T(m).
+        matches: Lengths of match to consider.
+        start: Where the descent begins.
+        min_window: As in `Request`.
+
+    Returns:
+        Empty where no lookup is faster than none.
+    """
+
+    def cost(lengths: Mapping[int, int]) -> float:
+        drafting = {n: k for n, k in lengths.items() if k}
+        if not drafting:
+            return costs.at(1)
+        drafter = PromptLookup(drafting)
+        steps = (step for each in texts for step in replay(drafter, each))
+        return predict(steps, costs, min_window=min_window).ms_per_token
+
+    lengths = {n: start.get(n, 0) for n in sorted(matches, reverse=True)}
+    best = cost(lengths)
+    improved = True
+    while improved:
+        improved = False
+        for n, k in product(sorted(matches, reverse=True), LOOKUP_DRAFTS):
+            trial = {**lengths, n: k}
+            found = best if trial == lengths else cost(trial)
+            if found < best * (1 - 1e-6):
+                lengths, best, improved = trial, found, True
+    chosen = {n: k for n, k in lengths.items() if k}
+    return chosen if best < costs.at(1) else {}

@@ -1,0 +1,173 @@
+"""The choice of drafter and window: replays against the real loop, predictions against an exact clock."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optikit.runtime.acceptors import Greedy
+from optikit.runtime.choice import WindowCosts, Written, best_window, measure_windows, predict, replay, tune_lookup
+from optikit.runtime.drafters import DraftModel, FirstOf, Medusa, PromptLookup, Silent
+from optikit.runtime.speculate import Request, Statistics, generate
+from tests.runtime.markov import MarkovDecoder
+
+FLAT = WindowCosts({1: 10.0, 32: 10.0})
+STEEP = WindowCosts({1: 10.0, 2: 20.0, 32: 320.0})
+
+
+class ClockedDecoder(MarkovDecoder):
+    """Adds up what its forwards would cost."""
+
+    def __init__(self, costs, **kwargs):
+        super().__init__(**kwargs)
+        self.costs = costs
+        self.ms = 0.0
+
+    def forward(self, tokens, position, rows=None):
+        self.ms += self.costs.at(len(tokens))
+        return super().forward(tokens, position, rows)
+
+
+def run(drafter, prompt, count, decoder=None, min_window=1):
+    request = Request(max_new_tokens=count, min_window=min_window)
+    return list(generate(decoder or MarkovDecoder(), drafter, Greedy(), np.array(prompt, np.int64), request))
+
+
+def written(prompt, count, **kwargs):
+    decoder = MarkovDecoder(**kwargs)
+    text = np.array(list(decoder.greedy(np.array(prompt), count)), np.int64)
+    rows = [decoder.row([*prompt, *text[:i].tolist()]) for i in range(count)]
+    return Written(np.array(prompt, np.int64), text, np.stack(rows) @ decoder.basis)
+
+
+def heads(hidden):
+    return (np.abs(hidden[:3] * 10).astype(np.int64) % 8), np.full(3, 0.7, np.float32)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    count=st.integers(1, 50),
+    name=st.sampled_from(["silent", "lookup", "draft", "medusa", "both"]),
+)
+def test_replays_take_the_steps_of_the_loop(seed, count, name):
+    made = {
+        "silent": Silent,
+        "lookup": PromptLookup,
+        "draft": lambda: DraftModel(MarkovDecoder(seed=7), vocab=8, length=3),
+        "medusa": lambda: Medusa(heads, gate=0.4),
+        "both": lambda: FirstOf([PromptLookup({2: 5}), Medusa(heads)]),
+    }[name]
+    prompt = np.random.default_rng(seed).integers(0, 8, 4).tolist()
+    steps = run(made(), prompt, count)
+    found = replay(made(), written(prompt, count))
+    assert found == steps[1:]
+
+
+@pytest.mark.parametrize("min_window", [1, 2])
+def test_predictions_are_exact_where_the_clock_is(min_window):
+    costs = WindowCosts({1: 4.0, 2: 5.5, 4: 6.5, 9: 11.0})
+    prompt = [1, 2, 3]
+    decoder = ClockedDecoder(costs)
+    run(PromptLookup(), prompt, 60, decoder, min_window)
+    decoding = decoder.ms - costs.at(len(prompt))
+    found = predict(replay(PromptLookup(), written(prompt, 60)), costs, min_window=min_window)
+    assert found.ms_per_token * 59 == pytest.approx(decoding)
+    assert found.speedup == pytest.approx(59 * costs.at(1) / decoding)
+
+
+def test_drafting_time_is_part_of_the_price():
+    steps = replay(PromptLookup(), written([1, 2, 3], 60))
+    free, dear = predict(steps, FLAT), predict(steps, FLAT, draft_ms=2.0, per_token_ms=1.0)
+    counted = free.statistics
+    extra = (2.0 * counted.steps + sum(counted.drafted)) / counted.tokens
+    assert dear.ms_per_token == pytest.approx(free.ms_per_token + extra)
+    assert predict([], FLAT).speedup == 1
+
+
+def test_flat_costs_ask_for_long_drafts_and_steep_ones_for_none():
+    texts = [written([seed % 8, 2], 80, seed=seed) for seed in range(6)]  # greedy texts of a small table soon loop
+    eager = tune_lookup(texts, FLAT)
+    assert max(eager.values()) >= 8
+    assert tune_lookup(texts, STEEP) == {}
+    lengths = tune_lookup(texts, WindowCosts({1: 10.0, 32: 75.0}))
+    chosen, default = ([s for each in texts for s in replay(PromptLookup(k), each)] for k in (lengths, {3: 8, 2: 4}))
+    middle = WindowCosts({1: 10.0, 32: 75.0})
+    assert predict(chosen, middle).ms_per_token <= predict(default, middle).ms_per_token
+
+
+def test_tuning_is_not_worse_than_any_single_rule():
+    rng = np.random.default_rng(5)
+    texts = []
+    for _ in range(4):
+        phrase = rng.integers(0, 50, 6)
+        parts = [phrase if rng.random() < 0.5 else rng.integers(0, 50, 4) for _ in range(30)]
+        tokens = np.concatenate(parts)
+        texts.append(Written(tokens[:20], tokens[20:]))
+    costs = WindowCosts({1: 4.15, 2: 4.64, 3: 5.76, 4: 6.52, 5: 7.46, 6: 8.31, 9: 11.2})
+    best = tune_lookup(texts, costs)
+    found = predict([step for each in texts for step in replay(PromptLookup(best), each)], costs).ms_per_token
+    for n in (1, 2, 3):
+        for k in (1, 2, 4, 8):
+            steps = [step for each in texts for step in replay(PromptLookup({n: k}), each)]
+            assert found <= predict(steps, costs).ms_per_token * 1.02
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    acceptance=st.lists(st.floats(0, 1), max_size=8),
+    slope=st.floats(0, 1),
+    drafting=st.floats(0, 10),
+)
+def test_the_best_window_is_the_best_and_never_a_loss(acceptance, slope, drafting):
+    costs = WindowCosts({1: 10.0, 33: 10.0 * (1 + slope * 32)})
+    k, speedup = best_window(acceptance, costs, per_token_ms=drafting)
+    assert speedup >= 1
+    for other in range(1, len(acceptance) + 1):
+        expected = 1 + sum(np.prod(acceptance[: i + 1]) for i in range(other))
+        value = expected * costs.at(1) / (other * drafting + costs.at(other + 1))
+        assert value <= speedup * (1 + 1e-9)
+        assert other != k or value == pytest.approx(speedup)
+    assert (k == 0) == (speedup == 1)
+
+
+def test_window_costs_are_measured_behind_the_context():
+    class Slow(MarkovDecoder):
+        def forward(self, tokens, position, rows=None):
+            self.seen = [*getattr(self, "seen", []), (len(tokens), position)]
+            return super().forward(tokens, position, rows)
+
+    decoder = Slow(max_tokens=12)
+    done = []
+    context = np.array([1, 2, 3, 4])
+    costs = measure_windows(decoder, context, rounds=3, observe=lambda *told: done.append(told))
+    assert sorted(costs.ms) == [1, 2, 3, 4, 5, 6, 7, 8]  # 12 tokens of room, 4 of them taken
+    assert decoder.seen[0] == (4, 0)
+    assert {position for _, position in decoder.seen[1:]} == {4}
+    assert len(decoder.seen) == 1 + 5 * 8
+    assert done[-1] == (5, 5)
+    assert all(ms > 0 for ms in costs.ms.values())
+    assert costs.relative(1) == 1
+
+
+def test_measured_costs_follow_the_work():
+    """A decoder that really works longer for more tokens: T rises, whatever else this machine does."""
+
+    class Working(MarkovDecoder):
+        def forward(self, tokens, position, rows=None):
+            matrix = np.ones((300, 300), np.float32)
+            for _ in range(20 * len(tokens)):
+                matrix = np.clip(matrix @ matrix, 0, 1)
+            return super().forward(tokens, position, rows)
+
+    costs = measure_windows(Working(), np.array([1, 2]), windows=(1, 4, 8), rounds=5)
+    assert costs.at(8) > costs.at(4) > costs.at(1)
+
+
+def test_statistics_of_a_replay_are_the_loops():
+    prompt = [3, 1, 2]
+    found = predict(replay(PromptLookup(), written(prompt, 70)), FLAT).statistics
+    expected = Statistics()
+    for step in run(PromptLookup(), prompt, 70):
+        expected.add(step)
+    assert found == expected
