@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +59,70 @@ def build_tiny_llama(directory: Path, *, layers: int = 2, hidden: int = 64, inte
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer Llama, hidden 64: treat as read-only."""
     return build_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
+
+
+def round_to_gptq(source: Path, dest: Path, *, bits: int = 4, group_size: int = 32) -> Path:
+    """Write a `gptq` directory whose linears are rounded to nearest, asymmetric: real packing, no quantizer needed."""
+    import shutil
+
+    import torch
+    from safetensors.torch import save_file
+
+    from optikit.formats import gptq
+    from optikit.formats.checkpoint import Checkpoint
+    from optikit.models.reader import read
+
+    shutil.copytree(source, dest, dirs_exist_ok=True)
+    checkpoint, linears, written = Checkpoint(source), read(source).linears, {}
+    top = 2**bits - 1
+    for name in checkpoint:
+        layer, weight = name.removesuffix(".weight"), checkpoint.read(name)
+        if layer not in linears:
+            written[name] = weight
+            continue
+        grouped = weight.float().reshape(len(weight), -1, group_size)
+        low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+        scales = ((high - low) / top).clamp(min=1e-5).half()
+        zeros = (-low / scales.float()).round().clamp(1, top)
+        codes = (grouped / scales.float()[..., None] + zeros[..., None]).round().clamp(0, top)
+        packed = gptq.pack(codes.reshape(weight.shape).to(torch.uint8), scales, zeros.to(torch.uint8), bits)
+        written |= {f"{layer}.{suffix}": tensor.contiguous() for suffix, tensor in packed.items()}
+    save_file(written, dest / "model.safetensors", {"format": "pt"})
+    config = json.loads((dest / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": False}
+    config["quantization_config"] |= {"desc_act": False, "lm_head": False, "checkpoint_format": "gptq", "dynamic": {}}
+    (dest / "config.json").write_text(json.dumps(config))
+    return dest
+
+
+@pytest.fixture(scope="session")
+def tiny_gptq(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_llama` with 4-bit linears, groups of 32: treat as read-only."""
+    return round_to_gptq(tiny_llama, tmp_path_factory.mktemp("tiny-gptq"))
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_llama` compiled for onnxruntime in float32, by the real builder: treat as read-only."""
+    return compile_onnx(tiny_llama, tmp_path_factory.mktemp("tiny-onnx"))
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx_int4(tiny_gptq: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_gptq` compiled for onnxruntime, by the real builder: treat as read-only."""
+    return compile_onnx(tiny_gptq, tmp_path_factory.mktemp("tiny-onnx-int4"))
+
+
+def compile_onnx(source: Path, work: Path, **options: Any) -> Path:
+    """Run the onnxruntime stage on `source`; its facts are in `work`/facts.json."""
+    from optikit.stages.compile import onnxruntime
+    from optikit.stages.protocol import Job
+
+    dest = work / "dest"
+    dest.mkdir()
+    facts = onnxruntime.run(onnxruntime.Options(**options), Job(source=source, dest=dest, scratch=work / "scratch"))
+    (work / "facts.json").write_text(json.dumps(facts))
+    return dest
 
 
 @pytest.fixture(scope="session")

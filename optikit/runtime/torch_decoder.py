@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
@@ -49,17 +51,30 @@ def _load(directory: Path, dtype: str) -> Any:
     wanted = "auto" if dtype == "auto" else DTYPES[dtype]
     try:
         packed = "quantization_config" in json.loads(config_file.read_text(encoding="utf-8"))
-        if packed:
-            return _unpack(directory, wanted)
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=wanted, use_safetensors=True, **LOCAL)
-    except (ValueError, OSError) as error:
+        model, missing = _unpack(directory, wanted) if packed else _read(directory, wanted)
+    except (ValueError, OSError, SafetensorError) as error:
         raise IntegrityError(
             f"transformers can't load {directory}: {error}", fix="check the model directory"
         ) from error
+    if missing:  # transformers would go on with random numbers
+        raise IntegrityError(f"{directory} lacks tensor {min(missing)}", fix="fetch or write the model again")
+    return model
 
 
-def _unpack(directory: Path, dtype: torch.dtype | str) -> Any:
-    """Build the dense model that a packed directory stands for; no library of the packer's is asked."""
+def _read(directory: Path, dtype: torch.dtype | str) -> tuple[Any, set[str]]:
+    """Load a dense directory; return the model and the names of missing tensors."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, use_safetensors=True, output_loading_info=True, **LOCAL
+    )
+    return model, set(info["missing_keys"])
+
+
+def _unpack(directory: Path, dtype: torch.dtype | str) -> tuple[Any, set[str]]:
+    """Build the dense model that a packed directory stands for, without the packer's library.
+
+    Returns:
+        The model, and the names of missing tensors.
+    """
     config = AutoConfig.from_pretrained(directory, **LOCAL)
     del config.quantization_config
     dtype = config.dtype or torch.float32 if isinstance(dtype, str) else dtype
@@ -67,15 +82,9 @@ def _unpack(directory: Path, dtype: torch.dtype | str) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     found = model.load_state_dict(formats.load_state(directory, dtype), strict=False, assign=True)
     model.tie_weights()
-    tied = set(model.all_tied_weights_keys)
-    missing = sorted(set(found.missing_keys) - tied)
-    if missing or found.unexpected_keys:
-        name = missing[0] if missing else found.unexpected_keys[0]
-        what = "lacks" if missing else "holds an unknown"
-        raise IntegrityError(f"{directory} {what} tensor {name}", fix="check the model directory")
     for name in formats.rounds_activations(directory):
         model.get_submodule(name).register_forward_pre_hook(_round_input)
-    return model.eval()
+    return model.eval(), set(found.missing_keys) - set(model.all_tied_weights_keys)
 
 
 def _round_input(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -144,7 +153,12 @@ class TorchDecoder:
         # Nothing of the checkpoint's sampling settings, and no end-of-text: `greedy` has a fixed length.
         self._model.generation_config = GenerationConfig()
         self._cache = DynamicCache()
+        self._states = torch.empty(0)
+        self._model.get_output_embeddings().register_forward_pre_hook(self._keep_states)
         gc.collect()
+
+    def _keep_states(self, _head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self._states = inputs[0][0]
 
     @torch.inference_mode()
     def forward(self, tokens: Tokens, position: int, rows: int | None = None) -> Logits:
@@ -157,6 +171,11 @@ class TorchDecoder:
         output = self._model(inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=rows or 0)
         logits: Logits = output.logits[0].float().numpy()
         return logits
+
+    def hidden(self, row: int) -> NDArray[np.float32]:
+        """Return what the output head read for a row of the last `forward`; see `speculate.HiddenDecoder`."""
+        state: NDArray[np.float32] = self._states[row].float().numpy()
+        return state
 
     def greedy(self, prompt: Tokens, new_tokens: int) -> Iterator[int]:
         """Yield `new_tokens` greedy tokens after `prompt`; see `protocol.Decoder.greedy`."""
