@@ -12,7 +12,7 @@ from optikit.algorithms.grid import Grid, Quantized, dequantize, fit, pruned_mas
 from optikit.calibration.gram import Gram
 from optikit.calibration.method import Applied, Feeder, Group
 from optikit.formats import awq as awq_format
-from optikit.formats import compressed_tensors
+from optikit.formats import compressed_tensors, llm_int8
 
 SAMPLE_TOKENS = 512
 """At least so many tokens' inputs are kept, where there are as many, to see how they round."""
@@ -141,6 +141,22 @@ def _relative(error: Tensor, weight: Tensor, gram: Tensor) -> float:
     """Return the squared error of the outputs, relative to their own squared norm."""
     norm = float(awq.output_error(weight, gram).sum())
     return float(awq.output_error(error, gram).sum()) / norm if norm > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class LlmInt8:
+    """Round weights to int8 with a scale per output channel, for bitsandbytes to serve."""
+
+    def apply(self, group: Group) -> Applied:
+        """Round every linear of a group."""
+        weights: list[Tensor] = []
+        tensors: dict[str, Tensor] = {}
+        for name, weight in zip(group.names, group.weights, strict=True):
+            scales = int8.scales_of(weight)
+            codes = int8.quantize(weight, scales)
+            tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in llm_int8.pack(codes, scales).items()}
+            weights.append(int8.dequantize(codes, scales))
+        return Applied(weights=tuple(weights), tensors=tensors)
 
 
 class Ranges:

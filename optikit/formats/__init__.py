@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from optikit.errors import IntegrityError
-from optikit.formats import awq, compressed_tensors, gptq
+from optikit.formats import awq, compressed_tensors, gptq, llm_int8
 from optikit.formats.checkpoint import Checkpoint
 from optikit.models import architectures
 
@@ -46,6 +46,10 @@ def _awq(tensors: Mapping[str, Tensor], _: int) -> Tensor:
     return gptq.dequantize(*awq.unpack(tensors))
 
 
+def _llm_int8(tensors: Mapping[str, Tensor], _: int) -> Tensor:
+    return llm_int8.dequantize(tensors)
+
+
 def _int_quantized(tensors: Mapping[str, Tensor], _: int) -> Tensor:
     return compressed_tensors.dequantize(tensors)
 
@@ -56,6 +60,7 @@ PACKINGS: Mapping[str, _Packing] = {
     "compressed-tensors": _Packing(
         ("format", "int-quantized", ""), compressed_tensors.SUFFIXES, "weight_scale", _int_quantized
     ),
+    "bitsandbytes": _Packing(("load_in_8bit", "True", "False"), llm_int8.SUFFIXES, "SCB", _llm_int8),
 }
 """Packings that can be read, by `quant_method`."""
 
@@ -72,7 +77,7 @@ def _packing(settings: Mapping[str, Any], directory: Path) -> _Packing | None:
     found = PACKINGS.get(str(method))
     if found is not None:
         key, wanted, absent = found.dialect
-        if settings.get(key, absent) == wanted:
+        if str(settings.get(key, absent)) == wanted:
             return found
         method = f"{method} with {key} {settings.get(key)!r}"
     raise IntegrityError(f"{directory} is packed as {method!r}", fix=f"formats that can be read: {', '.join(PACKINGS)}")

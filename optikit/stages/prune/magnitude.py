@@ -1,0 +1,58 @@
+"""Magnitude: the smallest weights of each layer become zero, whatever flows through them.
+
+Paper   Han et al. 2015, arXiv:1506.02626, without its retraining
+Helps   first looks; the trivial baseline that every other pruning here is judged against
+Hurts   at half the weights a language model is badly damaged; use wanda or sparsegpt
+Cost    seconds; memory of one block
+Differs nothing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from optikit.models.facts import ModelFacts, Trait
+from optikit.problems import Problem
+from optikit.stages.protocol import Estimate, Facts, Job
+from optikit.stages.prune._pattern import PatternOptions, after_pattern, check_pattern, leave, pattern_of
+from optikit.targets import Target
+
+SUMMARY = "magnitude: the smallest weights become zero, without calibration"
+NEEDS: frozenset[Trait] = frozenset({"dense"})
+CALIBRATED = False
+LIBRARIES = ("torch", "safetensors")
+ENVIRONMENT: str | None = None
+
+
+class Options(PatternOptions):
+    """Options of `prune: {method: magnitude}`."""
+
+
+def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
+    """Yield where the pattern doesn't fit."""
+    yield from check_pattern(options, facts)
+
+
+def after(options: Options, facts: ModelFacts) -> ModelFacts:
+    """Return the facts of the pruned model."""
+    return after_pattern(options, facts)
+
+
+def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
+    """Estimate one sort of every layer and one copy of the weights."""
+    return Estimate(
+        seconds=3 + facts.linear_elements * 1e-7,
+        peak_bytes=400_000_000 + 16 * facts.linear_elements // max(facts.layers, 1),
+        disk_bytes=2 * facts.weight_bytes,
+    )
+
+
+def run(options: Options, job: Job) -> Facts:
+    """Zero the smallest weights of every linear of every block."""
+    from optikit.calibration.pruners import Magnitude
+    from optikit.calibration.sparse import write_sparse
+    from optikit.calibration.walk import walk_blind
+
+    pattern = pattern_of(options)
+    walked = walk_blind(job, Magnitude(pattern), leave=leave(options))
+    return write_sparse(job, walked, pattern)

@@ -1,0 +1,66 @@
+"""SparseGPT: remove weights one column at a time, moving each error onto columns not yet visited.
+
+Paper   Frantar and Alistarh 2023, arXiv:2301.00774
+Helps   the best quality of the methods here that write zeros, most of all at 2:4
+Hurts   nothing gets faster: no server here has a kernel for scattered zeros; quality at half the weights
+Cost    forward passes and Hessians as for gptq; O(in²) float32 memory per linear, O(in³ + out·in²) time
+Differs layers whose Hessian can't be inverted fall back to magnitude, and are counted
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import Field
+
+from optikit.models.facts import ModelFacts, Trait
+from optikit.problems import Problem
+from optikit.stages.protocol import Estimate, Facts, Job
+from optikit.stages.prune._pattern import PatternOptions, after_pattern, check_pattern, leave, pattern_of
+from optikit.targets import Target
+
+SUMMARY = "SparseGPT: weights become zero one column at a time, the others make up for them"
+NEEDS: frozenset[Trait] = frozenset({"dense"})
+CALIBRATED = True
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
+ENVIRONMENT: str | None = None
+
+
+class Options(PatternOptions):
+    """Options of `prune: {method: sparsegpt}`."""
+
+    damp: float = Field(default=0.01, gt=0, le=1)
+    """Added to the Hessian's diagonal before it is inverted, as a fraction of the diagonal's mean."""
+
+
+def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
+    """Yield where the pattern doesn't fit."""
+    yield from check_pattern(options, facts)
+
+
+def after(options: Options, facts: ModelFacts) -> ModelFacts:
+    """Return the facts of the pruned model."""
+    return after_pattern(options, facts)
+
+
+def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
+    """Estimate from the shapes: forward passes and Hessians are matrix products, the rest is small."""
+    block = 4 * facts.linear_elements // max(facts.layers, 1)
+    activations = 4 * calibration_tokens * facts.hidden
+    return Estimate(
+        seconds=10 + 8.0 * facts.linear_elements * calibration_tokens / 3e11 + facts.linear_elements / 2e6,
+        peak_bytes=600_000_000 + 4 * block + 4 * facts.vocab * facts.hidden + activations,
+        disk_bytes=2 * facts.weight_bytes + 2 * activations,
+    )
+
+
+def run(options: Options, job: Job) -> Facts:
+    """Walk the blocks, pruning each on the outputs of the pruned ones before it."""
+    from optikit.calibration.pruners import SparseGpt
+    from optikit.calibration.sparse import write_sparse
+    from optikit.calibration.walk import walk
+
+    pattern = pattern_of(options)
+    walked = walk(job, SparseGpt(pattern, damp=options.damp), leave=leave(options))
+    fell_back = sorted(name for name, row in walked.facts.items() if row["by_magnitude"])
+    return {**write_sparse(job, walked, pattern), "by_magnitude": fell_back, "compute_dtype": walked.dtype}

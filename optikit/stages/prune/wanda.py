@@ -1,0 +1,60 @@
+"""Wanda: the weights whose product with the usual size of their input is smallest become zero; the rest stay.
+
+Paper   Sun et al. 2023, arXiv:2306.11695
+Helps   pruning a large model in minutes; nothing is updated, so nothing can go numerically wrong
+Hurts   nothing gets faster: no server here has a kernel for scattered zeros; quality at half the weights
+Cost    one and a half forward passes per block; memory of one block
+Differs nothing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from optikit.models.facts import ModelFacts, Trait
+from optikit.problems import Problem
+from optikit.stages.protocol import Estimate, Facts, Job
+from optikit.stages.prune._pattern import PatternOptions, after_pattern, check_pattern, leave, pattern_of
+from optikit.targets import Target
+
+SUMMARY = "Wanda: weights with the smallest product with their input become zero"
+NEEDS: frozenset[Trait] = frozenset({"dense"})
+CALIBRATED = True
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
+ENVIRONMENT: str | None = None
+
+
+class Options(PatternOptions):
+    """Options of `prune: {method: wanda}`."""
+
+
+def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
+    """Yield where the pattern doesn't fit."""
+    yield from check_pattern(options, facts)
+
+
+def after(options: Options, facts: ModelFacts) -> ModelFacts:
+    """Return the facts of the pruned model."""
+    return after_pattern(options, facts)
+
+
+def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
+    """Estimate from the shapes: forward passes are matrix products, the rest is small."""
+    block = 4 * facts.linear_elements // max(facts.layers, 1)
+    activations = 4 * calibration_tokens * facts.hidden
+    return Estimate(
+        seconds=10 + 4.0 * facts.linear_elements * calibration_tokens / 3e11,
+        peak_bytes=600_000_000 + 3 * block + 4 * facts.vocab * facts.hidden + activations,
+        disk_bytes=2 * facts.weight_bytes + 2 * activations,
+    )
+
+
+def run(options: Options, job: Job) -> Facts:
+    """Walk the blocks, pruning each on the outputs of the pruned ones before it."""
+    from optikit.calibration.pruners import Wanda
+    from optikit.calibration.sparse import write_sparse
+    from optikit.calibration.walk import walk
+
+    pattern = pattern_of(options)
+    walked = walk(job, Wanda(pattern), leave=leave(options))
+    return {**write_sparse(job, walked, pattern), "compute_dtype": walked.dtype}

@@ -1,0 +1,137 @@
+"""AWQ: 4-bit weights, with the input channels that carry most signal scaled up before rounding.
+
+Paper   Lin et al. 2023, arXiv:2306.00978
+Helps   decode at small batch, where weight bandwidth dominates; most at group sizes of 64 and more
+Hurts   prefill on targets without an int4 kernel
+Cost    one and a half forward passes per block, O(in²) float32 memory per linear, O(40·out·in²) time for the search
+Differs scales are searched through Gram matrices over all calibration tokens instead of running blocks again; a value
+        head's scale is shared by the query heads that read it, so that attention outputs can be scaled in grouped-query
+        models too; `rounding: gptq` rounds the scaled weights by GPTQ
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from pydantic import Field
+
+from optikit.models.facts import ModelFacts, Trait
+from optikit.problems import Problem
+from optikit.stages.protocol import Estimate, Facts, Job
+from optikit.stages.quantize._grid import GridOptions, check_grid, chosen, ignored
+from optikit.targets import Target
+
+SUMMARY = "AWQ: 4-bit weights, salient channels scaled up before rounding"
+NEEDS: frozenset[Trait] = frozenset({"dense"})
+CALIBRATED = True
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
+ENVIRONMENT: str | None = None
+
+
+class Options(GridOptions):
+    """Options of `quantize: {method: awq}`."""
+
+    bits: Literal[4] = 4
+    """Bits per weight; the format knows no other."""
+    sym: bool = False
+    """Fix the zero point in the middle of the codes instead of storing one per group."""
+    steps: int = Field(default=20, ge=1, le=200)
+    """Scales tried per group of linears, for each of two families."""
+    clip: bool = True
+    """Search the range of every group with the least error, instead of spanning its extremes."""
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    """How the scaled weights are rounded: each to its nearest code, or by GPTQ: better, and slower."""
+    damp: float = Field(default=0.01, gt=0, le=1)
+    """With `rounding: gptq`: added to the Hessian's diagonal, as a fraction of the diagonal's mean."""
+
+
+def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
+    """Yield what can't be packed."""
+    yield from check_grid(options, facts)
+
+
+def packed_bytes(options: Options, shape: tuple[int, int]) -> int:
+    """Return the bytes of one packed linear (out_features, in_features): codes, scales, zero points."""
+    rows, columns = shape
+    groups = 1 if options.group_size < 0 else columns // options.group_size
+    return rows * columns // 2 + rows * groups * 2 + rows * groups // 2
+
+
+def quantization_config(options: Options, linears: tuple[str, ...]) -> dict[str, Any]:
+    """Return config.json's `quantization_config` of an `awq` checkpoint, as AutoAWQ, vLLM and transformers read it.
+
+    Args:
+        options: The grid.
+        linears: Full names of every linear of the blocks.
+    """
+    return {
+        "quant_method": "awq",
+        "bits": options.bits,
+        "group_size": options.group_size,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": [name for name in linears if ignored(name, options.ignore)] or None,
+    }
+
+
+def after(options: Options, facts: ModelFacts) -> ModelFacts:
+    """Return the facts of the quantized model: same shapes, fewer bytes, no longer dense."""
+    linears = chosen(options, facts)
+    element_bytes = 4 if facts.dtype == "F32" else 2
+    dense = sum(rows * columns for rows, columns in linears.values()) * element_bytes
+    packed = sum(packed_bytes(options, shape) for shape in linears.values())
+    written = replace(
+        facts,
+        weight_bytes=facts.weight_bytes - dense + packed,
+        config={**facts.config, "quantization_config": quantization_config(options, tuple(facts.linears))},
+    )
+    return written.having("int4_awq", without=frozenset({"dense"}))
+
+
+def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
+    """Estimate from the shapes: forward passes, Gram matrices and candidates' errors are matrix products."""
+    operations = 8.0 * facts.linear_elements * calibration_tokens
+    searched = 2.0 * 2 * options.steps * facts.linear_elements * facts.hidden
+    block = 4 * facts.linear_elements // max(facts.layers, 1)
+    activations = 4 * calibration_tokens * facts.hidden
+    return Estimate(
+        seconds=10 + (operations + searched) / 1.5e11,
+        peak_bytes=600_000_000 + 3 * block + 4 * facts.vocab * facts.hidden + activations,
+        disk_bytes=2 * after(options, facts).weight_bytes + 2 * activations,
+    )
+
+
+def run(options: Options, job: Job) -> Facts:
+    """Walk the blocks, quantizing each on the outputs of the quantized ones before it."""
+    import torch
+
+    from optikit.algorithms.grid import Grid, dequantize
+    from optikit.calibration.scaled import Packing, write_scaled
+    from optikit.calibration.scalers import Awq
+    from optikit.calibration.walk import walk
+    from optikit.formats import awq
+
+    def leave(name: str) -> bool:
+        return ignored(name, options.ignore)
+
+    grid = Grid(bits=4, group_size=options.group_size, sym=options.sym, search=options.clip)
+    method = Awq(grid=grid, steps=options.steps, damp=options.damp if options.rounding == "gptq" else None)
+    walked = walk(job, method, leave=leave)
+    dtypes = {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16}
+    packing = Packing(dtypes, lambda tensors: dequantize(*awq.unpack(tensors)))
+    config = quantization_config(options, walked.all_linears)
+    facts = write_scaled(job, walked, packing, config, leave)
+    return {**facts, **findings(walked.facts), "compute_dtype": walked.dtype}
+
+
+def findings(facts: Mapping[str, Mapping[str, Any]]) -> Facts:
+    """Return what the walk found out about scales and errors, over all linears."""
+    losses = {name: row["loss"] for name, row in facts.items()}
+    worst = max(losses, key=losses.__getitem__)
+    return {
+        "linears_scaled": sum(row["alpha"] is not None for row in facts.values()),
+        "relative_loss_mean": round(sum(losses.values()) / len(losses), 6),
+        "relative_loss_max": {"linear": worst, "value": round(losses[worst], 6)},
+    }

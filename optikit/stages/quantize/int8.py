@@ -1,0 +1,194 @@
+"""INT8: 8-bit weights, alone (`w8a16`) or with activations rounded to 8 bits while serving (`w8a8`, `llm_int8`).
+
+Paper   w8a8: Xiao et al. 2022, arXiv:2211.10438 (SmoothQuant); w8a16: Frantar et al. 2022, arXiv:2210.17323;
+        llm_int8: Dettmers et al. 2022, arXiv:2208.07339
+Helps   w8a8: prefill and large batches on targets with INT8 matrix units; w8a16: decode, with next to no loss;
+        llm_int8: memory of models with extreme activations
+Hurts   w8a8: models with extreme activations; w8a16: prefill on targets without an int8 weight kernel; llm_int8: speed,
+        which is below that of half precision
+Cost    one and a half forward passes per block, O(in²) float32 memory per linear
+Differs w8a8 searches the migration strength for every group of linears (`smooth: search`) and folds scales into value
+        and up projections too, where the paper smooths the inputs of norms only
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from optikit.models import architectures
+from optikit.models.facts import ModelFacts, Trait
+from optikit.problems import Problem
+from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
+from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, chosen, ignored
+from optikit.stages.quantize._grid import quantization_config as gptq_config
+from optikit.stages.quantize.awq import findings
+from optikit.targets import Target
+
+SUMMARY = "INT8: 8-bit weights, and 8-bit activations with w8a8"
+NEEDS: frozenset[Trait] = frozenset({"dense"})
+CALIBRATED = True
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
+ENVIRONMENT: str | None = None
+
+
+SERVERS = {"w8a8": "vllm", "llm_int8": "transformers"}
+"""What loads a scheme; w8a16 is read by everything that reads `gptq`."""
+
+
+class Options(StageOptions):
+    """Options of `quantize: {method: int8}`."""
+
+    scheme: Literal["w8a16", "w8a8", "llm_int8"] = "w8a16"
+    """w8a16: weights only, in `gptq` 8-bit packing. w8a8: weights per channel and activations per token, in
+    `compressed-tensors` packing, which vLLM serves. llm_int8: the same without outlier channels, in `bitsandbytes`
+    packing, which transformers serves."""
+    group_size: Literal[32, 64, 128, -1] = 128
+    """w8a16: weights in a row that share a scale; -1 is the whole row."""
+    smooth: Literal["search", "none"] | Annotated[float, Field(gt=0, le=1)] = "search"
+    """w8a8: how much of the difficulty moves from activations to weights: the best of ten strengths for every group
+    of linears, one fixed strength, or nothing."""
+    threshold: float = Field(default=6.0, ge=0)
+    """llm_int8: input channels with a magnitude above this are multiplied in half precision; 0 for none."""
+    ignore: tuple[str, ...] = ()
+    """Linears to leave dense: ends of names (`mlp.down_proj`) or patterns (`*.layers.0.*`)."""
+
+
+def grid_of(options: Options) -> GridOptions:
+    """Return the grid of the weights."""
+    size = options.group_size if options.scheme == "w8a16" else -1
+    return GridOptions(bits=8, group_size=size, sym=True, ignore=options.ignore)
+
+
+def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
+    """Yield what can't be packed, or can't be served on the target."""
+    yield from check_grid(grid_of(options), facts)
+    server = SERVERS.get(options.scheme)
+    if server is not None and server not in target.engines:
+        message = f"{options.scheme} is served by {server}, which doesn't run on {target.name}"
+        yield Problem(code="scheme-not-served", message=message, fix="use scheme w8a16", loc=("scheme",))
+    architecture = architectures.find(facts.model_type)
+    if options.scheme != "w8a16" and architecture is not None and architecture.transposed:
+        message = f"{options.scheme} has no kernel for the transposed weights of {facts.model_type}"
+        yield Problem(code="scheme-not-served", message=message, fix="use scheme w8a16", loc=("scheme",))
+
+
+def _head(facts: ModelFacts) -> list[str]:
+    architecture = architectures.find(facts.model_type)
+    return [architecture.head] if architecture else []
+
+
+def quantization_config(options: Options, facts: ModelFacts) -> dict[str, Any]:
+    """Return config.json's `quantization_config` of an `int-quantized` or `bitsandbytes` checkpoint."""
+    ignored_linears = [name for name in facts.linears if ignored(name, options.ignore)]
+    if options.scheme == "llm_int8":
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_8bit": True,
+            "load_in_4bit": False,
+            "llm_int8_threshold": options.threshold,
+            "llm_int8_skip_modules": [*_head(facts), *ignored_linears],
+        }
+    int8 = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**int8, "strategy": "channel", "dynamic": False},
+                "input_activations": {**int8, "strategy": "token", "dynamic": True},
+                "output_activations": None,
+            }
+        },
+        "ignore": [*_head(facts), *ignored_linears],
+        "kv_cache_scheme": None,
+    }
+
+
+def after(options: Options, facts: ModelFacts) -> ModelFacts:
+    """Return the facts of the quantized model."""
+    if options.scheme == "w8a16":
+        return after_grid(grid_of(options), facts, "int8_gptq")
+    linears = chosen(grid_of(options), facts)
+    element_bytes = 4 if facts.dtype == "F32" else 2
+    scale_bytes = 4 if options.scheme == "llm_int8" else element_bytes
+    saved = sum(rows * columns * (element_bytes - 1) - rows * scale_bytes for rows, columns in linears.values())
+    config = {**facts.config, "quantization_config": quantization_config(options, facts)}
+    written = replace(facts, weight_bytes=facts.weight_bytes - saved, config=config)
+    trait: Trait = "int8_llm" if options.scheme == "llm_int8" else "int8_w8a8"
+    return written.having(trait, without=frozenset({"dense"}))
+
+
+def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
+    """Estimate from the shapes: forward passes and Gram matrices are matrix products, the rest is small."""
+    block = 4 * facts.linear_elements // max(facts.layers, 1)
+    activations = 4 * calibration_tokens * facts.hidden
+    return Estimate(
+        seconds=10 + 10.0 * facts.linear_elements * calibration_tokens / 3e11 + facts.linear_elements / 4e6,
+        peak_bytes=600_000_000 + 3 * block + 4 * facts.vocab * facts.hidden + activations,
+        disk_bytes=2 * after(options, facts).weight_bytes + 2 * activations,
+    )
+
+
+def run(options: Options, job: Job) -> Facts:
+    """Walk the blocks, quantizing each on the outputs of the quantized ones before it."""
+    grid = grid_of(options)
+
+    def leave(name: str) -> bool:
+        return ignored(name, options.ignore)
+
+    if options.scheme == "w8a16":
+        return _weights_only(grid, job, leave)
+    return _with_activations(options, job, leave) if options.scheme == "w8a8" else _llm_int8(options, job, leave)
+
+
+def _weights_only(options: GridOptions, job: Job, leave: Callable[[str], bool]) -> Facts:
+    from optikit.algorithms.grid import Grid
+    from optikit.calibration.packed import write_packed
+    from optikit.calibration.quantizers import Gptq
+    from optikit.calibration.walk import walk
+
+    grid = Grid(bits=8, group_size=options.group_size, sym=True)
+    walked = walk(job, Gptq(grid=grid, damp=0.01, act_order=True), leave=leave)
+    facts = write_packed(job, walked, grid, gptq_config(options, walked.all_linears))
+    return {**facts, "compute_dtype": walked.dtype}
+
+
+def _with_activations(options: Options, job: Job, leave: Callable[[str], bool]) -> Facts:
+    import torch
+
+    from optikit.algorithms import smoothquant
+    from optikit.calibration.scaled import Packing, write_scaled
+    from optikit.calibration.scalers import W8A8
+    from optikit.calibration.walk import walk
+    from optikit.formats import compressed_tensors
+    from optikit.models.reader import read
+
+    facts = read(job.source)
+    dtype = {"F16": torch.float16, "F32": torch.float32}.get(facts.dtype, torch.bfloat16)
+    searched = {"search": smoothquant.STRENGTHS, "none": ()}
+    strengths = searched[options.smooth] if isinstance(options.smooth, str) else (options.smooth,)
+    walked = walk(job, W8A8(dtype=dtype, strengths=strengths), leave=leave)
+    packing = Packing({"weight": torch.int8, "weight_scale": dtype}, compressed_tensors.dequantize)
+    written = write_scaled(job, walked, packing, quantization_config(options, facts), leave)
+    return {**written, **findings(walked.facts), "compute_dtype": walked.dtype}
+
+
+def _llm_int8(options: Options, job: Job, leave: Callable[[str], bool]) -> Facts:
+    import torch
+
+    from optikit.calibration.scaled import Packing, write_scaled
+    from optikit.calibration.scalers import LlmInt8
+    from optikit.calibration.walk import walk_blind
+    from optikit.formats import llm_int8
+    from optikit.models.reader import read
+
+    walked = walk_blind(job, LlmInt8(), leave=leave)
+    dtypes = {"weight": torch.int8, "SCB": torch.float32, "weight_format": torch.uint8}
+    config = quantization_config(options, read(job.source))
+    return write_scaled(job, walked, Packing(dtypes, llm_int8.dequantize), config, leave)
