@@ -39,6 +39,8 @@ class Architecture:
         blocks: Name of the list of decoder blocks; block i is `{blocks}.{i}`.
         groups: Linears of a block that see the same input, in execution order, named relative to the block.
         feeders: Per group, the module of the block that can absorb a per-channel scale of that input, or "".
+        bases: Per group, the module whose input is the residual stream that the group's output is added to as it is,
+            or "".
         embedding: Token embedding.
         norm: Last norm, before the head.
         head: Output head.
@@ -52,6 +54,7 @@ class Architecture:
     blocks: str = "model.layers"
     groups: tuple[tuple[str, ...], ...]
     feeders: tuple[str, ...]
+    bases: tuple[str, ...]
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
     head: str = "lm_head"
@@ -91,6 +94,7 @@ def _rows() -> Mapping[str, Architecture]:
         row = _row(model_type, rows)
         row["groups"] = tuple(tuple(group) for group in row["groups"])
         row["feeders"] = tuple(row["feeders"])
+        row["bases"] = tuple(row["bases"])
         row["keys"] = MappingProxyType({**USUAL_KEYS, **row.get("keys", {})})
         row["requires"] = MappingProxyType(row.get("requires", {}))
         found[model_type] = Architecture(model_type=model_type, **row)
