@@ -84,6 +84,20 @@ class Skeleton:
             block.get_submodule(linear.inside).weight = new
 
     @contextmanager
+    def head_filled(self) -> Iterator[None]:
+        """Hold all but the blocks in memory: embeddings, last norm, output head."""
+        head = self._model.get_submodule(self._row.head)
+        with self.stem_filled():
+            if f"{self._row.head}.weight" in self._stored.checkpoint:
+                self._fill(head, f"{self._row.head}.")
+            else:
+                head.weight = self._model.get_submodule(self._row.embedding).weight
+            try:
+                yield
+            finally:
+                head.to("meta")
+
+    @contextmanager
     def stem_filled(self) -> Iterator[None]:
         """Hold what comes before the blocks (embeddings) in memory."""
         stem = self._row.blocks.rpartition(".")[0]
@@ -128,6 +142,27 @@ class Skeleton:
         for part in torch.split(windows, batch):
             self._run(part, self.blocks[:1], recorder)
             yield found.pop()
+
+    def logits(self, windows: Tensor, hidden: Tensor) -> Tensor:
+        """Return what the model makes of its last block's output; gradients flow back into `hidden`.
+
+        Call it while stem and head are filled.
+
+        Args:
+            windows: (windows, tokens) int64, what the blocks were given.
+            hidden: (windows, tokens, width).
+
+        Returns:
+            (windows, tokens, vocabulary).
+        """
+        for block in self.blocks:
+            block.forward = lambda *_, **__: hidden
+        try:
+            logits: Tensor = self._model(input_ids=windows.to(self.device), use_cache=False).logits
+        finally:
+            for block in self.blocks:
+                del block.forward
+        return logits
 
     def _run(self, windows: Tensor, blocks: list[nn.Module], recorder: Callable[..., Tensor]) -> None:
         for block in blocks:
