@@ -1,4 +1,4 @@
-"""`optikit generate DIR PROMPT`."""
+"""`optikit generate DIR --prompt TEXT`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def generate(
     directory: Annotated[
         Path, typer.Argument(help="Output of `optikit run`, a compiled directory or a model.", show_default=False)
     ],
-    prompt: Annotated[str, typer.Argument(help="What to say to the model.", show_default=False)],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to say to the model.", show_default=False)],
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
     chat: Annotated[
         bool, typer.Option("--chat/--no-chat", help="Use the model's chat template, if it has one.")
@@ -27,8 +27,8 @@ def generate(
 
     from optikit import runtime
 
-    name, place = runtime.find(directory)
-    decoder = runtime.load(place, runtime=name)
+    _, place = runtime.find(directory)
+    decoder = runtime.load(directory)
     from optikit.runtime.text import Talker
 
     talker = Talker(decoder, place)
@@ -45,7 +45,9 @@ def generate(
 
 def _speed(decoder: Decoder, times: list[int]) -> str:
     """Say how fast the tokens after the first came: the first one's time is mostly the prompt's."""
-    where = f"{decoder.runtime}, {decoder.dtype}, {decoder.threads} threads"
+    counted = getattr(decoder, "statistics", None)
+    speculating = f", {counted.acceptance_length:.2f} tokens per step" if counted is not None else ""
+    where = f"{decoder.runtime}, {decoder.dtype}, {decoder.threads} threads{speculating}"
     if len(times) < 2:
         return f"{len(times)} tokens, too few to time ({where})"
     per_second = (len(times) - 1) / (times[-1] - times[0]) * 1e9

@@ -59,7 +59,7 @@ def test_quality_is_measured_after_every_stage(finished: Finished) -> None:
 
 def test_the_compiled_weights_equal_what_was_quantized(finished: Finished) -> None:
     facts: dict[str, Any] = finished.report["steps"][1]["facts"]
-    assert facts["layers_compared"] == facts["layers_bit_equal"] == 14
+    assert facts["linears_compared"] == facts["linears_bit_equal"] == 14
 
 
 class _Tags(HTMLParser):
