@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from optikit.calibration.arithmetic import exact_products
+from optikit.calibration.method import Group, Seen
 
 STRIP = 192
 """Columns per strip: only strips on and above the diagonal are computed, which saves nearly half of the products."""
@@ -21,7 +22,7 @@ class Gram:
 
     def __init__(self, width: int, device: str) -> None:
         self._sum = torch.zeros((width, width), device=device)
-        self._tokens = 0
+        self.tokens = 0
 
     def update(self, inputs: Tensor) -> None:
         """Add (tokens, width) inputs."""
@@ -30,10 +31,45 @@ class Gram:
             for start in range(0, len(self._sum), STRIP):
                 strip = wide[:, start : start + STRIP]
                 self._sum[start : start + STRIP, start:].addmm_(strip.T, wide[:, start:])
-        self._tokens += len(inputs)
+        self.tokens += len(inputs)
 
     def mean(self) -> Tensor:
         """Return the mean of x xᵀ, (width, width) float32, exactly symmetric."""
         upper = torch.triu(self._sum)
-        full: Tensor = (upper + torch.triu(upper, 1).T) / max(self._tokens, 1)
+        full: Tensor = (upper + torch.triu(upper, 1).T) / max(self.tokens, 1)
         return full
+
+
+class PairedGram(Gram):
+    """The Gram matrix, and what a group's outputs lack to be those of the dense model.
+
+    Args:
+        group: The linears.
+    """
+
+    def __init__(self, group: Group) -> None:
+        weight = group.weights[0]
+        super().__init__(group.width, str(weight.device))
+        self._weights = group.weights
+        self._cross: Tensor | None = None
+        self._of_outputs = False
+
+    def see(self, seen: Seen) -> None:
+        """Add a batch."""
+        self.update(seen.inputs)
+        wide = seen.inputs.float()
+        gap = seen.dense_inputs.float() - wide
+        self._of_outputs = seen.behind is not None
+        with exact_products(seen.inputs.dtype):
+            if seen.behind is not None:
+                gap = torch.addmm(seen.behind, gap, self._weights[0].T)
+            if self._cross is None:
+                self._cross = torch.zeros((gap.shape[1], wide.shape[1]), device=wide.device)
+            self._cross.addmm_(gap.T, wide)
+
+    def lacking(self) -> Tensor:
+        """Return the mean of (wanted output - present output) xᵀ of the stacked linears, (out, in) float32."""
+        if self._cross is None:
+            raise ValueError("no batch was seen")
+        mean = self._cross / max(self.tokens, 1)
+        return mean if self._of_outputs else torch.cat(self._weights) @ mean

@@ -3,6 +3,7 @@
     ledger.json          which walk this is, how many blocks are done, sha256 of the hidden states after them
     block-00012.safetensors   what is written in place of block 12's weights
     hidden-00013.bin     input of block 13, as it was in memory
+    dense-00013.bin      the same in the dense model, where a technique looks at that too
 
 The ledger is replaced last, atomically. A walk killed anywhere finds either the old state whole or the new one.
 """
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from optikit.errors import IntegrityError
 from optikit.formats.checkpoint import Entry, locate, save_tensors
 
 if TYPE_CHECKING:
@@ -53,12 +55,11 @@ class HiddenStates:
         start = index * self._batch
         count = min(self._batch, self._shape[0] - start)
         tensor = torch.empty((count, *self._shape[1:]), dtype=self._dtype)
-        with self.path.open("rb", buffering=0) as file:
+        with self.path.open("rb") as file:
             file.seek(start * self._window_bytes)
             view = as_bytes(tensor)
-            done = 0
-            while done < len(view):
-                done += file.readinto(view[done:]) or len(view)
+            if file.readinto(view) != len(view):
+                raise IntegrityError(f"{self.path} ended early", fix="run again")
         return tensor
 
     def write(self, batches: Iterator[Tensor]) -> str:
@@ -87,7 +88,7 @@ class Ledger:
         self._directory = directory
         self._identity = dict(identity)
         self.done = 0
-        self.hidden_sha256 = ""
+        self.hidden_sha256 = self.dense_sha256 = ""
         self.linears: list[str] = []
         self.facts: dict[str, Any] = {}
         path = directory / LEDGER
@@ -96,33 +97,45 @@ class Ledger:
         found = json.loads(path.read_text(encoding="utf-8"))
         whole = all(self._block_path(index).exists() for index in range(found["done"]))
         if whole and found["identity"] == self._identity:
-            self.done, self.hidden_sha256 = found["done"], found["hidden_sha256"]
+            self.done = found["done"]
+            self.hidden_sha256, self.dense_sha256 = found["hidden_sha256"], found["dense_sha256"]
             self.linears, self.facts = found["linears"], found["facts"]
 
     def forget(self) -> None:
         """Begin again: what was found is not of this walk, or damaged."""
-        self.done, self.hidden_sha256, self.linears, self.facts = 0, "", [], {}
+        self.done, self.linears, self.facts = 0, [], {}
+        self.hidden_sha256 = self.dense_sha256 = ""
 
     def hidden_path(self, index: int) -> Path:
         """Return the file of the input of block `index`."""
         return self._directory / f"hidden-{index:05}.bin"
 
+    def dense_path(self, index: int) -> Path:
+        """Return the file of the input of block `index` in the dense model."""
+        return self._directory / f"dense-{index:05}.bin"
+
     def _block_path(self, index: int) -> Path:
         return self._directory / f"block-{index:05}.safetensors"
 
     def commit(
-        self, tensors: Mapping[str, Tensor], linears: list[str], facts: Mapping[str, Any], hidden_sha256: str
+        self,
+        tensors: Mapping[str, Tensor],
+        linears: list[str],
+        facts: Mapping[str, Any],
+        hidden_sha256: str,
+        dense_sha256: str = "",
     ) -> None:
         """Make one more block final: its new tensors, the linears they replace, and the hidden states after it."""
         index = self.done
         save_tensors(self._block_path(index), tensors)
-        self.done, self.hidden_sha256 = index + 1, hidden_sha256
+        self.done, self.hidden_sha256, self.dense_sha256 = index + 1, hidden_sha256, dense_sha256
         self.linears = [*self.linears, *linears]
         self.facts = {**self.facts, **facts}
         state = {
             "identity": self._identity,
             "done": self.done,
             "hidden_sha256": hidden_sha256,
+            "dense_sha256": dense_sha256,
             "linears": self.linears,
             "facts": self.facts,
         }
@@ -133,6 +146,7 @@ class Ledger:
             os.fsync(file.fileno())
         partial.replace(self._directory / LEDGER)
         self.hidden_path(index).unlink(missing_ok=True)
+        self.dense_path(index).unlink(missing_ok=True)
 
     def entries(self) -> dict[str, Entry]:
         """Return where the tensors of all finished blocks lie."""

@@ -74,7 +74,32 @@ class Statistic(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """One batch, as a group sees it in the model so far changed and in the dense one.
+
+    Attributes:
+        inputs: (tokens, in_features): what the group is given now.
+        dense_inputs: The same tokens' inputs in the dense model.
+        behind: (tokens, out_features): dense minus present residual stream that the group's only linear adds its
+            output to; None where its output goes elsewhere.
+    """
+
+    inputs: Tensor
+    dense_inputs: Tensor
+    behind: Tensor | None
+
+
+class PairedStatistic(Protocol):
+    """What is kept of the inputs of a group and of what they should have been."""
+
+    def see(self, seen: Seen) -> None:
+        """Take in one batch."""
+        ...
+
+
 S = TypeVar("S", bound=Statistic)
+P = TypeVar("P", bound=PairedStatistic)
 
 
 class Method(Protocol[S]):
@@ -88,6 +113,18 @@ class Method(Protocol[S]):
         ...
 
     def apply(self, group: Group, statistic: S) -> Applied:
+        """Change a group's weights."""
+        ...
+
+
+class PairedMethod(Protocol[P]):
+    """A technique that also looks at the dense model's activations: `walk_paired` runs both, side by side."""
+
+    def statistic(self, group: Group) -> P:
+        """Return an empty statistic for a group."""
+        ...
+
+    def apply(self, group: Group, statistic: P) -> Applied:
         """Change a group's weights."""
         ...
 

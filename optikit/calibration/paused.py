@@ -9,7 +9,7 @@ at a time, so this is a coroutine that can stop inside code that knows nothing o
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -28,10 +28,14 @@ class PausedForward:
 
     Args:
         call: Runs a block, whose doors have been fitted with `fit_doors`, and returns its output.
+
+    Attributes:
+        watched: Inputs of the watched modules that were passed so far.
     """
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self._call = call
+        self.watched: dict[Door, Tensor] = {}
         self._stop: Door | None = None
         self._input: Tensor | None = None
         self._output: Tensor | None = None
@@ -106,8 +110,14 @@ class _Current(threading.local):
 _current = _Current()
 
 
-def fit_doors(block: nn.Module, doors: tuple[Door, ...]) -> Callable[[], None]:
-    """Fit doors before the named linears of a block; return a function that takes them out again."""
+def fit_doors(block: nn.Module, doors: Iterable[Door], watched: Iterable[Door] = ()) -> Callable[[], None]:
+    """Fit doors before modules of a block; return a function that takes them out again.
+
+    Args:
+        block: The block.
+        doors: Linears before which a pass can stop.
+        watched: Modules whose input is kept as it is passed.
+    """
 
     def stop_at(door: Door) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -116,7 +126,15 @@ def fit_doors(block: nn.Module, doors: tuple[Door, ...]) -> Callable[[], None]:
 
         return hook
 
+    def watch(door: Door) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if _current.forward is not None:
+                _current.forward.watched[door] = args[0]
+
+        return hook
+
     handles = [block.get_submodule(door).register_forward_pre_hook(stop_at(door)) for door in doors]
+    handles += [block.get_submodule(name).register_forward_pre_hook(watch(name)) for name in watched]
 
     def remove() -> None:
         for handle in handles:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from optikit.algorithms import gptq, rtn
+from optikit.algorithms.correction import corrected
 from optikit.algorithms.grid import Grid, Quantized, dequantize, pruned_mask
-from optikit.calibration.gram import Gram
+from optikit.calibration.gram import Gram, PairedGram
 from optikit.calibration.method import Applied, Group
 from optikit.formats.gptq import pack
 
@@ -61,16 +62,34 @@ class Gptq:
     def apply(self, group: Group, statistic: Gram) -> Applied:
         """Quantize the group."""
         weight = torch.cat(group.weights)
-        hessian = statistic.mean()
-        rounded = gptq.quantize(
-            weight, hessian, self.grid, damp=self.damp, act_order=self.act_order, mask=pruned_mask(weight)
-        )
-        facts = {
-            "damp": rounded.damp,
-            "damp_asked": self.damp,
-            "loss": relative_loss(weight, dequantize(*rounded.quantized), hessian),
-        }
+        return self.quantize(group, weight, weight, statistic.mean())
+
+    def quantize(self, group: Group, weight: Tensor, target: Tensor, hessian: Tensor) -> Applied:
+        """Quantize the stacked rows of a group, aiming at `target` instead of at the weight itself."""
+        mask = pruned_mask(weight)
+        rounded = gptq.quantize(target, hessian, self.grid, damp=self.damp, act_order=self.act_order, mask=mask)
+        loss = relative_loss(target, dequantize(*rounded.quantized), hessian)
+        facts = {"damp": rounded.damp, "damp_asked": self.damp, "loss": loss}
         return _applied(group, rounded.quantized, self.grid.bits, facts)
+
+
+@dataclass(frozen=True)
+class CorrectedGptq:
+    """GPTQ that aims at the dense model's outputs."""
+
+    gptq: Gptq
+    damp: float
+
+    def statistic(self, group: Group) -> PairedGram:
+        """Return an empty Hessian, and nothing lacking yet."""
+        return PairedGram(group)
+
+    def apply(self, group: Group, statistic: PairedGram) -> Applied:
+        """Correct the group's weights, then quantize them."""
+        weight = torch.cat(group.weights)
+        hessian = statistic.mean()
+        target = corrected(weight, hessian, statistic.lacking(), damp=self.damp)
+        return self.gptq.quantize(group, weight, target, hessian)
 
 
 def relative_loss(weight: Tensor, new: Tensor, hessian: Tensor) -> float:

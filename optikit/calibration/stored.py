@@ -124,6 +124,11 @@ class StoredModel:
         head = channel // self._head_dim // (width // rows)
         return head * self._head_dim + channel % self._head_dim
 
+    def base(self, linear: Linear) -> str:
+        """Return the module whose input is the residual stream that a linear's output is added to, or ""."""
+        where = next(index for index, names in enumerate(self.row.groups) if linear.inside in names)
+        return self.row.bases[where]
+
     def stored_linear(self, name: str) -> str:
         """Return the checkpoint's name of a linear, without `.weight`."""
         return self.stored_name(f"{name}.weight").removesuffix(".weight")

@@ -6,9 +6,11 @@ Peak memory is two blocks (as stored, and in the compute dtype), the statistic o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,8 @@ from optikit import host
 from optikit.calibration import windows
 from optikit.calibration.arithmetic import compute_dtype
 from optikit.calibration.ledger import HiddenStates, Ledger
-from optikit.calibration.method import Applied, BlindMethod, Feeder, Group, Method, S
+from optikit.calibration.memory import one_arena, return_memory
+from optikit.calibration.method import Applied, BlindMethod, Feeder, Group, Method, P, PairedMethod, S, Seen
 from optikit.calibration.paused import Door, PausedForward, fit_doors
 from optikit.calibration.skeleton import Call, Skeleton
 from optikit.calibration.stored import Linear, StoredModel
@@ -29,6 +32,10 @@ BATCH_TOKENS = 4096
 """Tokens that go through a block together: enough for full speed of matrix products."""
 PAUSED_SHARE = 0.25
 """Share of the memory bound that paused passes may hold; batches beyond it run again for every group."""
+
+
+Learn = Callable[[Group, Iterator[Seen]], Applied]
+"""Looks at every batch that a group sees, and changes the group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +69,43 @@ def walk(job: Job, method: Method[S], *, leave: Callable[[str], bool]) -> Walked
         StageFailedError: Unknown architecture, damaged weights or activations, a linear that is never called, text
             that is too short.
     """
+
+    def learn(group: Group, batches: Iterator[Seen]) -> Applied:
+        statistic = method.statistic(group.width, job.device)
+        for seen in batches:
+            statistic.update(seen.inputs)
+        return method.apply(group, statistic)
+
+    return _walk(job, learn, leave, name=repr(method), paired=False)
+
+
+def walk_paired(job: Job, method: PairedMethod[P], *, leave: Callable[[str], bool]) -> Walked:
+    """Take a technique through all blocks that also looks at the dense model's activations; see `walk`.
+
+    Twice the forward passes, and two copies of the block at hand.
+    """
+
+    def learn(group: Group, batches: Iterator[Seen]) -> Applied:
+        statistic = method.statistic(group)
+        for seen in batches:
+            statistic.see(seen)
+        return method.apply(group, statistic)
+
+    return _walk(job, learn, leave, name=repr(method), paired=True)
+
+
+def _walk(job: Job, learn: Learn, leave: Callable[[str], bool], *, name: str, paired: bool) -> Walked:
     if job.calibration is None:
         raise StageFailedError("this method needs calibration text", fix="add `calibration: {text: …}` to the recipe")
     torch.set_num_threads(job.threads)
+    one_arena()
     stored = StoredModel(Checkpoint(job.source))
     dtype = compute_dtype(job.device)
     shape = [job.calibration.samples, job.calibration.length]
-    ledger = Ledger(job.scratch, {"method": repr(method), "dtype": str(dtype), "seed": job.seed, "windows": shape})
+    identity = {"method": name, "paired": paired, "dtype": str(dtype), "seed": job.seed, "windows": shape}
+    ledger = Ledger(job.scratch, identity)
     with torch.no_grad():
-        _Calibrated(job, job.calibration, stored, ledger, method, leave, dtype).go()
+        _Calibrated(job, job.calibration, stored, ledger, learn, leave, dtype, paired=paired).go()
     return _walked(stored, ledger, dtype)
 
 
@@ -140,10 +175,12 @@ class _Passes:
             self._waiting[index] = PausedForward(lambda: self._block(hidden, *args, **kwargs))
         return self._waiting[index]
 
-    def inputs(self, door: Door) -> Iterator[Tensor]:
-        """Yield the input of a linear, (tokens, in_features), batch by batch."""
+    def inputs(self, door: Door, base: Door = "") -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield, by batch, the input of a linear, (tokens, in_features), and of a watched module passed before."""
         for index in range(self._hidden.batches):
-            yield self._get(index).advance(door).flatten(0, 1)
+            forward = self._get(index)
+            inputs = forward.advance(door)
+            yield _flat(inputs), _flat(forward.watched[base]) if base else None
             if index >= self._keep:
                 self._waiting.pop(index).abandon()
 
@@ -160,7 +197,11 @@ class _Passes:
         self._waiting.clear()
 
 
-class _Calibrated(Generic[S]):
+def _flat(hidden: Tensor) -> Tensor:
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+class _Calibrated:
     """The walk with calibration text."""
 
     def __init__(
@@ -169,12 +210,14 @@ class _Calibrated(Generic[S]):
         calibration: Calibration,
         stored: StoredModel,
         ledger: Ledger,
-        method: Method[S],
+        learn: Learn,
         leave: Callable[[str], bool],
         dtype: torch.dtype,
+        *,
+        paired: bool,
     ) -> None:
         self._job, self._calibration, self._stored, self._ledger = job, calibration, stored, ledger
-        self._method, self._leave = method, leave
+        self._learn, self._leave, self._paired = learn, leave, paired
         self._skeleton = Skeleton(stored, dtype=dtype, device=job.device)
         self._calls: list[Call] = []
         self._shape = (0, 0, 0)
@@ -188,11 +231,13 @@ class _Calibrated(Generic[S]):
         self._begin()
         for index in range(self._ledger.done, layers):
             self._block(index)
+            return_memory()
             self._job.progress(index + 1, layers, "block")
-        self._hidden(layers).path.unlink()
+        self._ledger.hidden_path(layers).unlink(missing_ok=True)
+        self._ledger.dense_path(layers).unlink(missing_ok=True)
 
-    def _hidden(self, index: int) -> HiddenStates:
-        return HiddenStates(self._ledger.hidden_path(index), self._shape, self._skeleton.dtype, self._batch)
+    def _states(self, path: Path) -> HiddenStates:
+        return HiddenStates(path, self._shape, self._skeleton.dtype, self._batch)
 
     def _begin(self) -> None:
         calibration, length = self._calibration, self._calibration.length
@@ -210,9 +255,19 @@ class _Calibrated(Generic[S]):
         with self._skeleton.stem_filled():
             self._calls = self._skeleton.record(tokens[:1])
             self._shape = (calibration.samples, length, self._skeleton.width)
-            if not self._hidden(self._ledger.done).intact(self._ledger.hidden_sha256):
+            if not self._intact():
                 self._ledger.forget()
-                self._ledger.hidden_sha256 = self._hidden(0).write(self._skeleton.embedded(tokens, self._batch))
+                for path in self._paths(0):
+                    self._states(path).write(self._skeleton.embedded(tokens, self._batch))
+
+    def _paths(self, index: int) -> list[Path]:
+        paths = [self._ledger.hidden_path(index)]
+        return [*paths, self._ledger.dense_path(index)] if self._paired else paths
+
+    def _intact(self) -> bool:
+        digests = (self._ledger.hidden_sha256, self._ledger.dense_sha256)
+        found = zip(self._paths(self._ledger.done), digests, strict=False)
+        return all(self._states(path).intact(digest) for path, digest in found)
 
     def _kept(self, groups: list[tuple[Linear, ...]]) -> int:
         """Return how many batches may wait at doors within the memory bound."""
@@ -220,33 +275,48 @@ class _Calibrated(Generic[S]):
         tokens = self._batch * self._shape[1]
         each = tokens * (4 * self._shape[2] + 2 * widest) * self._skeleton.dtype.itemsize
         bound = self._job.max_memory_bytes or host.memory_bytes()
-        return int(bound * PAUSED_SHARE / each)
+        return int(bound * PAUSED_SHARE / each / len(self._paths(0)))
 
     def _block(self, index: int) -> None:
         groups = self._stored.groups(index, self._leave)
-        before, after = self._hidden(index), self._hidden(index + 1)
-        block = self._skeleton.fill_block(index)
-        remove_doors = fit_doors(block, tuple(linears[0].inside for linears in groups))
-        passes = _Passes(block, self._calls[index], before, keep=self._kept(groups), device=self._job.device)
+        doors = [linears[0].inside for linears in groups]
+        bases = {base for linears in groups if (base := self._base(linears))}
         changed = _Changed()
+        block = self._skeleton.fill_block(index)
+        blocks = [block, copy.deepcopy(block)] if self._paired else [block]
+        undo = [fit_doors(each, doors, bases) for each in blocks]
+        passes = [
+            _Passes(each, self._calls[index], self._states(path), keep=self._kept(groups), device=self._job.device)
+            for each, path in zip(blocks, self._paths(index), strict=True)
+        ]
         try:
             for linears in groups:
                 feeder = self._stored.feeder(index, linears, self._leave, changed.tensors)
-                applied = self._apply(passes, linears, feeder)
+                group = _group(self._job, self._stored, linears, feeder)
+                applied = self._learn(group, self._seen(passes, linears))
                 self._skeleton.replace(block, linears, applied.weights)
                 changed.take(self._stored, linears, applied)
-            sha256 = after.write(passes.outputs())
+            after = zip(passes, self._paths(index + 1), strict=True)
+            digests = [self._states(path).write(each.outputs()) for each, path in after]
         finally:
-            passes.close()
-            remove_doors()
+            for each in passes:
+                each.close()
+            for remove in undo:
+                remove()
             self._skeleton.empty_block(index)
-        self._ledger.commit(changed.tensors, changed.linears, changed.facts, sha256)
+        self._ledger.commit(changed.tensors, changed.linears, changed.facts, *digests)
 
-    def _apply(self, passes: _Passes, linears: tuple[Linear, ...], feeder: Feeder | None) -> Applied:
-        statistic = self._method.statistic(self._stored.width(linears[0]), self._job.device)
-        for inputs in passes.inputs(linears[0].inside):
+    def _base(self, linears: tuple[Linear, ...]) -> Door:
+        # Without a dense model at its side nothing is behind; and a stream is added to by one linear at a time.
+        return self._stored.base(linears[0]) if self._paired and len(linears) == 1 else ""
+
+    def _seen(self, passes: list[_Passes], linears: tuple[Linear, ...]) -> Iterator[Seen]:
+        door, base = linears[0].inside, self._base(linears)
+        for now, *dense in zip(*(each.inputs(door, base) for each in passes), strict=True):
+            inputs, stream = now
             if not torch.isfinite(inputs).all():
                 message = f"the inputs of {linears[0].name} are not finite"
                 raise StageFailedError(message, fix="does the dense model give finite outputs on this text?")
-            statistic.update(inputs)
-        return self._method.apply(_group(self._job, self._stored, linears, feeder), statistic)
+            wanted, dense_stream = dense[0] if dense else (inputs, None)
+            behind = None if stream is None or dense_stream is None else dense_stream.float() - stream.float()
+            yield Seen(inputs=inputs, dense_inputs=wanted, behind=behind)

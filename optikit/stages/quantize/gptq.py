@@ -34,6 +34,10 @@ class Options(GridOptions):
     """Search the scale with the least squared error per group, instead of spanning the extremes."""
     damp: float = Field(default=0.01, gt=0, le=1)
     """Added to the Hessian's diagonal before it is inverted, as a fraction of the diagonal's mean."""
+    correct: bool = True
+    """Aim at the dense model's outputs, making up for what the layers before have lost. Doubles the forward passes."""
+    correct_damp: float = Field(default=0.05, gt=0, le=10)
+    """What holds a weight back from being corrected: added to the Hessian's diagonal, as a fraction of its mean."""
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
@@ -63,12 +67,19 @@ def run(options: Options, job: Job) -> Facts:
     """Walk the blocks, quantizing each on the outputs of the quantized ones before it."""
     from optikit.algorithms.grid import Grid
     from optikit.calibration.packed import write_packed
-    from optikit.calibration.quantizers import Gptq
-    from optikit.calibration.walk import walk
+    from optikit.calibration.quantizers import CorrectedGptq, Gptq
+    from optikit.calibration.walk import walk, walk_paired
 
     grid = Grid(bits=options.bits, group_size=options.group_size, sym=options.sym, search=options.mse)
     method = Gptq(grid=grid, damp=options.damp, act_order=options.act_order)
-    walked = walk(job, method, leave=lambda name: ignored(name, options.ignore))
+
+    def leave(name: str) -> bool:
+        return ignored(name, options.ignore)
+
+    if options.correct:
+        walked = walk_paired(job, CorrectedGptq(method, damp=options.correct_damp), leave=leave)
+    else:
+        walked = walk(job, method, leave=leave)
     facts = write_packed(job, walked, grid, quantization_config(options, walked.all_linears, damp_percent=options.damp))
     return {**facts, **_findings(walked.facts), "compute_dtype": walked.dtype}
 

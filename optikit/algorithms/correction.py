@@ -1,0 +1,38 @@
+"""Correction: weights that give the dense model's outputs on the inputs that the quantized model really provides.
+
+Quantizing a layer with the inputs of the quantized layers before it, but for its own dense weights W, copies their
+errors forward. What is wanted of the layer is y = W x_dense (+ whatever the residual stream it adds to lacks), and what
+it is given is x. Least squares over the calibration tokens, damped towards W:
+
+    W' = W + D (H + λI)⁻¹,    D = mean of (y - W x) xᵀ,    H = mean of x xᵀ
+
+The rounding that follows then aims at W'. Arai & Ichikawa 2025 (QEP, arXiv:2504.09629, Prop. 5.2) and Zhang et al. 2025
+(Qronos, arXiv:2505.11695) do this for y = W x_dense; GPTAQ (arXiv:2504.02692) interleaves it with the rounding. Adding
+the residual stream's error to what the next writer should make up for is ours.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def corrected(weight: Tensor, hessian: Tensor, lacking: Tensor, *, damp: float) -> Tensor:
+    """Move a weight so that its outputs make up for what they lack.
+
+    Args:
+        weight: (out, in) float32.
+        hessian: (in, in) float32, mean of x xᵀ.
+        lacking: (out, in) float32, mean of (wanted output - weight x) xᵀ.
+        damp: Added to the Hessian's diagonal, as a fraction of its mean: what holds the weight back.
+
+    Returns:
+        (out, in) float32; the weight itself where the damped Hessian can't be factored.
+    """
+    damped = hessian.clone()
+    damped.diagonal().add_(damp * hessian.diagonal().mean()).masked_fill_(hessian.diagonal() == 0, 1.0)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if failed.item():
+        return weight
+    moved: Tensor = weight + torch.cholesky_solve(lacking.T, lower).T
+    return moved if torch.isfinite(moved).all() else weight

@@ -1,0 +1,38 @@
+"""Give freed memory back: glibc keeps an arena per thread, and paused passes are threads.
+
+Without this a walk that holds 300 MB of activations shows 600 MB; it costs nothing measurable. Other libcs are left
+as they are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from functools import cache
+
+M_ARENA_MAX = -8
+"""`mallopt` parameter, from glibc's malloc.h."""
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
+
+
+def one_arena() -> None:
+    """Let all threads allocate from the main arena."""
+    library = _glibc()
+    if library is not None:
+        library.mallopt(M_ARENA_MAX, 1)
+
+
+def return_memory() -> None:
+    """Collect garbage and give free pages back to the system."""
+    gc.collect()
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
