@@ -29,7 +29,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SECONDS_BETWEEN_EVENTS = 0.1
-OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "out of memory", "std::bad_alloc", "failed to allocate")
+OUT_OF_MEMORY_TEXTS = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "out of memory",
+    "std::bad_alloc",
+    "failed to allocate",
+    "failed to map segment from shared object",  # no room to load a library
+    "can't start new thread",  # no room for its stack
+)
 
 
 def die_with_parent() -> None:
