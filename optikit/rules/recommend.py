@@ -15,7 +15,7 @@ from functools import cache
 from importlib import resources
 from math import log
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
@@ -121,8 +121,10 @@ def _presets(method: str, facts: ModelFacts) -> Iterator[Mapping[str, Any]]:
     if "bits" not in known:
         yield group
         return
+    allowed = get_args(known["bits"].annotation)
     for bits in BITS:
-        yield {"bits": bits, **group}
+        if bits in allowed:
+            yield {"bits": bits, **group}
 
 
 def _judge(

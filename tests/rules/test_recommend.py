@@ -30,7 +30,7 @@ app.command()(recommend)
 def test_best_first_and_every_one_legal():
     good = within(candidates(MODEL, CPU), None)
     assert [one.gain for one in good] == sorted((one.gain for one in good), reverse=True)
-    assert good[0].name == "gptq 4-bit + onnxruntime"
+    assert good[0].name == "awq 4-bit + onnxruntime"
     assert all(one.legal and one.floors.fits for one in good)
     assert all(
         [verb for verb, _, _ in one.stages] == sorted((v for v, _, _ in one.stages), key=VERBS.index) for one in good
@@ -79,7 +79,7 @@ def test_small_memory_needs_few_bits():
     ranked = candidates(MODEL, rows()["t4"], goal="throughput", length=4096)
     names = [one.name for one in within(ranked, None)]
     assert "as it is" not in names
-    assert names[0] == "gptq 4-bit"
+    assert names[0] == "awq 4-bit"
 
 
 @pytest.mark.parametrize("target", ["cpu", "l4", "inf2.48xlarge"])
