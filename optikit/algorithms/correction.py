@@ -30,7 +30,7 @@ def corrected(weight: Tensor, hessian: Tensor, lacking: Tensor, *, damp: float) 
         (out, in) float32; the weight itself where the damped Hessian can't be factored.
     """
     damped = hessian.clone()
-    damped.diagonal().add_(damp * hessian.diagonal().mean()).masked_fill_(hessian.diagonal() == 0, 1.0)
+    damped.diagonal().add_(damp * hessian.diagonal().mean())
     lower, failed = torch.linalg.cholesky_ex(damped)
     if failed.item():
         return weight

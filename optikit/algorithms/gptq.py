@@ -51,12 +51,11 @@ def factor(hessian: Tensor, damp: float) -> tuple[Tensor, float] | None:
         U (in, in) upper triangular with Uᵀ U = H⁻¹, and the damping used; None where even the largest damping leaves
         the Hessian indefinite.
     """
-    diagonal = hessian.diagonal()
-    mean = diagonal.mean().item()
+    # A column that is never active keeps the damping alone: on its own, and of little weight in the choice of scales.
+    mean = hessian.diagonal().mean().item() or 1.0
     for multiple in DAMPINGS:
         damped = hessian.clone()
-        # A column that is never active says nothing: 1 keeps the matrix invertible and the column on its own.
-        damped.diagonal().add_(damp * multiple * mean).masked_fill_(diagonal == 0, 1.0)
+        damped.diagonal().add_(damp * multiple * mean)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed.item() and torch.isfinite(lower).all():
             unit = torch.eye(len(damped), device=damped.device, dtype=damped.dtype)
@@ -114,7 +113,7 @@ def _round_columns(
     low, high = -zeros, grid.most - zeros
     keep = None if mask is None else mask.T[order].to(left.dtype)
     codes = torch.empty_like(left)
-    errors = torch.empty((OUTER, rows), device=left.device)
+    errors = torch.empty((OUTER, rows), device=left.device, dtype=left.dtype)
     for start in range(0, columns, OUTER):
         stop = min(start + OUTER, columns)
         for first in range(start, stop, INNER):

@@ -20,7 +20,7 @@ SMALLEST_SCALE = 2.0**-24
 LARGEST_SCALE = 65504.0
 REACHES = (0.9, 0.95, 1.0, 1.05, 1.1, 1.15)
 """Symmetric candidates: the largest weight lands on code -reach · 2^(bits-1). Twenty are no better than these six."""
-SHARES = (1.02, 0.98, 0.94, 0.9, 0.86, 0.82, 0.78)
+SHARES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)
 """Asymmetric candidates: share of the span between the extremes that the codes cover."""
 PRUNED_SHARE = 0.25
 """Share of exact zeros from which on a weight counts as pruned, and its zeros are held."""
