@@ -88,7 +88,7 @@ def test_the_command_prints_the_text_of_greedy_decoding(tiny_onnx, tiny_llama, t
     decoder = runtime.load(tmp_path / "out")
     prompt = Talker(decoder, tiny_llama).encode("stone", chat=False)
     wanted = "".join(chunk.text for chunk in Talker(decoder, tiny_llama).answer(prompt, 6))
-    result = CliRunner().invoke(app, [str(tmp_path / "out"), "stone", "--max-tokens", "6", "--stats"])
+    result = CliRunner().invoke(app, [str(tmp_path / "out"), "--prompt", "stone", "--max-tokens", "6", "--stats"])
     assert result.exit_code == 0, result.output
     assert result.stdout == wanted + "\n"
     assert "tokens/s after the first" in result.stderr
