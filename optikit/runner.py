@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 5.0
 """How long an interrupted step may take to end by itself before it is killed."""
+LOG_TAIL_BYTES = 4096
+"""How much of a dead process's log is searched for a cause."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,4 +302,8 @@ def _death(step: str, returncode: int, log: Path, *, oom: bool) -> OptikitError:
     if returncode < 0:
         name = signal.Signals(-returncode).name
         return StageFailedError(f"{step}: its process crashed with {name}", fix=f"the log has more: {log}")
+    tail = log.read_bytes()[-LOG_TAIL_BYTES:] if log.exists() else b""
+    if b"MemoryError" in tail:
+        fix = "give the run more memory, or fewer calibration samples"
+        return OutOfMemoryError(f"{step}: its process had no memory left to say so", fix=fix)
     return StageFailedError(f"{step}: its process ended with exit code {returncode} and no response", fix=f"see {log}")

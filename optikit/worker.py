@@ -38,6 +38,10 @@ OUT_OF_MEMORY_TEXTS = (
     "failed to map segment from shared object",  # no room to load a library
     "can't start new thread",  # no room for its stack
 )
+LIMIT_NEARLY_REACHED = 0.8
+"""Share of the address space that a process has had when whatever fails in it fails for want of memory."""
+CUSHION_BYTES = 32 * 2**20
+"""Address space kept free (never touched, so no memory) for saying that there is no more."""
 
 
 def die_with_parent() -> None:
@@ -54,6 +58,24 @@ def peak_memory_mib() -> float:
     """Return the largest resident set so far of this process or of any child it waited for, MiB."""
     usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return max(usage) / (1024 if sys.platform == "linux" else 1024**2)
+
+
+def address_space_used_up() -> bool:
+    """Return whether this process has come near its own limit of address space (Linux; elsewhere False).
+
+    A library that can't be loaded for want of memory says so in many ways, or not at all.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    status = Path("/proc/self/status")
+    if limit == resource.RLIM_INFINITY or not status.exists():
+        return False
+    peak = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmPeak:"))
+    return int(peak.split()[1]) * 1024 > LIMIT_NEARLY_REACHED * limit
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    said = any(text in str(error).lower() for text in OUT_OF_MEMORY_TEXTS)
+    return isinstance(error, MemoryError) or said or address_space_used_up()
 
 
 def versions(libraries: tuple[str, ...]) -> dict[str, str]:
@@ -94,7 +116,7 @@ def as_failure(error: BaseException) -> dict[str, Any]:
     code, message, fix = Exit.STAGE_FAILED, f"{type(error).__name__}: {error}", ""
     if isinstance(error, OptikitError):
         code, message, fix = error.code, error.message, error.fix
-    elif isinstance(error, MemoryError) or any(text in str(error).lower() for text in OUT_OF_MEMORY_TEXTS):
+    elif _is_out_of_memory(error):
         code, fix = Exit.OUT_OF_MEMORY, "give the run more memory, or fewer calibration samples"
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
         code, fix = Exit.IO, "free some disk space (`optikit cache gc`) and run again"
@@ -141,9 +163,11 @@ def perform(directory: Path) -> dict[str, Any]:
 def main(directory: Path) -> int:
     """Perform one job, write its response, and return the exit code."""
     die_with_parent()
+    cushion = bytearray(CUSHION_BYTES)
     try:
         response = perform(directory)
     except BaseException as error:  # noqa: BLE001 - whatever goes wrong here has to cross the process border
+        del cushion
         response = as_failure(error)
         sys.stderr.write(response["traceback"])
     write_json(directory / "response.json", response)

@@ -178,7 +178,7 @@ def test_killing_optikit_itself_leaves_no_process_and_no_lock(
 def test_out_of_memory_is_named(cli: Cli, base_recipe: Recipe, write_recipe: Write) -> None:
     recipe = write_recipe(_quantize_only(base_recipe))
     command = [sys.executable, "-m", "optikit", "run", str(recipe), "--out", "out"]
-    limit = 650_000_000  # bytes of address space: enough to plan, too little for a stage
+    limit = 700_000_000  # bytes of address space: enough to plan, too little for a stage
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
