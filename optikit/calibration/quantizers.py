@@ -17,6 +17,15 @@ from optikit.calibration.method import Applied, Group
 from optikit.formats.gptq import pack
 
 
+def _mask(weights: tuple[Tensor, ...]) -> Tensor | None:
+    """Return which of the stacked weights are alive, where any of the linears was pruned."""
+    masks = [pruned_mask(weight) for weight in weights]
+    if all(mask is None for mask in masks):
+        return None
+    alive = (torch.ones_like(w, dtype=torch.bool) if m is None else m for m, w in zip(masks, weights, strict=True))
+    return torch.cat(list(alive))
+
+
 def _applied(group: Group, quantized: Quantized, bits: int, facts: Mapping[str, Any]) -> Applied:
     """Cut the stacked rows of a group into its linears again, packed."""
     rows = [len(weight) for weight in group.weights]
@@ -42,7 +51,7 @@ class Rtn:
     def apply(self, group: Group) -> Applied:
         """Round every linear of the group."""
         weight = torch.cat(group.weights)
-        mask = pruned_mask(weight)
+        mask = _mask(group.weights)
         quantized = rtn.quantize(weight, self.grid, mask)
         return _applied(group, quantized, self.grid.bits, {})
 
@@ -61,12 +70,11 @@ class Gptq:
 
     def apply(self, group: Group, statistic: Gram) -> Applied:
         """Quantize the group."""
-        weight = torch.cat(group.weights)
-        return self.quantize(group, weight, weight, statistic.mean())
+        return self.quantize(group, torch.cat(group.weights), statistic.mean())
 
-    def quantize(self, group: Group, weight: Tensor, target: Tensor, hessian: Tensor) -> Applied:
-        """Quantize the stacked rows of a group, aiming at `target` instead of at the weight itself."""
-        mask = pruned_mask(weight)
+    def quantize(self, group: Group, target: Tensor, hessian: Tensor) -> Applied:
+        """Quantize the stacked rows of a group, aiming at `target` in place of their weights."""
+        mask = _mask(group.weights)
         rounded = gptq.quantize(target, hessian, self.grid, damp=self.damp, act_order=self.act_order, mask=mask)
         loss = relative_loss(target, dequantize(*rounded.quantized), hessian)
         facts = {"damp": rounded.damp, "damp_asked": self.damp, "loss": loss}
@@ -89,7 +97,7 @@ class CorrectedGptq:
         weight = torch.cat(group.weights)
         hessian = statistic.mean()
         target = corrected(weight, hessian, statistic.lacking(), damp=self.damp)
-        return self.gptq.quantize(group, weight, target, hessian)
+        return self.gptq.quantize(group, target, hessian)
 
 
 def relative_loss(weight: Tensor, new: Tensor, hessian: Tensor) -> float:

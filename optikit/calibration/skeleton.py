@@ -67,6 +67,12 @@ class Skeleton:
             value = self._stored.read(f"{prefix}{name}").to(self.device, self.dtype)
             setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
+    def _empty(self, module: nn.Module) -> None:
+        """Drop parameters; buffers (scales of embeddings, causal masks) stay, for nothing would fill them again."""
+        for name, parameter in list(module.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
     def fill_block(self, index: int) -> nn.Module:
         """Read the parameters of a block and return it."""
         self._fill(self.blocks[index], f"{self._row.block(index)}.")
@@ -74,7 +80,7 @@ class Skeleton:
 
     def empty_block(self, index: int) -> None:
         """Drop the parameters of a block."""
-        self.blocks[index].to("meta")
+        self._empty(self.blocks[index])
 
     def replace(self, block: nn.Module, linears: tuple[Linear, ...], weights: tuple[Tensor, ...]) -> None:
         """Give linears of a filled block new weights, (out_features, in_features) each."""
@@ -95,7 +101,7 @@ class Skeleton:
             try:
                 yield
             finally:
-                head.to("meta")
+                self._empty(head)
 
     @contextmanager
     def stem_filled(self) -> Iterator[None]:
@@ -112,7 +118,7 @@ class Skeleton:
             yield
         finally:
             for module in filled:
-                module.to("meta")
+                self._empty(module)
 
     def record(self, window: Tensor) -> list[Call]:
         """Return what the model passes to each block for one window, (1, tokens) int64.

@@ -31,6 +31,10 @@ class Options(PatternOptions):
 
     damp: float = Field(default=0.01, gt=0, le=1)
     """Added to the Hessian's diagonal before it is inverted, as a fraction of the diagonal's mean."""
+    correct: bool = True
+    """Aim at the dense model's outputs, making up for what the layers before have lost. Doubles the forward passes."""
+    correct_damp: float = Field(default=0.05, gt=0, le=10)
+    """What holds a weight back from being corrected: added to the Hessian's diagonal, as a fraction of its mean."""
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
@@ -48,7 +52,9 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     block = 4 * facts.linear_elements // max(facts.layers, 1)
     activations = 4 * calibration_tokens * facts.hidden
     return Estimate(
-        seconds=10 + 8.0 * facts.linear_elements * calibration_tokens / 3e11 + facts.linear_elements / 2e6,
+        seconds=10
+        + (14.0 if options.correct else 8.0) * facts.linear_elements * calibration_tokens / 3e11
+        + facts.linear_elements / 2e6,
         peak_bytes=600_000_000 + 4 * block + 4 * facts.vocab * facts.hidden + activations,
         disk_bytes=2 * facts.weight_bytes + 2 * activations,
     )
@@ -56,11 +62,16 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 
 def run(options: Options, job: Job) -> Facts:
     """Walk the blocks, pruning each on the outputs of the pruned ones before it."""
+    from optikit.calibration.corrected import Corrected
     from optikit.calibration.pruners import SparseGpt
     from optikit.calibration.sparse import write_sparse
-    from optikit.calibration.walk import walk
+    from optikit.calibration.walk import walk, walk_paired
 
     pattern = pattern_of(options)
-    walked = walk(job, SparseGpt(pattern, damp=options.damp), leave=leave(options))
+    method = SparseGpt(pattern, damp=options.damp)
+    if options.correct:
+        walked = walk_paired(job, Corrected(method, damp=options.correct_damp), leave=leave(options))
+    else:
+        walked = walk(job, method, leave=leave(options))
     fell_back = sorted(name for name, row in walked.facts.items() if row["by_magnitude"])
     return {**write_sparse(job, walked, pattern), "by_magnitude": fell_back, "compute_dtype": walked.dtype}

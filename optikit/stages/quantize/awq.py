@@ -6,7 +6,7 @@ Hurts   prefill on targets without an int4 kernel
 Cost    one and a half forward passes per block, O(in²) float32 memory per linear, O(40·out·in²) time for the search
 Differs scales are searched through Gram matrices over all calibration tokens instead of running blocks again; a value
         head's scale is shared by the query heads that read it, so that attention outputs can be scaled in grouped-query
-        models too; `rounding: gptq` rounds the scaled weights by GPTQ
+        models too; `rounding: gptq` rounds the scaled weights by GPTQ; `correct` aims at the dense model's outputs
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ class Options(GridOptions):
     """How the scaled weights are rounded: each to its nearest code, or by GPTQ: better, and slower."""
     damp: float = Field(default=0.01, gt=0, le=1)
     """With `rounding: gptq`: added to the Hessian's diagonal, as a fraction of the diagonal's mean."""
+    correct: bool = True
+    """Aim at the dense model's outputs, making up for what the layers before have lost. Doubles the forward passes."""
+    correct_damp: float = Field(default=0.05, gt=0, le=10)
+    """What holds a weight back from being corrected: added to the Hessian's diagonal, as a fraction of its mean."""
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
@@ -92,7 +96,7 @@ def after(options: Options, facts: ModelFacts) -> ModelFacts:
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
     """Estimate from the shapes: forward passes, Gram matrices and candidates' errors are matrix products."""
-    operations = 8.0 * facts.linear_elements * calibration_tokens
+    operations = (14.0 if options.correct else 8.0) * facts.linear_elements * calibration_tokens
     searched = 2.0 * 2 * options.steps * facts.linear_elements * facts.hidden
     block = 4 * facts.linear_elements // max(facts.layers, 1)
     activations = 4 * calibration_tokens * facts.hidden
@@ -108,9 +112,10 @@ def run(options: Options, job: Job) -> Facts:
     import torch
 
     from optikit.algorithms.grid import Grid, dequantize
+    from optikit.calibration.corrected import Corrected
     from optikit.calibration.scaled import Packing, write_scaled
     from optikit.calibration.scalers import Awq
-    from optikit.calibration.walk import walk
+    from optikit.calibration.walk import walk, walk_paired
     from optikit.formats import awq
 
     def leave(name: str) -> bool:
@@ -118,7 +123,10 @@ def run(options: Options, job: Job) -> Facts:
 
     grid = Grid(bits=4, group_size=options.group_size, sym=options.sym, search=options.clip)
     method = Awq(grid=grid, steps=options.steps, damp=options.damp if options.rounding == "gptq" else None)
-    walked = walk(job, method, leave=leave)
+    if options.correct:
+        walked = walk_paired(job, Corrected(method, damp=options.correct_damp), leave=leave)
+    else:
+        walked = walk(job, method, leave=leave)
     dtypes = {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16}
     packing = Packing(dtypes, lambda tensors: dequantize(*awq.unpack(tensors)))
     config = quantization_config(options, walked.all_linears)
