@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 BUILDER = "onnxruntime_genai.models.builder"
 TRIAL = "optikit.stages.compile._onnx_trial"
+CHILD = "optikit.stages.compile._onnx_child"
 LOG = "builder.log"
 LOG_TAIL = 12
 """Lines of a child's log that an error message quotes."""
@@ -31,6 +32,14 @@ def environment(job: Job) -> dict[str, str]:
     threads = {name: str(job.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
     return {**os.environ, **offline, **caches, **threads}
+
+
+def program(module: str) -> list[str]:
+    """Return the command that runs a module in a child that dies with this process.
+
+    -P: nothing in the working directory is imported by accident.
+    """
+    return [sys.executable, "-P", "-m", CHILD, str(os.getpid()), module]
 
 
 def build(job: Job, precision: str, extra: Sequence[str], layers: int) -> None:
@@ -49,9 +58,8 @@ def build(job: Job, precision: str, extra: Sequence[str], layers: int) -> None:
     job.scratch.mkdir(parents=True, exist_ok=True)
     cache = job.scratch / "builder"
     shutil.rmtree(cache, ignore_errors=True)
-    # -P: nothing in the working directory is imported by accident.
-    command = [sys.executable, "-P", "-m", BUILDER, "-i", str(job.source.resolve())]
-    command += ["-o", str(job.dest.resolve()), "-p", precision, "-e", "cpu", "-c", str(cache.resolve())]
+    command = [*program(BUILDER), "-i", str(job.source.resolve()), "-o", str(job.dest.resolve())]
+    command += ["-p", precision, "-e", "cpu", "-c", str(cache.resolve())]
     command += ["--extra_options", *extra, "hf_token=false", "hf_remote=false"]
     log = job.scratch / LOG
     with log.open("w", encoding="utf-8") as kept:
@@ -76,7 +84,7 @@ def decode(job: Job, tokens: int) -> str:
         StageFailedError: It crashed or refused.
     """
     log = job.scratch / "trial.log"
-    command = [sys.executable, "-P", "-m", TRIAL, str(job.dest.resolve()), str(tokens)]
+    command = [*program(TRIAL), str(job.dest.resolve()), str(tokens)]
     with log.open("w", encoding="utf-8") as kept:
         child = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=kept, text=True, env=environment(job), cwd=job.scratch, check=False

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,6 +48,14 @@ def codes(facts, options=None, target=CPU):
 def repacked(facts, **changes):
     settings = {**facts.config["quantization_config"], **changes}
     return replace(facts, config={**facts.config, "quantization_config": settings})
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+    return found
 
 
 class TestCheck:
@@ -142,6 +155,28 @@ class TestRun:
         _onnx_build.build(job, "fp32", (), 2)
         assert seen == [(1, 2, "block"), (2, 2, "block")]
         assert "noise" in (tmp_path / "s" / "builder.log").read_text()
+
+    def test_a_killed_worker_takes_the_builder_with_it(self, tmp_path):
+        (tmp_path / "slow_builder.py").write_text(
+            "import os, pathlib, sys, time\n"
+            "pathlib.Path(sys.argv[4], 'pid').write_text(str(os.getpid()))\n"
+            "time.sleep(60)\n"
+        )
+        code = (
+            "import pathlib, sys\n"
+            "from optikit.stages.compile import _onnx_build\n"
+            "from optikit.stages.protocol import Job\n"
+            "_onnx_build.BUILDER = 'slow_builder'\n"
+            "here = pathlib.Path(sys.argv[1])\n"
+            "_onnx_build.build(Job(source=here, dest=here, scratch=here / 's'), 'fp32', (), 2)\n"
+        )
+        worker = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(tmp_path)}
+        )
+        written = wait_for(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text())
+        worker.kill()
+        worker.wait()
+        wait_for(lambda: not Path(f"/proc/{written}").exists())
 
 
 class TestVerify:
