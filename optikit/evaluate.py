@@ -40,6 +40,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "onn
 BASELINE, RESULT = "baseline", "result"
 QUALITY = "measure-quality-"
 SPEED = "measure-speed"
+SPECULATION = "measure-speculation"
 NLL = "nll.npy"
 SECTIONS = frozenset(Quality.model_fields)
 """Facts of a quality step that are the measurement itself; the rest is detail."""
@@ -86,6 +87,7 @@ def report(
         speedup=run.speedup(RESULT),
         other_baselines=tuple(run.other_baselines()),
         attribution=tuple(run.attribution()),
+        speculation=run.speculation,
         gates=judged,
         warnings=(*(problem.message for problem in plan.warnings), *run.warnings()),
         seconds=seconds,
@@ -118,13 +120,21 @@ class _Run:
     @cached_property
     def result(self) -> Measurement:
         """The last artifact."""
-        stages = [step for step in self.plan.steps if step.verb != "acquire"]
+        stages = [step for step in self.plan.steps if step.verb not in ("acquire", "speculate")]
         return self.measurement(stages[-1], last=True) if stages else self.baseline
+
+    @cached_property
+    def speculation(self) -> dict[str, Any] | None:
+        """What speculation brought, and whether it is on; None where there is none."""
+        found = self._measure(SPECULATION)
+        return dict(found.manifest.facts["speculation"]) if found else None
 
     def measurement(self, step: Step, *, last: bool | None = None) -> Measurement:
         """Return what was measured of the artifact of a step: its speed, too, if it is the last one."""
         is_last = step is self.plan.steps[-1] if last is None else last
         size = weight_bytes(self.artifacts[step.key])
+        if step.verb == "speculate":
+            return Measurement(size_bytes=size, reason="it changes no weights; what it brings is told as speculation")
         quality = self._quality(BASELINE if step.verb == "acquire" else step.name)
         return self._measurement(size, quality, RESULT if is_last and step.verb != "acquire" else "")
 
@@ -247,6 +257,10 @@ class _Run:
         for step in self.plan.steps:
             if step.verb == "acquire":
                 continue
+            if step.verb == "speculate":
+                measured = (self.speculation or {}).get("speedup")
+                yield {"step": step.name} | ({"decode_speedup": measured} if measured else {})
+                continue
             parent = next((other for other in self.plan.steps if other.key == step.source), None)
             before = self.measurement(parent) if parent else self.baseline
             own: dict[str, Any] = {"step": step.name}
@@ -277,6 +291,8 @@ class _Run:
             yield f"The model's weights came from a {packed} file: what that lost is part of the baseline."
         if wanted.perplexity is not None and wanted.perplexity.windows < FEW_WINDOWS:
             yield f"{wanted.perplexity.windows} windows are few: quality intervals are wide and rest on Student's t."
+        if self.speculation is not None and self.speculation["chosen"] == "off":
+            yield f"Speculation by {self.speculation['method']} was measured and is switched off: it doesn't pay here."
         facts = self.speed_facts
         if not facts:
             return
@@ -355,5 +371,5 @@ def _model(plan: Plan) -> dict[str, Any]:
 
 def _details(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return a measuring step's facts without what the measurements already hold."""
-    shown = SECTIONS | {"arms", "ratios", "last_against", "files"}
+    shown = SECTIONS | {"arms", "ratios", "last_against", "files", "speculation"}
     return {name: value for name, value in facts.items() if name not in shown}

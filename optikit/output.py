@@ -1,6 +1,6 @@
 """The output directory: copies of the artifacts in the layout that users and servers expect, swapped in at once.
 
-DIR/  artifact.json  recipe.yaml  optikit.lock  model/  compiled/<engine>/  (and the reports, written after)
+DIR/  artifact.json  recipe.yaml  optikit.lock  model/  speculator/  compiled/<engine>/  (the reports are written after)
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def write(out: Path, loaded: LoadedRecipe, plan: Plan, artifacts: Mapping[str, A
 def _layout(plan: Plan, artifacts: Mapping[str, Artifact]) -> Iterator[tuple[str, Path]]:
     """Yield (name in the output, file) of everything that is shipped."""
     done = [step for step in plan.steps if step.key in artifacts]
-    directories = [step for step in done if step.verb != "compile"]
+    directories = [step for step in done if step.verb not in ("compile", "speculate")]
     if directories:
         yield from _files("model", artifacts[directories[-1].key])
     elif plan.model.format == "safetensors":
@@ -80,6 +80,10 @@ def _layout(plan: Plan, artifacts: Mapping[str, Artifact]) -> Iterator[tuple[str
     for step in done:
         if step.verb == "compile":
             yield from _files(f"compiled/{step.method}", artifacts[step.key])
+    speculation = [step for step in plan.measures if step.method == "speculation" and step.key in artifacts]
+    for step in (*done, *speculation):
+        if step.verb == "speculate" or step in speculation:
+            yield from _files("speculator", artifacts[step.key])
 
 
 def _files(prefix: str, artifact: Artifact) -> Iterator[tuple[str, Path]]:

@@ -11,7 +11,7 @@ from optikit.errors import RecipeError
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import read, read_gguf
 from optikit.plan.context import Context
-from optikit.plan.measures import measure_steps
+from optikit.plan.measures import measure_steps, stage_prompts
 from optikit.plan.model import Plan, Step
 from optikit.problems import Problem, did_you_mean
 from optikit.recipe.schema import Recipe, StageEntry, Text, as_written
@@ -118,6 +118,10 @@ def _texts(recipe: Recipe) -> dict[str, Text]:
     speed = recipe.evaluate.speed
     if speed is not None and speed.prompts:
         named["prompts"] = Text(text=speed.prompts)
+    for index, entry in enumerate(recipe.stages):
+        own = getattr(entry.options, "prompts", "")
+        if own:
+            named[f"stages[{index}].prompts"] = Text(text=own)
     return {role: text for role, text in named.items() if text is not None}
 
 
@@ -181,8 +185,8 @@ def _acquire(context: Context) -> Iterator[Step]:
 
 
 def _parent(steps: Sequence[Step]) -> str:
-    """Return the key of the newest model directory: a compiled artifact is terminal, nothing is built on it."""
-    directories = [step.key for step in steps if step.verb != "compile"]
+    """Return the key of the newest model directory: a compiled artifact is terminal, and a speculator lies beside."""
+    directories = [step.key for step in steps if step.verb not in ("compile", "speculate")]
     return directories[-1] if directories else ""
 
 
@@ -197,6 +201,11 @@ def _stage_problems(context: Context, stage: Stage, entry: StageEntry, facts: Mo
         message = f"{entry.method} reads calibration text, and the recipe names none"
         fix = "add `calibration: {text: …}` to the recipe"
         yield Problem(code="needs-calibration", message=message, fix=fix)
+    speed = context.recipe.evaluate.speed
+    if getattr(entry.options, "prompts", None) == "" and not (speed and speed.prompts):
+        message = f"{entry.method} is chosen and judged on prompts, and the recipe names none"
+        fix = "add `prompts: FILE.jsonl` to the stage, or to `evaluate: {speed: …}`"
+        yield Problem(code="needs-prompts", message=message, fix=fix)
     yield from stage.check(entry.options, facts, context.target)
 
 
@@ -209,6 +218,7 @@ def _stage_step(context: Context, stage: Stage, index: int, facts: ModelFacts, p
         calibration = {"text": str(text.path), "samples": wanted.samples, "length": wanted.length}
         digest = f"{text.digest}:{wanted.samples}x{wanted.length}"
         tokens = wanted.samples * wanted.length
+    prompts = stage_prompts(context, index)
     return Step(
         name=_name(index, entry),
         verb=entry.verb,
@@ -222,10 +232,12 @@ def _stage_step(context: Context, stage: Stage, index: int, facts: ModelFacts, p
             backend=entry.backend,
             parent=parent or context.model.digest,
             calibration=digest,
+            **({"prompts": prompts.digest} if prompts else {}),
             device=context.device,
             isa=host.isa() if stage.CALIBRATED else (),  # decides whether matrix products run in bf16
         ),
         source=parent,
+        files={"prompts": str(prompts.path)} if prompts else {},
         calibration=calibration,
         environment=stage.ENVIRONMENT,
         estimate=stage.estimate(entry.options, facts, context.target, tokens),

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from optikit import host
 from optikit.models.facts import ModelFacts
 from optikit.plan.context import Context
 from optikit.plan.model import Step
 from optikit.recipe.schema import PerplexityOptions, SpeedOptions
+from optikit.store.sources import TextSource
 
 COMPILED_RUNTIMES = {"onnx": "onnxruntime"}
 """Which runtime on this machine loads a compiled artifact, by trait."""
 
 
 def runtime(step: Step) -> str:
-    """Name the runtime here that loads what a step wrote; empty where only another machine can."""
+    """Name the runtime here that loads what a step wrote; empty where none can: a speculator is no model by itself."""
+    if step.verb == "speculate":
+        return ""
     if step.verb != "compile":
         return "transformers"
     return next((COMPILED_RUNTIMES[trait] for trait in step.after.traits if trait in COMPILED_RUNTIMES), "")
@@ -29,9 +33,54 @@ def measure_steps(context: Context, steps: Sequence[Step]) -> tuple[Step, ...]:
     found: list[Step] = []
     if wanted.perplexity is not None:
         found += _quality(context, wanted.perplexity, written, baseline)
-    if wanted.speed is not None and written and written[-1].verb == "compile":
-        found.append(_speed(context, wanted.speed, written[-1], baseline))
+    if not written or written[-1].verb != "compile":
+        return tuple(found)
+    speculators = [(index, step) for index, step in enumerate(_stages(steps)) if step.verb == "speculate"]
+    choices = [_speculation(context, index, step, written[-1], baseline) for index, step in speculators]
+    found += choices
+    if wanted.speed is not None:
+        found.append(_speed(context, wanted.speed, written[-1], baseline, choices))
     return tuple(found)
+
+
+def _stages(steps: Sequence[Step]) -> Sequence[Step]:
+    """Return the steps that the author wrote, in their order."""
+    return [step for step in steps if step.verb != "acquire"]
+
+
+def stage_prompts(context: Context, index: int) -> TextSource | None:
+    """Return the prompts of a stage that reads some: its own, or else those of the speed test."""
+    if not hasattr(context.recipe.stages[index].options, "prompts"):
+        return None
+    return context.texts.get(f"stages[{index}].prompts") or context.texts.get("prompts")
+
+
+def _speculation(context: Context, index: int, speculator: Step, result: Step, baseline: str) -> Step:
+    stage = context.stage("measure", "speculation")
+    wanted = {name: getattr(speculator.options, name) for name in ("tune", "chat", "new_tokens", "remember")}
+    options = stage.Options.model_validate({"runtime": runtime(result), **wanted})
+    prompts = stage_prompts(context, index)
+    files = {"prompts": str(prompts.path)} if prompts else {}
+    inputs = {"speculator": speculator.key, "tokenizer": baseline}
+    parts = {"parent": result.key, "inputs": inputs, "prompts": prompts.digest if prompts else "", "host": _here()}
+    return Step(
+        name="measure-speculation",
+        verb="measure",
+        method="speculation",
+        options=options,
+        key=context.key("measure", "speculation", options, **parts),
+        source=result.key,
+        inputs=inputs,
+        files=files,
+        estimate=stage.estimate(options, result.after, context.target, 0),
+        before=result.after,
+        after=result.after,
+    )
+
+
+def _here() -> dict[str, Any]:
+    """Return what of this machine decides a speed."""
+    return {"cpu": host.cpu_model(), "threads": host.threads()}
 
 
 def _quality(context: Context, wanted: PerplexityOptions, written: Sequence[Step], baseline: str) -> Iterator[Step]:
@@ -79,7 +128,7 @@ def _quality_step(
     )
 
 
-def _speed(context: Context, wanted: SpeedOptions, result: Step, baseline: str) -> Step:
+def _speed(context: Context, wanted: SpeedOptions, result: Step, baseline: str, choices: Sequence[Step]) -> Step:
     against = context.recipe.evaluate.baseline
     own = "bfloat16" if context.facts.dtype == "BF16" else "float32"
     dtype = own if against.dtype == "auto" else against.dtype
@@ -89,13 +138,14 @@ def _speed(context: Context, wanted: SpeedOptions, result: Step, baseline: str) 
         for other in against.also
         if other != dtype
     ]
-    arms.append({"name": "result", "role": "result", "runtime": runtime(result), "dtype": "auto"})
+    speculator = {"speculator": "speculator"} if choices else {}
+    arms.append({"name": "result", "role": "result", "runtime": runtime(result), "dtype": "auto", **speculator})
     stage = context.stage("measure", "speed")
     options = stage.Options.model_validate({"arms": arms, **wanted.model_dump(exclude={"prompts"})})
     prompts = context.texts["prompts" if wanted.prompts else "perplexity"]
     inputs = {"baseline": baseline, "result": result.key, "tokenizer": baseline}
-    here = {"cpu": host.cpu_model(), "threads": host.threads()}
-    parts = {"parent": context.model.digest, "inputs": inputs, "prompts": prompts.digest, "host": here}
+    inputs |= {"speculator": choices[-1].key} if choices else {}
+    parts = {"parent": context.model.digest, "inputs": inputs, "prompts": prompts.digest, "host": _here()}
     return Step(
         name="measure-speed",
         verb="measure",

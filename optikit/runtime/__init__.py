@@ -10,7 +10,7 @@ What isn't needed isn't imported: a compiled directory is served without torch.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from optikit.errors import InputMissingError, UsageError
 
@@ -21,6 +21,8 @@ MARKS = {"onnxruntime": "genai_config.json", "transformers": "config.json"}
 """The file by which a directory of each runtime is known, in the order of preference."""
 INSIDE = ("compiled/onnxruntime", "model")
 """Where an output directory of `optikit run` holds such directories, best first."""
+SPECULATOR = "speculator"
+"""Where it holds the parameters of its speculation."""
 
 
 def find(directory: Path, runtime: str = "auto") -> tuple[str, Path]:
@@ -54,6 +56,7 @@ def load(
     dtype: str = "auto",
     threads: int | None = None,
     max_tokens: int | None = None,
+    speculator: Path | Literal["auto"] | None = "auto",
 ) -> Decoder:
     """Load a model.
 
@@ -63,6 +66,8 @@ def load(
         dtype: `auto` is what the directory holds; transformers can also run it in `float32` or `bfloat16`.
         threads: CPU threads; None is all that this process may use.
         max_tokens: Longest sequence that the cache will hold; None is the model's context.
+        speculator: Directory of a speculator; `auto` takes the one that a run left beside the model, None none. The
+            decoder's greedy texts then are the same, sooner.
 
     Raises:
         InputMissingError: Nothing there can be loaded.
@@ -70,6 +75,18 @@ def load(
         UsageError: A runtime, dtype or length that it can't have.
     """
     name, place = find(directory, runtime)
+    if speculator == "auto":
+        beside = directory / SPECULATOR
+        speculator = beside if place != directory and beside.is_dir() else None
+    decoder = _load(name, place, dtype=dtype, threads=threads, max_tokens=max_tokens)
+    if speculator is None:
+        return decoder
+    from optikit.runtime.speculator import read, speculating
+
+    return speculating(decoder, read(speculator))
+
+
+def _load(name: str, place: Path, *, dtype: str, threads: int | None, max_tokens: int | None) -> Decoder:
     if name == "onnxruntime":
         from optikit.runtime.onnx_decoder import OnnxDecoder
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
-from optikit.runtime.drafters import EMPTY, LOOKUP_LENGTHS, Drafter, Hidden, PromptLookup
+from optikit.runtime import recall
+from optikit.runtime.drafters import EMPTY, Drafter, Hidden
 from optikit.runtime.protocol import Decoder, Tokens
 from optikit.runtime.speculate import Statistics, Step
+from optikit.runtime.speculator import Speculator
 from optikit.targets.estimate import tokens_per_step
 
 WINDOWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 24, 32)
@@ -189,48 +191,86 @@ def best_window(acceptance: Sequence[float], costs: WindowCosts, *, per_token_ms
     return best
 
 
-LOOKUP_DRAFTS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
-"""Draft lengths that are tried after a match of a given length; 0 leaves such matches alone."""
+MATCHES = (1, 2, 3, 4, 5)
+"""Lengths of match that tuning considers."""
+DRAFTS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
+"""Draft lengths that it tries after a match of a given length; 0 leaves such matches alone."""
+GATES = (0.2, 0.3, 0.4, 0.5, 0.6)
 
 
-def tune_lookup(
+def tune(
+    given: Speculator,
     texts: Sequence[Written],
     costs: WindowCosts,
     *,
-    matches: Sequence[int] = (1, 2, 3, 4, 5),
-    start: Mapping[int, int] = LOOKUP_LENGTHS,
-    min_window: int = 1,
-) -> dict[int, int]:
-    """Return the lookup lengths (match → draft) with the best predicted speed: coordinate descent over `LOOKUP_DRAFTS`.
+    matches: Sequence[int] = MATCHES,
+    drafts: Sequence[int] = DRAFTS,
+) -> Speculator:
+    """Return the speculator with the best predicted speed: coordinate descent over its lengths and its gate.
 
     Args:
+        given: Where the descent begins; its table, if it has one, stays. The texts may not be part of that table.
         texts: What the model wrote for prompts of the kind that it will get.
         costs: T(m).
-        matches: Lengths of match to consider.
-        start: Where the descent begins.
-        min_window: As in `Request`.
+        matches: Lengths of match to consider, beside those given.
+        drafts: Lengths of draft to try after each.
 
     Returns:
-        Empty where no lookup is faster than none.
+        A speculator without lengths and table where nothing is faster than plain decoding.
     """
 
-    def cost(lengths: Mapping[int, int]) -> float:
-        drafting = {n: k for n, k in lengths.items() if k}
-        if not drafting:
-            return costs.at(1)
-        drafter = PromptLookup(drafting)
+    def cost(speculator: Speculator) -> float:
+        drafter = speculator.drafter()
         steps = (step for each in texts for step in replay(drafter, each))
-        return predict(steps, costs, min_window=min_window).ms_per_token
+        return predict(steps, costs, min_window=speculator.min_window).ms_per_token
 
-    lengths = {n: start.get(n, 0) for n in sorted(matches, reverse=True)}
-    best = cost(lengths)
+    moves = [partial(_drafting, n=n, k=k) for n in sorted({*matches, *given.lengths}, reverse=True) for k in drafts]
+    moves += [partial(_gated, gate=gate) for gate in GATES if given.table is not None]
+    best, least = given, cost(given)
     improved = True
     while improved:
         improved = False
-        for n, k in product(sorted(matches, reverse=True), LOOKUP_DRAFTS):
-            trial = {**lengths, n: k}
-            found = best if trial == lengths else cost(trial)
-            if found < best * (1 - 1e-6):
-                lengths, best, improved = trial, found, True
-    chosen = {n: k for n, k in lengths.items() if k}
-    return chosen if best < costs.at(1) else {}
+        for move in moves:
+            trial = move(best)
+            found = least if trial == best else cost(trial)
+            if found < least * (1 - 1e-6):
+                best, least, improved = trial, found, True
+    return best if least < costs.at(1) * (1 - 1e-6) else replace(best, lengths={}, table=None)
+
+
+def _drafting(speculator: Speculator, *, n: int, k: int) -> Speculator:
+    """Return the speculator with drafts of k tokens after matches of n."""
+    lengths = {**speculator.lengths, n: k}
+    return replace(speculator, lengths={match: length for match, length in lengths.items() if length})
+
+
+def _gated(speculator: Speculator, *, gate: float) -> Speculator:
+    """Return the speculator with another gate."""
+    return replace(speculator, gate=gate)
+
+
+def tune_with_recall(
+    given: Speculator, remembered: Sequence[Written], texts: Sequence[Written], costs: WindowCosts
+) -> Speculator:
+    """Tune with a table of remembered texts and without one, and return the faster; its table then holds all texts.
+
+    Args:
+        given: Where tuning begins.
+        remembered: Texts for the table alone; where there are fewer than `texts`, half of those go into the table, too,
+            and the others tune.
+        texts: To tune with.
+        costs: T(m).
+    """
+    few = len(remembered) < len(texts)
+    table_texts, tuning = ([*remembered, *texts[::2]], texts[1::2]) if few else (remembered, texts)
+    plain = tune(given, tuning, costs)
+    table = recall.build([(each.prompt, each.text) for each in table_texts])
+    recalling = tune(replace(given, table=table), tuning, costs)
+    prices = [
+        predict((s for each in tuning for s in replay(one.drafter(), each)), costs, min_window=one.min_window)
+        for one in (plain, recalling)
+    ]
+    if recalling.table is None or prices[0].ms_per_token <= prices[1].ms_per_token:
+        return plain
+    everything = [(each.prompt, each.text) for each in (*remembered, *texts)]
+    return replace(recalling, table=recall.build(everything))

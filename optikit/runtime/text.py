@@ -33,6 +33,9 @@ class Talker:
         decoder: The model.
         directory: Where its tokenizer and configuration lie.
 
+    Attributes:
+        ends: Tokens that end a text.
+
     Raises:
         InputMissingError: There is no tokenizer.json.
     """
@@ -42,7 +45,7 @@ class Talker:
             raise InputMissingError(f"{directory} has no tokenizer.json", fix="copy it there from the original model")
         self._decoder = decoder
         self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        self._ends = _end_tokens(directory, self._tokenizer)
+        self.ends = _end_tokens(directory, self._tokenizer)
 
     def encode(self, prompt: str, *, chat: bool) -> Tokens:
         """Return the tokens of a prompt, as the user's turn of a chat where the model has a template for one.
@@ -71,7 +74,7 @@ class Talker:
         decoded = DecodeStream(skip_special_tokens=True)
         for token in self._decoder.greedy(tokens, room):
             at = time.perf_counter_ns()
-            if token in self._ends:
+            if token in self.ends:
                 return
             yield Chunk(text=decoded.step(self._tokenizer.backend_tokenizer, token) or "", at_ns=at)
 

@@ -1,14 +1,26 @@
 """The choice of drafter and window: replays against the real loop, predictions against an exact clock."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optikit.runtime.acceptors import Greedy
-from optikit.runtime.choice import WindowCosts, Written, best_window, measure_windows, predict, replay, tune_lookup
+from optikit.runtime.choice import (
+    WindowCosts,
+    Written,
+    best_window,
+    measure_windows,
+    predict,
+    replay,
+    tune,
+    tune_with_recall,
+)
 from optikit.runtime.drafters import DraftModel, FirstOf, Medusa, PromptLookup, Silent
 from optikit.runtime.speculate import Request, Statistics, generate
+from optikit.runtime.speculator import Speculator
 from tests.runtime.markov import MarkovDecoder
 
 FLAT = WindowCosts({1: 10.0, 32: 10.0})
@@ -85,32 +97,60 @@ def test_drafting_time_is_part_of_the_price():
     assert predict([], FLAT).speedup == 1
 
 
+LOOKUP = Speculator(method="lookup", lengths={3: 8, 2: 4})
+QUIET = WindowCosts({1: 4.15, 2: 4.64, 3: 5.76, 4: 6.52, 5: 7.46, 6: 8.31, 9: 11.2})
+
+
+def price(speculator, texts, costs):
+    steps = [step for each in texts for step in replay(speculator.drafter(), each)]
+    return predict(steps, costs, min_window=speculator.min_window).ms_per_token
+
+
+def phrases(seed, count=4):
+    """Texts that repeat a phrase of their own, and that use phrases which all of them know, each of them once."""
+    rng, texts = np.random.default_rng(seed), []
+    habits = np.random.default_rng(99).integers(0, 50, (15, 8))
+    for _ in range(count):
+        phrase = rng.integers(0, 50, 6)
+        known = habits[rng.permutation(15)[:10]]
+        tokens = np.concatenate([part for habit in known for part in (habit, phrase, rng.integers(0, 50, 2))])
+        texts.append(Written(tokens[:20], tokens[20:]))
+    return texts
+
+
 def test_flat_costs_ask_for_long_drafts_and_steep_ones_for_none():
     texts = [written([seed % 8, 2], 80, seed=seed) for seed in range(6)]  # greedy texts of a small table soon loop
-    eager = tune_lookup(texts, FLAT)
-    assert max(eager.values()) >= 8
-    assert tune_lookup(texts, STEEP) == {}
-    lengths = tune_lookup(texts, WindowCosts({1: 10.0, 32: 75.0}))
-    chosen, default = ([s for each in texts for s in replay(PromptLookup(k), each)] for k in (lengths, {3: 8, 2: 4}))
-    middle = WindowCosts({1: 10.0, 32: 75.0})
-    assert predict(chosen, middle).ms_per_token <= predict(default, middle).ms_per_token
+    eager = tune(LOOKUP, texts, FLAT)
+    assert max(eager.lengths.values()) >= 8
+    assert tune(LOOKUP, texts, STEEP).lengths == {}
 
 
-def test_tuning_is_not_worse_than_any_single_rule():
-    rng = np.random.default_rng(5)
-    texts = []
-    for _ in range(4):
-        phrase = rng.integers(0, 50, 6)
-        parts = [phrase if rng.random() < 0.5 else rng.integers(0, 50, 4) for _ in range(30)]
-        tokens = np.concatenate(parts)
-        texts.append(Written(tokens[:20], tokens[20:]))
-    costs = WindowCosts({1: 4.15, 2: 4.64, 3: 5.76, 4: 6.52, 5: 7.46, 6: 8.31, 9: 11.2})
-    best = tune_lookup(texts, costs)
-    found = predict([step for each in texts for step in replay(PromptLookup(best), each)], costs).ms_per_token
+def test_tuning_is_not_worse_than_where_it_began_nor_than_a_single_rule():
+    texts = phrases(5)
+    found = tune(LOOKUP, texts, QUIET)
+    least = price(found, texts, QUIET)
+    assert least <= price(LOOKUP, texts, QUIET)
     for n in (1, 2, 3):
         for k in (1, 2, 4, 8):
-            steps = [step for each in texts for step in replay(PromptLookup({n: k}), each)]
-            assert found <= predict(steps, costs).ms_per_token * 1.02
+            assert least <= price(replace(LOOKUP, lengths={n: k}), texts, QUIET) * 1.02
+    assert tune(replace(LOOKUP, min_window=2), texts, QUIET).min_window == 2
+
+
+@pytest.mark.parametrize("remembered", [0, 12])
+def test_habits_are_recalled_where_that_pays(remembered):
+    texts, judged = phrases(5, 8), phrases(6, 8)
+    found = tune_with_recall(LOOKUP, phrases(7, remembered), texts, QUIET)
+    assert found.table is not None
+    assert price(found, judged, QUIET) < price(tune(LOOKUP, texts, QUIET), judged, QUIET) * 0.97
+    everything = sum(len(each.text) for each in (*phrases(7, remembered), *texts))
+    assert len(found.table.keys) > everything  # up to four n-grams end at each token
+
+
+def test_nothing_is_recalled_from_noise():
+    rng = np.random.default_rng(0)
+    noise = [Written(rng.integers(0, 5000, 10), rng.integers(0, 5000, 60)) for _ in range(6)]
+    found = tune_with_recall(LOOKUP, noise[:2], noise[2:], QUIET)
+    assert (found.lengths, found.table) == ({}, None)
 
 
 @settings(max_examples=200, deadline=None)

@@ -36,7 +36,8 @@ def load(request: dict[str, Any]) -> tuple[Decoder, dict[str, Any]]:
     started = time.perf_counter()
     from optikit import runtime
 
-    decoder = runtime.load(Path(request.pop("directory")), **request)
+    directory, speculator = request.pop("directory"), request.pop("speculator", None)
+    decoder = runtime.load(Path(directory), **request, speculator=Path(speculator) if speculator else None)
     seconds = time.perf_counter() - started
     read_back = ("runtime", "dtype", "threads", "max_tokens")
     return decoder, {"load_s": seconds} | {name: getattr(decoder, name) for name in read_back}

@@ -97,7 +97,7 @@ def prompts(path: Path, by: Tokenizer, *, length: int, wanted: int, seed: int) -
     import numpy as np
 
     text = read(path)
-    candidates = [encode(prompt, by, at_least=length).tokens for prompt in _prompt_fields(path, text)]
+    candidates = [encode(prompt, by, at_least=length).tokens for prompt in prompt_fields(path, text)]
     if not candidates:
         tokens = encode(text, by, at_least=4 * wanted * length).tokens
         candidates = [tokens[start : start + length] for start in range(0, len(tokens), length)]
@@ -110,7 +110,7 @@ def prompts(path: Path, by: Tokenizer, *, length: int, wanted: int, seed: int) -
     return [fitting[index] for index in order]
 
 
-def _prompt_fields(path: Path, text: str) -> Iterator[str]:
+def prompt_fields(path: Path, text: str) -> Iterator[str]:
     """Yield the prompts of JSON Lines; nothing where the text is prose: its first line isn't a JSON object."""
     lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not isinstance(_parse(lines[0][1]), dict):

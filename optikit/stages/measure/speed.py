@@ -57,6 +57,8 @@ class ArmOptions(BaseModel):
     """Runtime that loads it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of weights and arithmetic, where the runtime lets one choose."""
+    speculator: str = ""
+    """Which input holds the speculator that it decodes with; empty is plain decoding."""
 
 
 class Options(StageOptions):
@@ -164,6 +166,7 @@ def _load(process: Arm, arm: ArmOptions, options: Options, job: Job) -> dict[str
         dtype=arm.dtype,
         threads=job.threads,
         max_tokens=options.prompt_tokens + options.new_tokens,
+        speculator=str(job.inputs[arm.speculator]) if arm.speculator else None,
     )
     if arm.dtype not in ("auto", loaded["dtype"]):
         message = f"{arm.name}: asked for {arm.dtype}, but {loaded['runtime']} loaded {loaded['dtype']}"
