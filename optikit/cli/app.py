@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from optikit.cli.cache import app as cache
-from optikit.cli.diff import diff
-from optikit.cli.doctor import doctor
-from optikit.cli.explain import explain
-from optikit.cli.generate import generate
-from optikit.cli.init import init
-from optikit.cli.plan import plan
-from optikit.cli.recommend import recommend
-from optikit.cli.report import report
-from optikit.cli.run import run
-from optikit.cli.schema import schema
-from optikit.cli.stages import stages
-from optikit.cli.targets import targets
-from optikit.cli.verify import verify
 from optikit.errors import Exit, OptikitError
+
+VERBS = {
+    "run": "Make the artifact of a recipe, measure it, report on it.",
+    "plan": "Check a recipe; print its steps and what they will take.",
+    "recommend": "Rank the stacks that are legal on a target.",
+    "init": "Write a commented recipe to start from.",
+    "schema": "Print the JSON Schema of recipes.",
+    "targets": "List the hardware that a recipe may name.",
+    "stages": "List verbs and methods.",
+    "explain": "Explain a rule, a stage or a target.",
+    "doctor": "Examine this machine and what is installed.",
+    "report": "Render the reports of a run again.",
+    "diff": "Compare two runs.",
+    "verify": "Check that an output directory is whole.",
+    "generate": "Generate text with what a run wrote.",
+    "cache": "Look after the store of finished steps.",
+}
+"""Every verb is in the module of its name, which is imported when the verb is used."""
 
 EPILOG = """\
 Exit codes: 0 ok, 1 bug, 2 usage, 10 gate failed, 11 gate inconclusive with --strict, 65 recipe invalid,
@@ -28,8 +35,34 @@ Exit codes: 0 ok, 1 bug, 2 usage, 10 gate failed, 11 gate inconclusive with --st
 77 refused, 124 timeout, 130 interrupted, 137 out of memory, 143 terminated.
 """
 
+
+class Verbs(TyperGroup):
+    """Commands that are imported when they are used."""
+
+    def __init__(self, **attrs: Any) -> None:
+        super().__init__(**attrs)
+        self.commands = dict.fromkeys(VERBS)  # type: ignore[assignment]  # names; `get_command` has the rest
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002 - the signature is typer's
+        """Import a verb and return its command; None for an unknown one."""
+        if cmd_name not in VERBS:
+            return None
+        module = import_module(f"optikit.cli.{cmd_name}")
+        verbs = getattr(module, "app", None)
+        if verbs is None:
+            verbs = typer.Typer(add_completion=False, rich_markup_mode=None)
+            verbs.command(cmd_name)(getattr(module, cmd_name))
+        return typer.main.get_command(verbs)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - the signature is typer's
+        """Write the list of verbs."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
 app = typer.Typer(
     name="optikit",
+    cls=Verbs,
     help="Optimize language models for inference by recipe: quantize, prune, speculate, compile, measure.",
     epilog=EPILOG,
     no_args_is_help=True,
@@ -38,10 +71,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-for verb in (run, plan, recommend, init, schema, targets, stages, explain, doctor, report, diff, verify, generate):
-    app.command()(verb)
-app.add_typer(cache, name="cache")
 
 
 def _version(wanted: bool) -> None:

@@ -9,7 +9,12 @@ import typer
 if TYPE_CHECKING:
     from optikit.store.store import Store
 
-app = typer.Typer(help="Look after the store of finished steps and downloads.", no_args_is_help=True)
+app = typer.Typer(
+    help="Look after the store of finished steps and downloads.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from optikit.cli.app import VERBS
+
 HEAVY = ("torch", "transformers", "numpy", "rich", "pydantic", "yaml", "onnxruntime", "onnx", "safetensors", "jinja2")
 
 
@@ -34,6 +36,18 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 @pytest.mark.parametrize("verb", ["run", "plan", "generate", "verify"])
 def test_the_help_of_a_verb_imports_no_more_than_typer_itself_does(verb: str) -> None:
     assert modules_after(help_of(verb, "--help")).isdisjoint({*HEAVY} - {"pydantic"})
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_that_is_listed_can_be_imported_and_has_help(verb: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "optikit", verb, "--help"], capture_output=True, text=True, check=True)
+    assert f"optikit {verb} " in done.stdout.splitlines()[0] + done.stdout.splitlines()[1]
+
+
+def test_a_misspelt_verb_is_answered_with_the_right_one() -> None:
+    done = subprocess.run([sys.executable, "-m", "optikit", "rum"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "'run'" in done.stderr
 
 
 def test_planning_needs_no_torch() -> None:
