@@ -13,6 +13,7 @@ A failed job directory is the bug report. No response means that the process die
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import resource
@@ -80,13 +81,15 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def versions(libraries: tuple[str, ...]) -> dict[str, str]:
     """Return the installed versions of distributions; those that aren't installed are left out."""
-    found = {}
-    for name in libraries:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {name: found for name in libraries if (found := _version(name))}
+
+
+@functools.cache
+def _version(library: str) -> str | None:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,20 @@ def test_imports_that_lead_in_circles_end(tmp_path: Path, monkeypatch: pytest.Mo
     (package / "b.py").write_text("import optikit.a\n")
     monkeypatch.setattr(provenance, "ROOT", package)
     assert closure("optikit.a") == ("optikit.a", "optikit.b")
+
+
+def test_imports_are_found_as_the_parser_finds_them() -> None:
+    def parsed(source: str) -> set[str]:
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        return {name for name in found if name.startswith("optikit")}
+
+    sources = [path.read_text(encoding="utf-8") for path in provenance.ROOT.rglob("*.py")]
+    sources.append("if a:\n    from optikit.b import (  # why\n  c as d,  # because\n  e,\n )\nimport optikit.f as g\n")
+    assert len(sources) > 100
+    for source in sources:
+        assert parsed(source) <= set(provenance._imports(source))
