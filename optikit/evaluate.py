@@ -121,7 +121,12 @@ class _Run:
     def result(self) -> Measurement:
         """The last artifact."""
         stages = [step for step in self.plan.steps if step.verb not in ("acquire", "speculate")]
+        stages = [step for step in stages if not self.emitted(step)]
         return self.measurement(stages[-1], last=True) if stages else self.baseline
+
+    def emitted(self, step: Step) -> bool:
+        """Return whether a step only wrote what another machine will do: there is nothing of it to measure."""
+        return self.statuses.get(step.name) == "emitted"
 
     @cached_property
     def speculation(self) -> dict[str, Any] | None:
@@ -133,6 +138,8 @@ class _Run:
         """Return what was measured of the artifact of a step: its speed, too, if it is the last one."""
         is_last = step is self.plan.steps[-1] if last is None else last
         size = weight_bytes(self.artifacts[step.key])
+        if self.emitted(step):
+            return Measurement(size_bytes=size, reason=f"emitted: {step.method} runs elsewhere, nothing was measured")
         if step.verb == "speculate":
             return Measurement(size_bytes=size, reason="it changes no weights; what it brings is told as speculation")
         quality = self._quality(BASELINE if step.verb == "acquire" else step.name)
@@ -255,7 +262,7 @@ class _Run:
     def attribution(self) -> Iterator[dict[str, Any]]:
         """Yield what each step alone did to perplexity and size: against the artifact it was made from."""
         for step in self.plan.steps:
-            if step.verb == "acquire":
+            if step.verb == "acquire" or self.emitted(step):
                 continue
             if step.verb == "speculate":
                 measured = (self.speculation or {}).get("speedup")
@@ -291,6 +298,8 @@ class _Run:
             yield f"The model's weights came from a {packed} file: what that lost is part of the baseline."
         if wanted.perplexity is not None and wanted.perplexity.windows < FEW_WINDOWS:
             yield f"{wanted.perplexity.windows} windows are few: quality intervals are wide and rest on Student's t."
+        for step in filter(self.emitted, self.plan.steps):
+            yield f"{step.name} was emitted: size and quality are those of the weights that it will compile."
         if self.speculation is not None and self.speculation["chosen"] == "off":
             yield f"Speculation by {self.speculation['method']} was measured and is switched off: it doesn't pay here."
         facts = self.speed_facts

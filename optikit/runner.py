@@ -122,12 +122,18 @@ def _one(
 ) -> tuple[Artifact, Status]:
     found = store.find(step.key)
     if found is not None:
-        return found, "cached"
+        return found, _status(found, "cached")
     with store.lock(step.key, timeout=settings.lock_timeout, waiting=progress.note):
         found = store.find(step.key)  # whoever held the lock may have done the work
         if found is not None:
-            return found, "cached"
-        return _perform(step, plan, artifacts, store, progress, settings), "executed"
+            return found, _status(found, "cached")
+        artifact = _perform(step, plan, artifacts, store, progress, settings)
+        return artifact, _status(artifact, "executed")
+
+
+def _status(artifact: Artifact, done: Status) -> Status:
+    """Say `emitted` of files whose work is left to another machine, whether written now or before."""
+    return "emitted" if artifact.manifest.facts.get("emitted") else done
 
 
 def _perform(

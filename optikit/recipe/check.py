@@ -119,8 +119,13 @@ def _entry(item: Node, at: Loc, marks: Marks, problems: list[Problem]) -> StageE
     backend = data.pop("backend", "optikit")
     if not isinstance(backend, str):
         raise _Bad("wrong-type", f"backend must be text, {_not(backend)}", "write a name", (*at, "backend"))
-    options = _validated(stages.load(verb, method).Options, data, marks, at, problems)
-    return StageEntry(verb=verb, method=method, backend=backend, options=options) if options is not None else None
+    known = stages.load(verb, method).Options
+    if "backend" in known.model_fields and backend != "optikit":  # what it writes differs by who will do the work
+        data["backend"] = backend
+    options = _validated(known, data, marks, at, problems)
+    if options is None:
+        return None
+    return StageEntry(verb=verb, method=method, backend=getattr(options, "backend", backend), options=options)
 
 
 def _verb(item: Node, at: Loc) -> str:

@@ -255,12 +255,17 @@ def _scheme(stored: Mapping[str, Any]) -> dict[str, Any]:
     return {"bits": weights.get("num_bits"), "sym": weights.get("symmetric"), **kept}
 
 
+_SHORT: Mapping[str, str] = {"nxd-inference": "nxdi"}
+"""Backends whose rules have a shorter name for them."""
+
+
 def _serve(stack: Stack) -> dict[str, Any]:
     """Merge the compile stage's options with what the recipe says of serving; the latter wins."""
     values: dict[str, Any] = {}
     if stack.compiled is not None:
         _, stage = stack.compiled
-        values = {**stage.options, "engine": stage.method if stage.backend == "optikit" else stage.backend}
+        engine = stage.method if stage.backend == "optikit" else stage.backend
+        values = {**stage.options, "engine": _SHORT.get(engine, engine)}
     return values | dict(stack.serve)
 
 
