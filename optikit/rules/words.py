@@ -32,7 +32,7 @@ FACTS: Mapping[str, str] = MappingProxyType(
 )
 STAGE: Mapping[str, str] = MappingProxyType(
     {
-        "verb": "finetune, prune, quantize, speculate, compile",
+        "verb": "prune, finetune, quantize, speculate, compile",
         "method": "the method, or the engine of a compile stage",
         "backend": "who does the work",
         "head_parameters": "weights of one Medusa head",

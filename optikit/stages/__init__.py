@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
     from optikit.stages.protocol import Stage
 
-VERBS = ("finetune", "prune", "quantize", "speculate", "compile")
-"""The public verbs, in the one order that makes sense: each later one builds on final output of the earlier."""
+VERBS = ("prune", "finetune", "quantize", "speculate", "compile")
+"""The public verbs, in the usual order: each later one builds on final output of the earlier. Only finetune may also come
+before prune."""
 
 INTERNAL_VERBS = ("acquire", "measure")
 """Steps that the plan adds itself: turning a source into a model directory, and measuring artifacts."""

@@ -104,7 +104,7 @@ def test_edits_mean_what_they_say(stages, style, index):
     assert changed[:index] + changed[index + 1 :] == stages[:index] + stages[index + 1 :]
     if len(stages) > 1:
         assert plain(edits.remove_stage(text, index)) == stages[:index] + stages[index + 1 :]
-    order = ["finetune", "prune", "quantize", "speculate", "compile"]
+    order = ["prune", "finetune", "quantize", "speculate", "compile"]
     ordered = edits.sort_stages(text)
     assert (plain(ordered) if ordered else stages) == sorted(stages, key=lambda stage: order.index(next(iter(stage))))
 
