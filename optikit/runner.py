@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -180,6 +180,7 @@ def _request(step: Step, plan: Plan, artifacts: Mapping[str, Artifact], settings
         "device": plan.device,
         "threads": settings.threads,
         "max_memory_bytes": plan.max_memory_bytes,
+        "target": asdict(plan.target),
     }
 
 

@@ -29,6 +29,8 @@ from optikit.errors import BY_CODE, Exit, OptikitError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from optikit.targets import Target
+
 SECONDS_BETWEEN_EVENTS = 0.1
 OUT_OF_MEMORY_TEXTS = (
     "can't allocate memory",
@@ -127,6 +129,15 @@ def as_failure(error: BaseException) -> dict[str, Any]:
     return {"ok": False, "code": int(code), "message": message, "fix": fix, "traceback": trace}
 
 
+def _target(fields: dict[str, Any] | None) -> Target | None:
+    """Return the target that a request describes; JSON has no tuples."""
+    from optikit.targets import Target
+
+    if fields is None:
+        return None
+    return Target(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+
+
 def perform(directory: Path) -> dict[str, Any]:
     """Do the work of a job directory and return the response.
 
@@ -150,6 +161,7 @@ def perform(directory: Path) -> dict[str, Any]:
         device=request["device"],
         threads=request["threads"],
         max_memory_bytes=request["max_memory_bytes"],
+        target=_target(request.get("target")),
         progress=_reporter(directory / "events.jsonl"),
     )
     started = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -233,6 +234,7 @@ def _stage_step(context: Context, stage: Stage, index: int, facts: ModelFacts, p
             parent=parent or context.model.digest,
             calibration=digest,
             **({"prompts": prompts.digest} if prompts else {}),
+            **({"target": asdict(context.target)} if getattr(stage, "TARGETED", False) else {}),
             device=context.device,
             isa=host.isa() if stage.CALIBRATED else (),  # decides whether matrix products run in bf16
         ),

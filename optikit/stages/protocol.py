@@ -69,6 +69,7 @@ class Job:
         device: torch device: `cpu` or `cuda`.
         threads: CPU threads to use.
         max_memory_bytes: Bound on the step's memory, or None.
+        target: Where the artifact will run, for stages that write for it (`TARGETED = True`).
         progress: Called with (done, total, what).
     """
 
@@ -81,6 +82,7 @@ class Job:
     device: str = "cpu"
     threads: int = 1
     max_memory_bytes: int | None = None
+    target: Target | None = None
     progress: Callable[[int, int, str], None] = _silent
 
 
