@@ -135,7 +135,8 @@ def _target(fields: dict[str, Any] | None) -> Target | None:
 
     if fields is None:
         return None
-    return Target(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    return Target(**values)
 
 
 def perform(directory: Path) -> dict[str, Any]:
