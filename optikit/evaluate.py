@@ -5,8 +5,9 @@ Light: numpy is imported only where kept log-likelihoods of two steps are compar
 
 from __future__ import annotations
 
+import math
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -19,6 +20,7 @@ from optikit.metrics import cost
 from optikit.recipe.schema import as_written
 from optikit.report.schema import (
     Cost,
+    Interval,
     Measurement,
     OtherBaseline,
     Quality,
@@ -39,11 +41,12 @@ WEIGHT_SUFFIXES = frozenset({".safetensors", ".onnx", ".data", ".bin", ".xml", "
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "onnxruntime", "onnxruntime-genai")
 BASELINE, RESULT = "baseline", "result"
 QUALITY = "measure-quality-"
+TASKS = "measure-tasks-"
 SPEED = "measure-speed"
 SPECULATION = "measure-speculation"
 NLL = "nll.npy"
 SECTIONS = frozenset(Quality.model_fields)
-"""Facts of a quality step that are the measurement itself; the rest is detail."""
+"""Facts of a quality or tasks step that are the measurement itself; the rest is detail."""
 FEW_WINDOWS = 8
 FOR_P95 = 90
 """`statistics.requests_needed(0.95)`; written out, because that module loads numpy."""
@@ -159,8 +162,10 @@ class _Run:
         wanted = self.plan.recipe.evaluate
         if quality is None:
             yield (
-                "quality: the recipe has no `evaluate: {perplexity: …}`"
-                if wanted.perplexity is None
+                "quality: the recipe has no `evaluate: {perplexity: …}` or `{tasks: …}`"
+                if wanted.perplexity is None and not wanted.tasks
+                else "quality: tasks are put to the result only"
+                if wanted.perplexity is None and arm != RESULT
                 else "quality: no runtime on this machine loads this artifact"
             )
         if speed is None and not arm:
@@ -177,10 +182,13 @@ class _Run:
         return self.artifacts.get(step.key) if step else None
 
     def _quality(self, name: str) -> Quality | None:
-        found = self._measure(QUALITY + name)
-        if found is None:
+        found = [each.manifest.facts for each in (self._measure(TASKS + name), self._measure(QUALITY + name)) if each]
+        if not found:
             return None
-        return Quality.model_validate({key: value for key, value in found.manifest.facts.items() if key in SECTIONS})
+        facts = {
+            key: value for each in found for key, value in each.items() if key in SECTIONS and value not in ({}, None)
+        }
+        return Quality.model_validate(facts)
 
     def _speed(self, arm: str) -> Speed | None:
         found = self.speed_facts.get("arms", {}).get(arm)
@@ -208,7 +216,7 @@ class _Run:
 
     def _quality_values(self) -> dict[str, Value]:
         missing = Value(reason=self.result.reason or "the result has no quality to compare")
-        found = dict.fromkeys(("perplexity_ratio", "kl_divergence_mean", "top1_agreement"), missing)
+        found = dict.fromkeys((name for name, part in gates.NEEDS.items() if part in ("perplexity", "tasks")), missing)
         quality = self.result.quality
         if quality is None:
             return found
@@ -222,7 +230,7 @@ class _Run:
         found["top1_agreement"] = Value(
             value=quality.top1_agreement, ci95=quality.top1_agreement_ci95, reason=quality.reason
         )
-        return found
+        return found | dict(_task_values(quality))
 
     def _speed_values(self) -> dict[str, Value]:
         ratios = self.speedup(RESULT)
@@ -332,6 +340,35 @@ class _Run:
             yield f"95th percentiles are left out: {runs} repetitions are too few, {FOR_P95} are needed."
         if facts["prompts"] < runs:
             yield f"The text has only {facts['prompts']} prompts of that length: some were decoded more than once."
+
+
+def _task_values(quality: Quality) -> Iterator[tuple[str, Value]]:
+    """Yield what gates may limit of the tasks: means over tasks, which weigh the same."""
+    tasks = list(quality.tasks.values())
+    if not tasks:
+        return
+    yield "task_accuracy", _mean([(task.accuracy, task.accuracy_ci95) for task in tasks])
+    together = quality.tasks_verdict
+    if together is None:
+        return
+    yield "task_accuracy_change", Value(value=together.change, ci95=together.change_ci95)
+    yield "task_flip_rate", Value(value=sum(task.flip_rate or 0 for task in tasks) / len(tasks))
+    written = [
+        (task.output_length_ratio, task.output_length_ratio_ci95)
+        for task in tasks
+        if task.output_length_ratio is not None and task.output_length_ratio_ci95 is not None
+    ]
+    missing = Value(reason="no task has written answers")
+    yield "output_length_ratio", _mean(written) if written else missing
+
+
+def _mean(found: Sequence[tuple[float, Interval]]) -> Value:
+    """Return the mean of independent values: errors on each side are added in squares."""
+    count = len(found)
+    value = sum(each for each, _ in found) / count
+    below = math.hypot(*(each - ci95[0] for each, ci95 in found)) / count
+    above = math.hypot(*(ci95[1] - each for each, ci95 in found)) / count
+    return Value(value=value, ci95=(value - below, value + above))
 
 
 def weight_bytes(artifact: Artifact) -> int:

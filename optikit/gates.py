@@ -21,6 +21,10 @@ NEEDS: Mapping[str, str] = {
     "perplexity_ratio": "perplexity",
     "kl_divergence_mean": "perplexity",
     "top1_agreement": "perplexity",
+    "task_accuracy": "tasks",
+    "task_accuracy_change": "tasks",
+    "task_flip_rate": "tasks",
+    "output_length_ratio": "tasks",
     "decode_speedup": "speed",
     "prefill_speedup": "speed",
     "peak_memory_mib": "speed",
@@ -95,7 +99,7 @@ def _obstacles(name: str, recipe: Recipe) -> Iterator[tuple[str, str]]:
     part = NEEDS.get(name, "")
     if not recipe.stages:
         yield "judges a result, but the recipe has no stages", "add a stage, or remove the gate"
-    elif part and getattr(recipe.evaluate, part) is None:
+    elif part and not getattr(recipe.evaluate, part):
         yield (
             f"limits what `evaluate: {part}` measures, and the recipe leaves that out",
             f"add `evaluate: {{{part}: …}}`",

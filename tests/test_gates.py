@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from optikit import gates, stages
 from optikit.gates import Value
-from optikit.recipe.schema import GATE_METRICS, Evaluate, Gate, PerplexityOptions, Recipe, SpeedOptions, StageEntry
+from optikit.recipe.schema import (
+    GATE_METRICS,
+    Evaluate,
+    Gate,
+    PerplexityOptions,
+    Recipe,
+    SpeedOptions,
+    StageEntry,
+    TaskOptions,
+)
 from optikit.stages.protocol import StageOptions
 
 
@@ -84,7 +93,8 @@ def recipe(gate, last="compile", **evaluate):
 
 @pytest.mark.parametrize("name", list(GATE_METRICS))
 def test_every_metric_is_measurable_in_some_recipe_and_not_in_an_empty_one(name):
-    everything = {"perplexity": PerplexityOptions(text="t"), "speed": SpeedOptions()}
+    tasks = (TaskOptions(name="t", text="t"),)
+    everything = {"perplexity": PerplexityOptions(text="t"), "speed": SpeedOptions(), "tasks": tasks}
     assert gates.unmeasurable(recipe(name, **everything)) == []
     (problem,) = gates.unmeasurable(recipe(name, last="", **everything))
     assert problem.loc == ("gates", name)

@@ -6,6 +6,7 @@ Paper   Dutta et al., "Accuracy is Not All You Need", NeurIPS 2024, arXiv:2407.0
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -54,19 +55,17 @@ def compare(
     candidate: Bools,
     *,
     answers: tuple[Sequence[object], Sequence[object]] | None = None,
-    seed: int = 0,
 ) -> Flips:
     """Compare correctness (n,) of two models on the same items in the same order; `answers` are both models' own.
 
     Raises:
-        ValueError: Arrays of different lengths, or fewer than two items.
+        ValueError: Arrays of different lengths.
     """
     if baseline.shape != candidate.shape:
         msg = f"correctness of different items: {baseline.shape} and {candidate.shape}"
         raise ValueError(msg)
     lost, won = int((baseline & ~candidate).sum()), int((~baseline & candidate).sum())
     items = len(baseline)
-    difference = candidate.astype(np.float64) - baseline
     changed = None
     if answers is not None:
         changed = sum(before != after for before, after in zip(*answers, strict=True)) / items
@@ -74,8 +73,8 @@ def compare(
         items=items,
         baseline=float(baseline.mean()),
         candidate=float(candidate.mean()),
-        change=float(difference.mean()),
-        change_ci95=statistics.mean_interval(difference, seed=seed),
+        change=(won - lost) / items,
+        change_ci95=statistics.paired_change_interval(lost, won, items),
         lost=lost,
         won=won,
         flip_rate=(lost + won) / items,
@@ -93,7 +92,7 @@ class Verdict:
         p_worse: Pooled one-sided p-value that the candidate is worse on the mean over tasks.
         p_by_task: Each task's own p-value, adjusted for their number (Holm).
         worse: Tasks whose adjusted p-value is below 5 %.
-        change: Mean over tasks of the change of accuracy.
+        change, change_ci95: Mean over tasks of the change of accuracy, with its interval.
         conclusion: `worse` if the pooled test or any task says so.
     """
 
@@ -101,6 +100,7 @@ class Verdict:
     p_by_task: Mapping[str, float]
     worse: tuple[str, ...]
     change: float
+    change_ci95: Interval
     conclusion: Literal["worse", "no measurable loss"]
 
 
@@ -112,11 +112,15 @@ def over_tasks(tasks: Mapping[str, Flips], *, seed: int = 0) -> Verdict:
     adjusted = dict(zip(tasks, statistics.holm([each.p_worse for each in tasks.values()]), strict=True))
     pooled = permutation(list(tasks.values()), seed=seed)
     worse = tuple(name for name, p in adjusted.items() if p <= LEVEL / 2)
+    ends = np.array([each.change_ci95 for each in tasks.values()])
+    middle = float(ends.mean())
+    half = math.sqrt(float(((ends[:, 1] - ends[:, 0]) ** 2).sum())) / 2 / len(ends)  # tasks are independent
     return Verdict(
         p_worse=pooled,
         p_by_task=adjusted,
         worse=worse,
         change=float(np.mean([each.change for each in tasks.values()])),
+        change_ci95=(middle - half, middle + half),
         conclusion="worse" if worse or pooled <= LEVEL / 2 else "no measurable loss",
     )
 

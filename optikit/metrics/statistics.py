@@ -146,6 +146,33 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     return tuple(adjusted)
 
 
+def share_interval(right: int, items: int) -> Interval:
+    """Return Wilson's 95 % interval of a share: never empty, also where none or all of the items are right.
+
+    >>> [round(end, 3) for end in share_interval(0, 20)]
+    [0.0, 0.161]
+    """
+    z = NormalDist().inv_cdf(0.975)
+    share, spread = right / items, z * z / items
+    middle = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def paired_change_interval(lost: int, won: int, items: int) -> Interval:
+    """Return the 95 % interval of (won - lost) / items for paired items: Wald's with half an item added to each cell.
+
+    Paper: Agresti and Min 2005, doi:10.1002/sim.1781. Not empty where nothing flipped: few items prove little.
+
+    >>> [round(end, 3) for end in paired_change_interval(0, 0, 20)]
+    [-0.089, 0.089]
+    """
+    total, fewer, more = items + 2, lost + 0.5, won + 0.5
+    change = (more - fewer) / total
+    half = NormalDist().inv_cdf(0.975) * math.sqrt((fewer + more) / total - change**2) / math.sqrt(total)
+    return max(-1.0, change - half), min(1.0, change + half)
+
+
 def detectable_flips(items: int, flip_rate: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
     """Return the smallest change of accuracy that `items` paired items can show: (z_level + z_power)·√(flips/items).
 

@@ -1,7 +1,8 @@
-r"""Tasks with right answers: multiple choice by log-likelihood, questions by exact match. Items are JSON lines.
+r"""Tasks with right answers: multiple choice by log-likelihood, questions by exact match, SQL by its rows. JSON Lines.
 
     {"prompt": "The sky is", "choices": ["blue", "made of cheese"], "answer": 0}
     {"prompt": "Q: 2 + 2?\nA:", "answer": "4"}            or "answer": ["4", "four"]
+    {"prompt": "-- How many towns?\n", "schema": "CREATE TABLE …; INSERT …", "answer": "SELECT count(*) FROM town"}
 
 Choices are scored as lm-evaluation-harness scores them: the log-likelihood of " " + choice after the prompt, tokenized
 together; `acc` takes the likeliest choice, `acc_norm` the likeliest per character. The prompt is read once and its
@@ -11,22 +12,27 @@ key-value cache serves all choices.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from sqlite3 import Error
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from optikit.errors import InputMissingError
-from optikit.metrics import perplexity
+from optikit.metrics import perplexity, sql
 from optikit.runtime.protocol import Decoder
 
 CHUNK = 256
 """Tokens per call while a prompt is read."""
 DELIMITER = " "
 """Between prompt and choice."""
+
+
+class NotFiniteError(ValueError):
+    """A runtime returned NaN or infinity where an answer depends on it."""
 
 
 class Tokenizer(Protocol):
@@ -60,8 +66,28 @@ class Question:
     answers: tuple[str, ...]
 
 
-def read(path: Path) -> tuple[Choice, ...] | tuple[Question, ...]:
-    """Read the items of a task: all with choices, or none.
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """A prompt for an SQL query; `schema` makes the database that it and the right `answer` are run on."""
+
+    id: str
+    prompt: str
+    schema: str
+    answer: str
+
+
+Item = Choice | Question | Query
+Kind = Literal["choice", "text", "sql"]
+KINDS: Mapping[type[Item], Kind] = {Choice: "choice", Question: "text", Query: "sql"}
+
+
+def kind(items: Sequence[Item]) -> Kind:
+    """Name what the items of a task ask for."""
+    return KINDS[type(items[0])]
+
+
+def read(path: Path) -> tuple[Item, ...]:
+    """Read the items of a task: all of one kind.
 
     Raises:
         InputMissingError: No items, or a line that isn't one; says which line and why.
@@ -72,17 +98,16 @@ def read(path: Path) -> tuple[Choice, ...] | tuple[Question, ...]:
         raise InputMissingError(f"task file {path} doesn't exist", fix="check its path") from error
     except UnicodeDecodeError as error:
         raise InputMissingError(f"task file {path} is not UTF-8", fix="convert it to UTF-8") from error
-    items = [_item(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    choices = tuple(item for item in items if isinstance(item, Choice))
-    questions = tuple(item for item in items if isinstance(item, Question))
+    items = tuple(_item(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
     if not items:
         raise InputMissingError(f"task file {path} has no items", fix="every line is one JSON object")
-    if choices and questions:
-        raise InputMissingError(f"{path} mixes items with and without choices", fix="split it into two tasks")
-    return choices or questions
+    kinds = sorted({KINDS[type(item)] for item in items})
+    if len(kinds) > 1:
+        raise InputMissingError(f"{path} mixes items of kinds {' and '.join(kinds)}", fix="split it into tasks")
+    return items
 
 
-def _item(path: Path, number: int, line: str) -> Choice | Question:
+def _item(path: Path, number: int, line: str) -> Item:
     try:
         entry = json.loads(line)
     except ValueError:
@@ -93,6 +118,8 @@ def _item(path: Path, number: int, line: str) -> Choice | Question:
     name, prompt, answer = str(entry.get("id", number)), entry["prompt"], entry["answer"]
     if "choices" in entry:
         return Choice(id=name, prompt=prompt, choices=tuple(entry["choices"]), answer=answer)
+    if "schema" in entry:
+        return Query(id=name, prompt=prompt, schema=entry["schema"], answer=answer)
     return Question(id=name, prompt=prompt, answers=(answer,) if isinstance(answer, str) else tuple(answer))
 
 
@@ -102,12 +129,20 @@ def _problem(entry: Any) -> str:
         return 'expected {"prompt": "…", "answer": …}'
     answer = entry.get("answer")
     if "choices" not in entry:
-        return "" if _texts(answer if isinstance(answer, list) else [answer]) else "`answer` must be a text, or several"
+        return _problem_of_writing(entry, answer)
     if not _texts(entry["choices"]) or len(entry["choices"]) < 2:
         return "`choices` must be two or more texts"
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(entry["choices"]):
         return f"`answer` must be a number from 0 to {len(entry['choices']) - 1}, got {answer!r}"
     return ""
+
+
+def _problem_of_writing(entry: Mapping[str, Any], answer: Any) -> str:
+    if not entry["prompt"]:
+        return "`prompt` is empty, and there is nothing to go on from"
+    if "schema" in entry:
+        return "" if _texts([entry["schema"], answer]) else "`schema` and `answer` must be texts, both SQL"
+    return "" if _texts(answer if isinstance(answer, list) else [answer]) else "`answer` must be a text, or several"
 
 
 def _texts(value: Any) -> bool:
@@ -156,10 +191,13 @@ def choose(decoder: Decoder, tokenizer: Tokenizer, item: Choice, *, start_token:
 
     Raises:
         InputMissingError: Prompt and choice together exceed the model's context.
+        NotFiniteError: The model returned NaN or infinity.
     """
     pairs = [split_pair(tokenizer, item.prompt, DELIMITER + choice) for choice in item.choices]
     reader = _Reader(decoder, item.id)
     likelihoods = tuple(reader.loglikelihood(head or [start_token], tail) for head, tail in pairs)
+    if not np.isfinite(likelihoods).all():
+        raise NotFiniteError(f"a log-likelihood of item {item.id} is not a finite number")
     lengths = [len(choice) for choice in item.choices]
     best = int(np.argmax(likelihoods))
     best_norm = int(np.argmax(np.array(likelihoods) / lengths))
@@ -212,7 +250,7 @@ def _require_fit(decoder: Decoder, tokens: int, item: str) -> None:
 def answer(
     decoder: Decoder,
     tokenizer: Tokenizer,
-    item: Question,
+    item: Question | Query,
     *,
     most_tokens: int = 64,
     stop: Sequence[str] = ("\n",),
@@ -220,10 +258,11 @@ def answer(
 ) -> Answered:
     """Write greedily until a stop text, an end token, or `most_tokens`; right if one of the answers is what came.
 
-    Blanks are compared loosely (ends stripped, runs as one), letters exactly.
+    Blanks are compared loosely (ends stripped, runs as one), letters exactly. A query is right if it returns the rows
+    of the right one.
 
     Raises:
-        InputMissingError: Prompt and answer together exceed the model's context.
+        InputMissingError: Prompt and answer together exceed the model's context, or an item's own SQL fails.
     """
     prompt = list(tokenizer.encode(item.prompt))
     _require_fit(decoder, len(prompt) + most_tokens, item.id)
@@ -238,8 +277,23 @@ def answer(
             break
     for mark in stop:
         text = text.split(mark, 1)[0]
-    right = _normal(text) in {_normal(each) for each in item.answers}
-    return Answered(id=item.id, text=text, tokens=len(written), correct=right)
+    return Answered(id=item.id, text=text, tokens=len(written), correct=_is_right(item, text))
+
+
+def _is_right(item: Question | Query, text: str) -> bool:
+    if isinstance(item, Question):
+        return _normal(text) in {_normal(each) for each in item.answers}
+    try:
+        return sql.same_result(item.schema, item.answer, text).correct
+    except (ValueError, Error) as error:
+        raise InputMissingError(f"item {item.id}: {error}", fix="correct its `schema` and `answer`") from error
+
+
+def tokens_needed(tokenizer: Tokenizer, item: Item, most_tokens: int) -> int:
+    """Return how many tokens of context an item takes."""
+    if isinstance(item, Choice):
+        return 1 + max(len(tokenizer.encode(f"{item.prompt}{DELIMITER}{choice}")) for choice in item.choices)
+    return len(tokenizer.encode(item.prompt)) + most_tokens
 
 
 def _normal(text: str) -> str:

@@ -119,6 +119,7 @@ def _texts(recipe: Recipe) -> dict[str, Text]:
     speed = recipe.evaluate.speed
     if speed is not None and speed.prompts:
         named["prompts"] = Text(text=speed.prompts)
+    named |= {f"tasks.{task.name}": task for task in recipe.evaluate.tasks}
     for index, entry in enumerate(recipe.stages):
         own = getattr(entry.options, "prompts", "")
         if own:
@@ -155,12 +156,12 @@ def _steps(context: Context) -> tuple[tuple[Step, ...], list[Problem]]:
     facts = steps[-1].after if steps else context.facts
     problems: list[Problem] = []
     for index, entry in enumerate(context.recipe.stages):
-        stage = context.stage(entry.verb, entry.method)
+        stage = context.stage(entry.verb, entry.method, entry.backend)
         found = [p.under("stages", index, entry.verb) for p in _stage_problems(context, stage, entry, facts)]
         problems += found
         if any(problem.code == "needs-trait" for problem in found):
             break
-        step = _stage_step(context, stage, index, facts, _parent(steps))
+        step = _stage_step(context, stage, index, facts, steps)
         steps.append(step)
         facts = step.after
     return tuple(steps), problems
@@ -210,8 +211,9 @@ def _stage_problems(context: Context, stage: Stage, entry: StageEntry, facts: Mo
     yield from stage.check(entry.options, facts, context.target)
 
 
-def _stage_step(context: Context, stage: Stage, index: int, facts: ModelFacts, parent: str) -> Step:
+def _stage_step(context: Context, stage: Stage, index: int, facts: ModelFacts, before: Sequence[Step]) -> Step:
     entry = context.recipe.stages[index]
+    parent, teacher = _parent(before), before[0].key if before and before[0].verb == "acquire" else ""
     wanted = context.recipe.calibration if stage.CALIBRATED else None
     calibration, digest, tokens = None, "", 0
     if wanted is not None:
@@ -220,6 +222,7 @@ def _stage_step(context: Context, stage: Stage, index: int, facts: ModelFacts, p
         digest = f"{text.digest}:{wanted.samples}x{wanted.length}"
         tokens = wanted.samples * wanted.length
     prompts = stage_prompts(context, index)
+    inputs = {"teacher": teacher} if hasattr(entry.options, "teacher") else {}
     return Step(
         name=_name(index, entry),
         verb=entry.verb,
@@ -239,6 +242,7 @@ def _stage_step(context: Context, stage: Stage, index: int, facts: ModelFacts, p
             isa=host.isa() if stage.CALIBRATED else (),  # decides whether matrix products run in bf16
         ),
         source=parent,
+        inputs=inputs,
         files={"prompts": str(prompts.path)} if prompts else {},
         calibration=calibration,
         environment=stage.ENVIRONMENT,

@@ -33,6 +33,8 @@ def measure_steps(context: Context, steps: Sequence[Step]) -> tuple[Step, ...]:
     found: list[Step] = []
     if wanted.perplexity is not None:
         found += _quality(context, wanted.perplexity, written, baseline)
+    if wanted.tasks:
+        found += _tasks(context, written[-1:], baseline)
     if not written or written[-1].verb != "compile":
         return tuple(found)
     speculators = [(index, step) for index, step in enumerate(_stages(steps)) if step.verb == "speculate"]
@@ -122,6 +124,50 @@ def _quality_step(
         source=source,
         inputs=inputs,
         files={"text": str(text.path)},
+        estimate=stage.estimate(options, facts, context.target, 0),
+        before=facts,
+        after=facts,
+    )
+
+
+def _tasks(context: Context, written: Sequence[Step], baseline: str) -> Iterator[Step]:
+    """Yield the steps that put tasks to the baseline and to the result: twice all items, however many steps there are.
+
+    Logits tell what every step does to quality; answers tell whether what is shipped still does its work.
+    """
+    reference = _tasks_step(context, "baseline", ("transformers", baseline, context.facts), baseline, "")
+    yield reference
+    for step in written:
+        yield _tasks_step(context, step.name, (runtime(step), step.key, step.after), baseline, reference.key)
+
+
+def _tasks_step(
+    context: Context, name: str, subject: tuple[str, str, ModelFacts], baseline: str, reference: str
+) -> Step:
+    engine, source, facts = subject
+    stage = context.stage("measure", "tasks")
+    wanted = context.recipe.evaluate.tasks
+    options = stage.Options.model_validate(
+        {
+            "runtime": engine,
+            "dtype": "float32" if engine == "transformers" else "auto",
+            "tasks": [task.model_dump(include={"name", "items", "most_tokens", "stop"}) for task in wanted],
+        }
+    )
+    texts = {task.name: context.texts[f"tasks.{task.name}"] for task in wanted}
+    inputs = {"tokenizer": baseline} | ({"baseline": reference} if reference else {})
+    parts = {"parent": source or context.model.digest, "inputs": inputs}
+    return Step(
+        name=f"measure-tasks-{name}",
+        verb="measure",
+        method="tasks",
+        options=options,
+        key=context.key(
+            "measure", "tasks", options, tasks={name: text.digest for name, text in texts.items()}, **parts
+        ),
+        source=source,
+        inputs=inputs,
+        files={f"task:{name}": str(text.path) for name, text in texts.items()},
         estimate=stage.estimate(options, facts, context.target, 0),
         before=facts,
         after=facts,

@@ -72,6 +72,23 @@ class SpeedOptions(_Frozen):
     """Runs per arm before measuring; the first of them is reported as the cold run."""
 
 
+class TaskOptions(Text):
+    """Items with right answers, JSON Lines: choices, texts or SQL queries, as `prompt`, `answer`, `choices`, `schema`.
+
+    {"prompt": "The sky is", "choices": ["blue", "made of cheese"], "answer": 0}, or without choices and an answer that
+    has to come, or with a `schema` in SQL and a query as answer, which is right if it returns the same rows.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """What to call it in the report."""
+    items: int = Field(default=200, ge=2, le=100000)
+    """Number of items, from the start of the file; fewer where it has fewer. Part of the protocol's name."""
+    most_tokens: int = Field(default=64, ge=1, le=65536)
+    """Longest answer, in tokens, where one is written."""
+    stop: tuple[str, ...] = ("\n",)
+    """Texts that end a written answer."""
+
+
 class BaselineOptions(_Frozen):
     """What the result is compared with: the untouched model in the runtime its user would otherwise use."""
 
@@ -86,6 +103,8 @@ class Evaluate(_Frozen):
     """What to measure. A part that is left out is not measured, and the report says so."""
 
     perplexity: PerplexityOptions | None = None
+    tasks: tuple[TaskOptions, ...] = ()
+    """Questions with right answers, put to the baseline and to the result."""
     speed: SpeedOptions | None = None
     baseline: BaselineOptions = BaselineOptions()
 
@@ -93,6 +112,15 @@ class Evaluate(_Frozen):
     def _prompted(self) -> Evaluate:
         if self.speed is not None and not self.speed.prompts and self.perplexity is None:
             msg = "speed needs prompts; name `prompts`, or a perplexity text to take passages from"
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _named(self) -> Evaluate:
+        names = [task.name for task in self.tasks]
+        twice = next((name for name in names if names.count(name) > 1), "")
+        if twice:
+            msg = f"two tasks are called {twice!r}; give each a name of its own"
             raise ValueError(msg)
         return self
 
@@ -159,6 +187,10 @@ GATE_METRICS: Mapping[str, str] = {
     "perplexity_ratio": "perplexity of the result divided by the baseline's, same windows",
     "kl_divergence_mean": "mean KL divergence from the baseline per token, in nats",
     "top1_agreement": "share of positions where baseline and result agree on the likeliest token",
+    "task_accuracy": "share of right answers of the result, mean over tasks",
+    "task_accuracy_change": "share of right answers of the result minus the baseline's, mean over tasks",
+    "task_flip_rate": "share of items that changed between right and wrong, mean over tasks",
+    "output_length_ratio": "tokens that the result writes divided by the baseline's, mean over tasks of written answers",
     "decode_speedup": "decode speed of the result divided by the baseline's",
     "prefill_speedup": "prefill speed of the result divided by the baseline's",
     "size_ratio": "bytes of the result's weights divided by the baseline's",

@@ -43,6 +43,24 @@ DEFINITIONS: dict[str, Definition] = {
         formula="share of positions where argmax p_result = argmax p_baseline",
         meaning="How often both models would write the same next token under greedy decoding.",
     ),
+    "task_accuracy": Definition(
+        name="Task accuracy",
+        formula="items answered right / items",
+        meaning="Choices by log-likelihood per character, written answers by exact match (greedy, no chat template), "
+        "SQL by the rows that it returns. Comparable only on the same items.",
+    ),
+    "flips": Definition(
+        name="Flips",
+        formula="lost: right in the baseline and wrong in the result; won: the reverse",
+        meaning="Equal accuracy can hide many of both. The interval of the change is Wald's with half an item added to "
+        "each kind, so that it isn't empty where nothing flipped.",
+    ),
+    "mcnemar": Definition(
+        name="p, worse",
+        formula="P[Bin(lost + won, ½) ≥ lost], adjusted for the number of tasks (Holm)",
+        meaning="How likely so many losses are if the models were equally good: McNemar's exact test, one-sided. Over "
+        "all tasks: a permutation test of their mean.",
+    ),
     "ttft": Definition(
         name="Time to first token (TTFT)",
         formula="t(first token) − t(call with token ids ready)",

@@ -62,6 +62,7 @@ def _blocks(report: Report) -> Iterator[list[str]]:
     yield [f"Done: {escape(view.what_was_done(report))}"]
     yield from _gates(report)
     yield from _figures(report)
+    yield from _tasks(report)
     yield from _steps(report)
     yield from _attribution(report)
     yield from _speculation(report.speculation)
@@ -102,6 +103,25 @@ def _figures(report: Report) -> Iterator[list[str]]:
     yield [f"- {escape(note)}" for note in notes]
     if report.other_baselines:
         yield _others(report)
+
+
+def _tasks(report: Report) -> Iterator[list[str]]:
+    shown = view.tasks(report)
+    if not shown:
+        return
+    yield ["### Tasks"]
+    if sentence := view.tasks_sentence(report):
+        yield [escape(sentence)]
+    header = ("Task", "Items", "Baseline", "Result", "Change", "95 % interval", "Flips", "p, worse")
+    cells = ([r.items, r.baseline, r.result, r.change, r.interval, r.flips, r.p_worse] for r in shown)
+    rows = ((escape(row.name), *(cell or "–" for cell in own)) for row, own in zip(shown, cells, strict=True))
+    yield table(header, rows, "lrrrrrrr")
+    flips = view.task_flips(report)
+    if flips:
+        examples = ((escape(task), f.change, code(f.prompt), code(f.baseline), code(f.result)) for task, f in flips)
+        yield ["<details><summary>Items that flipped</summary>"]
+        yield table(("Task", "", "Prompt ends", "Baseline", "Result"), examples, "lllll")
+        yield ["</details>"]
 
 
 def _others(report: Report) -> list[str]:

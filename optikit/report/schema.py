@@ -47,6 +47,63 @@ class Divergence(_Frozen):
     tokens: int
 
 
+class Flip(_Frozen):
+    """An item that changed sides, as an example: what both models answered."""
+
+    item: str
+    prompt: str
+    """Its end."""
+    expected: str
+    baseline: str
+    result: str
+    change: Literal["lost", "won"]
+
+
+class TaskResult(_Frozen):
+    """Right answers to one task; against the baseline's answers to the same items where there is one."""
+
+    protocol: str
+    """E.g. `choice-3f9a12cd@200`: kind, first hex digits of the file's sha256, number of items."""
+    kind: Literal["choice", "text", "sql"]
+    items: int
+    accuracy: float
+    """Of choices: by log-likelihood per character."""
+    accuracy_ci95: Interval
+    """Wilson's."""
+    accuracy_unnormalized: float | None = None
+    """Of choices: by log-likelihood as it is."""
+    change: float | None = None
+    """Accuracy minus the baseline's."""
+    change_ci95: Interval | None = None
+    lost: int | None = None
+    """Items that the baseline has right and this model wrong."""
+    won: int | None = None
+    flip_rate: float | None = None
+    changed_answers: float | None = None
+    """Share of items with another answer, right or not."""
+    p_worse: float | None = None
+    """Exact one-sided McNemar, adjusted for the number of tasks (Holm)."""
+    detectable: float | None = None
+    """Smallest change that so many items would show with 80 % power."""
+    output_length_ratio: float | None = None
+    output_length_ratio_ci95: Interval | None = None
+    flips: tuple[Flip, ...] = ()
+    """A few examples."""
+
+
+class TasksVerdict(_Frozen):
+    """All tasks together, against the baseline."""
+
+    change: float
+    """Mean over tasks of the change of accuracy."""
+    change_ci95: Interval
+    p_worse: float
+    """Permutation test of the mean, one-sided."""
+    worse: tuple[str, ...] = ()
+    """Tasks that are worse by themselves, after Holm's adjustment."""
+    conclusion: Literal["worse", "no measurable loss"]
+
+
 class Quality(_Frozen):
     """How well a model predicts, measured through `runtime`."""
 
@@ -55,7 +112,8 @@ class Quality(_Frozen):
     kl_divergence: Divergence | None = None
     top1_agreement: float | None = None
     top1_agreement_ci95: Interval | None = None
-    tasks: dict[str, Any] = {}
+    tasks: dict[str, TaskResult] = {}
+    tasks_verdict: TasksVerdict | None = None
     reason: str = ""
     """Why a null above is null."""
 

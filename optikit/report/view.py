@@ -6,11 +6,22 @@ Nothing here measures or judges; it chooses, names and words what `schema.Report
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from optikit.report import text
-from optikit.report.schema import GateResult, Interval, Measurement, Quality, Ratio, Report, Speed, StepReport
+from optikit.report.schema import (
+    Flip,
+    GateResult,
+    Interval,
+    Measurement,
+    Quality,
+    Ratio,
+    Report,
+    Speed,
+    StepReport,
+    TaskResult,
+)
 
 Tone = Literal["better", "worse", "same", ""]
 
@@ -263,7 +274,9 @@ def gate_number(name: str, value: float) -> str:
     """Write a number in the unit that a gate's name carries."""
     if name.endswith(("_ratio", "_speedup")):
         return text.ratio(value)
-    if name.endswith("_agreement"):
+    if name.endswith("_change"):
+        return points(value)
+    if name.endswith(("_agreement", "_accuracy", "_rate")):
         return text.percent(value)
     if name.endswith("_mib"):
         return text.memory(value)
@@ -389,6 +402,79 @@ def _against_baseline(quality: Quality | None) -> tuple[Figure, ...]:
     return tuple(made)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskRow:
+    """One task, baseline and result, every field ready to print; "" is no such value."""
+
+    name: str
+    items: str
+    baseline: str
+    result: str
+    change: str = ""
+    interval: str = ""
+    flips: str = ""
+    p_worse: str = ""
+    tone: Tone = ""
+
+
+def tasks(report: Report) -> tuple[TaskRow, ...]:
+    """Return every task that was put to the baseline or to the result, in the recipe's order."""
+    sides = [m.quality.tasks if m.quality else {} for m in (report.baseline, report.result)]
+    verdict = report.result.quality.tasks_verdict if report.result.quality else None
+    worse = verdict.worse if verdict else ()
+    return tuple(_task(name, *(side.get(name) for side in sides), name in worse) for name in {**sides[0], **sides[1]})
+
+
+def _task(name: str, before: TaskResult | None, after: TaskResult | None, worse: bool) -> TaskRow:
+    known = after or before
+    old, new = (text.percent(each.accuracy) if each else UNMEASURED for each in (before, after))
+    row = TaskRow(name=text.clean(name), items=f"{known.items:,}" if known else "", baseline=old, result=new)
+    if after is None or after.change is None or after.change_ci95 is None:
+        return row
+    return replace(
+        row,
+        change=points(after.change),
+        interval=f"{points(after.change_ci95[0])} to {points(after.change_ci95[1])}",
+        flips=f"{after.lost} lost, {after.won} won",
+        p_worse="" if after.p_worse is None else _p_value(after.p_worse),
+        tone="worse" if worse else "same",
+    )
+
+
+def points(share: float) -> str:
+    """Write a difference of shares.
+
+    >>> points(-0.018), points(0.0)
+    ('−1.8 points', '0.0 points')
+    """
+    return f"{100 * share:+.1f} points".replace("-", "−") if round(share, 3) else "0.0 points"
+
+
+def _p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def tasks_sentence(report: Report) -> str:
+    """Say what the tasks show together, or that there is nothing to compare."""
+    verdict = report.result.quality.tasks_verdict if report.result.quality else None
+    if verdict is None:
+        return ""
+    middle, (low, high) = points(verdict.change), verdict.change_ci95
+    p = _p_value(verdict.p_worse)
+    chance = f"p {p}" if p.startswith("<") else f"p = {p}"
+    reach = f"{middle} on average over tasks, 95 % interval {points(low)} to {points(high)}, {chance}"
+    if verdict.conclusion == "no measurable loss":
+        return f"No measurable loss: {reach}."
+    where = f" on {text.clean(', '.join(verdict.worse))}" if verdict.worse else " taken together"
+    return f"Worse{where}: {reach}."
+
+
+def task_flips(report: Report) -> tuple[tuple[str, Flip], ...]:
+    """Return the examples of items that changed sides, with their task's name."""
+    found = report.result.quality.tasks if report.result.quality else {}
+    return tuple((text.clean(name), flip) for name, task in found.items() for flip in task.flips)
+
+
 def compared(report: Report) -> str:
     """Say what is compared with what, or that only sizes are."""
     if report.baseline.speed or report.baseline.quality or report.result.speed or report.result.quality:
@@ -458,6 +544,9 @@ def metric_keys(report: Report) -> tuple[str, ...]:
     keys = [figure.key for group in groups(report) for figure in group.figures]
     if "perplexity" in keys:
         keys.insert(keys.index("perplexity") + 1, "perplexity_ratio")
+    shown = tasks(report)
+    keys += ["task_accuracy"] if shown else []
+    keys += ["flips", "mcnemar"] if any(row.flips for row in shown) else []
     keys += ["speedup"] if report.speedup.decode or report.speedup.prefill else []
     keys += ["acceptance_length", "acceptance_by_position"] if report.speculation else []
     keys += ["gate"] if report.gates else []

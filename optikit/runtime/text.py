@@ -79,6 +79,12 @@ class Talker:
             yield Chunk(text=decoded.step(self._tokenizer.backend_tokenizer, token) or "", at_ns=at)
 
 
+def end_tokens(directory: Path) -> frozenset[int]:
+    """Return every token that ends a text of the model in a directory."""
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    return _end_tokens(directory, tokenizer)
+
+
 def _end_tokens(directory: Path, tokenizer: Any) -> frozenset[int]:
     """Return every token that ends a text, by the configurations of a directory and its tokenizer."""
     found = {tokenizer.eos_token_id}

@@ -127,6 +127,8 @@ def test_items_of_both_kinds_are_read(tmp_path):
         ("[]", "expected"),
         ({"answer": "x"}, "expected"),
         ({"prompt": "p"}, "`answer` must be a text"),
+        ({"prompt": "", "answer": "x"}, "nothing to go on from"),
+        ({"prompt": "p", "schema": 1, "answer": "SELECT 1"}, "both SQL"),
         ({"prompt": "p", "answer": []}, "`answer` must be a text"),
         ({"prompt": "p", "choices": ["x"], "answer": 0}, "two or more"),
         ({"prompt": "p", "choices": ["x", ""], "answer": 0}, "two or more"),
@@ -149,7 +151,7 @@ def test_files_that_are_no_tasks(tmp_path):
     mixed = write(
         tmp_path / "m.jsonl", {"prompt": "p", "answer": "x"}, {"prompt": "p", "choices": ["x", "y"], "answer": 0}
     )
-    with pytest.raises(InputMissingError, match="mixes items"):
+    with pytest.raises(InputMissingError, match="mixes items of kinds choice and text"):
         t.read(mixed)
     (tmp_path / "latin.jsonl").write_bytes(b"\xe9")
     with pytest.raises(InputMissingError, match="not UTF-8"):

@@ -1,0 +1,374 @@
+"""Tasks with right answers: multiple choice, written answers and SQL, item by item against the baseline.
+
+Equal accuracy can hide answers lost and as many won, so every item is kept and compared with the baseline's own.
+
+Paper   scoring of choices as in lm-evaluation-harness 0.4 (arXiv:2405.14782); flips of Dutta et al. 2024
+        (arXiv:2407.09141), exact McNemar per task with Holm's adjustment, a permutation test over tasks
+Cost    one forward pass per item and choice, or one greedy answer per item
+Differs choices are judged by log-likelihood per character of the choice; answers are written greedily, without chat
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from optikit.errors import InputMissingError, StageFailedError
+from optikit.models.facts import ModelFacts, Trait
+from optikit.problems import Problem
+from optikit.stages.measure import _text
+from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
+from optikit.targets import Target
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from optikit.metrics.flips import Flips
+    from optikit.metrics.tasks import Answered, Chosen, Item
+    from optikit.runtime.protocol import Decoder
+
+SUMMARY = "right answers to tasks, and the items that flipped against the baseline"
+NEEDS: frozenset[Trait] = frozenset()
+CALIBRATED = False
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "onnxruntime", "onnxruntime-genai")
+ENVIRONMENT: str | None = None
+
+ITEMS, ABOUT = "items.jsonl", "about.json"
+FLOPS = 60e9
+"""Floating-point operations per second of two CPU cores in float32, as transformers reaches them."""
+BYTES_PER_SECOND = 10e9
+"""Weights that two CPU cores read per second while decoding."""
+TOKENS_PER_ITEM = 200
+"""Assumed while planning: nobody has read the items yet."""
+EXAMPLES = 3
+"""Flips of each direction that a report shows."""
+SHOWN = 240
+"""Characters of a prompt or answer in an example."""
+
+
+class Task(BaseModel):
+    """One task."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """Its name; its items are the input `task:NAME`."""
+    items: int = Field(default=200, ge=2)
+    """Number of items, from the start of the file."""
+    most_tokens: int = Field(default=64, ge=1)
+    """Longest written answer, tokens."""
+    stop: tuple[str, ...] = ("\n",)
+    """Texts that end a written answer."""
+
+
+class Options(StageOptions):
+    """What to ask, and through what."""
+
+    runtime: Literal["transformers", "onnxruntime"] = "transformers"
+    """Runtime that loads the model."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of weights and arithmetic, where the runtime lets one choose."""
+    tasks: tuple[Task, ...] = Field(min_length=1)
+    """Tasks, in the order of the report."""
+
+
+def role(name: str) -> str:
+    """Return the input that holds a task's items."""
+    return f"task:{name}"
+
+
+def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
+    """Yield what can't be asked of this model: a written answer that alone exceeds the context."""
+    for index, task in enumerate(options.tasks):
+        if task.most_tokens >= facts.max_positions:
+            message = f"answers of {task.most_tokens} tokens leave no room in the model's context"
+            fix = f"set most_tokens below {facts.max_positions}"
+            yield Problem(code="answer-exceeds-context", message=message, fix=fix, loc=("tasks", index, "most_tokens"))
+
+
+def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
+    """Estimate with prompts of 200 tokens: reading them, and half of the longest answers."""
+    items = sum(task.items for task in options.tasks)
+    written = sum(task.items * task.most_tokens for task in options.tasks) / 2
+    reading = 2 * facts.parameters * items * TOKENS_PER_ITEM / FLOPS
+    return Estimate(
+        seconds=15 + reading + written * facts.weight_bytes / BYTES_PER_SECOND,
+        peak_bytes=4 * facts.parameters + 256 * facts.vocab * 12 + 700 * 2**20,
+        disk_bytes=400 * items,
+    )
+
+
+def after(options: Options, facts: ModelFacts) -> ModelFacts:
+    """Measuring changes nothing."""
+    return facts
+
+
+def run(options: Options, job: Job) -> Facts:
+    """Answer `job.inputs["task:NAME"]` of every task with `job.source`; against `job.inputs["baseline"]` if given.
+
+    Raises:
+        InputMissingError: A file that holds no task, or an item that is longer than the model's context.
+        StageFailedError: The model returned NaN, or was compared across protocols.
+    """
+    from optikit import runtime
+    from optikit.runtime.text import end_tokens
+
+    asked = {task.name: _items(task, job.inputs[role(task.name)]) for task in options.tasks}
+    by = _Tokenizer(job.inputs["tokenizer"])
+    longest = _require_fit(options.tasks, asked, by)
+    about = {task.name: _protocol(asked[task.name], job.inputs[role(task.name)]) for task in options.tasks}
+    baseline = job.inputs.get("baseline")
+    if baseline is not None:
+        _require_same(about, json.loads((baseline / ABOUT).read_text(encoding="utf-8")))
+    decoder = runtime.load(
+        job.source, runtime=options.runtime, dtype=options.dtype, threads=job.threads, max_tokens=longest
+    )
+    ends = end_tokens(by.directory)
+    total, answers = sum(map(len, asked.values())), {}
+    for task in options.tasks:
+        job.progress(sum(map(len, answers.values())), total, "item")
+        answers[task.name] = _answers(decoder, by, task, asked[task.name], ends, job, (answers, total))
+    (job.dest / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
+    _keep(answers, job.dest / ITEMS)
+    return _facts(options, asked, answers, about, job) | {
+        "runtime": decoder.runtime,
+        "dtype": decoder.dtype,
+        "files": [ABOUT, ITEMS],
+    }
+
+
+class _Tokenizer:
+    """The baseline's tokenizer, without special tokens, as `metrics.tasks` asks of one."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._by = _text.tokenizer(directory)
+
+    def encode(self, text: str) -> Sequence[int]:
+        found: list[int] = self._by.encode(text, add_special_tokens=False).ids
+        return found
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        text: str = self._by.decode(list(tokens))
+        return text
+
+    def start_token(self, ends: frozenset[int]) -> int:
+        """Return the token that stands before an empty prompt: the beginning of a text, or else the end of one."""
+        config = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+        begins = config.get("bos_token_id")
+        return begins if isinstance(begins, int) else min(ends, default=0)
+
+
+def _items(task: Task, path: Path) -> Sequence[Item]:
+    from optikit.metrics import tasks
+
+    try:
+        return tasks.read(path)[: task.items]
+    except InputMissingError as error:  # the file that was fetched and cut has no name that its author knows
+        raise InputMissingError(f"task {task.name!r}: {error.message}", fix=error.fix) from error
+
+
+def _protocol(items: Sequence[Item], path: Path) -> str:
+    import hashlib
+
+    from optikit.metrics import tasks
+
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return f"{tasks.kind(items)}-{digest[:8]}@{len(items)}"
+
+
+def _require_fit(wanted: Sequence[Task], asked: dict[str, Sequence[Item]], by: _Tokenizer) -> int:
+    """Return the most tokens that any item needs.
+
+    Raises:
+        InputMissingError: An item that exceeds the model's context.
+    """
+    from optikit.metrics import tasks
+    from optikit.models import reader
+
+    limit = reader.read(by.directory).max_positions
+    longest = 0
+    for task in wanted:
+        for item in asked[task.name]:
+            need = tasks.tokens_needed(by, item, task.most_tokens)
+            if need > limit:
+                message = f"{task.name}: item {item.id} needs {need} tokens, and the model's context holds {limit}"
+                raise InputMissingError(message, fix="shorten its prompt, leave it out, or lower most_tokens")
+            longest = max(longest, need)
+    return longest
+
+
+def _require_same(about: dict[str, str], baseline: dict[str, str]) -> None:
+    for name, protocol in about.items():
+        if baseline.get(name) != protocol:
+            message = f"{name}: can't compare {protocol} with the baseline's {baseline.get(name, 'nothing')}"
+            raise StageFailedError(message, fix="put the same items to both")
+
+
+def _answers(
+    decoder: Decoder,
+    by: _Tokenizer,
+    task: Task,
+    items: Sequence[Item],
+    ends: frozenset[int],
+    job: Job,
+    progress: tuple[dict[str, Any], int],
+) -> list[Chosen | Answered]:
+    from optikit.metrics import tasks
+
+    done, total = sum(map(len, progress[0].values())), progress[1]
+    start = by.start_token(ends)
+    found: list[Chosen | Answered] = []
+    try:
+        for item in items:
+            if isinstance(item, tasks.Choice):
+                found.append(tasks.choose(decoder, by, item, start_token=start))
+            else:
+                limits: dict[str, Any] = {"most_tokens": task.most_tokens, "stop": task.stop, "end_tokens": ends}
+                found.append(tasks.answer(decoder, by, item, **limits))
+            job.progress(done + len(found), total, "item")
+    except tasks.NotFiniteError as error:
+        message = f"{task.name}: {decoder.runtime} ({decoder.dtype}): {error}"
+        raise StageFailedError(message, fix="the model overflows; try another dtype, or a milder stage") from error
+    return found
+
+
+def _keep(answers: dict[str, list[Chosen | Answered]], path: Path) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for name, found in answers.items():
+            for each in found:
+                file.write(json.dumps({"task": name} | asdict(each), ensure_ascii=False) + "\n")
+
+
+def read_items(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the answers that a step kept, by task, in the order of the items."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in (path / ITEMS).read_text(encoding="utf-8").split("\n"):
+        if line:
+            row = json.loads(line)
+            found.setdefault(row.pop("task"), []).append(row)
+    return found
+
+
+def _facts(
+    options: Options,
+    asked: dict[str, Sequence[Item]],
+    answers: dict[str, list[Chosen | Answered]],
+    about: dict[str, str],
+    job: Job,
+) -> Facts:
+    from optikit.metrics import flips
+    from optikit.report.schema import TaskResult, TasksVerdict
+
+    before = read_items(job.inputs["baseline"]) if "baseline" in job.inputs else {}
+    own = {name: [asdict(each) for each in found] for name, found in answers.items()}
+    results = {name: _alone(asked[name], rows, about[name]) for name, rows in own.items()}
+    if not before:
+        return {"tasks": {n: TaskResult(**each).model_dump(mode="json") for n, each in results.items()}}
+    compared = {name: _compare(before[name], own[name]) for name in own}
+    verdict = flips.over_tasks(compared, seed=job.seed)
+    for name, each in compared.items():
+        results[name] |= _against(asked[name], before[name], own[name], each, job.seed)
+        results[name]["p_worse"] = verdict.p_by_task[name]
+    together = TasksVerdict(
+        change=verdict.change,
+        change_ci95=verdict.change_ci95,
+        p_worse=verdict.p_worse,
+        worse=verdict.worse,
+        conclusion=verdict.conclusion,
+    )
+    return {
+        "tasks": {name: TaskResult(**each).model_dump(mode="json") for name, each in results.items()},
+        "tasks_verdict": together.model_dump(mode="json"),
+    }
+
+
+def _right(row: dict[str, Any]) -> bool:
+    return bool(row.get("correct_norm", row["correct"]))
+
+
+def _answer(row: dict[str, Any]) -> Any:
+    return row["choice_norm"] if "choice_norm" in row else row["text"]
+
+
+def _alone(items: Sequence[Item], rows: Sequence[dict[str, Any]], protocol: str) -> dict[str, Any]:
+    from optikit.metrics import statistics, tasks
+
+    right, count = sum(map(_right, rows)), len(rows)
+    kind = tasks.kind(items)
+    plain = sum(row["correct"] for row in rows) / count if kind == "choice" else None
+    return {
+        "protocol": protocol,
+        "kind": kind,
+        "items": count,
+        "accuracy": right / count,
+        "accuracy_ci95": statistics.share_interval(right, count),
+        "accuracy_unnormalized": plain,
+    }
+
+
+def _compare(before: Sequence[dict[str, Any]], after_: Sequence[dict[str, Any]]) -> Flips:
+    import numpy as np
+
+    from optikit.metrics import flips
+
+    sides = [np.array([_right(row) for row in rows]) for rows in (before, after_)]
+    answers = [_answer(row) for row in before], [_answer(row) for row in after_]
+    return flips.compare(*sides, answers=answers)
+
+
+def _against(
+    items: Sequence[Item],
+    before: Sequence[dict[str, Any]],
+    now: Sequence[dict[str, Any]],
+    compared: Flips,
+    seed: int,
+) -> dict[str, Any]:
+    """Return what `TaskResult` says about a task against the baseline."""
+    from optikit.metrics import flips
+
+    told = ("change", "change_ci95", "lost", "won", "flip_rate", "changed_answers", "detectable")
+    found: dict[str, Any] = {name: getattr(compared, name) for name in told}
+    found["flips"] = tuple(_examples(items, before, now))
+    lengths = [[row["tokens"] for row in rows] for rows in (before, now) if "tokens" in rows[0]]
+    if lengths and sum(lengths[0]):
+        ratio, interval = flips.length_ratio(lengths[0], lengths[1], seed=seed)
+        found |= {"output_length_ratio": ratio, "output_length_ratio_ci95": interval}
+    return found
+
+
+def _examples(
+    items: Sequence[Item], before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]
+) -> Iterator[dict[str, str]]:
+    """Yield the first few items of each direction."""
+    for change, sign in (("lost", True), ("won", False)):
+        pairs = zip(items, before, now, strict=True)
+        flipped = [each for each in pairs if _right(each[1]) is sign and _right(each[2]) is not sign]
+        for item, one, other in flipped[:EXAMPLES]:
+            yield {
+                "item": item.id,
+                "prompt": item.prompt[-SHOWN:],
+                "expected": _expected(item)[:SHOWN],
+                "baseline": _told(item, one)[:SHOWN],
+                "result": _told(item, other)[:SHOWN],
+                "change": change,
+            }
+
+
+def _expected(item: Item) -> str:
+    from optikit.metrics import tasks
+
+    if isinstance(item, tasks.Choice):
+        return item.choices[item.answer]
+    return " or ".join(item.answers) if isinstance(item, tasks.Question) else item.answer
+
+
+def _told(item: Item, row: dict[str, Any]) -> str:
+    from optikit.metrics import tasks
+
+    answer = item.choices[row["choice_norm"]] if isinstance(item, tasks.Choice) else row["text"]
+    return answer.strip()
