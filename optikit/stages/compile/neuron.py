@@ -1,0 +1,149 @@
+"""AWS Neuron: a job folder for Inferentia and Trainium that an engineer finishes with one command on the instance.
+
+Neuron's compiler comes from Amazon's own package index and its results run on Neuron cores only, so what is written
+here is everything up to that: scripts, requirements, a Dockerfile, the libraries' own configuration, the checkpoint's
+configuration as those libraries' transformers reads it, and a README with the commands. The weights stay in `model/`.
+
+Helps   price per token on Inferentia2 and Trainium; the folder pins what has to fit together
+Hurts   fixed shapes: batch and sequence length are compiled in, every request pays for all of them
+Cost    nothing here; 5 to 60 minutes of compiling there, once per shapes, dtype, degree, compiler and flags
+Note    the step is `emitted`: its files were written and checked, nothing was compiled or timed
+Note    `optimum-neuron` compiles Llama-like models and serves them through its vLLM 0.11 plugin; `nxd-inference` has
+        int8 and fp8 weights and fused speculation, and is in maintenance; `vllm-neuron` is its successor on Trainium2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from optikit.models.facts import ModelFacts, Trait
+from optikit.problems import Problem
+from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
+from optikit.targets import Target
+
+SUMMARY = "job folder for AWS Inferentia and Trainium: scripts and configuration, compiled on the instance"
+NEEDS: frozenset[Trait] = frozenset()
+CALIBRATED = False
+LIBRARIES = ("neuronx-cc", "optimum-neuron")
+ENVIRONMENT: str | None = None
+TARGETED = True
+
+Backend = Literal["optimum-neuron", "nxd-inference", "vllm-neuron"]
+
+PLATFORMS = {"inf2": "trn1", "trn1": "trn1", "trn1n": "trn1", "trn2": "trn2"}
+"""Instance families that optimum-neuron 0.4.5 compiles for → platform (optimum/neuron/utils/instance.py)."""
+NXD_MODEL_TYPES = frozenset({"llama", "mixtral", "dbrx"})
+"""What `inference_demo --model-type` takes (neuronx_distributed_inference/inference_demo.py)."""
+WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+class Options(StageOptions):
+    """Options of `compile: {engine: neuron}`."""
+
+    backend: Backend = "optimum-neuron"
+    """Library that compiles and serves."""
+    batch_size: int = Field(default=1, ge=1, le=1024)
+    """Sequences per step; compiled in."""
+    sequence_length: int = Field(default=2048, ge=16, le=1_048_576)
+    """Longest sequence in tokens, prompt and answer together; compiled in."""
+    tensor_parallel: int = Field(default=1, ge=1, le=64)
+    """Neuron cores that share the model, as the SDK counts them."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Dtype of weights and arithmetic."""
+    on_device_sampling: bool = True
+    """Choose tokens on the device; speculation with optimum-neuron needs it off."""
+    speculation_length: int = Field(default=0, ge=0, le=31)
+    """Tokens that are checked at once; 0 is no speculation."""
+    draft: str = ""
+    """Draft model for speculation: directory or hub id, as the instance sees it."""
+    speculation: Literal["vanilla", "fused"] = "vanilla"
+    """`vanilla`: draft and model are two programs; `fused`: one program drafts and checks (nxd-inference)."""
+    quantization_dtype: Literal["int8", "f8e4m3", "f8e5m2"] | None = None
+    """Weights that nxd-inference quantizes to, per channel, before it compiles; None leaves them as they are."""
+    quantized_checkpoints_path: str | None = None
+    """Directory on the instance for those weights."""
+    async_mode: bool = False
+    """Prepare the next step while the device works on this one (nxd-inference)."""
+    cache: str = "/var/tmp/neuron-compile-cache"  # noqa: S108 - the SDK's own default, on the instance
+    """Compile cache on the instance: a directory, or s3://BUCKET/PREFIX to share it between instances."""
+    sdk: str | None = None
+    """Neuron SDK on the instance, e.g. `2.31`: what is in maintenance there is warned about."""
+
+
+def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
+    """Yield what the backend doesn't know; formats, degrees and memory are a matter of rules."""
+    if options.sequence_length > facts.max_positions:
+        message = f"sequence_length {options.sequence_length} is beyond the model's {facts.max_positions} positions"
+        fix = f"use {facts.max_positions} or less"
+        yield Problem(code="longer-than-model", message=message, fix=fix, loc=("sequence_length",))
+    family = instance_family(target)
+    if options.backend == "optimum-neuron" and target.device == "neuron" and family not in PLATFORMS:
+        message = f"optimum-neuron 0.4.5 can't compile for {target.name}: it knows {', '.join(PLATFORMS)}"
+        yield Problem(code="unknown-instance", message=message, fix="use backend vllm-neuron", loc=("backend",))
+    if options.backend == "nxd-inference" and facts.model_type not in NXD_MODEL_TYPES:
+        message = f"nxd-inference's command line doesn't know model_type {facts.model_type!r}"
+        fix = f"use backend optimum-neuron; known here: {', '.join(sorted(NXD_MODEL_TYPES))}"
+        yield Problem(code="unknown-architecture", message=message, fix=fix, loc=("backend",))
+    yield from _check_only_nxd(options)
+    yield from _check_speculation(options)
+    if options.backend == "vllm-neuron" and options.cache.startswith("s3://"):
+        message = "vllm-neuron keeps its compile cache under VLLM_CACHE_ROOT, a directory"
+        yield Problem(code="cache-not-a-directory", message=message, fix="name a directory", loc=("cache",))
+
+
+def _check_only_nxd(options: Options) -> Iterator[Problem]:
+    if options.backend == "nxd-inference":
+        return
+    chosen = {
+        "quantization_dtype": options.quantization_dtype is not None,
+        "quantized_checkpoints_path": options.quantized_checkpoints_path is not None,
+        "async_mode": options.async_mode,
+        "speculation": options.speculation == "fused",
+    }
+    if options.backend == "vllm-neuron":
+        chosen["on_device_sampling"] = not options.on_device_sampling
+    for name in (name for name, is_chosen in chosen.items() if is_chosen):
+        message = f"{name} {getattr(options, name)!s} can't be chosen with backend {options.backend}"
+        yield Problem(code="not-this-backend", message=message, fix="use backend nxd-inference", loc=(name,))
+
+
+def _check_speculation(options: Options) -> Iterator[Problem]:
+    if options.backend == "vllm-neuron" and options.speculation_length:
+        message = "vllm-neuron speculates with eagle3 and dflash drafts only, which this stage doesn't write"
+        yield Problem(code="no-such-speculation", message=message, fix="drop it", loc=("speculation_length",))
+    elif bool(options.draft) != bool(options.speculation_length):
+        message = f"speculation needs both a draft ({options.draft!r}) and a speculation_length"
+        message += f" ({options.speculation_length})"
+        yield Problem(code="half-a-speculation", message=message, fix="give both, or neither", loc=("draft",))
+    elif options.speculation_length and options.batch_size > 1:
+        message = f"a draft is checked for one sequence at a time, and batch_size is {options.batch_size}"
+        yield Problem(code="speculation-batch", message=message, fix="set batch_size: 1", loc=("batch_size",))
+
+
+def instance_family(target: Target) -> str:
+    """Return the instance family of a target: `inf2` for `inf2.48xlarge` or `ml.inf2.48xlarge`."""
+    return target.name.removeprefix("ml.").split(".")[0]
+
+
+def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
+    """Writing a few pages takes no time worth estimating; compiling happens elsewhere."""
+    return Estimate(seconds=1, peak_bytes=150_000_000, disk_bytes=50_000)
+
+
+def after(options: Options, facts: ModelFacts) -> ModelFacts:
+    """Return the facts of the model that the instance will hold: its weights, in the dtype that is compiled in."""
+    return facts.having("neuron")
+
+
+def run(options: Options, job: Job) -> Facts:
+    """Write the job folder.
+
+    Raises:
+        IntegrityError: The source isn't a model directory.
+    """
+    from optikit.stages.compile import _neuron_folder
+
+    return _neuron_folder.write(options, job)
