@@ -26,12 +26,14 @@ class Gram:
 
     def update(self, inputs: Tensor) -> None:
         """Add (tokens, width) inputs."""
-        wide = inputs.float()
         with exact_products(inputs.dtype):
-            for start in range(0, len(self._sum), STRIP):
-                strip = wide[:, start : start + STRIP]
-                self._sum[start : start + STRIP, start:].addmm_(strip.T, wide[:, start:])
-        self.tokens += len(inputs)
+            self._add(inputs.float())
+
+    def _add(self, wide: Tensor) -> None:
+        for start in range(0, len(self._sum), STRIP):
+            strip = wide[:, start : start + STRIP]
+            self._sum[start : start + STRIP, start:].addmm_(strip.T, wide[:, start:])
+        self.tokens += len(wide)
 
     def mean(self) -> Tensor:
         """Return the mean of x xᵀ, (width, width) float32, exactly symmetric."""
@@ -56,11 +58,11 @@ class PairedGram(Gram):
 
     def see(self, seen: Seen) -> None:
         """Add a batch."""
-        self.update(seen.inputs)
         wide = seen.inputs.float()
-        gap = seen.dense_inputs.float() - wide
+        gap = seen.dense_inputs - wide
         self._of_outputs = seen.behind is not None
         with exact_products(seen.inputs.dtype):
+            self._add(wide)
             if seen.behind is not None:
                 gap = torch.addmm(seen.behind, gap, self._weights[0].T)
             if self._cross is None:

@@ -19,7 +19,7 @@ from optikit import host
 from optikit.calibration import windows
 from optikit.calibration.arithmetic import compute_dtype
 from optikit.calibration.ledger import HiddenStates, Ledger
-from optikit.calibration.memory import one_arena, return_memory
+from optikit.calibration.memory import one_arena, return_memory, settle
 from optikit.calibration.method import Applied, BlindMethod, Feeder, Group, Method, P, PairedMethod, S, Seen
 from optikit.calibration.paused import Door, PausedForward, fit_doors
 from optikit.calibration.skeleton import Call, Skeleton
@@ -32,6 +32,8 @@ BATCH_TOKENS = 4096
 """Tokens that go through a block together: enough for full speed of matrix products."""
 PAUSED_SHARE = 0.25
 """Share of the memory bound that paused passes may hold; batches beyond it run again for every group."""
+PAUSED_MOST = 2**30
+"""Bytes that they may hold where the recipe names no bound: enough for what recipes usually calibrate with."""
 
 
 Learn = Callable[[Group, Iterator[Seen]], Applied]
@@ -197,6 +199,11 @@ class _Passes:
         self._waiting.clear()
 
 
+def _finite(hidden: Tensor) -> bool:
+    # A sum takes a fifth of the time, and is infinite or no number where a part of it is; large parts could be as well.
+    return bool(torch.isfinite(hidden.sum(dtype=torch.float32)) or torch.isfinite(hidden).all())
+
+
 def _flat(hidden: Tensor) -> Tensor:
     return hidden.reshape(-1, hidden.shape[-1])
 
@@ -229,6 +236,7 @@ class _Calibrated:
         if self._ledger.done == layers:
             return
         self._begin()
+        settle()
         for index in range(self._ledger.done, layers):
             self._block(index)
             return_memory()
@@ -274,8 +282,9 @@ class _Calibrated:
         widest = max((self._stored.width(linears[0]) for linears in groups), default=0)
         tokens = self._batch * self._shape[1]
         each = tokens * (4 * self._shape[2] + 2 * widest) * self._skeleton.dtype.itemsize
-        bound = self._job.max_memory_bytes or host.memory_bytes()
-        return int(bound * PAUSED_SHARE / each / len(self._paths(0)))
+        bound = self._job.max_memory_bytes
+        most = bound * PAUSED_SHARE if bound else min(host.memory_bytes() * PAUSED_SHARE, PAUSED_MOST)
+        return int(most / each / len(self._paths(0)))
 
     def _block(self, index: int) -> None:
         groups = self._stored.groups(index, self._leave)
@@ -291,6 +300,7 @@ class _Calibrated:
         ]
         try:
             for linears in groups:
+                return_memory()  # what passes needed on their way lies between what they still hold
                 feeder = self._stored.feeder(index, linears, self._leave, changed.tensors)
                 group = _group(self._job, self._stored, linears, feeder)
                 applied = self._learn(group, self._seen(passes, linears))
@@ -314,7 +324,7 @@ class _Calibrated:
         door, base = linears[0].inside, self._base(linears)
         for now, *dense in zip(*(each.inputs(door, base) for each in passes), strict=True):
             inputs, stream = now
-            if not torch.isfinite(inputs).all():
+            if not _finite(inputs):
                 message = f"the inputs of {linears[0].name} are not finite"
                 raise StageFailedError(message, fix="does the dense model give finite outputs on this text?")
             wanted, dense_stream = dense[0] if dense else (inputs, None)
