@@ -30,7 +30,8 @@ INTERNAL_VERBS = ("acquire", "measure")
 def methods(verb: str) -> tuple[str, ...]:
     """Names of the methods of a verb: the modules in its directory."""
     directory = Path(__file__).parent / verb
-    return tuple(sorted(m.name for m in pkgutil.iter_modules([str(directory)]) if not m.name.startswith("_")))
+    names = (module.name for module in pkgutil.iter_modules([str(directory)]))
+    return tuple(sorted(name.replace("_", "-") for name in names if not name.startswith("_")))
 
 
 def registry() -> Mapping[str, tuple[str, ...]]:
@@ -40,4 +41,4 @@ def registry() -> Mapping[str, tuple[str, ...]]:
 
 def load(verb: str, method: str) -> Stage:
     """Import a stage module; its heavy imports wait until `run`."""
-    return cast("Stage", importlib.import_module(f"optikit.stages.{verb}.{method}"))
+    return cast("Stage", importlib.import_module(f"optikit.stages.{verb}.{method.replace('-', '_')}"))
