@@ -27,6 +27,12 @@ from optikit.stages.protocol import Calibration, Job, Stage
 SAMPLES, LENGTH = 6, 48
 WRITTEN_BY_PLAN = {"sparse_unstructured", "sparse_2_4", "sparse_4_8", "narrowed", "shortened", "finetuned"}
 """Traits that a directory doesn't show: the plan carries them."""
+LOGS = {"training.jsonl"}
+"""What a training leaves beside the model."""
+
+
+TRAINING = {"tokens": 4 * 2 * LENGTH, "batch": 2, "learning_rate": 0.01}
+"""Four steps of two windows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,9 @@ ROWS = (
     Row(verb="prune", method="sparsegpt", options={"pattern": "2:4"}),
     Row(verb="prune", method="depth", options={"ratio": 0.25}),
     Row(verb="prune", method="width", options={"multiple": 32, "heads": 0.5}),
+    Row(verb="finetune", method="full", options=TRAINING),
+    Row(verb="finetune", method="distill", options=TRAINING),
+    Row(verb="finetune", method="lora", options={**TRAINING, "rank": 4}),
     Row(verb="quantize", method="rtn", options={"group_size": 32}),
     Row(verb="quantize", method="gptq", options={"group_size": 32}),
     Row(verb="quantize", method="awq", options={"group_size": 32, "steps": 4}),
@@ -62,7 +71,7 @@ ROWS = (
     Row(verb="quantize", method="int8", options={"scheme": "w8a8"}, variant="w8a8"),
     Row(verb="quantize", method="int8", options={"scheme": "llm_int8"}, variant="llm-int8"),
 )
-"""Finetuning, speculation and compilation write other things than a changed checkpoint; their tests are their own."""
+"""Speculation and compilation write other things than a changed checkpoint; their tests are their own."""
 
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 
@@ -84,9 +93,8 @@ def perform(row: Row, source: Path, prose: Path, directory: Path, **changes: Any
     for name in ("model", "scratch"):
         (directory / name).mkdir(parents=True, exist_ok=True)
     calibration = Calibration(text=prose, samples=SAMPLES, length=LENGTH) if row.stage.CALIBRATED else None
-    job = Job(
-        source=source, dest=directory / "model", scratch=directory / "scratch", calibration=calibration, **changes
-    )
+    places = {"source": source, "dest": directory / "model", "scratch": directory / "scratch"}
+    job = Job(**places, inputs={"teacher": source}, calibration=calibration, **changes)
     return row.stage.run(row.stage.Options(**row.options), job)
 
 
@@ -105,7 +113,7 @@ def results(source: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_every_stage_has_a_row():
-    on_disk = {(verb, method) for verb in ("prune", "quantize") for method in stages.methods(verb)}
+    on_disk = {(verb, method) for verb in ("prune", "finetune", "quantize") for method in stages.methods(verb)}
     assert on_disk == {(row.verb, row.method) for row in ROWS}
 
 
@@ -184,10 +192,10 @@ def test_what_is_written_is_what_was_planned(row, facts, results):
 @each_row
 def test_nothing_is_written_that_nobody_asked_for(row, source, results):
     directory, _ = results[row.name]
-    assert {path.name for path in directory.iterdir()} <= {path.name for path in source.iterdir()}
+    assert {path.name for path in directory.iterdir()} <= {path.name for path in source.iterdir()} | LOGS
     kept = digests(source)
     for name, digest in digests(directory).items():
-        assert name in ("config.json", "model.safetensors") or digest == kept[name]
+        assert name in {"config.json", "model.safetensors", *LOGS} or digest == kept[name]
 
 
 @each_row
@@ -232,7 +240,7 @@ def test_killed_half_way_and_resumed_the_bytes_are_the_same(row, source, prose, 
     directory, found = results[row.name]
 
     def kill(done: int, total: int, what: str) -> None:
-        if done == 2 and what == "block":
+        if done == 2 and what in ("block", "step"):
             raise Killed
 
     with pytest.raises(Killed):
@@ -242,7 +250,7 @@ def test_killed_half_way_and_resumed_the_bytes_are_the_same(row, source, prose, 
     resumed = perform(row, source, prose, tmp_path, progress=lambda done, *_: seen.append(done))
     assert resumed == found
     assert digests(tmp_path / "model") == digests(directory)
-    assert seen[0] == 3  # the two finished blocks were not done again
+    assert seen[0] == 3  # the two finished blocks or steps were not done again
 
 
 def problems(method: str, options: dict[str, Any], facts: ModelFacts, verb: str, on: str = "cpu") -> Iterator[str]:
