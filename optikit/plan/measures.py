@@ -59,7 +59,9 @@ def stage_prompts(context: Context, index: int) -> TextSource | None:
 
 def _speculation(context: Context, index: int, speculator: Step, result: Step, baseline: str) -> Step:
     stage = context.stage("measure", "speculation")
-    wanted = {name: getattr(speculator.options, name) for name in ("tune", "chat", "new_tokens", "remember")}
+    names = ("tune", "chat", "new_tokens", "remember", "template", "prompt_tokens")
+    wanted = {name: getattr(speculator.options, name) for name in names}
+    wanted["prompts"] = getattr(speculator.options, "judged")  # noqa: B009 - the options of any stage of this verb
     options = stage.Options.model_validate({"runtime": runtime(result), **wanted})
     prompts = stage_prompts(context, index)
     files = {"prompts": str(prompts.path)} if prompts else {}
@@ -190,7 +192,8 @@ def _speed(context: Context, wanted: SpeedOptions, result: Step, baseline: str, 
     options = stage.Options.model_validate({"arms": arms, **wanted.model_dump(exclude={"prompts"})})
     prompts = context.texts["prompts" if wanted.prompts else "perplexity"]
     inputs = {"baseline": baseline, "result": result.key, "tokenizer": baseline}
-    inputs |= {"speculator": choices[-1].key} if choices else {}
+    # What the stage made and what was chosen of it, as they lie together in the output.
+    inputs |= {"speculator": choices[-1].key, "made": choices[-1].inputs["speculator"]} if choices else {}
     parts = {"parent": context.model.digest, "inputs": inputs, "prompts": prompts.digest, "host": _here()}
     return Step(
         name="measure-speed",

@@ -9,17 +9,18 @@ from the text alone, without running the model again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
 
 import numpy as np
 
 from optikit.runtime import recall
-from optikit.runtime.drafters import EMPTY, Drafter, Hidden
+from optikit.runtime.drafters import EMPTY, Drafter, Foreseen, Hidden, confidence
 from optikit.runtime.protocol import Decoder, Tokens
-from optikit.runtime.speculate import Statistics, Step
-from optikit.runtime.speculator import Speculator
+from optikit.runtime.speculate import HiddenDecoder, Statistics, Step
+from optikit.runtime.speculator import AHEAD, Speculator
 from optikit.targets.estimate import tokens_per_step
 
 WINDOWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 24, 32)
@@ -96,11 +97,56 @@ class Written:
         prompt: (n,).
         text: (m,), m ≥ 1: what it wrote.
         hidden: (m, hidden): the states that predicted each token; None where no drafter needs them.
+        foreseen: What heads or a draft model would say of it; None where there are none.
     """
 
     prompt: Tokens
     text: Tokens
     hidden: Hidden | None = None
+    foreseen: Foreseen | None = None
+
+
+def foresee(speculator: Speculator, decoder: Decoder, written: Written) -> Written:
+    """Return a text with what the speculator's heads or draft model would guess at every place of it.
+
+    Args:
+        speculator: With the weights that it asks, or without any.
+        decoder: The target, whose states heads read.
+        written: The text.
+    """
+    if speculator.heads is not None:
+        guesses = [speculator.heads(state) for state in _states(decoder, written)]
+    elif speculator.draft is not None:
+        guesses = list(_continued(speculator.draft, written, AHEAD))
+    else:
+        return written
+    tokens, sure = (np.stack(each) for each in zip(*guesses, strict=True))
+    return replace(written, foreseen=Foreseen(tokens, sure))
+
+
+def _states(decoder: Decoder, written: Written) -> Hidden:
+    """Return the states (m, hidden) that predicted each token of a text."""
+    whole = np.concatenate([written.prompt, written.text])[:-1]
+    decoder.forward(whole, 0, len(written.text))
+    shown = cast("HiddenDecoder", decoder)
+    return np.stack([shown.hidden(row) for row in range(len(written.text))])
+
+
+def _continued(draft: Decoder, written: Written, length: int) -> Iterator[tuple[Tokens, Hidden]]:
+    """Yield, behind each token of a text, what a draft model goes on with, and how sure it is of each token."""
+    text, known = written.text, written.prompt
+    cached = 0
+    for i in range(len(text)):
+        known = np.append(known, text[i])
+        tokens, sure = np.zeros(length, np.int64), np.zeros(length, np.float32)
+        if len(known) + length <= draft.max_tokens:
+            row = draft.forward(known[cached:], cached, 1)[-1]
+            for step in range(length):
+                tokens[step], sure[step] = int(row.argmax()), confidence(row)
+                if step < length - 1:
+                    row = draft.forward(tokens[step : step + 1], len(known) + step, 1)[-1]
+            cached = len(known)
+        yield tokens, sure
 
 
 def replay(drafter: Drafter, written: Written) -> list[Step]:
@@ -144,16 +190,63 @@ class Prediction:
         return self.plain_ms_per_token / self.ms_per_token if self.ms_per_token else 1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class DraftCosts:
+    """What it costs to ask heads or a draft model; a lookup is free.
+
+    Attributes:
+        name: The drafter; "" charges every step.
+        ask_ms: Time of asking once, whatever is drafted.
+        per_token_ms: Time of each token that it drafts.
+    """
+
+    name: str = ""
+    ask_ms: float = 0.0
+    per_token_ms: float = 0.0
+
+    def of(self, step: Step) -> float:
+        """Return the drafting time of a step: asked in vain costs, too; where another drafter answered, nothing."""
+        if self.name and step.by not in ("", self.name):
+            return 0.0
+        return self.ask_ms + self.per_token_ms * step.drafted
+
+
+FREE = DraftCosts()
+
+
+def measure_drafting(speculator: Speculator, context: Tokens, *, rounds: int = 30) -> DraftCosts:
+    """Measure what asking the speculator's heads or draft model costs, behind a context (n,)."""
+    if speculator.heads is not None:
+        heads, state = speculator.heads, np.ones(speculator.heads.width, np.float32)
+        return DraftCosts(name=speculator.method, ask_ms=_median_ms(lambda: heads(state), rounds))
+    if speculator.draft is not None:
+        draft, token = speculator.draft, context[-1:]
+        draft.forward(context, 0, 1)
+        each = _median_ms(lambda: draft.forward(token, len(context), 1), rounds)
+        # Asked once: the run that finds it too unsure, or that takes in the last token of a draft that was all right.
+        return DraftCosts(name=speculator.method, ask_ms=each, per_token_ms=each)
+    return FREE
+
+
+def _median_ms(call: Callable[[], object], rounds: int) -> float:
+    """Return the median time of a call; a fifth more of them warm up."""
+    taken = []
+    for _ in range(rounds + rounds // 5):
+        start = time.perf_counter()
+        call()
+        taken.append((time.perf_counter() - start) * 1000)
+    return float(np.median(taken[rounds // 5 :]))
+
+
 def predict(
-    steps: Iterable[Step], costs: WindowCosts, *, draft_ms: float = 0.0, per_token_ms: float = 0.0, min_window: int = 1
+    steps: Iterable[Step], costs: WindowCosts, *, drafting: DraftCosts = FREE, min_window: int = 1
 ) -> Prediction:
     """Price steps: Σ T(window) + drafting, against T(1) for each token.
 
     Args:
         steps: Of `replay` or `generate`.
         costs: T(m).
-        draft_ms: Time of asking the drafter once.
-        per_token_ms: Time of each token that it drafts.
+        drafting: What asking for drafts costs.
         min_window: Shortest window that is run, as in `Request`.
     """
     found = Statistics()
@@ -161,7 +254,7 @@ def predict(
     for step in steps:
         found.add(step)
         if step.by != "prompt":
-            total += costs.at(max(min_window, step.drafted + 1)) + draft_ms + per_token_ms * step.drafted
+            total += costs.at(max(min_window, step.drafted + 1)) + drafting.of(step)
     tokens = max(1, found.tokens)
     plain = costs.at(1) if found.tokens else 0.0
     return Prediction(ms_per_token=total / tokens, plain_ms_per_token=plain, statistics=found)
@@ -196,6 +289,17 @@ MATCHES = (1, 2, 3, 4, 5)
 DRAFTS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 """Draft lengths that it tries after a match of a given length; 0 leaves such matches alone."""
 GATES = (0.2, 0.3, 0.4, 0.5, 0.6)
+AHEAD_LENGTHS = (0, 1, 2, 3, 4, 5, 6, 8)
+AHEAD_GATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+
+
+def price(
+    speculator: Speculator, texts: Sequence[Written], costs: WindowCosts, drafting: DraftCosts = FREE
+) -> Prediction:
+    """Predict what a speculator brings on texts that the model wrote."""
+    steps = (step for each in texts for step in replay(speculator.drafter(each.foreseen), each))
+    asked = drafting if speculator.ahead else FREE
+    return predict(steps, costs, drafting=asked, min_window=speculator.min_window)
 
 
 def tune(
@@ -203,29 +307,32 @@ def tune(
     texts: Sequence[Written],
     costs: WindowCosts,
     *,
+    drafting: DraftCosts = FREE,
     matches: Sequence[int] = MATCHES,
     drafts: Sequence[int] = DRAFTS,
 ) -> Speculator:
-    """Return the speculator with the best predicted speed: coordinate descent over its lengths and its gate.
+    """Return the speculator with the best predicted speed: coordinate descent over its lengths and its gates.
 
     Args:
         given: Where the descent begins; its table, if it has one, stays. The texts may not be part of that table.
         texts: What the model wrote for prompts of the kind that it will get.
         costs: T(m).
+        drafting: What asking heads or a draft model costs.
         matches: Lengths of match to consider, beside those given.
         drafts: Lengths of draft to try after each.
 
     Returns:
-        A speculator without lengths and table where nothing is faster than plain decoding.
+        A speculator that never drafts where nothing is faster than plain decoding.
     """
 
     def cost(speculator: Speculator) -> float:
-        drafter = speculator.drafter()
-        steps = (step for each in texts for step in replay(drafter, each))
-        return predict(steps, costs, min_window=speculator.min_window).ms_per_token
+        return price(speculator, texts, costs, drafting).ms_per_token
 
     moves = [partial(_drafting, n=n, k=k) for n in sorted({*matches, *given.lengths}, reverse=True) for k in drafts]
     moves += [partial(_gated, gate=gate) for gate in GATES if given.table is not None]
+    if given.ahead:
+        moves += [partial(_looking, ahead=k) for k in AHEAD_LENGTHS if k <= given.ahead]
+        moves += [partial(_sure, gate=gate) for gate in AHEAD_GATES]
     best, least = given, cost(given)
     improved = True
     while improved:
@@ -235,7 +342,7 @@ def tune(
             found = least if trial == best else cost(trial)
             if found < least * (1 - 1e-6):
                 best, least, improved = trial, found, True
-    return best if least < costs.at(1) * (1 - 1e-6) else replace(best, lengths={}, table=None)
+    return best if least < costs.at(1) * (1 - 1e-6) else replace(best, lengths={}, table=None, ahead=0)
 
 
 def _drafting(speculator: Speculator, *, n: int, k: int) -> Speculator:
@@ -249,8 +356,22 @@ def _gated(speculator: Speculator, *, gate: float) -> Speculator:
     return replace(speculator, gate=gate)
 
 
+def _looking(speculator: Speculator, *, ahead: int) -> Speculator:
+    """Return the speculator with drafts of so many tokens from its heads or its draft model."""
+    return replace(speculator, ahead=ahead)
+
+
+def _sure(speculator: Speculator, *, gate: float) -> Speculator:
+    """Return the speculator with another gate for its heads or its draft model."""
+    return replace(speculator, ahead_gate=gate)
+
+
 def tune_with_recall(
-    given: Speculator, remembered: Sequence[Written], texts: Sequence[Written], costs: WindowCosts
+    given: Speculator,
+    remembered: Sequence[Written],
+    texts: Sequence[Written],
+    costs: WindowCosts,
+    drafting: DraftCosts = FREE,
 ) -> Speculator:
     """Tune with a table of remembered texts and without one, and return the faster; its table then holds all texts.
 
@@ -260,16 +381,14 @@ def tune_with_recall(
             and the others tune.
         texts: To tune with.
         costs: T(m).
+        drafting: What asking heads or a draft model costs.
     """
     few = len(remembered) < len(texts)
     table_texts, tuning = ([*remembered, *texts[::2]], texts[1::2]) if few else (remembered, texts)
-    plain = tune(given, tuning, costs)
+    plain = tune(given, tuning, costs, drafting=drafting)
     table = recall.build([(each.prompt, each.text) for each in table_texts])
-    recalling = tune(replace(given, table=table), tuning, costs)
-    prices = [
-        predict((s for each in tuning for s in replay(one.drafter(), each)), costs, min_window=one.min_window)
-        for one in (plain, recalling)
-    ]
+    recalling = tune(replace(given, table=table), tuning, costs, drafting=drafting)
+    prices = [price(one, tuning, costs, drafting) for one in (plain, recalling)]
     if recalling.table is None or prices[0].ms_per_token <= prices[1].ms_per_token:
         return plain
     everything = [(each.prompt, each.text) for each in (*remembered, *texts)]

@@ -154,7 +154,7 @@ class DraftModel:
         vocab: Width of the target's logits.
         length: Tokens to draft; may be changed between steps.
         sampling: Draws the draft, from the same warped distribution as the acceptor's; None drafts greedily.
-        gate: Stops before a token whose likeliest choice is below this probability.
+        gate: Stops before a token where the product of the likeliest choices' probabilities falls below this.
 
     Raises:
         UsageError: The vocabularies differ.
@@ -196,9 +196,10 @@ class DraftModel:
         del self._cached[len(self._text) - 1 :]
         tokens: list[int] = []
         probs: list[Probabilities] = []
+        sure = 1.0
         while len(tokens) < length:
             row = self._run(tokens[-1:] or self._text[len(self._cached) :])
-            if self._gate > 0 and _confidence(row) < self._gate:
+            if self._gate > 0 and (sure := sure * confidence(row)) < self._gate:
                 break
             if self._sampling is None:
                 tokens.append(int(row.argmax()))
@@ -217,7 +218,7 @@ class DraftModel:
         return row
 
 
-def _confidence(row: Logits) -> float:
+def confidence(row: Logits) -> float:
     """Return the probability of the likeliest token."""
     return 1 / float(np.exp(row - row.max()).sum())
 
@@ -227,14 +228,16 @@ class Medusa:
 
     Args:
         heads: Head i guesses the token i + 2 places behind the state it reads: the model's own head has the first.
+        length: Most tokens to draft; None is one per head.
         gate: Cuts the chain where the product of the heads' probabilities falls below this.
     """
 
     reads_hidden = True
     name = "medusa"
 
-    def __init__(self, heads: Heads, *, gate: float = 0.0) -> None:
+    def __init__(self, heads: Heads, *, length: int | None = None, gate: float = 0.0) -> None:
         self._heads = heads
+        self._length = length
         self._gate = gate
         self._hidden: Hidden | None = None
 
@@ -252,8 +255,55 @@ class Medusa:
             return EMPTY
         tokens, probs = self._heads(self._hidden)
         sure = int((np.cumprod(probs) >= self._gate).sum())
-        kept = tokens[: min(limit, sure)]
+        kept = tokens[: min(limit, sure, len(tokens) if self._length is None else self._length)]
         return Draft(kept, self.name) if len(kept) else EMPTY
+
+
+class Foreseen(NamedTuple):
+    """What a model-based drafter would guess at every place of a known text.
+
+    Attributes:
+        tokens: (m, k): row i is what it guesses once i + 1 tokens of the text are known.
+        sure: (m, k): how sure it is of each.
+    """
+
+    tokens: Tokens
+    sure: Probabilities
+
+
+class Foresight:
+    """Drafts what was foreseen: stands for heads or a draft model where a text is replayed many times.
+
+    Args:
+        foreseen: Of the text that is replayed.
+        name: The drafter that it stands for.
+        length: Most tokens to draft.
+        gate: As that drafter's.
+    """
+
+    reads_hidden = False
+
+    def __init__(self, foreseen: Foreseen, *, name: str, length: int, gate: float) -> None:
+        self._foreseen = foreseen
+        self._name = name
+        self._length = length
+        self._gate = gate
+        self._known = 0
+
+    def start(self, _prompt: Tokens, /) -> None:
+        """Begin the text again."""
+        self._known = 0
+
+    def extend(self, tokens: Tokens, _hidden: Hidden | None, /) -> None:
+        """Move on."""
+        self._known += len(tokens)
+
+    def draft(self, limit: int, _rng: np.random.Generator, /) -> Draft:
+        """Return what was foreseen here, as far as the gate lets it through."""
+        row = self._known - 1
+        sure = int((np.cumprod(self._foreseen.sure[row]) >= self._gate).sum())
+        kept = self._foreseen.tokens[row, : min(limit, self._length, sure)]
+        return Draft(kept, self._name) if len(kept) else EMPTY
 
 
 class FirstOf:

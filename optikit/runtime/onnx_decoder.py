@@ -6,7 +6,8 @@ What makes it fast is what it doesn't do:
   graph reads the sequence length off the attention mask, so rolling back is passing a shorter mask.
 - Inputs and outputs are bound by address once per number of tokens m; a step then costs one call.
 - Before the output head a slice is put into the graph in memory (the file stays as it is): a prompt computes logits
-  for its last token only, a fifth less work on SmolLM2-135M.
+  for its last token only, a fifth less work on SmolLM2-135M. What the slice gives is what Medusa heads read: any
+  directory of the builder shows its hidden states.
 
 A graph of accuracy level 4 has one matrix kernel for m = 1 and others for m ≥ 2; their logits differ by up to 1. Rows
 don't depend on m beyond that, so a loop that must repeat itself token by token uses m = 1 throughout, or never.
@@ -37,6 +38,8 @@ CONFIG = "genai_config.json"
 HEAD = "/lm_head/MatMul"
 FIRST_ROW = "optikit_first_row"
 """Input that the slice before the head reads: index of the first token whose logits are wanted."""
+STATES = "optikit_states"
+"""Output of that slice: what the head reads, one row per row of logits."""
 CHUNK = 256
 """Tokens per call of a longer sequence: bounds the activations, and is large enough for full speed."""
 KEPT_CALLS = 16
@@ -56,6 +59,7 @@ class Layout:
     kv_heads: int
     head_dim: int
     vocab: int
+    hidden: int
     context: int
     inputs: Mapping[str, str]
     outputs: Mapping[str, str]
@@ -87,6 +91,7 @@ def read_layout(directory: Path) -> Layout:
             kv_heads=int(decoder["num_key_value_heads"]),
             head_dim=int(decoder["head_size"]),
             vocab=int(model["vocab_size"]),
+            hidden=int(decoder["hidden_size"]),
             context=int(model["context_length"]),
             inputs=decoder["inputs"],
             outputs=decoder["outputs"],
@@ -117,7 +122,7 @@ def stored_dtype(graph: onnx.GraphProto) -> str:
 
 
 def _slice_before_head(graph: onnx.GraphProto, where: Path) -> None:
-    """Let the head see only the rows from input FIRST_ROW on."""
+    """Let the head see only the rows from input FIRST_ROW on, and show them as output STATES."""
     position = next((i for i, node in enumerate(graph.node) if node.name.startswith(HEAD)), None)
     if position is None:
         raise IntegrityError(f"{where} has no node {HEAD}", fix="compile the model with onnxruntime-genai's builder")
@@ -127,21 +132,24 @@ def _slice_before_head(graph: onnx.GraphProto, where: Path) -> None:
     graph.initializer.extend([ends, axis])
     graph.input.append(onnx.helper.make_tensor_value_info(FIRST_ROW, onnx.TensorProto.INT64, [1]))
     rows = onnx.helper.make_node(
-        "Slice", [head.input[0], FIRST_ROW, ends.name, axis.name], [f"{FIRST_ROW}_rows"], name=f"{FIRST_ROW}_slice"
+        "Slice", [head.input[0], FIRST_ROW, ends.name, axis.name], [STATES], name=f"{FIRST_ROW}_slice"
     )
     head.input[0] = rows.output[0]
     graph.node.insert(position, rows)
+    graph.output.append(onnx.helper.make_tensor_value_info(STATES, onnx.TensorProto.FLOAT, [1, "rows", None]))
     for output in graph.output:
         if output.name == "logits":
             output.type.tensor_type.shape.dim[1].dim_param = "rows"
 
 
-def _open(model: onnx.ModelProto, layout: Layout, threads: int) -> onnxruntime.InferenceSession:
+def _open(model: onnx.ModelProto, layout: Layout, threads: int, *, spinning: bool) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3  # errors come as exceptions; warnings are not the user's to act on
     folder = str(layout.graph.parent.resolve())
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
@@ -186,6 +194,7 @@ class OnnxDecoder:
         dtype: `auto`, or the dtype that the graph must have.
         threads: CPU threads; None is all that this process may use.
         max_tokens: Longest sequence; None is the model's context, or less where its cache would pass 4 GiB.
+        spinning: Threads wait for their next work by spinning: faster, unless another model runs in between.
 
     Raises:
         InputMissingError: A file is missing.
@@ -196,7 +205,13 @@ class OnnxDecoder:
     runtime = "onnxruntime"
 
     def __init__(
-        self, directory: Path, *, dtype: str = "auto", threads: int | None = None, max_tokens: int | None = None
+        self,
+        directory: Path,
+        *,
+        dtype: str = "auto",
+        threads: int | None = None,
+        max_tokens: int | None = None,
+        spinning: bool = True,
     ) -> None:
         layout = read_layout(directory)
         model = _read_graph(layout)
@@ -214,40 +229,55 @@ class OnnxDecoder:
         self.vocab = layout.vocab
         _slice_before_head(model.graph, layout.graph)
         self._layout = layout
-        self._session = _open(model, layout, self.threads)
+        self._session = _open(model, layout, self.threads, spinning=spinning)
         shape = (1, layout.kv_heads, self.max_tokens, layout.head_dim)
         self._cache = [np.zeros(shape, np.float32) for _ in layout.cache_names]
         self._mask = np.ones((1, self.max_tokens), np.int64)
         self._calls: dict[int, _Call] = {}
         self._last_row = np.empty((1, 1, self.vocab), np.float32)
+        self._states = np.empty((1, 1, layout.hidden), np.float32)
         self._filled = 0
 
     def forward(self, tokens: Tokens, position: int, rows: int | None = None) -> Logits:
         """Run `tokens` (m,) at `position`; see `protocol.Decoder.forward`."""
         check_call(tokens, position, rows=rows, filled=self._filled, vocab=self.vocab, max_tokens=self.max_tokens)
         logits = np.empty((rows or len(tokens), self.vocab), np.float32)
+        states = np.empty((1, len(logits), self._layout.hidden), np.float32)
         skipped = len(tokens) - len(logits)
         for start in range(0, len(tokens), CHUNK):
             part = tokens[start : start + CHUNK]
-            wanted = logits[None, max(0, start - skipped) : max(0, start + len(part) - skipped)]
-            self._run(part, position + start, wanted if wanted.size else self._last_row)
+            wanted = slice(max(0, start - skipped), max(0, start + len(part) - skipped))
+            rows_here = (logits[None, wanted], states[:, wanted])
+            self._run(part, position + start, *(rows_here if rows_here[0].size else (self._last_row, self._states)))
+        self._states = states
         return logits
+
+    def hidden(self, row: int) -> NDArray[np.float32]:
+        """Return what the output head read for a row of the last `forward`; see `speculate.HiddenDecoder`."""
+        state: NDArray[np.float32] = self._states[0, row]
+        return state
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states."""
+        return self._layout.hidden
 
     def greedy(self, prompt: Tokens, new_tokens: int) -> Iterator[int]:
         """Yield `new_tokens` greedy tokens after `prompt`; see `protocol.Decoder.greedy`."""
         check_call(prompt, 0, filled=0, vocab=self.vocab, max_tokens=self.max_tokens)
         check_room(len(prompt) + new_tokens, self.max_tokens)
         row = self._last_row
+        self._states = state = np.empty((1, 1, self._layout.hidden), np.float32)
         for start in range(0, len(prompt), CHUNK):
-            self._run(prompt[start : start + CHUNK], start, row)
+            self._run(prompt[start : start + CHUNK], start, row, state)
         for position in range(len(prompt), len(prompt) + new_tokens - 1):
             token = int(row.argmax())
             yield token
-            self._run(np.array([token]), position, row)
+            self._run(np.array([token]), position, row, state)
         yield int(row.argmax())
 
-    def _run(self, tokens: Tokens, position: int, logits: NDArray[np.float32]) -> None:
-        """Run tokens (m,) and write the logits of the last r of them to `logits` (1, r, vocab)."""
+    def _run(self, tokens: Tokens, position: int, logits: NDArray[np.float32], states: NDArray[np.float32]) -> None:
+        """Run tokens (m,); write logits (1, r, vocab) and hidden states (1, r, width) of the last r of them."""
         m = len(tokens)
         call = self._calls.get(m) or _Call(self._session, self._layout, self._cache, m)
         if m <= KEPT_CALLS:
@@ -259,5 +289,6 @@ class OnnxDecoder:
         mask = self._layout.inputs["attention_mask"]
         call.binding.bind_input(mask, "cpu", 0, np.int64, (1, end), self._mask.ctypes.data)
         call.output(self._layout.outputs["logits"], logits)
+        call.output(STATES, states)
         self._session.run_with_iobinding(call.binding)
         self._filled = end

@@ -1,6 +1,8 @@
 """`speculator/`: what a `speculate` stage left, what was chosen of it here, and a decoder that uses both.
 
     speculator.json      written by the stage: the method and its parameters
+    heads.safetensors    beside it: Medusa heads
+    draft/               beside it: a draft model as a Hugging Face directory; draft/onnxruntime is what runs here
     choice.json          written where the compiled model was measured: what pays on this machine, or that nothing does
     recall.safetensors   beside it: n-grams of the model's own texts, where recalling them pays
 
@@ -13,19 +15,27 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from optikit.errors import InputMissingError, IntegrityError, UsageError
 from optikit.runtime import recall
 from optikit.runtime.acceptors import Greedy
-from optikit.runtime.drafters import Drafter, FirstOf, PromptLookup, Silent
+from optikit.runtime.drafters import Drafter, DraftModel, FirstOf, Foreseen, Foresight, Medusa, PromptLookup, Silent
 from optikit.runtime.protocol import Decoder, Logits, Tokens
 from optikit.runtime.recall import NGrams, Recall
 from optikit.runtime.speculate import Request, Statistics, generate
 
+if TYPE_CHECKING:
+    from optikit.runtime.heads import HeadSession
+
+Method = Literal["lookup", "medusa", "draft", "off"]
 SPECULATOR = "speculator.json"
 CHOICE = "choice.json"
 RECALL = "recall.safetensors"
+DRAFT = "draft"
+COMPILED_DRAFT = "draft/onnxruntime"
+AHEAD = 16
+"""Tokens that a draft model is asked for at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,34 +43,75 @@ class Speculator:
     """How to speculate.
 
     Attributes:
-        method: `lookup`; `off` where nothing pays.
+        method: `lookup`; `medusa` and `draft` ask heads or a draft model where nothing could be looked up; `off` where
+            nothing pays.
         lengths: Of a lookup: tokens that matched → tokens to draft.
         gate: Of recalling: how sure a chain of guesses has to be.
+        ahead: Tokens that heads or the draft model draft at most; 0 doesn't ask them.
+        ahead_gate: How sure they have to be of a chain.
         min_window: As in `speculate.Request`.
         table: N-grams to recall; None for none.
+        heads: Medusa heads.
+        draft: Draft model; nothing else may use its cache.
     """
 
-    method: Literal["lookup", "off"]
+    method: Method
     lengths: Mapping[int, int] = field(default_factory=dict)
     gate: float = 0.4
+    ahead: int = 0
+    ahead_gate: float = 0.4
     min_window: Literal[1, 2] = 1
     table: NGrams | None = field(default=None, compare=False, repr=False)
+    heads: HeadSession | None = field(default=None, compare=False, repr=False)
+    draft: Decoder | None = field(default=None, compare=False, repr=False)
 
     def as_json(self) -> dict[str, Any]:
         """Return what `read` reads, but for the table; JSON's keys are text."""
         lengths = {str(n): k for n, k in self.lengths.items()}
-        return {"method": self.method, "lengths": lengths, "gate": self.gate, "min_window": self.min_window}
+        found = {"method": self.method, "lengths": lengths, "gate": self.gate, "min_window": self.min_window}
+        return found | ({"ahead": self.ahead, "ahead_gate": self.ahead_gate} if self.method in MODELS else {})
 
-    def drafter(self) -> Drafter:
-        """Return a new drafter: the text's own repetitions first, then habits, then single tokens that came before."""
-        if self.method == "off" or not (self.lengths or self.table):
+    def drafter(self, foreseen: Foreseen | None = None) -> Drafter:
+        """Return a new drafter: the text's own repetitions, then habits, then a model, then single tokens seen before.
+
+        Args:
+            foreseen: What the model would say of a known text, to be asked in its place.
+        """
+        if self.method == "off":
             return Silent()
-        if self.table is None:
-            return PromptLookup(self.lengths)
         longer = {n: k for n, k in self.lengths.items() if n > 1}
         single = {n: k for n, k in self.lengths.items() if n == 1}
-        lookups = [PromptLookup(lengths) for lengths in (longer, single) if lengths]
-        return FirstOf([*lookups[: bool(longer)], Recall(self.table, gate=self.gate), *lookups[bool(longer) :]])
+        parts: list[Drafter] = [PromptLookup(longer)] if longer else []
+        if self.table is not None:
+            parts.append(Recall(self.table, gate=self.gate))
+        model = self._model(foreseen)
+        if model is not None:
+            parts.append(model)
+        parts += [PromptLookup(single)] if single else []
+        if len(parts) == 2 and longer and single:  # nothing in between: one table does the work of two
+            return PromptLookup(self.lengths)
+        return FirstOf(parts) if len(parts) > 1 else parts[0] if parts else Silent()
+
+    def _model(self, foreseen: Foreseen | None) -> Drafter | None:
+        """Return the drafter that has weights."""
+        if self.ahead == 0:
+            return None
+        if foreseen is not None:
+            return Foresight(foreseen, name=self.method, length=self.ahead, gate=self.ahead_gate)
+        if self.heads is not None:
+            return Medusa(self.heads, length=self.ahead, gate=self.ahead_gate)
+        if self.draft is not None:
+            return DraftModel(self.draft, vocab=self.draft.vocab, length=self.ahead, gate=self.ahead_gate)
+        return None
+
+    @property
+    def drafts(self) -> bool:
+        """Whether it ever drafts."""
+        return self.method != "off" and bool(self.lengths or self.table is not None or self.ahead)
+
+
+MODELS = ("medusa", "draft")
+"""Methods that bring weights."""
 
 
 def from_json(value: Mapping[str, Any], where: Path) -> Speculator:
@@ -72,7 +123,12 @@ def from_json(value: Mapping[str, Any], where: Path) -> Speculator:
     try:
         lengths = {int(n): int(k) for n, k in value["lengths"].items()}
         found = Speculator(
-            method=value["method"], lengths=lengths, gate=float(value["gate"]), min_window=value["min_window"]
+            method=value["method"],
+            lengths=lengths,
+            gate=float(value["gate"]),
+            ahead=int(value.get("ahead", 0)),
+            ahead_gate=float(value.get("ahead_gate", 0.4)),
+            min_window=value["min_window"],
         )
         _require_known(found)
     except (KeyError, ValueError, TypeError, AttributeError, UsageError) as error:
@@ -82,12 +138,14 @@ def from_json(value: Mapping[str, Any], where: Path) -> Speculator:
 
 
 def _require_known(speculator: Speculator) -> None:
-    if speculator.method not in ("lookup", "off"):
+    if speculator.method not in get_args(Method):
         raise ValueError(f"method {speculator.method!r}")
     if speculator.lengths:
         PromptLookup(speculator.lengths)
     if not 0 < speculator.gate <= 1:
         raise ValueError(f"gate {speculator.gate!r}")
+    if not (0 <= speculator.ahead <= AHEAD and 0 <= speculator.ahead_gate <= 1):
+        raise ValueError(f"ahead {speculator.ahead!r}, ahead_gate {speculator.ahead_gate!r}")
     if speculator.min_window not in (1, 2):
         raise ValueError(f"min_window {speculator.min_window!r}")
 
@@ -107,8 +165,22 @@ def read(directory: Path) -> Speculator:
             except ValueError as error:
                 raise IntegrityError(f"{path} is not JSON: {error}", fix="run the recipe again") from error
             table = recall.load(directory / RECALL) if (directory / RECALL).is_file() else None
-            return replace(from_json(value, path), table=table)
+            return _with_weights(replace(from_json(value, path), table=table), directory)
     raise InputMissingError(f"{directory} has no {SPECULATOR}", fix="give the speculator directory of a run")
+
+
+def _with_weights(speculator: Speculator, directory: Path) -> Speculator:
+    """Return a speculator with the heads or the draft that it asks."""
+    if speculator.ahead == 0:
+        return speculator
+    if speculator.method == "medusa":
+        from optikit.runtime.heads import HEADS, HeadSession
+
+        return replace(speculator, heads=HeadSession(directory / HEADS))
+    from optikit.runtime.onnx_decoder import OnnxDecoder
+
+    # One thread that sleeps: the model's own threads spin for their next step, and a second pool would fight them.
+    return replace(speculator, draft=OnnxDecoder(directory / COMPILED_DRAFT, threads=1, spinning=False))
 
 
 def write_choice(speculator: Speculator, directory: Path, about: Mapping[str, Any]) -> tuple[str, ...]:
@@ -150,6 +222,27 @@ class SpeculatingDecoder:
             yield from step.tokens
 
 
+def require_fit(decoder: Decoder, speculator: Speculator) -> None:
+    """Refuse heads or a draft that were made for another model.
+
+    Raises:
+        UsageError: They have another width or vocabulary.
+    """
+    if speculator.heads is not None:
+        width = getattr(decoder, "width", None)
+        if width is None:
+            message = f"the heads read hidden states, and this {decoder.runtime} decoder doesn't show them"
+            raise UsageError(message, fix="use lookup or a draft model, or another runtime")
+        speculator.heads.require(width=width, vocab=decoder.vocab)
+    if speculator.draft is not None:
+        DraftModel(speculator.draft, vocab=decoder.vocab)
+
+
 def speculating(decoder: Decoder, speculator: Speculator) -> Decoder:
-    """Return the decoder as it should be used: plain where speculation is off."""
+    """Return the decoder as it should be used: plain where speculation is off.
+
+    Raises:
+        UsageError: The speculator was made for another model.
+    """
+    require_fit(decoder, speculator)
     return decoder if speculator.method == "off" else SpeculatingDecoder(decoder, speculator)

@@ -44,7 +44,13 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load(directory: Path, dtype: str) -> Any:
+def load_model(directory: Path, dtype: str = "auto") -> Any:
+    """Return the transformers model of a directory, dense or packed in a format that `optikit.formats` reads.
+
+    Raises:
+        InputMissingError: config.json or the weights are missing.
+        IntegrityError: A file is damaged, or the weights aren't what config.json says.
+    """
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise InputMissingError(f"{directory} has no config.json", fix="give a Hugging Face model directory")
@@ -141,7 +147,7 @@ class TorchDecoder:
         self.threads = threads or host.threads()
         torch.set_num_threads(self.threads)
         with _quiet():
-            self._model = _load(directory, dtype)
+            self._model = load_model(directory, dtype)
         config = self._model.config
         context = int(config.max_position_embeddings)
         if max_tokens is not None and max_tokens > context:
@@ -150,6 +156,7 @@ class TorchDecoder:
         self.max_tokens = max_tokens or context
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         self.vocab = int(config.vocab_size)
+        self.width = int(config.hidden_size)
         # Nothing of the checkpoint's sampling settings, and no end-of-text: `greedy` has a fixed length.
         self._model.generation_config = GenerationConfig()
         self._cache = DynamicCache()
@@ -159,6 +166,11 @@ class TorchDecoder:
 
     def _keep_states(self, _head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         self._states = inputs[0][0]
+
+    @property
+    def model(self) -> Any:
+        """The transformers model."""
+        return self._model
 
     @torch.inference_mode()
     def forward(self, tokens: Tokens, position: int, rows: int | None = None) -> Logits:

@@ -6,8 +6,10 @@ Whatever a recipe writes, the result is a path and a digest of contents: the pat
 from __future__ import annotations
 
 import difflib
+import gzip
 import hashlib
 import re
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,11 +275,25 @@ def _text_file(spec: str, store: Store, *, base: Path, offline: bool, note: Note
     return path, spec
 
 
+def _unpacked(path: Path) -> bytes:
+    """Return the bytes of a file; those inside it where it is compressed by gzip."""
+    if path.suffix != ".gz":
+        return path.read_bytes()
+    try:
+        with gzip.open(path) as file:
+            content = file.read(MOST_TEXT_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise IntegrityError(f"{path} is damaged: {error}", fix="fetch it again") from error
+    if len(content) > MOST_TEXT_BYTES:
+        raise RecipeError(f"{path} unpacks to more than {files.in_units(MOST_TEXT_BYTES)}", fix="cut it")
+    return content
+
+
 def _read_text(path: Path) -> str:
     if path.stat().st_size > MOST_TEXT_BYTES:
         size = files.in_units(path.stat().st_size)
         raise RecipeError(f"{path} has {size}: a text may have {files.in_units(MOST_TEXT_BYTES)}", fix="cut it")
-    content = path.read_bytes()
+    content = _unpacked(path)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

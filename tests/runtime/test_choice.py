@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from optikit.runtime.acceptors import Greedy
 from optikit.runtime.choice import (
+    DraftCosts,
     WindowCosts,
     Written,
     best_window,
@@ -90,7 +91,7 @@ def test_predictions_are_exact_where_the_clock_is(min_window):
 
 def test_drafting_time_is_part_of_the_price():
     steps = replay(PromptLookup(), written([1, 2, 3], 60))
-    free, dear = predict(steps, FLAT), predict(steps, FLAT, draft_ms=2.0, per_token_ms=1.0)
+    free, dear = predict(steps, FLAT), predict(steps, FLAT, drafting=DraftCosts(ask_ms=2.0, per_token_ms=1.0))
     counted = free.statistics
     extra = (2.0 * counted.steps + sum(counted.drafted)) / counted.tokens
     assert dear.ms_per_token == pytest.approx(free.ms_per_token + extra)

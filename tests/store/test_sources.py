@@ -171,3 +171,15 @@ def test_a_changed_input_is_named(store: Store, tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUX")
     with pytest.raises(IntegrityError, match=r"a\.gguf changed"):
         check_lock(entries, [model("a.gguf", store, tmp_path)])
+
+
+def test_a_compressed_text_is_read_unpacked(store: Store, tmp_path: Path) -> None:
+    import gzip
+
+    packed = tmp_path / "prompts.jsonl.gz"
+    packed.write_bytes(gzip.compress('{"prompt": "Grüße"}\n'.encode()))
+    found = resolve_text(Text(text="prompts.jsonl.gz"), store, base=tmp_path, offline=True, note=print)
+    assert found.path.read_text(encoding="utf-8") == '{"prompt": "Grüße"}\n'
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(IntegrityError, match="is damaged"):
+        resolve_text(Text(text="prompts.jsonl.gz"), store, base=tmp_path, offline=True, note=print)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import string
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,18 +111,105 @@ def prompts(path: Path, by: Tokenizer, *, length: int, wanted: int, seed: int) -
     return [fitting[index] for index in order]
 
 
-def prompt_fields(path: Path, text: str) -> Iterator[str]:
-    """Yield the prompts of JSON Lines; nothing where the text is prose: its first line isn't a JSON object."""
+FEWEST_PROMPTS = 4
+"""Two to choose on, two to judge."""
+MOST_PASSAGES = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """Prompts as tokens, in an order that the seed decides: those that judge, and all others, disjoint."""
+
+    judged: list[NDArray[np.int64]]
+    others: list[NDArray[np.int64]]
+
+
+def divided(
+    path: Path,
+    by: Tokenizer,
+    encode_prompt: Callable[[str], NDArray[np.int64]],
+    *,
+    judged: int,
+    template: str,
+    length: int,
+    seed: int,
+) -> Division:
+    """Divide all prompts of a file: what learns from the others has never seen those that judge.
+
+    Args:
+        path: JSON Lines, a JSON array, or prose, whose passages don't overlap.
+        by: Cuts prose into passages.
+        encode_prompt: Encodes a prompt, with a chat's markup where that is wanted.
+        judged: Prompts to judge on; two thirds of all at most.
+        template: As in `prompt_fields`.
+        length: Tokens of a passage.
+        seed: Decides which are which.
+
+    Raises:
+        InputMissingError: Too few prompts, or a record that isn't one.
+    """
+    import numpy as np
+
+    text = read(path)
+    found = [encode_prompt(prompt) for prompt in prompt_fields(path, text, template)]
+    if not found:
+        tokens = encode(text, by, at_least=MOST_PASSAGES * length).tokens[: MOST_PASSAGES * length]
+        found = [tokens[start : start + length] for start in range(0, len(tokens) - length + 1, length)]
+    if len(found) < FEWEST_PROMPTS:
+        message = f"{path} has {len(found)} prompts; {FEWEST_PROMPTS} are needed"
+        raise InputMissingError(message, fix="give more prompts: half of them choose, the other half judge")
+    order = np.random.default_rng(seed).permutation(len(found))
+    count = min(judged, max(FEWEST_PROMPTS, 2 * len(found) // 3))
+    shuffled = [found[index] for index in order]
+    return Division(judged=shuffled[:count], others=shuffled[count:])
+
+
+def prompt_fields(path: Path, text: str, template: str = "") -> Iterator[str]:
+    """Yield the prompts of JSON Lines or of a JSON array; nothing where the text is prose: no object at its start.
+
+    Args:
+        path: For messages.
+        text: Of the file.
+        template: How a prompt is made of a record's fields, "{context} {question}"; empty is its field `prompt`.
+
+    Raises:
+        InputMissingError: A record lacks a field, or one of them isn't text.
+    """
+    for number, entry in _records(text):
+        found = _filled(entry, template) if template else entry.get("prompt") if isinstance(entry, dict) else None
+        if not isinstance(found, str) or not found:
+            wanted = f"the fields of {template!r}" if template else '{"prompt": "…"}'
+            message = f"{path}:{number}: expected {wanted}, got {json.dumps(entry)[:60]}"
+            fix = "every record of a prompt file is an object with a `prompt`, or with the fields that `template` names"
+            raise InputMissingError(message, fix=fix)
+        yield found
+
+
+def _records(text: str) -> Iterator[tuple[int, Any]]:
+    """Yield (number of the line or record, value); nothing where the text is prose."""
+    whole = _parse(text) if text.lstrip().startswith("[") else None
+    if isinstance(whole, list) and whole and isinstance(whole[0], dict):
+        yield from enumerate(whole, 1)
+        return
     lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not isinstance(_parse(lines[0][1]), dict):
         return
     for number, line in lines:
-        entry = _parse(line)
-        prompt = entry.get("prompt") if isinstance(entry, dict) else None
-        if not isinstance(prompt, str) or not prompt:
-            message = f'{path}:{number}: expected {{"prompt": "…"}}, got {line[:60]!r}'
-            raise InputMissingError(message, fix="every line of a prompt file is one JSON object with a `prompt`")
-        yield prompt
+        parsed = _parse(line)
+        yield number, line if parsed is None else parsed
+
+
+def _filled(entry: Any, template: str) -> str | None:
+    """Return a template with the fields of a record in their places; None where it lacks one or it isn't text."""
+    if not isinstance(entry, dict):
+        return None
+    out = []
+    for literal, name, _, _ in string.Formatter().parse(template):
+        value = "" if name is None else entry.get(name)
+        if not isinstance(value, str):
+            return None
+        out += [literal, value]
+    return "".join(out)
 
 
 def _parse(line: str) -> Any:

@@ -27,7 +27,7 @@ from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
 from optikit.targets import Target
 
 if TYPE_CHECKING:
-    from optikit.runtime.choice import WindowCosts, Written
+    from optikit.runtime.choice import DraftCosts, WindowCosts, Written
     from optikit.runtime.protocol import Decoder, Tokens
     from optikit.runtime.speculator import Speculator
     from optikit.runtime.text import Talker
@@ -38,7 +38,6 @@ CALIBRATED = False
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "onnxruntime", "onnxruntime-genai")
 ENVIRONMENT: str | None = None
 
-FEWEST_PROMPTS = 4
 CONTEXT = 200
 """Tokens in the cache while windows are timed."""
 
@@ -48,8 +47,10 @@ class Options(StageOptions):
 
     runtime: Literal["transformers", "onnxruntime"]
     """Runtime that loads the model."""
-    prompts: int = Field(default=40, ge=FEWEST_PROMPTS)
+    prompts: int = Field(default=40, ge=_text.FEWEST_PROMPTS)
     """Most prompts to use, half of them to choose, half to judge."""
+    template: str = ""
+    """How a prompt is made of the fields of a record; empty is its `prompt`."""
     prompt_tokens: int = Field(default=128, ge=1)
     """Length of passages, where prompts have to be cut from prose."""
     new_tokens: int = Field(default=96, ge=8)
@@ -95,48 +96,84 @@ def run(options: Options, job: Job) -> Facts:
     decoder = load(job.source, runtime=options.runtime, threads=job.threads)
     talker = Talker(decoder, job.inputs["tokenizer"])
     writer = Writer(decoder, options.new_tokens, talker.ends)
-    prompts = _prompts(options, job, talker, decoder)
-    used, spare = prompts[: options.prompts], prompts[options.prompts :]
+    used, spare = _prompts(options, job, talker, decoder)
     given = speculator.read(job.inputs["speculator"])
-    costs = choice.measure_windows(decoder, _context(prompts))
-    remembered = _texts(writer, spare, job, 0, len(prompts))
-    texts = _texts(writer, used[::2], job, len(spare), len(prompts))
-    trial = _tuned(given, remembered, texts, costs) if options.tune else given
+    speculator.require_fit(decoder, given)
+    total = len(used) + len(spare)
+    context = _context(used)
+    costs = choice.measure_windows(decoder, context)
+    drafting = choice.measure_drafting(given, context)
+    remembered = _texts(writer, spare, job, 0, total)
+    texts = [choice.foresee(given, decoder, each) for each in _texts(writer, used[::2], job, len(spare), total)]
+    trial = _tuned(given, remembered, texts, costs, drafting) if options.tune else given
     noise = _identity.kernel_noise(decoder, texts)
-    pairs = _pairs(writer, trial, used[1::2], job, len(prompts))
-    found = _measured(pairs, costs, trial, job.seed) | _identity.compare(writer, trial, pairs, noise)
-    chosen = trial if _pays(found) else replace(trial, method="off")
+    pairs = _pairs(writer, trial, used[1::2], job, total)
+    found = _measured(pairs, costs, drafting, trial, job.seed) | _identity.compare(writer, trial, pairs, noise)
+    chosen = _named(trial if _pays(found) else replace(trial, method="off"))
     told = {name: found[name] for name in ("speedup", "predicted_speedup")}
     files = speculator.write_choice(chosen, job.dest, told)
-    parameters = {"lengths": trial.as_json()["lengths"], "gate": trial.gate if trial.table else None}
     return {
-        "speculation": {"method": given.method, "chosen": chosen.method, "lossless": True} | parameters | found,
+        "speculation": {"method": given.method, "chosen": chosen.method, "lossless": True} | _parameters(trial) | found,
+        "alternatives": _alternatives(trial, given, texts, costs, drafting),
         "window_ms": {str(m): ms for m, ms in costs.ms.items()},
+        "drafting_ms": {"ask": drafting.ask_ms, "per_token": drafting.per_token_ms},
         "remembered_texts": len(remembered) + len(texts) if trial.table else 0,
         "files": list(files),
     }
 
 
-def _prompts(options: Options, job: Job, talker: Talker, decoder: Decoder) -> list[Tokens]:
-    """Return prompts as tokens, in an order that the seed decides."""
-    import numpy as np
-
+def _prompts(options: Options, job: Job, talker: Talker, decoder: Decoder) -> tuple[list[Tokens], list[Tokens]]:
+    """Return the prompts to choose and judge on, and some to remember, as tokens, in an order that the seed decides."""
     path = job.inputs["prompts"]
-    lines = list(_text.prompt_fields(path, _text.read(path)))
-    if lines:
-        found = [talker.encode(line, chat=options.chat) for line in lines]
-    else:
-        by = _text.tokenizer(job.inputs["tokenizer"])
-        length = options.prompt_tokens
-        passages = _text.prompts(path, by, length=length, wanted=options.prompts, seed=job.seed)
-        found = [np.array(tokens, np.int64) for tokens in passages]
+    divided = _text.divided(
+        path,
+        _text.tokenizer(job.inputs["tokenizer"]),
+        lambda prompt: talker.encode(prompt, chat=options.chat),
+        judged=options.prompts,
+        template=options.template,
+        length=options.prompt_tokens,
+        seed=job.seed,
+    )
     room = decoder.max_tokens - options.new_tokens
-    fitting = [tokens for tokens in found if len(tokens) <= room]
-    if len(fitting) < FEWEST_PROMPTS:
-        message = f"{path} has {len(fitting)} prompts of at most {room} tokens; {FEWEST_PROMPTS} are needed"
+    used, spare = ([tokens for tokens in part if len(tokens) <= room] for part in (divided.judged, divided.others))
+    if len(used) < _text.FEWEST_PROMPTS:
+        message = f"{path} has {len(used)} prompts of at most {room} tokens; {_text.FEWEST_PROMPTS} are needed"
         raise InputMissingError(message, fix="give more prompts: half of them choose, the other half judge")
-    order = np.random.default_rng(job.seed).permutation(len(fitting))[: options.prompts + options.remember]
-    return [fitting[index] for index in order]
+    return used, spare[: options.remember]
+
+
+def _named(speculator: Speculator) -> Speculator:
+    """Return the speculator under the name of what it really does: heads that are never asked are none."""
+    unasked = speculator.method in ("medusa", "draft") and speculator.ahead == 0
+    return replace(speculator, method="lookup") if unasked else speculator
+
+
+def _parameters(speculator: Speculator) -> dict[str, Any]:
+    """Return what was tuned."""
+    asked = speculator.ahead > 0
+    return {
+        "lengths": speculator.as_json()["lengths"],
+        "gate": speculator.gate if speculator.table else None,
+        "ahead": speculator.ahead,
+        "ahead_gate": speculator.ahead_gate if asked else None,
+    }
+
+
+def _alternatives(
+    trial: Speculator, given: Speculator, texts: Sequence[Written], costs: WindowCosts, drafting: DraftCosts
+) -> dict[str, float]:
+    """Return what parts of the speculator would bring alone, predicted on the prompts that choose, each tuned."""
+    from optikit.runtime import choice
+
+    found = {"chosen": choice.price(trial, texts, costs, drafting).speedup}
+    alone = {"lookup": replace(given, ahead=0)}
+    if given.ahead:
+        alone[given.method] = replace(given, lengths={})
+    for name, each in alone.items():
+        matches: tuple[int, ...] = choice.MATCHES if name == "lookup" else ()
+        tuned = choice.tune(each, texts, costs, drafting=drafting, matches=matches)
+        found[name] = choice.price(tuned, texts, costs, drafting).speedup
+    return found
 
 
 def _context(prompts: Sequence[Tokens]) -> Tokens:
@@ -168,13 +205,17 @@ def _pairs(writer: Writer, speculator: Speculator, prompts: Sequence[Tokens], jo
 
 
 def _tuned(
-    given: Speculator, remembered: Sequence[Written], texts: Sequence[Written], costs: WindowCosts
+    given: Speculator,
+    remembered: Sequence[Written],
+    texts: Sequence[Written],
+    costs: WindowCosts,
+    drafting: DraftCosts,
 ) -> Speculator:
     """Return the speculator with the best prediction; as it was given where none beats plain decoding."""
     from optikit.runtime import choice
 
-    found = choice.tune_with_recall(given, remembered, texts, costs)
-    return found if found.lengths or found.table else given
+    found = choice.tune_with_recall(given, remembered, texts, costs, drafting)
+    return found if found.drafts else given
 
 
 def _pays(found: dict[str, Any]) -> bool:
@@ -185,12 +226,15 @@ def _pays(found: dict[str, Any]) -> bool:
     return measured is not None and min(found["predicted_speedup"], measured["value"]) >= WORTHWHILE
 
 
-def _measured(pairs: Sequence[Pair], costs: WindowCosts, speculator: Speculator, seed: int) -> dict[str, Any]:
+def _measured(
+    pairs: Sequence[Pair], costs: WindowCosts, drafting: DraftCosts, speculator: Speculator, seed: int
+) -> dict[str, Any]:
     """Return speed-up, predicted and measured, and acceptance."""
     from optikit.runtime import choice
 
     steps = [step for pair in pairs for step in pair.steps]
-    predicted = choice.predict(steps, costs, min_window=speculator.min_window)
+    asked = drafting if speculator.ahead else choice.FREE
+    predicted = choice.predict(steps, costs, drafting=asked, min_window=speculator.min_window)
     counted = predicted.statistics
     steady = [pair for pair in pairs if not pair.loops]
     return {
@@ -201,6 +245,10 @@ def _measured(pairs: Sequence[Pair], costs: WindowCosts, speculator: Speculator,
         "acceptance_length": counted.acceptance_length,
         "acceptance_by_position": list(counted.acceptance_by_position),
         "drafting_steps": sum(counted.drafted[:1]) / max(1, counted.steps),
+        "by_drafter": {
+            name: {"steps": count, "drafted": drafted, "accepted": kept}
+            for name, (count, drafted, kept) in counted.by.items()
+        },
         "prompts": len(pairs),
     }
 

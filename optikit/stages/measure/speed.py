@@ -12,8 +12,10 @@ Differs output length is fixed and end-of-text ignored: a broken model that stop
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -38,6 +40,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "onnxruntime", "onn
 ENVIRONMENT: str | None = None
 
 SAMPLES = "samples.jsonl"
+MANIFEST = "artifact.json"
 BYTES_PER_SECOND = 10e9
 """Weights that two CPU cores read per second while decoding."""
 PREFILL_FLOPS = 60e9
@@ -157,6 +160,19 @@ def _start(arm: ArmOptions, options: Options, job: Job) -> Arm:
     return Arm(arm.name, log=job.scratch / f"{arm.name}.log", hang_s=options.hang_s)
 
 
+def _speculator(job: Job, arm: ArmOptions) -> Path:
+    """Return a directory with what a stage made and what was chosen of it, as they lie together in the output."""
+    merged = job.scratch / "speculator"
+    shutil.rmtree(merged, ignore_errors=True)
+    merged.mkdir(parents=True)
+    for role in ("made", arm.speculator):
+        if role in job.inputs:
+            for path in job.inputs[role].iterdir():
+                if path.name != MANIFEST:
+                    (merged / path.name).symlink_to(path.resolve())
+    return merged
+
+
 def _load(process: Arm, arm: ArmOptions, options: Options, job: Job) -> dict[str, Any]:
     """Load an arm's model; return what was really loaded, and how long that took."""
     loaded = process.ask(
@@ -166,7 +182,7 @@ def _load(process: Arm, arm: ArmOptions, options: Options, job: Job) -> dict[str
         dtype=arm.dtype,
         threads=job.threads,
         max_tokens=options.prompt_tokens + options.new_tokens,
-        speculator=str(job.inputs[arm.speculator]) if arm.speculator else None,
+        speculator=str(_speculator(job, arm)) if arm.speculator else None,
     )
     if arm.dtype not in ("auto", loaded["dtype"]):
         message = f"{arm.name}: asked for {arm.dtype}, but {loaded['runtime']} loaded {loaded['dtype']}"

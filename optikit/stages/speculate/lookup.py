@@ -22,7 +22,9 @@ from pydantic import Field
 
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
+from optikit.stages.protocol import Estimate, Facts, Job
+from optikit.stages.speculate import _prompts
+from optikit.stages.speculate._prompts import PromptOptions
 from optikit.targets import Target
 
 SUMMARY = "prompt lookup: speculate that a text repeats itself; lossless, no training"
@@ -32,27 +34,13 @@ LIBRARIES: tuple[str, ...] = ()
 ENVIRONMENT: str | None = None
 
 
-class Options(StageOptions):
+class Options(PromptOptions):
     """Options of `speculate: {method: lookup}`."""
 
     longest_match: int = Field(default=3, ge=1, le=8)
     """Tokens that a match has at most; it has at least 2, or this."""
     tokens: int = Field(default=8, ge=1, le=31)
     """Tokens to draft after a longest match; half as many for each token that a match is shorter."""
-    tune: bool = True
-    """Choose lengths anew by what they would bring on half of the prompts, measured costs included."""
-    exact: bool = False
-    """Never run one token alone, so that texts equal those of plain decoding with the same kernels token by token; some
-    engines round one token otherwise than several."""
-    prompts: str = ""
-    """Prompts of the kind that the model will get: JSON Lines with a `prompt` field, or prose. Empty takes those of
-    `evaluate: {speed: …}`."""
-    chat: bool = True
-    """Put prompts through the model's chat template, if it has one."""
-    remember: int = Field(default=200, ge=0, le=100_000)
-    """Prompts, beside those that choose and judge, whose answers are remembered as n-grams to draft from."""
-    new_tokens: int = Field(default=96, ge=8, le=4096)
-    """Tokens to write per prompt while measuring, unless the text ends before."""
 
     def lengths(self) -> dict[int, int]:
         """Return tokens that matched → tokens to draft."""
@@ -64,10 +52,8 @@ class Options(StageOptions):
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
-    """Yield why this model can't be speculated on."""
-    if facts.sliding_window is not None:
-        message = f"attention over a window of {facts.sliding_window} tokens forgets what a rejected draft displaced"
-        yield Problem(code="no-rollback", message=message, fix="drop the speculate stage, or use a model without one")
+    """Yield why this model can't be speculated on, or these prompts not be read."""
+    yield from _prompts.check(options, facts)
 
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:

@@ -1,0 +1,205 @@
+"""What a model writes by itself, in batches, with the states that it wrote from: all that heads and drafts learn from.
+
+Paper   Cai et al. 2024, arXiv:2401.10774, section 2.3.2 (self-distillation): a drafter has to predict the model's text,
+        not the author's
+Cost    one decoding step per token and batch; 2 bytes per token and unit of width on disk
+Differs greedy, because greedy serving is what the drafts are for; the states are kept while writing, so that no second
+        pass over the text is needed
+
+Every batch is written to a file when it is done; a killed run's successor goes on behind the last one. A batch depends
+on its prompts only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import DynamicCache
+
+BATCH = 32
+"""Texts written at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnText:
+    """Texts one after the other, each begun by the last token of its prompt.
+
+    Attributes:
+        tokens: (n,) int64.
+        documents: (n,) int64: number of the text that each token belongs to.
+        wanted: (n,) bool: tokens that the model wrote.
+        hidden: (n, width): the state, behind the final norm, at each token: what the next one was predicted from. Zero
+            at the last token of a text, behind which nothing was predicted.
+    """
+
+    tokens: Tensor
+    documents: Tensor
+    wanted: Tensor
+    hidden: Tensor
+
+    @property
+    def texts(self) -> int:
+        """Texts that were written."""
+        return len(set(self.documents.tolist()))
+
+    @property
+    def written(self) -> int:
+        """Tokens that the model wrote."""
+        return int(self.wanted.sum())
+
+    def chosen(self, documents: Tensor) -> OwnText:
+        """Return some of the texts."""
+        kept = torch.isin(self.documents, documents)
+        return OwnText(
+            tokens=self.tokens[kept],
+            documents=self.documents[kept],
+            wanted=self.wanted[kept],
+            hidden=self.hidden[kept],
+        )
+
+
+def divide(text: OwnText, share: float) -> tuple[OwnText, OwnText]:
+    """Return (texts to learn from, texts to validate on): whole texts, every 1/share-th of them, at least one."""
+    documents = text.documents.unique()
+    held = documents[:: max(2, round(1 / share))]
+    return text.chosen(documents[~torch.isin(documents, held)]), text.chosen(held)
+
+
+def write(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    new_tokens: int,
+    ends: frozenset[int],
+    folder: Path,
+    batch: int = BATCH,
+    observe: Callable[[int, int], None] = lambda _done, _total: None,
+) -> OwnText:
+    """Let a model continue prompts greedily.
+
+    Args:
+        model: A transformers decoder.
+        prompts: Token ids, each at least one.
+        new_tokens: Most tokens to write per prompt.
+        ends: Tokens that end a text; the one that does is part of it.
+        folder: Where finished batches are kept.
+        batch: Prompts at once; those of similar length share a batch.
+        observe: Told (done, total) prompts.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    ordered = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    parts = []
+    for number, start in enumerate(range(0, len(ordered), batch)):
+        observe(start, len(ordered))
+        indices = ordered[start : start + batch]
+        path = folder / f"own-{number:05d}.safetensors"
+        part = _read(path)
+        if part is None:
+            part = _joined(indices, _continue(model, [prompts[i] for i in indices], new_tokens, ends))
+            _keep(part, path)
+        parts.append(part)
+    observe(len(ordered), len(ordered))
+    return OwnText(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+
+def _joined(numbers: Sequence[int], texts: Sequence[tuple[int, list[int], Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors of one batch from (last token of the prompt, text, states) of each."""
+    tokens, documents, wanted, hidden = [], [], [], []
+    for number, (last, text, states) in zip(numbers, texts, strict=True):
+        tokens.append(torch.tensor([last, *text]))
+        documents.append(torch.full((len(text) + 1,), number))
+        wanted.append(torch.tensor([False] + [True] * len(text)))
+        hidden.append(torch.cat([states, torch.zeros(1, states.shape[1], dtype=states.dtype)]))
+    return {
+        "tokens": torch.cat(tokens),
+        "documents": torch.cat(documents),
+        "wanted": torch.cat(wanted),
+        "hidden": torch.cat(hidden),
+    }
+
+
+def _keep(part: dict[str, Tensor], path: Path) -> None:
+    partial = path.with_suffix(".part")
+    save_file(part, partial)
+    partial.replace(path)
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    if not path.is_file():
+        return None
+    try:
+        found: dict[str, Tensor] = load_file(path)
+    except SafetensorError:
+        return None
+    return found
+
+
+class _States:
+    """Keeps what the output head read last, for as long as it is open."""
+
+    def __init__(self, model: Any) -> None:
+        self.last = torch.empty(0)
+        self._hook = model.get_output_embeddings().register_forward_pre_hook(self._note)
+
+    def _note(self, _head: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.last = inputs[0][:, -1]
+
+    def close(self) -> None:
+        """Listen no longer."""
+        self._hook.remove()
+
+
+@torch.inference_mode()
+def _continue(
+    model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, ends: frozenset[int]
+) -> list[tuple[int, list[int], Tensor]]:
+    """Return (last token of the prompt, text, states (len(text), width)) of each prompt."""
+    states = _States(model)
+    texts: list[list[int]] = [[] for _ in prompts]
+    seen: list[list[Tensor]] = [[] for _ in prompts]
+    try:
+        for rows, tokens, hidden in _steps(model, prompts, new_tokens, ends, states):
+            for row, token, state in zip(rows, tokens, hidden, strict=True):
+                texts[row].append(token)
+                seen[row].append(state)
+    finally:
+        states.close()
+    return [(int(prompt[-1]), text, torch.stack(each)) for prompt, text, each in zip(prompts, texts, seen, strict=True)]
+
+
+def _steps(
+    model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, ends: frozenset[int], states: _States
+) -> Iterator[tuple[list[int], list[int], Tensor]]:
+    """Yield (rows still writing, their next tokens, the states that predicted them), step by step.
+
+    Prompts are padded on the left, where the mask hides it. A row whose text has ended leaves the batch.
+    """
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    ending = torch.tensor(sorted(ends), dtype=torch.int64)
+    cache = DynamicCache()
+    rows = torch.arange(len(prompts))
+    for step in range(new_tokens):
+        output = model(
+            tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        best = output.logits[:, -1].argmax(-1)
+        yield rows.tolist(), best.tolist(), states.last
+        kept = torch.nonzero(~torch.isin(best, ending)).flatten()
+        if not len(kept) or step == new_tokens - 1:
+            return
+        if len(kept) < len(rows):
+            cache.batch_select_indices(kept)
+            rows, best, mask, positions = rows[kept], best[kept], mask[kept], positions[kept]
+        tokens = best[:, None]
+        positions = positions[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones(len(rows), 1, dtype=mask.dtype)], dim=1)

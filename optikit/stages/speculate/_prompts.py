@@ -1,0 +1,54 @@
+"""Options that every way to speculate shares: which prompts it is made, chosen and judged on."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator
+
+from pydantic import Field
+
+from optikit.models.facts import ModelFacts
+from optikit.problems import Problem
+from optikit.stages.protocol import StageOptions
+
+
+class PromptOptions(StageOptions):
+    """Prompts, and what is written to them."""
+
+    prompts: str = ""
+    """Prompts of the kind that the model will get: JSON Lines with a `prompt` field, or prose. Empty takes those of
+    `evaluate: {speed: …}`."""
+    template: str = ""
+    """How a prompt is made of other fields of the JSON Lines, or of a JSON array: "{context}\\n{question}"; empty is
+    the `prompt` field."""
+    prompt_tokens: int = Field(default=64, ge=1, le=131_072)
+    """Tokens of a prompt, where prompts have to be cut from prose."""
+    chat: bool = True
+    """Put prompts through the model's chat template, if it has one; passages of prose are continued as they are."""
+    judged: int = Field(default=40, ge=4, le=100_000)
+    """Prompts, drawn by the seed, half of which choose the speculator and half judge it; nothing else sees them."""
+    new_tokens: int = Field(default=96, ge=8, le=4096)
+    """Tokens to write per prompt, unless the text ends before."""
+    remember: int = Field(default=200, ge=0, le=100_000)
+    """Prompts, beside those that choose and judge, whose answers are remembered as n-grams to draft from."""
+    tune: bool = True
+    """Choose lengths anew by what they would bring on half of the prompts, measured costs included."""
+    exact: bool = False
+    """Never run one token alone, so that texts equal those of plain decoding with the same kernels token by token; some
+    engines round one token otherwise than several."""
+
+
+def check(options: PromptOptions, facts: ModelFacts) -> Iterator[Problem]:
+    """Yield why this model can't be speculated on, or these prompts not be read."""
+    if facts.sliding_window is not None:
+        message = f"attention over a window of {facts.sliding_window} tokens forgets what a rejected draft displaced"
+        yield Problem(code="no-rollback", message=message, fix="drop the speculate stage, or use a model without one")
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(options.template) if name is not None]
+    except ValueError as error:
+        message = f"template {options.template!r} can't be read: {error}"
+        yield Problem(code="bad-template", message=message, fix='write "{field}"', loc=("template",))
+        return
+    if options.template and not all(name.isidentifier() for name in names):
+        message = f"template {options.template!r} names something else than fields"
+        yield Problem(code="bad-template", message=message, fix='write "{field}"', loc=("template",))

@@ -1,0 +1,277 @@
+"""Medusa-1: small heads on the model's last hidden state guess the tokens after the next one; the model stays as it is.
+
+Paper   Cai et al. 2024, arXiv:2401.10774 (Medusa-1, section 2.2.1; self-distillation, section 2.3.2)
+Helps   domains whose texts are predictable: there the first head is right more often than not
+Hurts   open-ended prose, above all from little text: where measuring shows no gain the heads aren't asked
+Cost    writing `tokens` tokens with the model in batches, then minutes of training; 2 bytes per token and unit of width
+Differs heads share the model's output layer, cut to the tokens that it writes most; they are trained on what the final,
+        quantized weights write by themselves, greedily; a chain, no tree: on a CPU every checked token costs time; what
+        repeats is looked up first, and heads are asked where nothing repeats, if that pays
+
+The text stays the model's own: every draft token is checked. What the heads bring is measured on the compiled model,
+and chosen there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from optikit.models.facts import ModelFacts, Trait
+from optikit.problems import Problem
+from optikit.stages.protocol import Estimate, Facts, Job
+from optikit.stages.speculate import _prompts
+from optikit.stages.speculate._prompts import PromptOptions
+from optikit.targets import Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from optikit.algorithms.head_training import History
+    from optikit.algorithms.medusa import MedusaHeads
+    from optikit.algorithms.own_text import OwnText
+    from optikit.deploy.medusa import HeadSet
+
+SUMMARY = "Medusa-1 heads, trained on what the final weights write; lossless"
+NEEDS: frozenset[Trait] = frozenset()
+CALIBRATED = False
+LIBRARIES: tuple[str, ...] = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+ENVIRONMENT: str | None = None
+
+DRAFT_VOCAB = 8192
+"""Tokens that heads draft by default: an output layer of 49,152 rows costs as much as a fifth of SmolLM2-135M."""
+LOG = "training.jsonl"
+
+
+class Options(PromptOptions):
+    """Options of `speculate: {method: medusa}`."""
+
+    heads: int = Field(default=3, ge=1, le=8)
+    """Heads: tokens that are drafted at most. Each guesses one token further, and worse."""
+    layers: int = Field(default=1, ge=1, le=4)
+    """Residual layers per head."""
+    share_lm_head: bool = True
+    """Read out through the model's own output layer; false trains a copy of it for each head, which is larger, slower
+    and somewhat better."""
+    draft_vocab: int | None = Field(default=None, ge=16)
+    """Tokens that heads can draft: those that the model writes most often. Empty is 8192, or the whole vocabulary where
+    heads don't share the output layer."""
+    tokens: int = Field(default=100_000, ge=64)
+    """Tokens that the model writes to train on, as far as there are prompts. The more, the better the heads."""
+    epochs: int = Field(default=10, ge=1, le=1000)
+    """Most passes over that text; training ends when validation stops getting better."""
+    learning_rate: float = Field(default=1e-3, gt=0, le=1)
+    """AdamW's, after a warm-up of 40 steps."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw8bit` keeps its moments in 8 bits."""
+    layouts: tuple[Literal["v1", "vllm", "nxdi"], ...] = ("v1", "vllm")
+    """Servers' layouts to write beside the heads: v1 for TGI, TensorRT-LLM and vLLM 0.32, vllm for vLLM before 0.33,
+    nxdi for NxD Inference. v1 and nxdi hold a copy of the output layer for every head."""
+
+    def drafted(self, vocab: int) -> int:
+        """Return how many tokens heads can draft."""
+        chosen = self.draft_vocab or (DRAFT_VOCAB if self.share_lm_head else vocab)
+        return min(chosen, vocab)
+
+
+def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
+    """Yield why this model can't get heads."""
+    yield from _prompts.check(options, facts)
+    if not options.share_lm_head and options.layouts and options.drafted(facts.vocab) < facts.vocab:
+        message = f"heads with output layers of their own for {options.draft_vocab} tokens fit no server's layout"
+        fix = "leave draft_vocab out, set share_lm_head: true, or layouts: []"
+        yield Problem(code="head-vocabulary", message=message, fix=fix, loc=("draft_vocab",))
+    if "nxdi" in options.layouts and options.layers != 1:
+        message = f"NxD Inference builds Medusa heads of one layer, and layers is {options.layers}"
+        yield Problem(code="nxdi-layers", message=message, fix="set layers: 1", loc=("layers",))
+
+
+def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
+    """Estimate from SmolLM2-135M on two cores: a token written in a batch costs a forward, a trained one its heads'."""
+    head = facts.hidden * (options.layers * facts.hidden + options.drafted(facts.vocab))
+    epochs = min(options.epochs, 6)
+    trained = 6 * options.heads * head * options.tokens * epochs
+    return Estimate(
+        seconds=20 + options.tokens * facts.parameters / 4e10 + trained / 1e11,
+        peak_bytes=900_000_000 + 4 * facts.parameters + 2 * options.tokens * facts.hidden,
+        disk_bytes=int(2 * options.tokens * facts.hidden) + _layout_bytes(options, facts),
+    )
+
+
+def _layout_bytes(options: Options, facts: ModelFacts) -> int:
+    copies = {"v1": options.heads, "nxdi": options.heads, "vllm": 1 if options.share_lm_head else options.heads}
+    return sum(2 * copies[name] * facts.vocab * facts.hidden for name in options.layouts)
+
+
+def after(options: Options, facts: ModelFacts) -> ModelFacts:
+    """Return the facts of the same model with heads beside it."""
+    return facts.having("medusa_heads")
+
+
+def run(options: Options, job: Job) -> Facts:
+    """Let the model write, train heads on it, and write them for this runtime and for servers.
+
+    Raises:
+        InputMissingError: Too few prompts.
+        StageFailedError: The training met a bad number before there were any good heads.
+    """
+    import torch
+
+    from optikit.algorithms import head_training, own_text
+    from optikit.algorithms.medusa import coverage
+    from optikit.calibration.arithmetic import compute_dtype, exact_products
+    from optikit.stages.speculate import _own_text
+
+    torch.set_num_threads(job.threads)
+    model, text = _own_text.written(options, job, options.tokens)
+    learning, held = own_text.divide(text, 0.1)
+    lm_head = model.get_output_embeddings().weight.detach().float()
+    heads = _heads(options, lm_head, learning.tokens[learning.wanted], job.seed)
+    settings = head_training.Settings(
+        epochs=options.epochs, learning_rate=options.learning_rate, optimizer=options.optimizer, seed=job.seed
+    )
+    log = _Log(job, settings.epochs, len(learning.tokens) // settings.batch + 1)
+    with exact_products(compute_dtype(job.device)):
+        history = head_training.train(
+            heads,
+            _rows(learning, options.heads),
+            _rows(held, options.heads),
+            settings,
+            folder=job.scratch / "heads",
+            observe=log,
+        )
+    log.keep()
+    _write(options, job, heads, lm_head)
+    drafted = text.tokens[text.wanted]
+    covered = 1.0 if heads.token_ids is None else coverage(drafted, heads.token_ids)
+    return {
+        "own_tokens": text.written,
+        "own_texts": text.texts,
+        "draft_vocab": options.drafted(len(lm_head)),
+        "draft_vocab_coverage": covered,
+        **_told(history),
+        "loads_in": _loads_in(options),
+    }
+
+
+def _heads(options: Options, lm_head: Tensor, written: Tensor, seed: int) -> MedusaHeads:
+    import torch
+
+    from optikit.algorithms.medusa import MedusaHeads, draft_vocabulary
+
+    torch.manual_seed(seed)
+    vocab, drafted = len(lm_head), options.drafted(len(lm_head))
+    ids = None if drafted == vocab else draft_vocabulary(written, drafted, vocab=vocab)
+    return MedusaHeads(lm_head, heads=options.heads, layers=options.layers, shared=options.share_lm_head, token_ids=ids)
+
+
+def _rows(text: OwnText, heads: int) -> Any:
+    from optikit.algorithms.head_training import Rows
+    from optikit.algorithms.medusa import make_targets
+
+    return Rows(hidden=text.hidden, targets=make_targets(text.tokens, text.documents, text.wanted, heads))
+
+
+class _Log:
+    """Reports every step, and keeps them as lines of JSON.
+
+    Args:
+        job: Whom to report to.
+        epochs: Most epochs.
+        per_epoch: Steps of one, about.
+    """
+
+    def __init__(self, job: Job, epochs: int, per_epoch: int) -> None:
+        self._job = job
+        self._total = epochs * per_epoch
+        self._path = job.scratch / LOG
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, step: Any) -> None:
+        """Note a step."""
+        with self._path.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(dict(step)) + "\n")
+        self._job.progress(min(int(step["step"]) + 1, self._total), self._total, "training step")
+
+    def keep(self) -> None:
+        """Put the log beside the heads; what a killed run did twice is there twice."""
+        if self._path.is_file():
+            (self._job.dest / LOG).write_bytes(self._path.read_bytes())
+
+
+def _told(history: History) -> dict[str, Any]:
+    """Return what became of the training, as JSON."""
+    best = history.validation[history.best]
+    return {
+        "training": {
+            "epochs": history.epochs,
+            "steps": history.steps,
+            "best_epoch": history.best,
+            "stopped": history.stopped,
+            "losses": history.losses,
+        },
+        "validation": {
+            "top1": list(best.top1),
+            "top5": list(best.top5),
+            "chain": list(best.chain),
+            "positions": best.positions,
+            "tokens_per_step": best.tokens_per_step,
+        },
+    }
+
+
+def _write(options: Options, job: Job, heads: MedusaHeads, lm_head: Tensor) -> None:
+    """Write heads.safetensors, speculator.json, and a directory per layout."""
+    import torch
+    from safetensors.torch import save_file
+
+    from optikit.deploy import medusa, speculation
+    from optikit.runtime.heads import HEADS
+    from optikit.runtime.speculator import SPECULATOR, Speculator
+
+    vocab, width = lm_head.shape
+    ids = torch.arange(vocab) if heads.token_ids is None else heads.token_ids
+    tensors = {"token_ids": ids}
+    for head in range(heads.heads):
+        for layer, (weight, bias) in enumerate(heads.linears(head)):
+            tensors |= {f"{head}.{layer}.weight": weight, f"{head}.{layer}.bias": bias}
+    outputs = {"output": heads.outputs[0]} if heads.shared else {f"output.{i}": o for i, o in enumerate(heads.outputs)}
+    tensors |= {name: each.to(torch.float16) for name, each in outputs.items()}
+    own = {name: each.detach().contiguous() for name, each in tensors.items()}
+    save_file(own, job.dest / HEADS, metadata={"format": "pt", "vocab": str(vocab)})
+    if options.layouts:
+        _write_layouts(options, job, medusa.head_set(heads, lm_head))
+    speculator = Speculator(
+        method="medusa", lengths={3: 8, 2: 4}, ahead=heads.heads, ahead_gate=0.4, min_window=2 if options.exact else 1
+    )
+    servers = {
+        "vllm": {"speculative_config": speculation.vllm("medusa", tokens=options.heads, directory="speculator/vllm")}
+    }
+    base = {"vocab": vocab, "width": width}
+    found = speculator.as_json() | {"base": base, "servers": servers, "loads_in": _loads_in(options)}
+    (job.dest / SPECULATOR).write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+def _write_layouts(options: Options, job: Job, heads: HeadSet) -> None:
+    import torch
+
+    from optikit.deploy import medusa
+
+    for name in options.layouts:
+        dest = job.dest / name
+        if name == "v1":
+            medusa.write_v1(heads, dest, base="../../model", tokenizer=job.source, dtype=torch.bfloat16)
+        elif name == "vllm":
+            medusa.write_vllm(heads, dest, dtype=torch.bfloat16)
+        else:
+            medusa.write_nxdi(heads, dest, dtype=torch.bfloat16)
+
+
+def _loads_in(options: Options) -> dict[str, dict[str, str]]:
+    """Return which servers load which of the layouts that were written."""
+    from optikit.deploy import support
+
+    return {name: support.loads_in(name) for name in options.layouts}
