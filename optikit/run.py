@@ -63,7 +63,8 @@ def run_recipe(request: Request) -> Report | None:
         _require_disk(plan, store)
         for warning in plan.warnings:
             progress.note(f"warning: {warning.message}")
-        execution = execute(plan, store, progress, Settings(until=request.until, lock_timeout=request.lock_timeout))
+        settings = Settings(until=request.until, lock_timeout=request.lock_timeout, offline=request.offline)
+        execution = execute(plan, store, progress, settings)
     if request.until is not None:
         output.write(request.out, loaded, plan, execution.artifacts)
         return None

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from optikit import host, worker
+from optikit import environments, host, worker
 from optikit.errors import (
     InterruptError,
     OptikitError,
@@ -50,6 +50,8 @@ class Settings:
     until: str | None = None
     """Name of the last step to run; None runs all of them."""
     lock_timeout: float | None = None
+    offline: bool = False
+    """Managed environments that aren't built yet are not fetched."""
     threads: int = field(default_factory=host.threads)
 
 
@@ -152,7 +154,7 @@ def _perform(
     request |= {"dest": str(dest), "scratch": str(store.scratch(step.key))}
     worker.write_json(directory / "request.json", request)
     try:
-        response = _child(directory, step, plan.recipe.timeout, progress)
+        response = _response(directory, step, plan.recipe.timeout, store, progress, settings)
         if not response["ok"]:
             worker.raise_failure(response, step=step.name, log=directory / "log.txt")
         artifact = store.commit(step.key, dest, _manifest(step, request, response))
@@ -160,6 +162,28 @@ def _perform(
         shutil.rmtree(dest, ignore_errors=True)
     shutil.rmtree(directory, ignore_errors=True)
     return artifact
+
+
+def _response(
+    directory: Path, step: Step, timeout: float | None, store: Store, progress: Progress, settings: Settings
+) -> dict[str, Any]:
+    """Do a step in the interpreter that it asks for, and return what its process answered."""
+    if step.environment is None:
+        return _child(directory, step, timeout, progress, None)
+
+    def built(done: int, total: int, what: str) -> None:
+        progress.update(step.name, done, total, what)
+
+    using = environments.use(step.environment, store, offline=settings.offline, note=progress.note, progress=built)
+    with using as environment:
+        try:
+            response = _child(directory, step, timeout, progress, environment)
+        except StageFailedError:
+            environment.require(step.name)
+            raise
+        if not response["ok"]:
+            environment.require(step.name)
+        return response
 
 
 def source_path(step: Step, plan: Plan, artifacts: Mapping[str, Artifact]) -> Path:
@@ -172,6 +196,7 @@ def _request(step: Step, plan: Plan, artifacts: Mapping[str, Artifact], settings
     return {
         "verb": step.verb,
         "method": step.method,
+        "backend": step.backend,
         "options": step.options.model_dump(mode="json"),
         "source": str(source_path(step, plan, artifacts)),
         "inputs": inputs | dict(step.files),
@@ -218,15 +243,20 @@ def _environment(threads: int) -> dict[str, str]:
 
 
 @contextmanager
-def _spawned(directory: Path, threads: int) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "optikit.worker", str(directory)]
+def _spawned(
+    directory: Path, threads: int, environment: environments.Environment | None
+) -> Iterator[subprocess.Popen[bytes]]:
+    python, variables = Path(sys.executable), _environment(threads)
+    if environment is not None:
+        python, variables = environment.python, environment.variables(variables, directory)
+    command = [str(python), "-m", "optikit.worker", str(directory)]
     with (directory / "log.txt").open("wb") as log:
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=_environment(threads),
+            env=variables,
             start_new_session=True,
         )
         try:
@@ -254,12 +284,18 @@ def _signal_group(pid: int, number: signal.Signals) -> None:
         return
 
 
-def _child(directory: Path, step: Step, timeout: float | None, progress: Progress) -> dict[str, Any]:
+def _child(
+    directory: Path,
+    step: Step,
+    timeout: float | None,
+    progress: Progress,
+    environment: environments.Environment | None,
+) -> dict[str, Any]:
     request = json.loads((directory / "request.json").read_text(encoding="utf-8"))
     events = _Events(directory / "events.jsonl")
     started = time.monotonic()
     kills = _oom_kills()
-    with _spawned(directory, request["threads"]) as child:
+    with _spawned(directory, request["threads"], environment) as child:
         while child.poll() is None:
             for event in events.new():
                 progress.update(step.name, event["done"], event["total"], event["what"])

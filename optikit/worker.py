@@ -149,7 +149,7 @@ def perform(directory: Path) -> dict[str, Any]:
     from optikit.stages.protocol import Calibration, Job
 
     request = json.loads((directory / "request.json").read_text(encoding="utf-8"))
-    stage = stages.load(request["verb"], request["method"])
+    stage = stages.load(request["verb"], request["method"], request.get("backend", stages.OURS))
     options = stage.Options.model_validate(request["options"])
     calibration = request["calibration"]
     job = Job(

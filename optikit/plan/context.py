@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from optikit import stages
+from optikit import environments, stages
 from optikit.models.facts import ModelFacts
 from optikit.provenance import source_digest
 from optikit.recipe.schema import Recipe
@@ -37,22 +37,32 @@ class Context:
     facts: ModelFacts
     texts: Mapping[str, TextSource]
 
-    def stage(self, verb: str, method: str) -> Stage:
+    def stage(self, verb: str, method: str, backend: str = stages.OURS) -> Stage:
         """Import a stage module."""
-        return stages.load(verb, method)
+        return stages.load(verb, method, backend)
 
-    def key(self, verb: str, method: str, options: StageOptions, **parts: Any) -> str:
+    def key(self, verb: str, method: str, options: StageOptions, *, backend: str | None = None, **parts: Any) -> str:
         """Return the cache key of a step: everything that decides its result, and nothing else.
 
         Never part of it: paths, times, user names, the number of threads.
         """
+        who = stages.OURS if backend is None else backend
+        stage = self.stage(verb, method, who)
         return cache_key(
             schema=KEY_SCHEMA,
             verb=verb,
             method=method,
-            code=source_digest(f"optikit.stages.{verb}.{method}"),
+            code=source_digest(stages.module(verb, method, who)),
             options=options.model_dump(mode="json"),
             seed=self.recipe.seed,
-            versions=versions(self.stage(verb, method).LIBRARIES),
+            **({} if backend is None else {"backend": backend}),
+            **_installed(stage),
             **parts,
         )
+
+
+def _installed(stage: Stage) -> dict[str, Any]:
+    """Return what decides which libraries do the work: their versions here, or the environment's lock."""
+    if stage.ENVIRONMENT is None:
+        return {"versions": versions(stage.LIBRARIES)}
+    return {"environment": environments.find(stage.ENVIRONMENT).digest}

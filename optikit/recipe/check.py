@@ -119,13 +119,25 @@ def _entry(item: Node, at: Loc, marks: Marks, problems: list[Problem]) -> StageE
     backend = data.pop("backend", "optikit")
     if not isinstance(backend, str):
         raise _Bad("wrong-type", f"backend must be text, {_not(backend)}", "write a name", (*at, "backend"))
-    known = stages.load(verb, method).Options
-    if "backend" in known.model_fields and backend != "optikit":  # what it writes differs by who will do the work
-        data["backend"] = backend
+    known = _options(verb, method, backend, data, at)
     options = _validated(known, data, marks, at, problems)
     if options is None:
         return None
     return StageEntry(verb=verb, method=method, backend=getattr(options, "backend", backend), options=options)
+
+
+def _options(verb: str, method: str, backend: str, data: dict[str, Any], at: Loc) -> type[BaseModel]:
+    """Return the class that checks a stage's options, which each backend has of its own."""
+    known = stages.load(verb, method).Options
+    if "backend" in known.model_fields:
+        if backend != stages.OURS:  # what it writes differs by who will do the work
+            data["backend"] = backend
+        return known
+    available = stages.backends(verb, method)
+    if backend not in available:
+        message = f"unknown backend {shown(backend)} of {method} (available: {', '.join(available)})"
+        raise _Bad("unknown-backend", message, did_you_mean(backend, available), (*at, "backend"))
+    return stages.load(verb, method, backend).Options
 
 
 def _verb(item: Node, at: Loc) -> str:

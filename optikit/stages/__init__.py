@@ -1,7 +1,7 @@
 """Stages: one technique per file, found by listing the directory; what the user types is the file name.
 
-`registry()` is that listing. A stage module is a plain module that fits `protocol.Stage`; there is nothing to
-register and no base class.
+`registry()` is that listing; `backends()` lists the libraries that can do the same work as ours. A stage module is a
+plain module that fits `protocol.Stage`; there is nothing to register and no base class.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ VERBS = ("prune", "finetune", "quantize", "speculate", "compile")
 """The public verbs, in the usual order: each later one builds on final output of the earlier. Only finetune may also come
 before prune."""
 
+OURS = "optikit"
+"""The backend that does every stage unless the recipe names another."""
+
 INTERNAL_VERBS = ("acquire", "measure")
 """Steps that the plan adds itself: turning a source into a model directory, and measuring artifacts."""
 
@@ -39,6 +42,21 @@ def registry() -> Mapping[str, tuple[str, ...]]:
     return MappingProxyType({verb: methods(verb) for verb in VERBS})
 
 
-def load(verb: str, method: str) -> Stage:
+@cache
+def backends(verb: str, method: str) -> tuple[str, ...]:
+    """Names of those who can do a method: optikit, and the modules in `optikit/backends/VERB/METHOD/`."""
+    directory = Path(__file__).parent.parent / "backends" / verb / method
+    found = sorted(m.name for m in pkgutil.iter_modules([str(directory)]) if not m.name.startswith("_"))
+    return (OURS, *(name.replace("_", "-") for name in found))
+
+
+def module(verb: str, method: str, backend: str = OURS) -> str:
+    """Return the full name of a stage's module; a stage may also know its backends itself, as an option."""
+    if backend == OURS or backend not in backends(verb, method):
+        return f"optikit.stages.{verb}.{method.replace('-', '_')}"
+    return f"optikit.backends.{verb}.{method}.{backend.replace('-', '_')}"
+
+
+def load(verb: str, method: str, backend: str = OURS) -> Stage:
     """Import a stage module; its heavy imports wait until `run`."""
-    return cast("Stage", importlib.import_module(f"optikit.stages.{verb}.{method.replace('-', '_')}"))
+    return cast("Stage", importlib.import_module(module(verb, method, backend)))
