@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from optikit.errors import IntegrityError
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import read
-from optikit.models.strict_json import read_object
 from optikit.stages.compile import _neuron_job, _neuron_readme
+from optikit.stages.compile._overlay import overlay
 from optikit.stages.compile.neuron import PLATFORMS, Options, instance_family
 from optikit.stages.protocol import Facts, Job
 
@@ -32,8 +32,6 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     ),
     "vllm-neuron": ("vllm-neuron @ git+https://github.com/vllm-project/vllm-neuron.git",),
 }
-OVERLAID = ("config.json", "generation_config.json", "tokenizer_config.json")
-"""Files that transformers 4.57 must find in its own words."""
 LINKED = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt"})
 NOT_LINKED = frozenset({"artifact.json"})
 PROMPT = shlex.quote(_neuron_job.PROMPT)
@@ -52,7 +50,7 @@ def write(options: Options, job: Job) -> Facts:
     files = dict(_scripts(options, facts, job.target))
     files["job.json"] = json.dumps(record, indent=1) + "\n"
     files["requirements.txt"] = "\n".join((f"--extra-index-url {INDEX}", *REQUIREMENTS[options.backend])) + "\n"
-    files |= {f"model/{name}": json.dumps(value, indent=2) + "\n" for name, value in _overlay(options, job.source)}
+    files |= {f"model/{name}": json.dumps(value, indent=2) + "\n" for name, value in overlay(job.source, options.dtype)}
     files["README.md"] = _neuron_readme.render(options, facts, job.target, files)
     for name, text in files.items():
         path = job.dest / name
@@ -112,32 +110,6 @@ def _records(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _overlay(options: Options, source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name in OVERLAID:
-        if (source / name).is_file():
-            yield name, spoken_for_4(read_object(source / name), options.dtype)
-
-
-def spoken_for_4(settings: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """Return a configuration that transformers 4.57 and 5 read alike.
-
-    Without this, 4.57 would find no `rope_theta` in what 5 wrote and take 10000, silently.
-    """
-    found = dict(settings)
-    rope = found.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        found["rope_theta"] = rope["rope_theta"]
-        found["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
-    if "model_type" in found:
-        found |= {"dtype": dtype, "torch_dtype": dtype}
-    if found.get("tokenizer_class") == "TokenizersBackend":
-        found["tokenizer_class"] = "PreTrainedTokenizerFast"
-        for key in ("backend", "is_local", "local_files_only"):
-            found.pop(key, None)
-    return found
 
 
 def _scripts(options: Options, facts: ModelFacts, target: Target) -> Iterator[tuple[str, str]]:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from optikit import targets
 from optikit.models.reader import read
 from optikit.stages.compile import _neuron_folder, neuron
+from optikit.stages.compile._overlay import for_both
 from optikit.stages.compile.neuron import Options
 from optikit.stages.protocol import Job
 
@@ -158,7 +159,7 @@ class TestScripts:
 
 
 def test_configurations_are_spoken_for_both_versions():
-    found = _neuron_folder.spoken_for_4(
+    found = for_both(
         {"model_type": "llama", "rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}}, "float16"
     )
     assert found["rope_theta"] == 5e5
@@ -166,7 +167,7 @@ def test_configurations_are_spoken_for_both_versions():
     assert found["dtype"] == found["torch_dtype"] == "float16"
     assert found["rope_parameters"]["rope_theta"] == 5e5
     tokenizer = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "eos_token": "</s>"}
-    assert _neuron_folder.spoken_for_4(tokenizer, "float16") == {
+    assert for_both(tokenizer, "float16") == {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "</s>",
     }

@@ -1,0 +1,121 @@
+"""TensorRT-LLM: a folder for NVIDIA GPUs, `trtllm-serve` on the Hugging Face directory with its PyTorch backend.
+
+Since 1.0 TensorRT-LLM serves checkpoints as they are; engines built ahead are deprecated in 1.2 and gone in 1.3. So
+there is nothing to compile: what is written is the server's configuration, a script that starts it, one that asks it
+for 8 tokens, a Dockerfile, and the checkpoint's configuration as the server's transformers reads it. The weights stay
+in `model/`.
+
+Helps   throughput under load on Ampere and newer: in-flight batching, paged cache, fused kernels
+Hurts   it loads fewer formats than vLLM: gptq (4 bits, groups of 64 or 128) in new releases, no awq, no int8
+Cost    nothing here; a minute to start there
+Note    the step is `emitted`: its files were written and checked, nothing was run or timed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from optikit.models.facts import ModelFacts, Trait
+from optikit.problems import Problem
+from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
+from optikit.targets import Target
+
+SUMMARY = "serving folder for TensorRT-LLM on NVIDIA GPUs: configuration and scripts, started on the GPU"
+NEEDS: frozenset[Trait] = frozenset()
+CALIBRATED = False
+LIBRARIES = ("tensorrt-llm",)
+ENVIRONMENT: str | None = None
+TARGETED = True
+
+ENGINE = "tensorrt-llm"
+FP8_CAPABILITY = 89
+"""Least compute capability, times ten, with fp8 arithmetic."""
+
+
+class Options(StageOptions):
+    """Options of `compile: {engine: tensorrt-llm}`."""
+
+    version: str = Field(default="1.2.1", pattern=r"\d+\.\d+\.\d+[a-z0-9.]*")
+    """Release that will serve: the container's tag, and what rules go by."""
+    dtype: Literal["auto", "bfloat16", "float16"] = "auto"
+    """Dtype of unquantized weights and arithmetic; `auto` is the checkpoint's own."""
+    tensor_parallel: int = Field(default=1, ge=1, le=64)
+    """GPUs that share the model."""
+    batch_size: int = Field(default=8, ge=1, le=4096)
+    """Most requests in a step."""
+    sequence_length: int = Field(default=2048, ge=16, le=1_048_576)
+    """Longest sequence in tokens, prompt and answer together."""
+    max_num_tokens: int = Field(default=2048, ge=16, le=1_048_576)
+    """Most tokens in a step, over all requests: bounds how much of prompts is read at once."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """Dtype of the cache; fp8 halves it and needs compute capability 8.9."""
+    kv_cache_fraction: float = Field(default=0.9, gt=0, le=0.98)
+    """Share of the GPU memory that weights leave free which the cache takes."""
+    speculation: Literal["none", "lookup", "draft"] = "none"
+    """`lookup`: continue what the prompt said before (NGram); `draft`: a smaller model drafts."""
+    speculation_length: int = Field(default=4, ge=1, le=31)
+    """Tokens drafted per step."""
+    longest_match: int = Field(default=3, ge=1, le=8)
+    """Tokens that a lookup matches at most."""
+    draft: str = ""
+    """Draft model: directory or hub id, as the server sees it."""
+    overlap_scheduler: bool = False
+    """Schedule the next step while the GPU works on this one; speculation here needs it off."""
+
+
+def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
+    """Yield what can't be served so; formats, GPUs and memory are a matter of rules."""
+    if ENGINE not in target.engines:
+        message = f"target {target.name!r} doesn't run {ENGINE}"
+        fix = f"it runs {', '.join(target.engines)}" if target.engines else "choose a GPU of Ampere or newer"
+        yield Problem(code="engine-not-on-target", message=message, fix=fix)
+    if options.sequence_length > facts.max_positions:
+        message = f"sequence_length {options.sequence_length} is beyond the model's {facts.max_positions} positions"
+        fix = f"use {facts.max_positions} or less"
+        yield Problem(code="longer-than-model", message=message, fix=fix, loc=("sequence_length",))
+    if facts.heads % options.tensor_parallel:
+        message = f"{facts.heads} attention heads can't be shared out evenly among {options.tensor_parallel} GPUs"
+        fix = f"choose a tensor_parallel that divides {facts.heads}"
+        yield Problem(code="heads-not-shared", message=message, fix=fix, loc=("tensor_parallel",))
+    if options.tensor_parallel > target.count:
+        message = f"tensor_parallel {options.tensor_parallel} needs as many GPUs, and {target.name} has {target.count}"
+        yield Problem(code="too-few-gpus", message=message, fix="choose a larger target", loc=("tensor_parallel",))
+    if options.kv_cache_dtype == "fp8" and (target.compute_capability or FP8_CAPABILITY) < FP8_CAPABILITY:
+        message = f"an fp8 cache needs compute capability 8.9, and {target.name} has {target.compute_capability}/10"
+        yield Problem(code="no-fp8", message=message, fix="use kv_cache_dtype: auto", loc=("kv_cache_dtype",))
+    yield from _check_speculation(options)
+
+
+def _check_speculation(options: Options) -> Iterator[Problem]:
+    if (options.speculation == "draft") != bool(options.draft):
+        message = f"speculation is {options.speculation}, and draft is {options.draft!r}"
+        fix = "name a draft model exactly where speculation is draft"
+        yield Problem(code="half-a-speculation", message=message, fix=fix, loc=("draft",))
+    if options.speculation != "none" and options.overlap_scheduler:
+        message = f"speculation by {options.speculation} can't run with the overlap scheduler"
+        fix = "set overlap_scheduler: false"
+        yield Problem(code="overlap-scheduler", message=message, fix=fix, loc=("overlap_scheduler",))
+
+
+def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
+    """Writing a few pages takes no time worth estimating."""
+    return Estimate(seconds=1, peak_bytes=150_000_000, disk_bytes=20_000)
+
+
+def after(options: Options, facts: ModelFacts) -> ModelFacts:
+    """Return the same facts: the server loads the directory as it is."""
+    return facts.having("tensorrt")
+
+
+def run(options: Options, job: Job) -> Facts:
+    """Write the serving folder.
+
+    Raises:
+        IntegrityError: The job names no target.
+    """
+    from optikit.stages.compile import _trtllm_folder
+
+    return _trtllm_folder.write(options, job)
