@@ -211,7 +211,7 @@ class _Run:
     def values(self) -> Mapping[str, Value]:
         """What gates may limit, by metric name."""
         return {**self._quality_values(), **self._speed_values()} | {
-            "size_ratio": Value(value=self.result.size_bytes / self.baseline.size_bytes)
+            "size_ratio": _ratio(self.result.size_bytes, self.baseline.size_bytes)
         }
 
     def _quality_values(self) -> dict[str, Value]:
@@ -282,7 +282,8 @@ class _Run:
             ratio = self._perplexity_ratio(parent, step)
             if ratio is not None:
                 own["perplexity_ratio"] = ratio
-            yield own | {"size_ratio": self.measurement(step).size_bytes / before.size_bytes}
+            ratio_of_sizes = _ratio(self.measurement(step).size_bytes, before.size_bytes).value
+            yield own | {"size_ratio": ratio_of_sizes}
 
     def _perplexity_ratio(self, parent: Step | None, step: Step) -> dict[str, Any] | None:
         before = self._measure(QUALITY + (BASELINE if parent is None or parent.verb == "acquire" else parent.name))
@@ -340,6 +341,10 @@ class _Run:
             yield f"95th percentiles are left out: {runs} repetitions are too few, {FOR_P95} are needed."
         if facts["prompts"] < runs:
             yield f"The text has only {facts['prompts']} prompts of that length: some were decoded more than once."
+
+
+def _ratio(size: int | None, before: int | None) -> Value:
+    return Value(value=size / before) if size is not None and before else Value(reason="the size is not known")
 
 
 def _task_values(quality: Quality) -> Iterator[tuple[str, Value]]:

@@ -6,18 +6,20 @@ import shlex
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optikit import evaluate, output, terminal
 from optikit.errors import DiskError, UsageError
 from optikit.plan import Plan, make_plan
+from optikit.plan import frozen as frozen_plan
 from optikit.recipe.load import load
 from optikit.runner import Settings, execute
 from optikit.store.store import Store
 
 if TYPE_CHECKING:
+    from optikit.plan.frozen import Frozen
     from optikit.report.schema import Report
 
 
@@ -47,7 +49,12 @@ def run_recipe(request: Request) -> Report | None:
         OptikitError: Anything that goes wrong, by the table of exit codes.
     """
     started = time.monotonic()
+    frozen = frozen_plan.read(request.recipe)
+    if frozen is not None:
+        request = _as_planned(request, frozen)
     loaded = load(request.recipe, overrides=request.overrides)
+    if frozen is not None:
+        frozen_plan.require_recipe(frozen, loaded)
     output.require_writable(request.out)
     store = Store.default()
     with terminal.make(request.progress) as progress:
@@ -59,6 +66,8 @@ def run_recipe(request: Request) -> Report | None:
             extra_targets=request.targets,
             note=progress.note,
         )
+        if frozen is not None:
+            frozen_plan.require_same(frozen, plan, loaded)
         _require_step(plan, request.until)
         _require_disk(plan, store)
         for warning in plan.warnings:
@@ -78,6 +87,15 @@ def run_recipe(request: Request) -> Report | None:
     output.write(request.out, loaded, plan, execution.artifacts)
     _tell(report, request)
     return report
+
+
+def _as_planned(request: Request, frozen: Frozen) -> Request:
+    """Return a request for a plan's file as one for its recipe, with what it was planned with."""
+    if request.overrides or request.targets:
+        fix = f"plan again: `optikit plan {frozen.recipe} --set … --out {frozen.path}`"
+        raise UsageError("--set and --targets are part of a plan; they can't be given when it is run", fix=fix)
+    device = frozen.device if request.device == "auto" else request.device
+    return replace(request, recipe=frozen.recipe, overrides=frozen.overrides, targets=frozen.targets, device=device)
 
 
 def _tell(report: Report, request: Request) -> None:

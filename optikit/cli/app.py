@@ -23,6 +23,7 @@ VERBS = {
     "doctor": "Examine this machine and what is installed.",
     "report": "Render the reports of a run again.",
     "diff": "Compare two runs.",
+    "eval": "Measure a model or a server as it is.",
     "verify": "Check that an output directory is whole.",
     "generate": "Generate text with what a run wrote.",
     "cache": "Look after the store of finished steps.",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from optikit.errors import RecipeError
     from optikit.plan import Plan
+    from optikit.recipe.load import LoadedRecipe
 
 
 def plan(
@@ -23,10 +24,14 @@ def plan(
     targets: Annotated[Path | None, typer.Option(metavar="FILE", help="A TOML file of more targets.")] = None,
     fix: Annotated[bool, typer.Option("--fix", help="Write the nearest recipe that can work.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write it, for `optikit run FILE`: .json.")
+    ] = None,
 ) -> None:
     """Check a recipe and print its steps with estimates of time, memory and disk. No weight is loaded.
 
     A recipe that can't work also gets the smallest change that makes it plan, as a diff; --fix applies it.
+    What --out wrote runs only while recipe, model, texts, target, code and libraries are what they were.
     """
     import json as json_library
 
@@ -53,7 +58,21 @@ def plan(
             raise
         recipe.write_text(repaired, encoding="utf-8")
         made = planned(repaired)
+    if out is not None:
+        _write(out, made, loads(_read(recipe), recipe, overrides=tuple(set_ or ())), tuple(set_ or ()), targets)
     typer.echo(json_library.dumps(as_json(made, store), indent=1) if json else render(made, store))
+
+
+def _write(out: Path, made: Plan, loaded: LoadedRecipe, overrides: tuple[str, ...], targets: Path | None) -> None:
+    import json as json_library
+
+    from optikit.errors import UsageError
+    from optikit.plan.frozen import freeze
+    from optikit.report.write import put
+
+    if out.suffix != ".json":
+        raise UsageError(f"--out {out} doesn't end in .json", fix=f"write --out {out.with_suffix('.json')}")
+    put(out, json_library.dumps(freeze(made, loaded, overrides=overrides, targets=targets), indent=1) + "\n")
 
 
 def _read(recipe: Path) -> str:

@@ -27,7 +27,9 @@ class DeviceChoice(StrEnum):
 
 
 def run(
-    recipe: Annotated[Path, typer.Argument(help="Recipe file, YAML.", show_default=False)],
+    recipe: Annotated[
+        Path, typer.Argument(help="Recipe file, YAML, or what `optikit plan --out` wrote.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write.", show_default=False)],
     set_: Annotated[
         list[str] | None,
@@ -71,10 +73,11 @@ def run(
         return
     if json:
         typer.echo(report.model_dump_json(indent=1))
-    raise typer.Exit(_code(report.verdict, strict=strict))
+    raise typer.Exit(code_of(report.verdict, strict=strict))
 
 
-def _code(verdict: str, *, strict: bool) -> int:
+def code_of(verdict: str, *, strict: bool) -> int:
+    """Return the exit code of a verdict."""
     from optikit.errors import Exit
 
     codes = {"fail": Exit.GATE_FAILED, "inconclusive": Exit.GATE_INCONCLUSIVE if strict else Exit.OK}

@@ -66,7 +66,12 @@ def _speculation(context: Context, index: int, speculator: Step, result: Step, b
     prompts = stage_prompts(context, index)
     files = {"prompts": str(prompts.path)} if prompts else {}
     inputs = {"speculator": speculator.key, "tokenizer": baseline}
-    parts = {"parent": result.key, "inputs": inputs, "prompts": prompts.digest if prompts else "", "host": _here()}
+    parts: dict[str, Any] = {
+        "parent": result.key,
+        "inputs": inputs,
+        "prompts": prompts.digest if prompts else "",
+        "host": _here(),
+    }
     return Step(
         name="measure-speculation",
         verb="measure",
@@ -158,7 +163,7 @@ def _tasks_step(
     )
     texts = {task.name: context.texts[f"tasks.{task.name}"] for task in wanted}
     inputs = {"tokenizer": baseline} | ({"baseline": reference} if reference else {})
-    parts = {"parent": source or context.model.digest, "inputs": inputs}
+    parts: dict[str, Any] = {"parent": source or context.model.digest, "inputs": inputs}
     return Step(
         name=f"measure-tasks-{name}",
         verb="measure",
@@ -194,7 +199,12 @@ def _speed(context: Context, wanted: SpeedOptions, result: Step, baseline: str, 
     inputs = {"baseline": baseline, "result": result.key, "tokenizer": baseline}
     # What the stage made and what was chosen of it, as they lie together in the output.
     inputs |= {"speculator": choices[-1].key, "made": choices[-1].inputs["speculator"]} if choices else {}
-    parts = {"parent": context.model.digest, "inputs": inputs, "prompts": prompts.digest, "host": _here()}
+    parts: dict[str, Any] = {
+        "parent": context.model.digest,
+        "inputs": inputs,
+        "prompts": prompts.digest,
+        "host": _here(),
+    }
     return Step(
         name="measure-speed",
         verb="measure",

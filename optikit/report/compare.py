@@ -89,7 +89,7 @@ def stored_nll(report: Report, store: Store) -> NDArray[Any] | None:
     import numpy as np
 
     measured = {step.name: step.key for step in report.measures}
-    key = measured.get(f"{QUALITY}{report.steps[-1].name}") if report.steps else None
+    key = measured.get(f"{QUALITY}{report.steps[-1].name}" if report.steps else f"{QUALITY}baseline")
     if key is None:
         return None
     try:
@@ -202,7 +202,7 @@ def _timed(a: Run, b: Run, line: Line, rates: tuple[float, float]) -> Line:
 
 
 def _size(a: Run, b: Run) -> Line:
-    sizes = a.report.result.size_bytes, b.report.result.size_bytes
+    sizes = a.report.result.size_bytes or 0, b.report.result.size_bytes or 0
     line = Line(key="size", label="Size of the weights", a=text.size(sizes[0]), b=text.size(sizes[1]), how="exact")
     ratio = sizes[1] / sizes[0] if sizes[0] else None
     same: Outcome = "no measurable difference"

@@ -72,6 +72,11 @@ DEFINITIONS: dict[str, Definition] = {
         meaning="The pace of the answer; excludes the first token. Output length is fixed and end-of-text ignored, so "
         "that every run does the same work.",
     ),
+    "end_to_end": Definition(
+        name="End to end",
+        formula="t(last token) − t(call)",
+        meaning="What a client of a server waits for the whole answer, network and queue included.",
+    ),
     "prefill": Definition(
         name="Prefill speed",
         formula="prompt tokens / TTFT",

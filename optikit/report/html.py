@@ -133,7 +133,11 @@ def _tiles(report: Report) -> Iterator[Tile]:
     found = {figure.key: figure for group in view.groups(report) for figure in group.figures if figure.key in wanted}
     for key, label in wanted.items():
         figure = found.get(key)
-        if figure is None or not figure.change:
+        if figure is None or not (figure.change or view.measured_only(report)):
+            continue
+        if view.measured_only(report):
+            value, _, unit = figure.result.partition(" ")
+            yield Tile(label=label, value=value, word=unit, interval="", before="", after="", tone="")
             continue
         value, _, word = figure.change.partition(" ")
         big = value.endswith("×")
@@ -219,13 +223,16 @@ def _tradeoff(report: Report) -> tuple[Markup, tuple[tuple[str, str, str], ...]]
 
 
 def _rows(report: Report) -> Iterator[Row]:
-    """Yield the waterfall: the baseline, every step, every measuring step."""
+    """Yield the waterfall: the baseline, every step, every measuring step; nothing where nothing was changed."""
+    if view.measured_only(report):
+        return
     steps = (*report.steps, *report.measures)
     seconds = sum(step.seconds for step in steps)
     memory = max((step.peak_memory_mib for step in steps), default=0.0)
-    largest = max((report.baseline.size_bytes, *map(view.size_after, report.steps)))
+    first_size = report.baseline.size_bytes or 0
+    largest = max((first_size, *map(view.size_after, report.steps)))
     ratios = [_ratio(step.measurement)[0] or 1.0 for step in report.steps] + [_ratio(report.result)[0] or 1.0]
-    sized = _sized(report.baseline.size_bytes, largest, "base")
+    sized = _sized(first_size, largest, "base")
     known = report.result.quality is not None and report.result.quality.perplexity is not None
     first = _compared(1.0, max(ratios), "base") if known else Cell()
     yield Row(label="Baseline", status="", kind="baseline", size=sized, perplexity=first)

@@ -63,6 +63,7 @@ def _blocks(report: Report) -> Iterator[list[str]]:
     yield from _gates(report)
     yield from _figures(report)
     yield from _tasks(report)
+    yield from _served(report)
     yield from _steps(report)
     yield from _attribution(report)
     yield from _speculation(report.speculation)
@@ -93,7 +94,7 @@ def _figures(report: Report) -> Iterator[list[str]]:
         for group in view.groups(report)
         for figure in group.figures
     ]
-    yield ["### Before and after"]
+    yield ["### Measured" if view.measured_only(report) else "### Before and after"]
     yield table(("", "Baseline", "Result", "Change", "95 % interval"), rows, "lrrrr")
     notes = (
         view.compared(report),
@@ -122,6 +123,14 @@ def _tasks(report: Report) -> Iterator[list[str]]:
         yield ["<details><summary>Items that flipped</summary>"]
         yield table(("Task", "", "Prompt ends", "Baseline", "Result"), examples, "lllll")
         yield ["</details>"]
+
+
+def _served(report: Report) -> Iterator[list[str]]:
+    rows = view.served_rows(report)
+    if rows:
+        yield ["### By number of requests at a time"]
+        yield table(view.SERVED_HEADER, rows, "r" * len(view.SERVED_HEADER))
+        yield [f"- {escape(line)}" for line in view.served_conditions(report)]
 
 
 def _others(report: Report) -> list[str]:

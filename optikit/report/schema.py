@@ -151,8 +151,11 @@ class Cost(_Frozen):
 class Measurement(_Frozen):
     """Quality, speed, size and cost of one artifact."""
 
-    size_bytes: int
-    """Bytes of the weights on disk (for a compiled artifact, of its graph and weights)."""
+    size_bytes: int | None
+    """Bytes of the weights on disk (for a compiled artifact, of its graph and weights).
+
+    Null for a server, which doesn't tell.
+    """
     quality: Quality | None = None
     speed: Speed | None = None
     cost: Cost | None = None
@@ -217,6 +220,40 @@ class OtherBaseline(_Frozen):
     speedup: Speedup
 
 
+class ServedSpeed(_Frozen):
+    """What clients of a server saw with so many requests at a time; medians over requests."""
+
+    concurrency: int
+    requests: int
+    prompt_tokens_p50: float | None
+    """As the server counts them; null where it doesn't."""
+    output_tokens_p50: float
+    ttft_ms_p50: float
+    ttft_ms_p50_ci95: Interval
+    ttft_ms_p95: float | None
+    tpot_ms_p50: float
+    tpot_ms_p50_ci95: Interval
+    tpot_ms_p95: float | None
+    e2e_ms_p50: float
+    e2e_ms_p95: float | None
+    output_tokens_per_s: float
+    """Of all requests together, from the first call to the last token."""
+    requests_per_s: float
+
+
+class Served(_Frozen):
+    """A server, measured from outside."""
+
+    url: str
+    model: str
+    speed: tuple[ServedSpeed, ...] = ()
+    tokens_counted_by: Literal["the server", "chunks of its stream"]
+    end_of_text_ignored: bool
+    """Whether the server was willing to write the asked number of tokens whatever the text."""
+    reason: str = ""
+    """Why quality or another number is missing."""
+
+
 class Report(_Frozen):
     """Everything a run found out."""
 
@@ -236,6 +273,8 @@ class Report(_Frozen):
     other_baselines: tuple[OtherBaseline, ...] = ()
     attribution: tuple[dict[str, Any], ...] = ()
     speculation: dict[str, Any] | None = None
+    served: Served | None = None
+    """Where a server was measured."""
     gates: tuple[GateResult, ...] = ()
     warnings: tuple[str, ...] = ()
     seconds: float

@@ -5,7 +5,7 @@ Nothing here measures or judges; it chooses, names and words what `schema.Report
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -222,7 +222,10 @@ def short_name(source: str) -> str:
 def headline(report: Report) -> str:
     """Say in one sentence what the run achieved: "X is 5.2× faster and 3.4× smaller at 1.12× perplexity"."""
     before, after = report.baseline, report.result
-    size = _change(after.size_bytes / before.size_bytes, ("larger", "smaller")) if before.size_bytes else ""
+    if measured_only(report):
+        return f"{model_name(report)}: {', '.join(_measured(report)) or 'nothing could be measured'}"
+    sizes = (before.size_bytes or 0, after.size_bytes or 0)
+    size = _change(sizes[1] / sizes[0], ("larger", "smaller")) if all(sizes) else ""
     claims = [claim for claim in (_speed_claim(report.speedup.decode), size) if claim]
     gains = " and ".join("the same size" if claim == "unchanged" else claim for claim in claims)
     perplexity = after.quality.perplexity if after.quality else None
@@ -232,6 +235,28 @@ def headline(report: Report) -> str:
     ]
     rest = f"; its {' and '.join(missing)} {'were' if len(missing) > 1 else 'was'} not measured" if missing else ""
     return f"{model_name(report)} is {gains or 'unchanged in size'}{at}{rest}"
+
+
+def measured_only(report: Report) -> bool:
+    """Tell whether a model was measured as it is: there is no baseline beside it."""
+    return not report.steps
+
+
+def _measured(report: Report) -> Iterator[str]:
+    """Yield the figures that a model without a baseline is known by."""
+    rows = report.served.speed if report.served else ()
+    for row in (rows[:1] + rows[-1:])[: len(rows)]:
+        at = "alone" if row.concurrency == 1 else f"with {row.concurrency} at a time"
+        yield f"{_per_second(row.output_tokens_per_s)} {at}"
+    found = report.result
+    if found.speed:
+        yield _per_second(found.speed.decode_tokens_per_s)
+    if found.quality and found.quality.perplexity:
+        yield f"perplexity {text.number(found.quality.perplexity.value, 4)}"
+    if found.quality:
+        yield from (f"{text.clean(name)} {text.percent(task.accuracy)}" for name, task in found.quality.tasks.items())
+    if found.size_bytes:
+        yield text.size(found.size_bytes)
 
 
 def _speed_claim(decode: Ratio | None) -> str:
@@ -333,6 +358,8 @@ def _figure(report: Report, spec: _Spec) -> Figure | None:
     if before is None and after is None:
         return None
     old, new = (UNMEASURED if value is None else spec.write(value) for value in (before, after))
+    if measured_only(report):
+        return Figure(key=spec.key, label=spec.label, baseline="", result=new)
     value, ci95, verdict = _paired(report, spec.key)
     if value is None and before and after is not None:
         value = after / before
@@ -422,13 +449,17 @@ def tasks(report: Report) -> tuple[TaskRow, ...]:
     sides = [m.quality.tasks if m.quality else {} for m in (report.baseline, report.result)]
     verdict = report.result.quality.tasks_verdict if report.result.quality else None
     worse = verdict.worse if verdict else ()
-    return tuple(_task(name, *(side.get(name) for side in sides), name in worse) for name in {**sides[0], **sides[1]})
+    found = [(name, sides[0].get(name), sides[1].get(name)) for name in {**sides[0], **sides[1]}]
+    if measured_only(report):
+        return tuple(replace(_task(name, old, new, worse=False), baseline="") for name, old, new in found)
+    return tuple(_task(name, old, new, worse=name in worse) for name, old, new in found)
 
 
-def _task(name: str, before: TaskResult | None, after: TaskResult | None, worse: bool) -> TaskRow:
+def _task(name: str, before: TaskResult | None, after: TaskResult | None, *, worse: bool) -> TaskRow:
     known = after or before
     old, new = (text.percent(each.accuracy) if each else UNMEASURED for each in (before, after))
-    row = TaskRow(name=text.clean(name), items=f"{known.items:,}" if known else "", baseline=old, result=new)
+    count = f"{known.items:,}" if known else ""
+    row = TaskRow(name=text.clean(name), items=count, baseline=old, result=new)
     if after is None or after.change is None or after.change_ci95 is None:
         return row
     return replace(
@@ -477,6 +508,8 @@ def task_flips(report: Report) -> tuple[tuple[str, Flip], ...]:
 
 def compared(report: Report) -> str:
     """Say what is compared with what, or that only sizes are."""
+    if measured_only(report):
+        return f"Measured as it is: {_described(report.result)}."
     if report.baseline.speed or report.baseline.quality or report.result.speed or report.result.quality:
         return f"Baseline: {_described(report.baseline)}. Result: {_described(report.result)}."
     return "Only sizes are known; nothing was run."
@@ -487,7 +520,7 @@ def _described(measurement: Measurement) -> str:
     speed, quality = measurement.speed, measurement.quality
     if speed:
         return text.clean(f"{speed.runtime}, {speed.dtype}, {text.plural(speed.threads, 'thread')}")
-    return text.clean(quality.runtime) if quality else UNMEASURED
+    return text.clean(quality.runtime) if quality else "from outside" if measurement.size_bytes is None else UNMEASURED
 
 
 def conditions(report: Report) -> tuple[str, ...]:
@@ -518,13 +551,15 @@ def conditions(report: Report) -> tuple[str, ...]:
 def reasons(report: Report) -> tuple[str, ...]:
     """Say why what is missing is missing."""
     found: list[str] = []
-    for name, m in (("baseline", report.baseline), ("result", report.result)):
+    sides = (("baseline", report.baseline), ("result", report.result))
+    for name, m in sides[1:] if measured_only(report) else sides:
         parts = (
             ("", m.reason),
             ("quality", m.quality.reason if m.quality else ""),
             ("cost", m.cost.reason if m.cost else ""),
         )
-        found += [f"{name}{', ' + part if part else ''}: {reason}" for part, reason in parts if reason]
+        named = [", ".join(filter(None, ("" if measured_only(report) else name, part))) for part, _ in parts]
+        found += [": ".join(filter(None, (who, why))) for who, (_, why) in zip(named, parts, strict=True) if why]
     return tuple(dict.fromkeys(text.clean(line) for line in found))
 
 
@@ -536,7 +571,52 @@ def step_label(step: StepReport) -> str:
 
 def size_after(step: StepReport) -> int:
     """Return the bytes of the weights after a step, or of all that it wrote where nothing was measured."""
-    return step.measurement.size_bytes if step.measurement else step.artifact_bytes
+    return (step.measurement.size_bytes if step.measurement else None) or step.artifact_bytes
+
+
+SERVED_HEADER = (
+    "At a time",
+    "Requests",
+    "TTFT, median",
+    "95 % interval",
+    "TPOT, median",
+    "End to end, median",
+    "End to end, p95",
+    "Tokens per second",
+)
+
+
+def served_rows(report: Report) -> tuple[tuple[str, ...], ...]:
+    """Return what clients of a server saw, a row for each number of requests at a time, as `SERVED_HEADER` names it."""
+    return tuple(
+        (
+            str(row.concurrency),
+            f"{row.requests:,}",
+            _milliseconds(row.ttft_ms_p50),
+            f"{_milliseconds(row.ttft_ms_p50_ci95[0])} – {_milliseconds(row.ttft_ms_p50_ci95[1])}",
+            _milliseconds(row.tpot_ms_p50),
+            _milliseconds(row.e2e_ms_p50),
+            _milliseconds(row.e2e_ms_p95) if row.e2e_ms_p95 is not None else "–",
+            text.number(row.output_tokens_per_s),
+        )
+        for row in (report.served.speed if report.served else ())
+    )
+
+
+def served_conditions(report: Report) -> tuple[str, ...]:
+    """Say how a server was measured."""
+    served = report.served
+    if served is None or not served.speed:
+        return ()
+    lengths = f"{text.number(served.speed[0].output_tokens_p50)} tokens written per request, median"
+    prompted = served.speed[0].prompt_tokens_p50
+    prompts = f", prompts of {text.number(prompted)} tokens" if prompted is not None else ""
+    ended = "the end of a text was ignored" if served.end_of_text_ignored else "texts ended where the model ended them"
+    return (
+        text.clean(f"Model {served.model} at {served.url}: {lengths}{prompts}; {ended}."),
+        f"Tokens counted by {served.tokens_counted_by}. Times include the network between here and there.",
+        "Each client sends its next prompt when its last is answered; 95th percentiles need 90 requests.",
+    )
 
 
 def metric_keys(report: Report) -> tuple[str, ...]:
@@ -544,6 +624,7 @@ def metric_keys(report: Report) -> tuple[str, ...]:
     keys = [figure.key for group in groups(report) for figure in group.figures]
     if "perplexity" in keys:
         keys.insert(keys.index("perplexity") + 1, "perplexity_ratio")
+    keys += ["ttft", "tpot", "end_to_end"] if report.served else []
     shown = tasks(report)
     keys += ["task_accuracy"] if shown else []
     keys += ["flips", "mcnemar"] if any(row.flips for row in shown) else []

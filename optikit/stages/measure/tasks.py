@@ -128,9 +128,9 @@ def run(options: Options, job: Job) -> Facts:
         job.source, runtime=options.runtime, dtype=options.dtype, threads=job.threads, max_tokens=longest
     )
     ends = end_tokens(by.directory)
-    total, answers = sum(map(len, asked.values())), {}
+    total = sum(len(items) for items in asked.values())
+    answers: dict[str, list[Chosen | Answered]] = {}
     for task in options.tasks:
-        job.progress(sum(map(len, answers.values())), total, "item")
         answers[task.name] = _answers(decoder, by, task, asked[task.name], ends, job, (answers, total))
     (job.dest / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
     _keep(answers, job.dest / ITEMS)
@@ -158,9 +158,22 @@ class _Tokenizer:
 
     def start_token(self, ends: frozenset[int]) -> int:
         """Return the token that stands before an empty prompt: the beginning of a text, or else the end of one."""
-        config = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
-        begins = config.get("bos_token_id")
+        begins = self._configured().get("bos_token_id")
         return begins if isinstance(begins, int) else min(ends, default=0)
+
+    def context(self) -> int:
+        """Return the longest sequence of the model, tokens."""
+        settings = self._configured()
+        return int(settings.get("max_position_embeddings") or settings["context_length"])
+
+    def _configured(self) -> dict[str, Any]:
+        """Return config.json, or what a compiled directory says instead."""
+        path = self.directory / "config.json"
+        if path.is_file():
+            settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return settings
+        compiled: dict[str, Any] = json.loads((self.directory / "genai_config.json").read_text(encoding="utf-8"))
+        return dict(compiled["model"])
 
 
 def _items(task: Task, path: Path) -> Sequence[Item]:
@@ -188,9 +201,8 @@ def _require_fit(wanted: Sequence[Task], asked: dict[str, Sequence[Item]], by: _
         InputMissingError: An item that exceeds the model's context.
     """
     from optikit.metrics import tasks
-    from optikit.models import reader
 
-    limit = reader.read(by.directory).max_positions
+    limit = by.context()
     longest = 0
     for task in wanted:
         for item in asked[task.name]:
@@ -216,11 +228,11 @@ def _answers(
     items: Sequence[Item],
     ends: frozenset[int],
     job: Job,
-    progress: tuple[dict[str, Any], int],
+    progress: tuple[dict[str, list[Chosen | Answered]], int],
 ) -> list[Chosen | Answered]:
     from optikit.metrics import tasks
 
-    done, total = sum(map(len, progress[0].values())), progress[1]
+    done, total = sum(len(each) for each in progress[0].values()), progress[1]
     start = by.start_token(ends)
     found: list[Chosen | Answered] = []
     try:
@@ -370,5 +382,5 @@ def _expected(item: Item) -> str:
 def _told(item: Item, row: dict[str, Any]) -> str:
     from optikit.metrics import tasks
 
-    answer = item.choices[row["choice_norm"]] if isinstance(item, tasks.Choice) else row["text"]
+    answer = item.choices[row["choice_norm"]] if isinstance(item, tasks.Choice) else str(row["text"])
     return answer.strip()

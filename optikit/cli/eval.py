@@ -1,0 +1,125 @@
+"""`optikit eval DIR|URL`: measure a model or a server as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from optikit.recipe.schema import Evaluate, Gate
+    from optikit.report.schema import Report
+
+
+def eval_(
+    subject: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR|URL",
+            help="A model directory, the output of a run, a compiled directory, or an OpenAI-compatible server.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the report.", show_default=False)],
+    recipe: Annotated[
+        Path | None, typer.Option(help="Measure what this recipe's `evaluate` and `gates` say, instead of --text.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="UTF-8 text: perplexity, and prompts where there are none.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="JSON Lines of {prompt} for speed.")] = None,
+    task: Annotated[list[str] | None, typer.Option(metavar="NAME=FILE", help="JSON Lines of a task's items.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded per prompt.")] = 64,
+    concurrency: Annotated[str, typer.Option(help="URL: requests at a time.")] = "1,2,4,8",
+    requests: Annotated[int, typer.Option(min=2, help="URL: requests per concurrency.")] = 16,
+    timeout: Annotated[float, typer.Option(min=0.1, help="URL: seconds without an answer that count as hung.")] = 60,
+    model: Annotated[str | None, typer.Option(help="URL: which model; the first that it serves if left out.")] = None,
+    key_from: Annotated[
+        str | None, typer.Option(metavar="VARIABLE", help="URL: environment variable that holds its API key.")
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Use only what is on this machine.")] = False,
+    progress: Annotated[str, typer.Option(envvar="OPTIKIT_PROGRESS", help="auto, plain, json or none.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print report.json to stdout.")] = False,
+) -> None:
+    """Measure a model directory, an artifact or a server, without optimizing it.
+
+    Perplexity of --text, answers to every --task, speed on --prompts. Two reports are compared by `optikit diff`.
+    A server is measured from outside: it needs --prompts or --text; its perplexity only where it echoes logprobs.
+    """
+    from optikit.cli.run import code_of
+
+    wanted, gates, base = _wanted(recipe, text=text, prompts=prompts, tasks=task or [], new_tokens=new_tokens)
+    if subject.startswith(("http://", "https://")):
+        from optikit import served
+
+        report: Report = served.measure(
+            served.Request(
+                url=subject,
+                out=out,
+                wanted=wanted,
+                gates=gates,
+                base=base,
+                concurrency=_levels(concurrency),
+                requests=requests,
+                timeout_s=timeout,
+                model=model,
+                key_from=key_from,
+                offline=offline,
+                progress=progress,
+            )
+        )
+    else:
+        from optikit import measure
+
+        here: dict[str, Any] = {"base": base, "offline": offline, "progress": progress}
+        report = measure.measure(measure.Request(subject=Path(subject), out=out, wanted=wanted, gates=gates, **here))
+    if json:
+        typer.echo(report.model_dump_json(indent=1))
+    raise typer.Exit(code_of(report.verdict, strict=False))
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app.command("eval")(eval_)
+
+
+def _wanted(
+    recipe: Path | None, *, text: str | None, prompts: str | None, tasks: list[str], new_tokens: int
+) -> tuple[Evaluate, dict[str, Gate], Path]:
+    """Return what to measure and the gates: a recipe's, or what the options say; and where relative paths start."""
+    from pydantic import ValidationError
+
+    from optikit.errors import UsageError
+    from optikit.recipe.load import load
+    from optikit.recipe.schema import Evaluate
+
+    if recipe is not None:
+        if text or prompts or tasks:
+            raise UsageError("--recipe says all that is measured", fix="leave out --text, --prompts and --task")
+        loaded = load(recipe)
+        return loaded.recipe.evaluate, dict(loaded.recipe.gates), loaded.base
+    given: dict[str, Any] = {"tasks": [_task(each) for each in tasks]}
+    if text:
+        given["perplexity"] = {"text": text}
+    if text or prompts:
+        given["speed"] = {"prompts": prompts or "", "new_tokens": new_tokens}
+    try:
+        return Evaluate.model_validate(given), {}, Path()
+    except ValidationError as error:
+        raise UsageError(f"can't measure that: {error.errors()[0]['msg']}", fix="see `optikit eval --help`") from error
+
+
+def _task(given: str) -> dict[str, str]:
+    from optikit.errors import UsageError
+
+    name, equals, file = given.partition("=")
+    if not equals or not name or not file:
+        raise UsageError(f"--task {given!r} names no file", fix="write --task NAME=FILE.jsonl")
+    return {"name": name, "text": file}
+
+
+def _levels(text: str) -> tuple[int, ...]:
+    from optikit.errors import UsageError
+
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and 1 <= int(part) <= 1024 for part in parts):
+        raise UsageError(f"--concurrency {text!r} is no list of numbers from 1 to 1024", fix="write 1,2,4,8")
+    return tuple(dict.fromkeys(int(part) for part in parts))
