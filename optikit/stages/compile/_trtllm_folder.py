@@ -94,7 +94,7 @@ def serve_sh(options: Options) -> str:
 set -eu
 cd "$(dirname "$0")"
 MODEL="${{MODEL:-../../model}}"
-[ -f "$MODEL/config.json" ] || {{ echo "no model in $MODEL: set MODEL to the directory that optikit wrote" >&2; exit 66; }}
+[ -f "$MODEL/config.json" ] || {{ echo "no model in $MODEL: set MODEL to what optikit wrote" >&2; exit 66; }}
 for file in "$MODEL"/*; do
   name=$(basename "$file")
   [ -f "model/$name" ] || [ "$name" = artifact.json ] || ln -sf "$(realpath --relative-to=model "$file")" "model/$name"
@@ -128,8 +128,8 @@ def readme(options: Options, facts: ModelFacts, target: Target) -> Iterator[str]
     yield (
         "- `serve.yaml`: the server's configuration\n- `serve.sh`: links the weights beside `model/config.json`, "
         "starts the server\n- `smoke.sh`: waits for it and asks for 8 tokens\n- `Dockerfile`: NVIDIA's container of "
-        "that release with `serve.sh` as its entry\n- `model/`: the model's configuration as transformers 4.57 and 5 both "
-        "read it"
+        "that release with `serve.sh` as its entry\n- `model/`: the model's configuration as transformers 4.57 and 5 "
+        "both read it"
     )
     yield (
         "## On the GPU\n\nThe driver and the NVIDIA container toolkit are needed; TensorRT-LLM comes with the "
