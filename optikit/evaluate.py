@@ -262,6 +262,7 @@ class _Run:
             artifact_bytes=manifest.size_bytes,
             estimate_seconds=step.estimate.seconds,
             estimate_peak_memory_mib=step.estimate.peak_bytes / 2**20,
+            estimate_disk_bytes=step.estimate.disk_bytes,
             options=step.options.model_dump(mode="json"),
             facts=dict(facts),
             measurement=measurement,

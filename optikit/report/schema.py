@@ -189,6 +189,8 @@ class StepReport(_Frozen):
     artifact_bytes: int
     estimate_seconds: float
     estimate_peak_memory_mib: float
+    estimate_disk_bytes: int | None = None
+    """Null in reports of versions that didn't keep it."""
     options: dict[str, Any] = {}
     facts: dict[str, Any] = {}
     measurement: Measurement | None = None

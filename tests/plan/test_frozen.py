@@ -81,12 +81,12 @@ def test_changed_weights_and_text_are_refused(root):
 
 def test_a_changed_target_row_is_refused(root):
     rows = root / "mine.toml"
-    row = '[my-box]\ndevice = "cpu"\nmemory_gb = {}\n'
+    row = '[my-box]\ndevice = "cpu"\nmemory_gib = {}\n'
     rows.write_text(row.format(16))
     (root / "recipe.yaml").write_text("target: my-box\n" + RECIPE)
     path = frozen_file(root, targets=rows)
     rows.write_text(row.format(8))
-    with pytest.raises(IntegrityError, match=r"target\.memory_gb: 16.* is now 8"):
+    with pytest.raises(IntegrityError, match=r"target\.memory_gib: 16.* is now 8"):
         run(path)
 
 
