@@ -192,6 +192,12 @@ def _parent(steps: Sequence[Step]) -> str:
     return directories[-1] if directories else ""
 
 
+def _calibrated(stage: Stage, entry: StageEntry) -> bool:
+    """Return whether a stage reads calibration text: always, or with some options only."""
+    asks = getattr(stage, "calibrated", None)
+    return bool(asks(entry.options)) if asks else stage.CALIBRATED
+
+
 def _stage_problems(context: Context, stage: Stage, entry: StageEntry, facts: ModelFacts) -> Iterator[Problem]:
     missing = sorted(stage.NEEDS - facts.traits)
     if missing:
@@ -199,7 +205,7 @@ def _stage_problems(context: Context, stage: Stage, entry: StageEntry, facts: Mo
         message = f"{entry.method} needs a model that is {missing[0]}, but gets one that is {has}"
         yield Problem(code="needs-trait", message=message, fix="remove or reorder the stages before it")
         return
-    if stage.CALIBRATED and context.recipe.calibration is None:
+    if _calibrated(stage, entry) and context.recipe.calibration is None:
         message = f"{entry.method} reads calibration text, and the recipe names none"
         fix = "add `calibration: {text: …}` to the recipe"
         yield Problem(code="needs-calibration", message=message, fix=fix)
@@ -214,7 +220,7 @@ def _stage_problems(context: Context, stage: Stage, entry: StageEntry, facts: Mo
 def _stage_step(context: Context, stage: Stage, index: int, facts: ModelFacts, before: Sequence[Step]) -> Step:
     entry = context.recipe.stages[index]
     parent, teacher = _parent(before), before[0].key if before and before[0].verb == "acquire" else ""
-    wanted = context.recipe.calibration if stage.CALIBRATED else None
+    wanted = context.recipe.calibration if _calibrated(stage, entry) else None
     calibration, digest, tokens = None, "", 0
     if wanted is not None:
         text = context.texts["calibration"]
@@ -271,6 +277,7 @@ def _stack(context: Context, steps: Sequence[Step], *, offline: bool) -> rules.S
         host=host.describe() | {"cuda": context.device == "cuda", "offline": offline},
         evaluate=context.recipe.evaluate.model_dump(mode="json"),
         gates=tuple(context.recipe.gates),
+        serve={"dataset": context.recipe.calibration.text} if context.recipe.calibration else {},
     )
 
 

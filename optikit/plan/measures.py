@@ -12,7 +12,7 @@ from optikit.plan.model import Step
 from optikit.recipe.schema import PerplexityOptions, SpeedOptions
 from optikit.store.sources import TextSource
 
-COMPILED_RUNTIMES = {"onnx": "onnxruntime"}
+COMPILED_RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
 """Which runtime on this machine loads a compiled artifact, by trait."""
 
 

@@ -17,9 +17,9 @@ from optikit.errors import InputMissingError, UsageError
 if TYPE_CHECKING:
     from optikit.runtime.protocol import Decoder
 
-MARKS = {"onnxruntime": "genai_config.json", "transformers": "config.json"}
+MARKS = {"onnxruntime": "genai_config.json", "openvino": "openvino_model.xml", "transformers": "config.json"}
 """The file by which a directory of each runtime is known, in the order of preference."""
-INSIDE = ("compiled/onnxruntime", "model")
+INSIDE = ("compiled/onnxruntime", "compiled/openvino", "model")
 """Where an output directory of `optikit run` holds such directories, best first."""
 SPECULATOR = "speculator"
 """Where it holds the parameters of its speculation."""
@@ -62,7 +62,7 @@ def load(
 
     Args:
         directory: A compiled directory, a Hugging Face directory (dense or packed), or what `optikit run` wrote.
-        runtime: `auto`, `onnxruntime` or `transformers`.
+        runtime: `auto`, `onnxruntime`, `openvino` or `transformers`.
         dtype: `auto` is what the directory holds; transformers can also run it in `float32` or `bfloat16`.
         threads: CPU threads; None is all that this process may use.
         max_tokens: Longest sequence that the cache will hold; None is the model's context.
@@ -91,6 +91,10 @@ def _load(name: str, place: Path, *, dtype: str, threads: int | None, max_tokens
         from optikit.runtime.onnx_decoder import OnnxDecoder
 
         return OnnxDecoder(place, dtype=dtype, threads=threads, max_tokens=max_tokens)
+    if name == "openvino":
+        from optikit.runtime.openvino_decoder import OpenVinoDecoder
+
+        return OpenVinoDecoder(place, dtype=dtype, threads=threads, max_tokens=max_tokens)
     from optikit.runtime.torch_decoder import TorchDecoder
 
     return TorchDecoder(place, dtype=dtype, threads=threads, max_tokens=max_tokens)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 SUMMARY = "perplexity, KL divergence and top-1 agreement against the baseline"
 NEEDS: frozenset[Trait] = frozenset()
 CALIBRATED = False
-LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "onnxruntime", "onnxruntime-genai")
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "onnxruntime", "onnxruntime-genai", "openvino")
 ENVIRONMENT: str | None = None
 
 NLL, TOP1, LOGITS, DIVERGENCE, ABOUT = "nll.npy", "top1.npy", "logits.f16", "divergence.npy", "about.json"
@@ -51,7 +51,7 @@ SECONDS_PER_LOGIT = 8e-9
 class Options(StageOptions):
     """What to score, and how."""
 
-    runtime: Literal["transformers", "onnxruntime"] = "transformers"
+    runtime: Literal["transformers", "onnxruntime", "openvino"] = "transformers"
     """Runtime that loads the model."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of weights and arithmetic, where the runtime lets one choose."""

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SUMMARY = "window costs, acceptance, choice of drafter, speed-up and identity of speculation"
 NEEDS: frozenset[Trait] = frozenset()
 CALIBRATED = False
-LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "onnxruntime", "onnxruntime-genai")
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "onnxruntime", "onnxruntime-genai", "openvino")
 ENVIRONMENT: str | None = None
 
 CONTEXT = 200
@@ -45,7 +45,7 @@ CONTEXT = 200
 class Options(StageOptions):
     """What to measure, and how."""
 
-    runtime: Literal["transformers", "onnxruntime"]
+    runtime: Literal["transformers", "onnxruntime", "openvino"]
     """Runtime that loads the model."""
     prompts: int = Field(default=40, ge=_text.FEWEST_PROMPTS)
     """Most prompts to use, half of them to choose, half to judge."""

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 SUMMARY = "TTFT, TPOT, prefill, decode and memory of result and baselines, in interleaved pairs"
 NEEDS: frozenset[Trait] = frozenset()
 CALIBRATED = False
-LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "onnxruntime", "onnxruntime-genai")
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "onnxruntime", "onnxruntime-genai", "openvino")
 ENVIRONMENT: str | None = None
 
 SAMPLES = "samples.jsonl"
@@ -56,7 +56,7 @@ class ArmOptions(BaseModel):
     """Its name in the result; also the name of its log."""
     role: str
     """Which input directory it loads."""
-    runtime: Literal["transformers", "onnxruntime"]
+    runtime: Literal["transformers", "onnxruntime", "openvino"]
     """Runtime that loads it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of weights and arithmetic, where the runtime lets one choose."""

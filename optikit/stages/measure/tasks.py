@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SUMMARY = "right answers to tasks, and the items that flipped against the baseline"
 NEEDS: frozenset[Trait] = frozenset()
 CALIBRATED = False
-LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "onnxruntime", "onnxruntime-genai")
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "onnxruntime", "onnxruntime-genai", "openvino")
 ENVIRONMENT: str | None = None
 
 ITEMS, ABOUT = "items.jsonl", "about.json"
@@ -68,7 +68,7 @@ class Task(BaseModel):
 class Options(StageOptions):
     """What to ask, and through what."""
 
-    runtime: Literal["transformers", "onnxruntime"] = "transformers"
+    runtime: Literal["transformers", "onnxruntime", "openvino"] = "transformers"
     """Runtime that loads the model."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of weights and arithmetic, where the runtime lets one choose."""
