@@ -28,8 +28,8 @@ def problems(draft: ModelFacts, target: ModelFacts) -> Iterator[Problem]:
         message = f"the draft's embedding has {draft.vocab} rows, the model's {target.vocab}"
         fix = "use a draft of the same family, or pad the smaller embedding where only its padding differs"
         yield Problem(code="draft-vocabulary", message=message, fix=fix)
-    elif draft.tokenizer_sha256 != target.tokenizer_sha256:
-        ours, theirs = target.tokenizer_sha256[:12] or "none", draft.tokenizer_sha256[:12] or "none"
+    elif target.tokenizer_sha256 and draft.tokenizer_sha256 != target.tokenizer_sha256:
+        ours, theirs = target.tokenizer_sha256[:12], draft.tokenizer_sha256[:12] or "none"
         message = f"the draft's tokenizer.json ({theirs}) is not the model's ({ours}): its tokens mean other texts"
         yield Problem(code="draft-tokenizer", message=message, fix="use a draft made with the model's own tokenizer")
     if draft.sliding_window is not None:

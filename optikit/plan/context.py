@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from optikit import environments, stages
@@ -28,6 +28,7 @@ class Context:
         device: torch device that calibrated stages will use.
         facts: Facts of the untouched model.
         texts: Resolved texts by role: `calibration`, `perplexity`, `prompts`.
+        drafts: Resolved draft models by the index of the stage that names one.
     """
 
     recipe: Recipe
@@ -36,6 +37,7 @@ class Context:
     model: ModelSource
     facts: ModelFacts
     texts: Mapping[str, TextSource]
+    drafts: Mapping[int, ModelSource] = field(default_factory=dict)
 
     def stage(self, verb: str, method: str, backend: str = stages.OURS) -> Stage:
         """Import a stage module."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optikit import gates, host, rules, targets
+from optikit.deploy.draft import problems as draft_problems
 from optikit.errors import RecipeError
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import read, read_gguf
@@ -101,6 +102,11 @@ def _resolve(
             role: resolve_text(text, store, base=loaded.base, offline=offline, note=note)
             for role, text in _texts(recipe).items()
         },
+        drafts={
+            index: resolve_model(entry.options.model, store, base=loaded.base, offline=offline, note=note)
+            for index, entry in enumerate(recipe.stages)
+            if entry.verb == "speculate" and getattr(entry.options, "model", "")
+        },
     )
 
 
@@ -157,7 +163,8 @@ def _steps(context: Context) -> tuple[tuple[Step, ...], list[Problem]]:
     problems: list[Problem] = []
     for index, entry in enumerate(context.recipe.stages):
         stage = context.stage(entry.verb, entry.method, entry.backend)
-        found = [p.under("stages", index, entry.verb) for p in _stage_problems(context, stage, entry, facts)]
+        complaints = (*_stage_problems(context, stage, entry, facts), *_draft_problems(context, index, facts))
+        found = [p.under("stages", index, entry.verb) for p in complaints]
         problems += found
         if any(problem.code == "needs-trait" for problem in found):
             break
@@ -217,6 +224,19 @@ def _stage_problems(context: Context, stage: Stage, entry: StageEntry, facts: Mo
     yield from stage.check(entry.options, facts, context.target)
 
 
+def _draft_problems(context: Context, index: int, facts: ModelFacts) -> Iterator[Problem]:
+    """Yield why the draft model that a stage names can't serve this model."""
+    draft = context.drafts.get(index)
+    if draft is None:
+        return
+    if draft.format != "safetensors":
+        message, fix = f"{draft.spec} is a gguf file", "name a directory that transformers can load"
+        yield Problem(code="draft-format", message=message, fix=fix, loc=("model",))
+        return
+    for problem in draft_problems(read(draft.path), facts):
+        yield problem.under("model")
+
+
 def _stage_step(context: Context, stage: Stage, index: int, facts: ModelFacts, before: Sequence[Step]) -> Step:
     entry = context.recipe.stages[index]
     parent, teacher = _parent(before), before[0].key if before and before[0].verb == "acquire" else ""
@@ -227,7 +247,7 @@ def _stage_step(context: Context, stage: Stage, index: int, facts: ModelFacts, b
         calibration = {"text": str(text.path), "samples": wanted.samples, "length": wanted.length}
         digest = f"{text.digest}:{wanted.samples}x{wanted.length}"
         tokens = wanted.samples * wanted.length
-    prompts = stage_prompts(context, index)
+    prompts, draft = stage_prompts(context, index), context.drafts.get(index)
     inputs = {"teacher": teacher} if hasattr(entry.options, "teacher") else {}
     return Step(
         name=_name(index, entry),
@@ -243,13 +263,15 @@ def _stage_step(context: Context, stage: Stage, index: int, facts: ModelFacts, b
             parent=parent or context.model.digest,
             calibration=digest,
             **({"prompts": prompts.digest} if prompts else {}),
+            **({"draft": draft.digest} if draft else {}),
             **({"target": asdict(context.target)} if getattr(stage, "TARGETED", False) else {}),
             device=context.device,
-            isa=host.isa() if stage.CALIBRATED else (),  # decides whether matrix products run in bf16
+            # decides whether matrix products run in bf16
+            isa=host.isa() if stage.CALIBRATED or prompts else (),
         ),
         source=parent,
         inputs=inputs,
-        files={"prompts": str(prompts.path)} if prompts else {},
+        files=({"prompts": str(prompts.path)} if prompts else {}) | ({"draft": str(draft.path)} if draft else {}),
         calibration=calibration,
         environment=stage.ENVIRONMENT,
         estimate=stage.estimate(entry.options, facts, context.target, tokens),
@@ -278,7 +300,16 @@ def _stack(context: Context, steps: Sequence[Step], *, offline: bool) -> rules.S
         evaluate=context.recipe.evaluate.model_dump(mode="json"),
         gates=tuple(context.recipe.gates),
         serve={"dataset": context.recipe.calibration.text} if context.recipe.calibration else {},
+        draft=next(_fitting_drafts(context, planned), None),
     )
+
+
+def _fitting_drafts(context: Context, planned: Mapping[str, Step]) -> Iterator[ModelFacts]:
+    """Yield facts of drafts that fit; rules about one that doesn't would only say it again."""
+    for index, draft in context.drafts.items():
+        step = planned.get(_name(index, context.recipe.stages[index]))
+        if step is not None and not any(_draft_problems(context, index, step.before)):
+            yield read(draft.path)
 
 
 def _name(index: int, entry: StageEntry) -> str:

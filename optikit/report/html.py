@@ -5,6 +5,7 @@ Autoescape is on for every template, and `clean` runs on every value before it: 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -112,8 +113,9 @@ def _page(report: Report) -> dict[str, Any]:
         ),
         "kl": _divergence(report),
         "attribution": view.free_table(report.attribution),
-        "speculation": view.listed({k: v for k, v in speculation.items() if k != "acceptance_by_position"}),
+        "speculation": view.listed({k: v for k, v in speculation.items() if k not in _DRAWN}),
         "acceptance": _acceptance(speculation),
+        "windows": _windows(speculation),
         "definitions": tuple(DEFINITIONS[key] for key in view.metric_keys(report) if key in DEFINITIONS),
         "environment": tuple(
             (title, view.listed(values))
@@ -308,3 +310,19 @@ def _acceptance(speculation: Mapping[str, Any]) -> Markup:
         return NOTHING
     described = ", ".join(f"position {i}: {text.percent(share)}" for i, share in enumerate(shares, 1))
     return svg.columns(shares, ident="acceptance", title="Acceptance by position", description=f"{described}.")
+
+
+_DRAWN = frozenset({"acceptance_by_position", "window_ms"})
+"""Figures of speculation that are pictures on the page."""
+
+
+def _windows(speculation: Mapping[str, Any]) -> Markup:
+    """Draw what a window of m tokens costs, where that was measured."""
+    found = speculation.get("window_ms")
+    if not isinstance(found, Mapping) or not found:
+        return NOTHING
+    if not all(str(m).isdecimal() and isinstance(ms, int | float) and 0 < ms < math.inf for m, ms in found.items()):
+        return NOTHING
+    times = sorted((int(m), float(ms)) for m, ms in found.items())
+    described = ", ".join(f"{m}: {text.number(ms)} ms" for m, ms in times)
+    return svg.windows(times, description=f"Milliseconds by tokens: {described}.")

@@ -395,3 +395,25 @@ def columns(shares: Sequence[float], *, ident: str, title: str, description: str
         _text("position of the draft token →", frame.right, frame.bottom + 40, "axis-title", "end"),
     ]
     return picture(drawn, ident=ident, title=title, description=description, width=560, height=216, class_="chart")
+
+
+def windows(times: Sequence[tuple[int, float]], *, description: str) -> Markup:
+    """Draw the time of a forward of m tokens as columns, each with its multiple of the first on top."""
+    frame = _Box(8, 26, 552, 170)
+    pitch = (frame.right - frame.left) / max(4, len(times))
+    longest, first = max(ms for _, ms in times), times[0][1]
+    drawn = []
+    for i, (m, ms) in enumerate(times):
+        left, top = frame.left + i * pitch, frame.bottom - ms / longest * (frame.bottom - frame.top)
+        middle = left + pitch / 2
+        drawn += [
+            _rect(_Box(left + pitch * 0.16, top, left + pitch * 0.84, frame.bottom), "bar"),
+            _text(f"{ms / first:.1f}", middle, top - 7, "name", "middle"),
+            _text(str(m), middle, frame.bottom + 20, "axis", "middle"),
+        ]
+    drawn += [
+        _line(frame.left, frame.bottom, frame.right, frame.bottom, "axis-line"),
+        _text("tokens run at once →", frame.right, frame.bottom + 40, "axis-title", "end"),
+    ]
+    title = "Time of a forward, in multiples of one token's"
+    return picture(drawn, ident="windows", title=title, description=description, width=560, height=216, class_="chart")

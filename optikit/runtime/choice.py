@@ -331,7 +331,8 @@ def tune(
     moves = [partial(_drafting, n=n, k=k) for n in sorted({*matches, *given.lengths}, reverse=True) for k in drafts]
     moves += [partial(_gated, gate=gate) for gate in GATES if given.table is not None]
     if given.ahead:
-        moves += [partial(_looking, ahead=k) for k in AHEAD_LENGTHS if k <= given.ahead]
+        most = max((each.foreseen.tokens.shape[1] for each in texts if each.foreseen), default=given.ahead)
+        moves += [partial(_looking, ahead=k) for k in AHEAD_LENGTHS if k <= most]
         moves += [partial(_sure, gate=gate) for gate in AHEAD_GATES]
     best, least = given, cost(given)
     improved = True

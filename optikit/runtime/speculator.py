@@ -34,7 +34,7 @@ CHOICE = "choice.json"
 RECALL = "recall.safetensors"
 DRAFT = "draft"
 COMPILED_DRAFT = "draft/onnxruntime"
-AHEAD = 16
+AHEAD = 8
 """Tokens that a draft model is asked for at most."""
 
 

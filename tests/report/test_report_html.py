@@ -160,6 +160,17 @@ def test_a_broken_histogram_and_free_form_speculation_are_left_out(full_report):
     assert [chart["aria-labelledby"] for chart in charts] == ["tradeoff-title tradeoff-desc"]
 
 
+def test_what_a_window_costs_is_drawn_and_nonsense_is_not(full_report):
+    def charts(window_ms):
+        speculation = {**full_report.speculation, "window_ms": window_ms}
+        page = Page(html.render(full_report.model_copy(update={"speculation": speculation})))
+        return [svg for svg in page.all("svg") if svg.get("aria-labelledby") == "windows-title windows-desc"]
+
+    assert len(charts({"1": 4.15, "2": 4.64, "32": 31.0})) == 1
+    for nonsense in ({}, [1.0], {"one": 4.0}, {"1": 0.0}, {"1": float("nan")}, {"1": "4"}):
+        assert charts(nonsense) == []
+
+
 def _luminance(colour: str) -> float:
     channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]

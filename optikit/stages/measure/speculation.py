@@ -113,10 +113,16 @@ def run(options: Options, job: Job) -> Facts:
     told = {name: found[name] for name in ("speedup", "predicted_speedup")}
     files = speculator.write_choice(chosen, job.dest, told)
     return {
-        "speculation": {"method": given.method, "chosen": chosen.method, "lossless": True} | _parameters(trial) | found,
-        "alternatives": _alternatives(trial, given, texts, costs, drafting),
-        "window_ms": {str(m): ms for m, ms in costs.ms.items()},
-        "drafting_ms": {"ask": drafting.ask_ms, "per_token": drafting.per_token_ms},
+        "speculation": {
+            "method": given.method,
+            "chosen": chosen.method,
+            "lossless": True,
+            **_parameters(trial),
+            **found,
+            "predicted_alone": _alone(given, texts, costs, drafting),
+            "drafting_ms": {"ask": drafting.ask_ms, "per_token": drafting.per_token_ms},
+            "window_ms": {str(m): ms for m, ms in costs.ms.items()},
+        },
         "remembered_texts": len(remembered) + len(texts) if trial.table else 0,
         "files": list(files),
     }
@@ -159,13 +165,11 @@ def _parameters(speculator: Speculator) -> dict[str, Any]:
     }
 
 
-def _alternatives(
-    trial: Speculator, given: Speculator, texts: Sequence[Written], costs: WindowCosts, drafting: DraftCosts
-) -> dict[str, float]:
-    """Return what parts of the speculator would bring alone, predicted on the prompts that choose, each tuned."""
+def _alone(given: Speculator, texts: Sequence[Written], costs: WindowCosts, drafting: DraftCosts) -> dict[str, float]:
+    """Return what each drafter would bring alone, predicted on the prompts that choose, tuned for it."""
     from optikit.runtime import choice
 
-    found = {"chosen": choice.price(trial, texts, costs, drafting).speedup}
+    found = {}
     alone = {"lookup": replace(given, ahead=0)}
     if given.ahead:
         alone[given.method] = replace(given, lengths={})

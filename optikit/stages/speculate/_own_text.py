@@ -16,8 +16,8 @@ FEWEST = 4
 """Prompts to learn from: fewer leave nothing to validate on."""
 
 
-def written(options: PromptOptions, job: Job, tokens: int) -> tuple[Any, OwnText]:
-    """Return the model of `job.source`, and what it writes to the prompts that nothing will be judged on.
+def written(options: PromptOptions, job: Job, tokens: int) -> tuple[Any, list[list[int]], OwnText]:
+    """Return the model of `job.source`, prompts that nothing will be judged on, and what it writes to them.
 
     Args:
         options: Which prompts, and how.
@@ -62,4 +62,4 @@ def written(options: PromptOptions, job: Job, tokens: int) -> tuple[Any, OwnText
         folder=job.scratch / "own-text",
         observe=lambda done, total: job.progress(done, total, "prompt"),
     )
-    return decoder.model, text
+    return decoder.model, used, text

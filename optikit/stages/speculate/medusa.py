@@ -126,7 +126,7 @@ def run(options: Options, job: Job) -> Facts:
     from optikit.stages.speculate import _own_text
 
     torch.set_num_threads(job.threads)
-    model, text = _own_text.written(options, job, options.tokens)
+    model, _, text = _own_text.written(options, job, options.tokens)
     learning, held = own_text.divide(text, 0.1)
     lm_head = model.get_output_embeddings().weight.detach().float()
     heads = _heads(options, lm_head, learning.tokens[learning.wanted], job.seed)

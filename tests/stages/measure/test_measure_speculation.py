@@ -47,7 +47,8 @@ def test_a_step_measures_chooses_and_writes_its_choice(job, tune):
     chosen = speculator.read(job.dest)
     assert chosen.method == found["chosen"]
     assert set(facts["files"]) == {path.name for path in job.dest.iterdir()}
-    assert facts["window_ms"]["1"] > 0
+    assert found["window_ms"]["1"] > 0
+    assert found["predicted_alone"]["lookup"] >= 1
     json.dumps(facts)
 
 

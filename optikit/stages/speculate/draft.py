@@ -1,0 +1,250 @@
+"""A draft model writes ahead, and the model checks: a small model of the same vocabulary, given, or made of this one.
+
+Paper   Leviathan et al. 2023, arXiv:2211.17192; distilled on the target's own text: Zhou et al. 2024, arXiv:2310.08461
+Helps   large models with a small relative; servers that know drafts but no Medusa heads
+Hurts   small models: a draft that agrees often costs a large part of what it saves; where measuring shows no gain it
+        isn't asked
+Cost    a given draft: seconds; a made one: writing `tokens` tokens with the model, then minutes of training, 16 bytes
+        per weight of its blocks
+Differs the window, and how sure the draft has to be to go on, are chosen by what was accepted and what each forward
+        cost on the compiled models; what repeats is looked up first
+
+The text stays the model's own: every draft token is checked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from optikit.errors import StageFailedError
+from optikit.models import architectures
+from optikit.models.facts import ModelFacts, Trait
+from optikit.problems import Problem
+from optikit.stages.protocol import Estimate, Facts, Job
+from optikit.stages.speculate import _prompts
+from optikit.stages.speculate._prompts import PromptOptions
+from optikit.targets import Target
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SUMMARY = "draft model: given, or made by leaving out blocks and distilling; lossless"
+NEEDS: frozenset[Trait] = frozenset()
+CALIBRATED = False
+LIBRARIES: tuple[str, ...] = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-genai",
+)
+ENVIRONMENT: str | None = None
+
+COMPARED = 8192
+"""Tokens on which predictions are compared while distilling: those that the model writes most."""
+INFLUENCE_TEXTS = 16
+"""Own texts on which blocks are judged."""
+
+
+class Make(BaseModel):
+    """How to make a draft of the model itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    layers: int = Field(default=6, ge=1, le=1000)
+    """Blocks that the draft keeps: those that change most what passes through them."""
+    distill: bool = True
+    """Train them on what the model writes; without, a draft of few blocks is hardly ever right."""
+    tokens: int = Field(default=100_000, ge=64)
+    """Tokens that the model writes to train on, as far as there are prompts."""
+    epochs: int = Field(default=3, ge=1, le=1000)
+    """Passes over that text."""
+    learning_rate: float = Field(default=5e-4, gt=0, le=1)
+    """AdamW's, after a warm-up of a tenth of the steps."""
+
+
+class Options(PromptOptions):
+    """Options of `speculate: {method: draft}`."""
+
+    model: str = ""
+    """A draft that there is already: a directory, or `hf:ORG/NAME@REVISION`, with the model's own tokenizer."""
+    make: Make | None = None
+    """How to make one; empty, where no `model` is named, is {layers: 6}."""
+    tokens: int = Field(default=4, ge=1, le=16)
+    """Tokens to draft per step, where nothing else is chosen by measuring; servers are told this."""
+    precision: Literal["int4", "int8", "fp32"] = "int4"
+    """Weights of the draft where it runs here, rounded to nearest; its directory for servers keeps its own."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Options:
+        if self.model and self.make is not None:
+            msg = "name a draft `model`, or say how to `make` one, not both"
+            raise ValueError(msg)
+        return self
+
+    @property
+    def making(self) -> Make | None:
+        """How to make the draft; None where one is given."""
+        return None if self.model else self.make or Make()
+
+
+def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
+    """Yield why no draft can be made of this model."""
+    yield from _prompts.check(options, facts)
+    making = options.making
+    if making is None:
+        return
+    if architectures.find(facts.model_type) is None:
+        message = f"model_type {facts.model_type!r} is not one whose blocks are known"
+        yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(architectures.names())}")
+    elif making.layers >= facts.layers:
+        message = f"a draft of {making.layers} blocks is no smaller than the model with {facts.layers}"
+        yield Problem(code="draft-too-large", message=message, fix="lower layers", loc=("make", "layers"))
+
+
+def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
+    """Estimate from SmolLM2-135M on two cores: writing, three passes of the draft per token and epoch, compiling."""
+    making, embedding = options.making, facts.vocab * facts.hidden
+    if making is None:
+        return Estimate(seconds=40, peak_bytes=2_000_000_000, disk_bytes=6 * embedding)
+    body = facts.linear_elements * making.layers // max(1, facts.layers)
+    tokens = making.tokens if making.distill else INFLUENCE_TEXTS * options.new_tokens
+    trained = 6 * tokens * making.epochs * (2 * body + COMPARED * facts.hidden) if making.distill else 0
+    return Estimate(
+        seconds=60 + tokens * facts.parameters / 4e10 + trained / 1e11,
+        peak_bytes=1_100_000_000 + 4 * facts.parameters + 20 * body + 4 * embedding,
+        disk_bytes=2 * tokens * facts.hidden + 3 * body + 4 * embedding,
+    )
+
+
+def after(options: Options, facts: ModelFacts) -> ModelFacts:
+    """Return the facts of the same model with a draft beside it."""
+    return facts.having("draft_model")
+
+
+def run(options: Options, job: Job) -> Facts:
+    """Write draft/ for servers, draft/onnxruntime for this runtime, and speculator.json.
+
+    Raises:
+        InputMissingError: Too few prompts.
+        StageFailedError: The draft has other tokens than the model, or training met a bad number at once.
+    """
+    from optikit.deploy import draft as writer
+    from optikit.models.reader import read
+
+    target = read(job.source)
+    made: Facts = {}
+    if options.making is None:
+        source = job.inputs["draft"]
+    else:
+        source = job.scratch / "made"
+        made = _make(options, options.making, job, source)
+    found = read(source)
+    problem = next((each for each in writer.problems(found, target) if each.level == "error"), None)
+    if problem is not None:
+        raise StageFailedError(problem.message, fix=problem.fix)
+    dest = job.dest / "draft"
+    writer.write_draft(source, dest, tokens=options.tokens, context=target.max_positions)
+    compiled = _compile(options, job, found, dest)
+    loads_in = _write(options, job)
+    return {
+        "draft_layers": found.layers,
+        "draft_parameters": found.parameters,
+        "compiled": compiled,
+        "loads_in": loads_in,
+        **made,
+    }
+
+
+def _make(options: Options, making: Make, job: Job, dest: Path) -> Facts:
+    """Write a draft directory of the model's own blocks."""
+    import shutil
+
+    import torch
+
+    from optikit.algorithms import depth, draft_training, own_text
+    from optikit.algorithms.medusa import draft_vocabulary
+    from optikit.calibration.arithmetic import compute_dtype, exact_products
+    from optikit.deploy.medusa import TOKENIZER_FILES
+    from optikit.models.reader import read
+    from optikit.stages.speculate import _own_text
+
+    torch.set_num_threads(job.threads)
+    tokens = making.tokens if making.distill else INFLUENCE_TEXTS * options.new_tokens
+    model, prompts, text = _own_text.written(options, job, tokens)
+    facts = read(job.source)
+    row = architectures.find(facts.model_type)
+    if row is None:
+        raise StageFailedError(f"model_type {facts.model_type!r} is unknown", fix="name a draft `model`")
+    every = draft_training.sequences(prompts, text)
+    influences = draft_training.influences(model, every.tokens[:INFLUENCE_TEXTS])
+    gone = depth.removed(influences, facts.layers - making.layers, keep_first=1 if making.layers > 1 else 0)
+    kept = [index for index in range(facts.layers) if index not in gone]
+    student = draft_training.shortened(model, row.blocks, kept)
+    del model
+    told: Facts = {"own_tokens": text.written, "blocks_kept": kept}
+    if making.distill:
+        learning, held = own_text.divide(text, 0.1)
+        vocab = facts.vocab
+        drafted = draft_vocabulary(learning.tokens[learning.wanted], min(COMPARED, vocab), vocab=vocab)
+        settings = draft_training.Settings(epochs=making.epochs, learning_rate=making.learning_rate, seed=job.seed)
+        with exact_products(compute_dtype(job.device)):
+            history = draft_training.train(
+                student,
+                row.blocks,
+                draft_training.sequences(prompts, learning),
+                draft_training.sequences(prompts, held),
+                drafted,
+                settings,
+                folder=job.scratch / "training",
+                observe=lambda done, total: job.progress(done, total, "training step"),
+            )
+        told["training"] = vars(history)
+    shutil.rmtree(dest, ignore_errors=True)
+    student.to(torch.bfloat16).save_pretrained(dest)
+    for name in TOKENIZER_FILES:
+        if (job.source / name).is_file():
+            shutil.copyfile(job.source / name, dest / name)
+    return told
+
+
+def _compile(options: Options, job: Job, facts: ModelFacts, directory: Path) -> dict[str, Any]:
+    """Compile a draft directory for this runtime, into its own subdirectory."""
+    from optikit.stages.compile import onnxruntime
+
+    dest = directory / "onnxruntime"
+    dest.mkdir()
+    precision = "auto" if facts.traits & onnxruntime.QUANTIZED else options.precision
+    chosen = onnxruntime.Options(precision=precision)
+    inner = replace(job, source=directory, dest=dest, scratch=job.scratch / "compile", inputs={})
+    found = onnxruntime.run(chosen, inner)
+    return {name: found[name] for name in ("builder_precision", "linears_compared", "linears_largest_steps", "head")}
+
+
+def _write(options: Options, job: Job) -> dict[str, str]:
+    """Write speculator.json; return which servers load the draft."""
+    from optikit.deploy import speculation, support
+    from optikit.runtime.speculator import AHEAD, SPECULATOR, Speculator
+
+    speculator = Speculator(
+        method="draft",
+        lengths={3: 8, 2: 4},
+        ahead=min(AHEAD, options.tokens),
+        ahead_gate=0.4,
+        min_window=2 if options.exact else 1,
+    )
+    servers = {
+        "vllm": {"speculative_config": speculation.vllm("draft", tokens=options.tokens, directory="speculator/draft")},
+        "transformers": {"assistant_model": "speculator/draft"},
+    }
+    loads_in = support.loads_in("draft")
+    found = speculator.as_json() | {"servers": servers, "loads_in": loads_in}
+    (job.dest / SPECULATOR).write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return loads_in
