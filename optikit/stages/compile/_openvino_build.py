@@ -1,0 +1,125 @@
+"""optimum-intel and NNCF at work, in the `openvino` environment; and the trial of what they wrote, in a child."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optikit.errors import StageFailedError
+from optikit.models.reader import read
+from optikit.stages.compile._onnx_build import environment, program, require_success
+
+if TYPE_CHECKING:
+    from optikit.stages.compile.openvino import Options
+    from optikit.stages.protocol import Calibration, Job
+
+TRIAL = "optikit.stages.compile._openvino_trial"
+MODEL = "openvino_model.xml"
+NOT_COPIED = frozenset({"artifact.json"})
+
+
+def export(options: Options, job: Job) -> dict[str, Any]:
+    """Write model, tokenizer and configuration to `job.dest`; return what NNCF was asked for.
+
+    Raises:
+        StageFailedError: The calibration text is too short.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from optimum.intel import OVModelForCausalLM
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(job.source))
+    wanted = quantization(options, job)
+    job.progress(0, 3, "export")
+    model = OVModelForCausalLM.from_pretrained(
+        str(job.source), export=True, compile=False, load_in_8bit=False, quantization_config=wanted
+    )
+    job.progress(1, 3, "export")
+    model.save_pretrained(str(job.dest))
+    tokenizer.save_pretrained(str(job.dest))
+    _convert_tokenizer(tokenizer, job.dest)
+    job.progress(2, 3, "export")
+    return {"weight_format": options.weight_format, "nncf": wanted and _told(wanted)}
+
+
+def quantization(options: Options, job: Job) -> Any:
+    """Return optimum-intel's configuration for NNCF; None keeps the weights as they are."""
+    if options.weight_format == "float":
+        return None
+    from optimum.intel import OVWeightQuantizationConfig
+
+    from optikit.stages.compile.openvino import calibrated, group
+
+    if options.weight_format == "int8":
+        return OVWeightQuantizationConfig(bits=8, sym=False)
+    texts = passages(job.calibration) if job.calibration and calibrated(options) else None
+    return OVWeightQuantizationConfig(
+        bits=4,
+        sym=options.sym,
+        group_size=group(options, read(job.source)),
+        ratio=options.ratio,
+        dataset=texts,
+        tokenizer=str(job.source) if texts else None,
+        num_samples=len(texts) if texts else None,
+        quant_method="awq" if options.awq else "default",
+        scale_estimation=options.scale_estimation or None,
+    )
+
+
+def passages(calibration: Calibration) -> list[str]:
+    """Return as many passages of the calibration text as it has samples, evenly spread, four characters a token.
+
+    Raises:
+        StageFailedError: The text is shorter than one passage.
+    """
+    text = calibration.text.read_text(encoding="utf-8")
+    size = 4 * calibration.length
+    if len(text) < size:
+        message = f"the calibration text has {len(text)} characters, and one sample takes {size}"
+        raise StageFailedError(message, fix="give more text, or a smaller calibration length")
+    last = len(text) - size
+    count = min(calibration.samples, max(1, last))
+    starts = [last * index // max(1, count - 1) for index in range(count)]
+    return [text[start : start + size] for start in starts]
+
+
+def _told(config: Any) -> dict[str, Any]:
+    """Return what was asked of NNCF, without the text."""
+    kept = ("bits", "sym", "group_size", "ratio", "scale_estimation", "num_samples")
+    return {name: getattr(config, name) for name in kept} | {"quant_method": str(config.quant_method)}
+
+
+def _convert_tokenizer(tokenizer: Any, dest: Path) -> None:
+    """Write the tokenizer as graphs, which is how openvino-genai wants it."""
+    import openvino
+    from openvino_tokenizers import convert_tokenizer
+
+    for name, graph in zip(
+        ("tokenizer", "detokenizer"), convert_tokenizer(tokenizer, with_detokenizer=True), strict=True
+    ):
+        openvino.save_model(graph, dest / f"openvino_{name}.xml")
+
+
+def decode(job: Job, tokens: int) -> str:
+    """Let openvino-genai decode from `job.dest` in a process of its own: on some processors it ends by a signal.
+
+    Returns:
+        What the child printed: one line of JSON.
+
+    Raises:
+        StageFailedError: It crashed or refused.
+    """
+    log = job.scratch / "trial.log"
+    job.scratch.mkdir(parents=True, exist_ok=True)
+    command = [*program(TRIAL), str(job.dest.resolve()), str(tokens), str(job.threads)]
+    with log.open("w", encoding="utf-8") as kept:
+        child = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=kept, text=True, env=environment(job), cwd=job.scratch, check=False
+        )
+    if child.returncode < 0:
+        message = f"OpenVINO doesn't run on this processor: decoding was ended by signal {-child.returncode}"
+        raise StageFailedError(message, fix="use `compile: {engine: onnxruntime}` on this machine")
+    require_success("decoding with openvino-genai", child.returncode, log)
+    return child.stdout.strip().splitlines()[-1]
