@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 
 
 def explain(
-    what: Annotated[str, typer.Argument(help="A rule, a stage, a target, or an exit code.", show_default=False)] = "",
+    what: Annotated[
+        str, typer.Argument(help="A rule, a problem's code, a stage, a target, or an exit code.", show_default=False)
+    ] = "",
     every: Annotated[bool, typer.Option("--list", help="List every rule.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="With --list: the whole rows, as a page.")] = False,
 ) -> None:
-    """Explain a rule (quantize-twice), a stage (gptq or quantize.gptq), a target (l4) or an exit code (65)."""
+    """Explain a rule or problem (quantize-twice, unknown-key), a stage (gptq), a target (l4) or an exit code (65)."""
     from optikit.errors import UsageError
 
     if every and markdown:
@@ -31,12 +33,14 @@ def explain(
         return
     if not what:
         raise UsageError("nothing to explain", fix="name a rule, a stage, a target or an exit code, or give --list")
-    found = [text for text in (_exit_code(what), _rule(what), *_stages(what), _target(what)) if text]
+    found = [text for text in (_exit_code(what), _rule(what), _problem(what), *_stages(what), _target(what)) if text]
     if not found:
         from optikit.problems import did_you_mean
 
         known = sorted(_names())
-        raise UsageError(f"{what!r} is no rule, stage, target or exit code", fix=_near(did_you_mean(what, known)))
+        raise UsageError(
+            f"{what!r} is no rule, problem, stage, target or exit code", fix=_near(did_you_mean(what, known))
+        )
     typer.echo("\n\n".join(found))
 
 
@@ -50,6 +54,7 @@ def _names() -> Iterator[str]:
     from optikit.targets import names
 
     yield from rules()
+    yield from _problems()
     yield from names()
     for verb, methods in registry().items():
         yield from methods
@@ -85,6 +90,45 @@ def _rule_text(rule: Rule) -> str:
         "  when    " + "\n          ".join(describe(rule.when)),
     ]
     return "\n".join(lines)
+
+
+def _problems() -> dict[str, dict[str, str]]:
+    """Return what is told of the problems that no rule describes, by code."""
+    import tomllib
+    from importlib import resources
+
+    rows: dict[str, dict[str, str]] = tomllib.loads(
+        resources.files("optikit.recipe").joinpath("problems.toml").read_text(encoding="utf-8")
+    )
+    return rows
+
+
+def _problem(what: str) -> str:
+    row = _problems().get(what)
+    if row is None:
+        return _checked(what)
+    lines = [f"{what} (a recipe's problem)", f"  what    {row['what']}", f"  why     {row['why']}"]
+    lines += [f"  {name:7} " + row[name].replace("\n", "\n          ") for name in ("wrong", "right") if name in row]
+    return "\n".join(lines)
+
+
+def _checked(code: str) -> str:
+    """Say which stages' own checks a problem comes from; "" if none does."""
+    import importlib.util
+    from pathlib import Path
+
+    from optikit.stages import module, registry
+
+    where = []
+    for verb, methods in registry().items():
+        for method in methods:
+            spec = importlib.util.find_spec(module(verb, method))
+            source = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
+            if f'code="{code}"' in source:
+                where.append(f"{verb}.{method}")
+    if not where:
+        return ""
+    return f"{code} (a stage's own check)\n  of      {', '.join(where)}\n  see     optikit explain {where[0]}"
 
 
 def _exit_code(what: str) -> str:

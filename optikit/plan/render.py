@@ -68,7 +68,7 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 def _seconds(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _mib(size: int) -> str:
