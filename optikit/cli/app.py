@@ -27,6 +27,7 @@ VERBS = {
     "verify": "Check that an output directory is whole.",
     "generate": "Generate text with what a run wrote.",
     "cache": "Look after the store of finished steps.",
+    "env": "Look after the environments that some backends run in.",
 }
 """Every verb is in the module of its name, which is imported when the verb is used."""
 

@@ -73,7 +73,7 @@ def ensure(
     environment = locate(definition, store.root)
     if not rebuild and environment.state() == "ready":
         return environment
-    with store.lock(definition.digest, waiting=note):
+    with store.lock(definition.digest, waiting=note), environment.used():  # in use: not to be collected half-built
         state = environment.state()
         if state == "ready" and not rebuild:  # whoever held the lock has built it
             return environment

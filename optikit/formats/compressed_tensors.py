@@ -18,6 +18,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from optikit.errors import StageFailedError
+from optikit.formats import gptq
+
 SUFFIXES = ("weight", "weight_scale")
 
 
@@ -29,3 +32,35 @@ def pack(codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
 def dequantize(tensors: Mapping[str, Tensor]) -> Tensor:
     """Return the weight (out, in) float32 of one linear."""
     return tensors["weight"].float() * tensors["weight_scale"].float()
+
+
+def as_gptq(words: Tensor, scales: Tensor, bits: int) -> dict[str, Tensor]:
+    """Repack a linear from symmetric `pack-quantized` to `gptq`, losslessly.
+
+    Both hold unsigned codes along the inputs, lowest bits first, an output's in one row here and in one column there;
+    a code of 2^(bits - 1) stands for zero.
+
+    Args:
+        words: weight_packed, (out, in · bits / 32) int32.
+        scales: weight_scale, (out, groups) in a float dtype.
+        bits: 4 or 8.
+
+    Returns:
+        Tensors by suffix, as `gptq.pack` returns them.
+
+    Raises:
+        StageFailedError: A scale has no exact float16.
+    """
+    half = scales.to(torch.float16)
+    if not torch.equal(half.to(scales.dtype), scales):
+        message = f"a {scales.dtype} scale of {scales.abs().min().item():.3g} has no exact float16"
+        raise StageFailedError(message, fix="quantize in float16, or keep the compressed-tensors directory")
+    rows, per_word = words.shape[0], 32 // bits
+    width, groups = words.shape[1] * per_word, scales.shape[1]
+    zeros = torch.full((rows, groups), 2 ** (bits - 1) - 1, dtype=torch.uint8)
+    return {
+        "qweight": words.T.contiguous(),
+        "qzeros": gptq.pack_words(zeros, bits).T.contiguous(),
+        "scales": half.T.contiguous(),
+        "g_idx": torch.arange(width, dtype=torch.int32) // (width // groups),
+    }

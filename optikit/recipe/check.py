@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from optikit import stages
+from optikit.backends import REFUSED
 from optikit.problems import Loc, Problem, did_you_mean
 from optikit.recipe.complaints import complaints, shown
 from optikit.recipe.node import Marks, Node, plain
@@ -134,6 +135,9 @@ def _options(verb: str, method: str, backend: str, data: dict[str, Any], at: Loc
             data["backend"] = backend
         return known
     available = stages.backends(verb, method)
+    why = REFUSED.get((verb, method, backend))
+    if why is not None:
+        raise _Bad("backend-refused", why, f"use {' or '.join(available)}", (*at, "backend"))
     if backend not in available:
         message = f"unknown backend {shown(backend)} of {method} (available: {', '.join(available)})"
         raise _Bad("unknown-backend", message, did_you_mean(backend, available), (*at, "backend"))

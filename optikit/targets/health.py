@@ -43,6 +43,7 @@ def examine(*, online: bool = False) -> Iterator[Finding]:
     yield gpus()
     yield neuron_devices()
     yield from libraries()
+    yield from environments()
     yield calibration()
     if online:
         yield hub()
@@ -160,6 +161,26 @@ def libraries() -> Iterator[Finding]:
         else:
             fix = f"pip install '{row['package']}{row['safe']}'"
             yield Finding(what=row["package"], status="fail", detail=f"{version}: {row['why']}", fix=fix)
+
+
+def environments() -> Iterator[Finding]:
+    """Look at the managed environments: what is built, and whether it is complete."""
+    from optikit import environments as managed
+    from optikit.store.store import Store
+
+    try:
+        root = Store.default().root
+        found = [managed.locate(managed.find(name), root) for name in managed.names()]
+    except (OSError, OptikitError):
+        return  # the store's own finding says why
+    for environment in found:
+        name, state = environment.definition.name, environment.state()
+        if state in {"ready", "missing"}:
+            detail = "ready" if state == "ready" else "not built; the first step that needs it builds it"
+            yield Finding(what=f"env {name}", status="ok", detail=detail)
+        else:
+            fix = f"optikit env build {name}"
+            yield Finding(what=f"env {name}", status="warn", detail=f"{state}: built again when needed", fix=fix)
 
 
 def calibration() -> Finding:

@@ -1,0 +1,1 @@
+"""Quantization by other libraries."""

@@ -1,0 +1,1 @@
+"""GPTQ by other libraries."""
