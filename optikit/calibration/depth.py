@@ -15,11 +15,11 @@ from transformers import AutoConfig
 from optikit.algorithms import depth
 from optikit.calibration import windows
 from optikit.calibration.arithmetic import compute_dtype
+from optikit.calibration.bounds import BATCH_TOKENS
 from optikit.calibration.ledger import HiddenStates, Ledger
 from optikit.calibration.skeleton import Call, Skeleton
 from optikit.calibration.stored import StoredModel
 from optikit.calibration.verify import FIX, same_bytes
-from optikit.calibration.walk import BATCH_TOKENS
 from optikit.errors import StageFailedError
 from optikit.formats.checkpoint import Checkpoint
 from optikit.formats.directory import write_model

@@ -103,9 +103,8 @@ def _resolve(
             for role, text in _texts(recipe).items()
         },
         drafts={
-            index: resolve_model(entry.options.model, store, base=loaded.base, offline=offline, note=note)
-            for index, entry in enumerate(recipe.stages)
-            if entry.verb == "speculate" and getattr(entry.options, "model", "")
+            index: resolve_model(spec, store, base=loaded.base, offline=offline, note=note)
+            for index, spec in _drafts(recipe).items()
         },
     )
 
@@ -131,6 +130,13 @@ def _texts(recipe: Recipe) -> dict[str, Text]:
         if own:
             named[f"stages[{index}].prompts"] = Text(text=own)
     return {role: text for role, text in named.items() if text is not None}
+
+
+def _drafts(recipe: Recipe) -> dict[int, str]:
+    """Return the draft models that stages name, by the index of the stage."""
+    speculating = ((index, entry.options) for index, entry in enumerate(recipe.stages) if entry.verb == "speculate")
+    named = {index: str(getattr(options, "model", "") or "") for index, options in speculating}
+    return {index: spec for index, spec in named.items() if spec}
 
 
 def _refuse(loaded: LoadedRecipe, problems: Iterable[Problem]) -> tuple[Problem, ...]:
@@ -318,7 +324,7 @@ def _name(index: int, entry: StageEntry) -> str:
 
 def _too_large(steps: Sequence[Step], limit: int | None) -> Iterator[Problem]:
     for step in steps:
-        need = step.estimate.peak_bytes
+        need = step.estimate.peak_bytes - step.estimate.spare_bytes
         if limit is not None and need > limit:
             message = f"{step.name} needs about {need / 2**20:.0f} MiB, and max_memory is {limit / 2**20:.0f} MiB"
             fix = "raise max_memory, or calibrate with fewer or shorter samples"

@@ -29,11 +29,19 @@ class StageOptions(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a step is expected to take: wall seconds, peak bytes of its process, bytes it leaves on disk."""
+    """What a step is expected to take.
+
+    Attributes:
+        seconds: Wall time.
+        peak_bytes: Largest memory of its process.
+        disk_bytes: What it leaves on disk.
+        spare_bytes: What of the peak it does without, at the price of time, where memory is bounded.
+    """
 
     seconds: float
     peak_bytes: int
     disk_bytes: int
+    spare_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
+from optikit.stages import _walking
 from optikit.stages.protocol import Estimate, Facts, Job
 from optikit.stages.prune._pattern import PatternOptions, after_pattern, check_pattern, leave, pattern_of
 from optikit.targets import Target
@@ -48,15 +49,10 @@ def after(options: Options, facts: ModelFacts) -> ModelFacts:
 
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
-    """Estimate from the shapes: forward passes and Hessians are matrix products, the rest is small."""
-    block = 4 * facts.linear_elements // max(facts.layers, 1)
-    activations = 4 * calibration_tokens * facts.hidden
-    return Estimate(
-        seconds=10
-        + (14.0 if options.correct else 8.0) * facts.linear_elements * calibration_tokens / 3e11
-        + facts.linear_elements / 2e6,
-        peak_bytes=600_000_000 + 4 * block + 4 * facts.vocab * facts.hidden + activations,
-        disk_bytes=2 * facts.weight_bytes + 2 * activations,
+    """Estimate a walk with Hessians, beside the dense model where it corrects."""
+    times = 2 if options.correct else 1
+    return _walking.estimate(
+        facts, calibration_tokens, passes=times, grams=times, seconds_per_weight=5e-7, written_bytes=facts.weight_bytes
     )
 
 

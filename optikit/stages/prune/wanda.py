@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
+from optikit.stages import _walking
 from optikit.stages.protocol import Estimate, Facts, Job
 from optikit.stages.prune._pattern import PatternOptions, after_pattern, check_pattern, leave, pattern_of
 from optikit.targets import Target
@@ -39,13 +40,9 @@ def after(options: Options, facts: ModelFacts) -> ModelFacts:
 
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
-    """Estimate from the shapes: forward passes are matrix products, the rest is small."""
-    block = 4 * facts.linear_elements // max(facts.layers, 1)
-    activations = 4 * calibration_tokens * facts.hidden
-    return Estimate(
-        seconds=10 + 4.0 * facts.linear_elements * calibration_tokens / 3e11,
-        peak_bytes=600_000_000 + 3 * block + 4 * facts.vocab * facts.hidden + activations,
-        disk_bytes=2 * facts.weight_bytes + 2 * activations,
+    """Estimate a walk that sums squares, and a sort of every row."""
+    return _walking.estimate(
+        facts, calibration_tokens, passes=1, grams=0, seconds_per_weight=2e-7, written_bytes=facts.weight_bytes
     )
 
 

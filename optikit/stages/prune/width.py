@@ -22,6 +22,7 @@ from optikit.models import architectures
 from optikit.models.architectures import Architecture
 from optikit.models.facts import DTYPE_BYTES, ModelFacts, Trait
 from optikit.problems import Problem
+from optikit.stages import _walking
 from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
 from optikit.targets import Target
 
@@ -145,14 +146,11 @@ def figures(architecture: Architecture, facts: ModelFacts, widths: Widths) -> di
 
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
-    """Estimate from the shapes: forward and backward passes and Gram matrices are matrix products."""
-    passes = 12.0 if options.importance == "taylor" else 6.0
-    block = 4 * facts.linear_elements // max(facts.layers, 1)
-    activations = 4 * calibration_tokens * facts.hidden
-    return Estimate(
-        seconds=10 + passes * facts.linear_elements * calibration_tokens / 3e11,
-        peak_bytes=600_000_000 + 4 * block + 4 * facts.vocab * facts.hidden + activations,
-        disk_bytes=2 * after(options, facts).weight_bytes + 2 * activations,
+    """Estimate forward passes, backward ones where gradients tell importance, and a refit by Gram matrices."""
+    written = after(options, facts).weight_bytes
+    passes = 3 if options.importance == "taylor" else 1
+    return _walking.estimate(
+        facts, calibration_tokens, passes=passes, grams=1, seconds_per_weight=3e-7, written_bytes=written
     )
 
 

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
+from optikit.stages import _walking
 from optikit.stages.protocol import Estimate, Facts, Job
 from optikit.stages.quantize._grid import GridOptions, check_grid, chosen, ignored
 from optikit.targets import Target
@@ -95,15 +96,12 @@ def after(options: Options, facts: ModelFacts) -> ModelFacts:
 
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
-    """Estimate from the shapes: forward passes, Gram matrices and candidates' errors are matrix products."""
-    operations = (14.0 if options.correct else 8.0) * facts.linear_elements * calibration_tokens
-    searched = 2.0 * 2 * options.steps * facts.linear_elements * facts.hidden
-    block = 4 * facts.linear_elements // max(facts.layers, 1)
-    activations = 4 * calibration_tokens * facts.hidden
-    return Estimate(
-        seconds=10 + (operations + searched) / 1.5e11,
-        peak_bytes=600_000_000 + 3 * block + 4 * facts.vocab * facts.hidden + activations,
-        disk_bytes=2 * after(options, facts).weight_bytes + 2 * activations,
+    """Estimate a walk with Gram matrices, and the search of scales through them."""
+    times = 2 if options.correct else 1
+    searched = 8e-11 * options.steps * facts.hidden  # every candidate's error is a product with a Gram matrix
+    written = after(options, facts).weight_bytes
+    return _walking.estimate(
+        facts, calibration_tokens, passes=times, grams=times, seconds_per_weight=searched, written_bytes=written
     )
 
 

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
+from optikit.stages import _walking
 from optikit.stages.protocol import Estimate, Facts, Job
 from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, ignored, quantization_config
 from optikit.targets import Target
@@ -51,15 +52,11 @@ def after(options: Options, facts: ModelFacts) -> ModelFacts:
 
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
-    """Estimate from the shapes: forward passes and Hessians are matrix products, the rest is small."""
-    operations = 15.0 * facts.linear_elements * calibration_tokens
-    block = 4 * facts.linear_elements // max(facts.layers, 1)
-    activations = 4 * calibration_tokens * facts.hidden
+    """Estimate a walk with Hessians, beside the dense model where it corrects."""
+    times = 2 if options.correct else 1
     written = after(options, facts).weight_bytes
-    return Estimate(
-        seconds=10 + operations / 3e11 + facts.linear_elements / 4e6,
-        peak_bytes=600_000_000 + 2 * block + 4 * facts.vocab * facts.hidden + activations,
-        disk_bytes=2 * written + 2 * activations,
+    return _walking.estimate(
+        facts, calibration_tokens, passes=times, grams=times, seconds_per_weight=2e-7, written_bytes=written
     )
 
 

@@ -22,6 +22,7 @@ from pydantic import Field
 from optikit.models import architectures
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
+from optikit.stages import _walking
 from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
 from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, chosen, ignored
 from optikit.stages.quantize._grid import quantization_config as gptq_config
@@ -125,13 +126,16 @@ def after(options: Options, facts: ModelFacts) -> ModelFacts:
 
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
-    """Estimate from the shapes: forward passes and Gram matrices are matrix products, the rest is small."""
-    block = 4 * facts.linear_elements // max(facts.layers, 1)
-    activations = 4 * calibration_tokens * facts.hidden
-    return Estimate(
-        seconds=10 + 10.0 * facts.linear_elements * calibration_tokens / 3e11 + facts.linear_elements / 4e6,
-        peak_bytes=600_000_000 + 3 * block + 4 * facts.vocab * facts.hidden + activations,
-        disk_bytes=2 * after(options, facts).weight_bytes + 2 * activations,
+    """Estimate a walk with Gram matrices; LLM.int8 only rounds."""
+    written = after(options, facts).weight_bytes
+    if options.scheme == "llm_int8":
+        return Estimate(
+            seconds=4 + 1e-8 * facts.linear_elements,
+            peak_bytes=400_000_000 + 8 * facts.linear_elements // max(facts.layers, 1),
+            disk_bytes=2 * written,
+        )
+    return _walking.estimate(
+        facts, calibration_tokens, passes=1, grams=1, seconds_per_weight=4e-7, written_bytes=written
     )
 
 
