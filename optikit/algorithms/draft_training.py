@@ -108,7 +108,7 @@ def shortened(model: Any, blocks: str, kept: Sequence[int]) -> Any:
     for index, block in enumerate(chosen):
         for module in block.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = index
+                setattr(module, "layer_idx", index)  # noqa: B010 - which of its modules have one, torch's types don't say
     setattr(student.get_submodule(parent), name, chosen)
     student.config.num_hidden_layers = len(kept)
     kinds = getattr(student.config, "layer_types", None)

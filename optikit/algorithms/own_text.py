@@ -67,7 +67,7 @@ class OwnText:
 
 def divide(text: OwnText, share: float) -> tuple[OwnText, OwnText]:
     """Return (texts to learn from, texts to validate on): whole texts, every 1/share-th of them, at least one."""
-    documents = text.documents.unique()
+    documents = torch.tensor(sorted(set(text.documents.tolist())))
     held = documents[:: max(2, round(1 / share))]
     return text.chosen(documents[~torch.isin(documents, held)]), text.chosen(held)
 

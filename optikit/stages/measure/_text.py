@@ -113,7 +113,8 @@ def prompts(path: Path, by: Tokenizer, *, length: int, wanted: int, seed: int) -
 
 FEWEST_PROMPTS = 4
 """Two to choose on, two to judge."""
-MOST_PASSAGES = 20_000
+MOST_PROMPTS = 20_000
+"""Prompts to use of a large file, drawn by the seed; of prose, passages of its start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,16 +152,18 @@ def divided(
     import numpy as np
 
     text = read(path)
-    found = [encode_prompt(prompt) for prompt in prompt_fields(path, text, template)]
-    if not found:
-        tokens = encode(text, by, at_least=MOST_PASSAGES * length).tokens[: MOST_PASSAGES * length]
-        found = [tokens[start : start + length] for start in range(0, len(tokens) - length + 1, length)]
-    if len(found) < FEWEST_PROMPTS:
-        message = f"{path} has {len(found)} prompts; {FEWEST_PROMPTS} are needed"
+    lines = list(prompt_fields(path, text, template))
+    passages: list[NDArray[np.int64]] = []
+    if not lines:
+        tokens = encode(text, by, at_least=MOST_PROMPTS * length).tokens[: MOST_PROMPTS * length]
+        passages = [tokens[start : start + length] for start in range(0, len(tokens) - length + 1, length)]
+    known = len(lines or passages)
+    if known < FEWEST_PROMPTS:
+        message = f"{path} has {known} prompts; {FEWEST_PROMPTS} are needed"
         raise InputMissingError(message, fix="give more prompts: half of them choose, the other half judge")
-    order = np.random.default_rng(seed).permutation(len(found))
-    count = min(judged, max(FEWEST_PROMPTS, 2 * len(found) // 3))
-    shuffled = [found[index] for index in order]
+    order = np.random.default_rng(seed).permutation(known)[:MOST_PROMPTS]
+    shuffled = [encode_prompt(lines[index]) if lines else passages[index] for index in order]
+    count = min(judged, max(FEWEST_PROMPTS, 2 * len(shuffled) // 3))
     return Division(judged=shuffled[:count], others=shuffled[count:])
 
 
