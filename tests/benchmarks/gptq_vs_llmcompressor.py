@@ -66,8 +66,8 @@ def child(command: list[str], log: Path) -> tuple[float, float, str]:
     return time.monotonic() - started, usage.ru_maxrss / 1024, log.read_text()
 
 
-def ours(arm: dict[str, Any], args: argparse.Namespace, work: Path, name: str) -> tuple[float, float, dict[str, Any]]:
-    """Quantize in a child; return seconds, MiB and the dense weights that were written."""
+def ours(arm: dict[str, Any], args: argparse.Namespace, work: Path, name: str) -> tuple[float, float, Path]:
+    """Quantize in a child; return seconds, MiB and the directory that was written."""
     place = work / name.replace(" ", "-").replace(",", "")
     place.mkdir()
     options = {key: value for key, value in arm.items() if key != "method"} | {"group_size": args.group_size}
@@ -84,11 +84,11 @@ def ours(arm: dict[str, Any], args: argparse.Namespace, work: Path, name: str) -
     }
     (place / "request.json").write_text(json.dumps(request))
     seconds, mib, _ = child([sys.executable, "-c", OURS, str(place / "request.json")], place / "log.txt")
-    return seconds, mib, dict(load_state(place / "dest", torch.float32))
+    return seconds, mib, place / "dest"
 
 
-def peer(args: argparse.Namespace, work: Path, tokens: np.ndarray) -> tuple[float, float, dict[str, Any], Any]:
-    """Quantize with llm-compressor; return seconds, MiB, its dense weights, and its versions."""
+def peer(args: argparse.Namespace, work: Path, tokens: np.ndarray) -> tuple[float, float, Path, Any]:
+    """Quantize with llm-compressor; return seconds, MiB, the file of its dense weights, and its versions."""
     place = work / "peer"
     place.mkdir()
     np.save(place / "tokens.npy", tokens)
@@ -102,8 +102,14 @@ def peer(args: argparse.Namespace, work: Path, tokens: np.ndarray) -> tuple[floa
     (place / "request.json").write_text(json.dumps(request))
     command = [str(args.peer_python), str(HERE / "peers_llmcompressor.py"), str(place / "request.json")]
     seconds, mib, printed = child(command, place / "log.txt")
-    state = dict(load_state(args.model, torch.float32)) | load_file(place / "dequantized.safetensors")
-    return seconds, mib, state, json.loads(printed.strip().splitlines()[-1])["versions"]
+    return seconds, mib, place / "dequantized.safetensors", json.loads(printed.strip().splitlines()[-1])["versions"]
+
+
+def weights(made: Path, model: Path) -> dict[str, Any]:
+    """Return dense weights of a directory of ours, or of the model with what a peer's file replaces of it."""
+    if made.is_dir():
+        return dict(load_state(made, torch.float32))
+    return dict(load_state(model, torch.float32)) | load_file(made)
 
 
 @torch.inference_mode()
@@ -144,20 +150,21 @@ def main() -> None:
         args.model, calibration.text, samples=calibration.samples, length=calibration.length, seed=0
     ).numpy()
     rows: dict[str, dict[str, float]] = {}
-    states: dict[str, Any] = {}
+    # Weights are read after the last child: a child's peak starts at the memory of the process that started it.
+    made: dict[str, Path] = {}
     versions: Any = {}
     for name in args.arms:
-        seconds, mib, states[name] = ours(ARMS[name], args, args.work, name)
+        seconds, mib, made[name] = ours(ARMS[name], args, args.work, name)
         rows[name] = {"seconds": seconds, "peak_memory_mib": mib}
         print(name, rows[name], flush=True)
     if args.peer_python:
-        seconds, mib, states["llm-compressor gptq"], versions = peer(args, args.work, tokens)
+        seconds, mib, made["llm-compressor gptq"], versions = peer(args, args.work, tokens)
         rows["llm-compressor gptq"] = {"seconds": seconds, "peak_memory_mib": mib}
-    judge(args, rows, states)
+    judge(args, rows, made)
     report(rows, versions)
 
 
-def judge(args: argparse.Namespace, rows: dict[str, dict[str, float]], states: dict[str, Any]) -> None:
+def judge(args: argparse.Namespace, rows: dict[str, dict[str, float]], made: dict[str, Path]) -> None:
     """Fill in the perplexity of every arm and of the dense model."""
     from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM
@@ -167,8 +174,8 @@ def judge(args: argparse.Namespace, rows: dict[str, dict[str, float]], states: d
     held_out = np.array(ids[: args.window * args.windows]).reshape(args.windows, args.window)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     rows["dense"] = {"perplexity": perplexity(model, dict(load_state(args.model, torch.float32)), held_out)}
-    for name, state in states.items():
-        rows[name]["perplexity"] = perplexity(model, state, held_out)
+    for name, path in made.items():
+        rows[name]["perplexity"] = perplexity(model, weights(path, args.model), held_out)
 
 
 def report(rows: dict[str, dict[str, float]], versions: Any) -> None:
