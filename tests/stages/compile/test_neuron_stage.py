@@ -9,6 +9,7 @@ import subprocess
 import sys
 import venv
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -250,3 +251,16 @@ def test_optimum_neuron_takes_what_is_emitted(tmp_path, neuron_python):
     with torch.no_grad():
         ours = model(torch.arange(3, 40)[None]).logits[0, -1]
     assert torch.allclose(ours, torch.tensor(told["logits"]), atol=1e-4)
+
+
+def test_the_shipped_example_is_what_its_recipe_writes_today():
+    from optikit.recipe.load import load
+
+    root = Path(__file__).parents[3]
+    entry = load(root / "recipes" / "smollm2-135m-neuron-emit.yaml").recipe.stages[-1]
+    example = root / "examples" / "neuron"
+    scripts = dict(_neuron_folder._scripts(entry.options, None, row("inf2.xlarge")))
+    assert {name: (example / name).read_text() for name in scripts} == scripts
+    told = json.loads((example / "job.json").read_text())
+    assert told["neuron_config"] == _neuron_folder.neuron_config(entry.options, "inf2")
+    assert json.loads((example / "model" / "config.json").read_text())["rope_theta"] == 100000.0

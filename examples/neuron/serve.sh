@@ -1,0 +1,14 @@
+#!/bin/sh
+# Serves the compiled model with an OpenAI-compatible API.
+set -eu
+cd "$(dirname "$0")"
+export NEURON_COMPILE_CACHE_URL="${NEURON_COMPILE_CACHE_URL:-/var/tmp/neuron-compile-cache}"
+python3 job.py prepare "${MODEL:-../../model}"
+OUT="compiled-$(python3 job.py key)"
+exec optimum-cli neuron serve \
+  --model "$OUT" \
+  --served_model_name model \
+  --batch_size 1 \
+  --sequence_length 2048 \
+  --tensor_parallel_size 1 \
+  --port "${PORT:-8080}"
