@@ -71,6 +71,12 @@ class InputMissingError(OptikitError):
     code = Exit.INPUT_MISSING
 
 
+class GateFailedError(OptikitError):
+    """A gate failed that may not: it stopped the run, or nothing was left to roll back to."""
+
+    code = Exit.GATE_FAILED
+
+
 class UnavailableError(OptikitError):
     """A device, a backend or a network source can't be reached now."""
 
@@ -144,6 +150,7 @@ BY_CODE: dict[int, type[OptikitError]] = {
         UsageError,
         RecipeError,
         InputMissingError,
+        GateFailedError,
         UnavailableError,
         StageFailedError,
         CannotCreateError,

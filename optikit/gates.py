@@ -91,7 +91,36 @@ def unmeasurable(recipe: Recipe) -> list[Problem]:
         Problem(code="gate-not-measured", message=f"gate {name} {message}", fix=fix, loc=("gates", name))
         for name in recipe.gates
         for message, fix in _obstacles(name, recipe)
+    ] + [
+        Problem(code="gate-measured-last", message=message, fix=fix, loc=("gates", name, "on_fail"))
+        for name, gate in recipe.gates.items()
+        for message, fix in _too_late(name, gate)
     ]
+
+
+def _too_late(name: str, gate: Gate) -> Iterator[tuple[str, str]]:
+    """Yield why a gate can't do what it should when it fails: it has nothing to judge of the steps before the last."""
+    if gate.on_fail != "keep_going" and NEEDS.get(name) in ("speed", "tasks"):
+        each = ", ".join(other for other, part in NEEDS.items() if part not in ("speed", "tasks"))
+        message = f"gate {name} can't {gate.on_fail}: it is measured of the result only"
+        yield message, f"leave on_fail out, or limit what is measured after every step: {each}"
+
+
+def may_stop(gates: Mapping[str, Gate]) -> dict[str, Gate]:
+    """Return the gates that end a run at the first step that fails them."""
+    return {name: gate for name, gate in gates.items() if gate.on_fail == "stop"}
+
+
+def may_roll_back(gates: Mapping[str, Gate]) -> dict[str, Gate]:
+    """Return the gates that a step's artifact has to pass to be written."""
+    return {name: gate for name, gate in gates.items() if gate.on_fail == "rollback"}
+
+
+def said(result: GateResult) -> str:
+    """Return a judged gate as words: `perplexity_ratio is 1.31 (1.28 to 1.34), limit max 1.1`."""
+    reach = f" ({result.ci95[0]:.4g} to {result.ci95[1]:.4g})" if result.ci95 else ""
+    value = "unknown" if result.value is None else f"{result.value:.4g}{reach}"
+    return f"{result.name} is {value}, limit {result.limit}"
 
 
 def _obstacles(name: str, recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,7 @@ class Request:
     targets: Path | None = None
     junit: Path | None = None
     lock_timeout: float | None = None
+    ranks: int = 1
 
 
 def run_recipe(request: Request) -> Report | None:
@@ -72,17 +74,21 @@ def run_recipe(request: Request) -> Report | None:
         _require_disk(plan, store)
         for warning in plan.warnings:
             progress.note(f"warning: {warning.message}")
-        settings = Settings(until=request.until, lock_timeout=request.lock_timeout, offline=request.offline)
-        execution = execute(plan, store, progress, settings)
+        settings = Settings(
+            until=request.until, lock_timeout=request.lock_timeout, offline=request.offline, ranks=request.ranks
+        )
+        execution = execute(plan, store, progress, settings, partial(evaluate.stop_at_gate, plan))
     if request.until is not None:
         output.write(request.out, loaded, plan, execution.artifacts)
         return None
+    plan, rolled_back = evaluate.roll_back(plan, execution.artifacts)
     report = evaluate.report(
         plan,
         execution.artifacts,
         execution.statuses,
         seconds=time.monotonic() - started,
         command=shlex.join(["optikit", *sys.argv[1:]]),
+        rolled_back=rolled_back,
     )
     output.write(request.out, loaded, plan, execution.artifacts)
     _tell(report, request)

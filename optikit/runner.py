@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 5.0
 """How long an interrupted step may take to end by itself before it is killed."""
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_")
+"""What torchrun tells its processes: a step that we start is none of them, or gets its own."""
 LOG_TAIL_BYTES = 4096
 """How much of a dead process's log is searched for a cause."""
 
@@ -53,6 +55,8 @@ class Settings:
     offline: bool = False
     """Managed environments that aren't built yet are not fetched."""
     threads: int = field(default_factory=host.threads)
+    ranks: int = 1
+    """Processes that share the calibration of a prune or quantize step; each gets its part of the threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,15 +88,21 @@ class _Signals:
         raise TerminatedError("terminated", fix=again)
 
 
-def execute(plan: Plan, store: Store, progress: Progress, settings: Settings) -> Execution:
-    """Run every step of a plan that isn't in the store yet.
+def execute(
+    plan: Plan,
+    store: Store,
+    progress: Progress,
+    settings: Settings,
+    finished: Callable[[Step, Mapping[str, Artifact]], None] = lambda *_: None,
+) -> Execution:
+    """Run every step of a plan that isn't in the store yet; `finished` is told of each, with all artifacts so far.
 
     Raises:
         OptikitError: The first step that fails, by the table of exit codes; finished steps stay in the store.
     """
     artifacts: dict[str, Artifact] = {}
     statuses: dict[str, Status] = {}
-    steps = _until((*plan.steps, *plan.measures), settings.until)
+    steps = _until(plan.order, settings.until)
     progress.plan([step.name for step in steps])
     with _Signals():
         for step in steps:
@@ -105,6 +115,7 @@ def execute(plan: Plan, store: Store, progress: Progress, settings: Settings) ->
             artifacts[step.key], statuses[step.name] = artifact, status
             manifest = artifact.manifest
             progress.finish(step.name, status, manifest.seconds, manifest.peak_memory_mib)
+            finished(step, artifacts)
     return Execution(artifacts=artifacts, statuses=statuses)
 
 
@@ -203,10 +214,17 @@ def _request(step: Step, plan: Plan, artifacts: Mapping[str, Artifact], settings
         "calibration": step.calibration,
         "seed": plan.recipe.seed,
         "device": plan.device,
-        "threads": settings.threads,
+        "threads": max(1, settings.threads // _ranks(step, settings)),
+        "ranks": _ranks(step, settings),
         "max_memory_bytes": plan.max_memory_bytes,
         "target": asdict(plan.target),
     }
+
+
+def _ranks(step: Step, settings: Settings) -> int:
+    """Return how many processes do a step: one, unless it walks blocks with calibration text."""
+    shared = step.calibration is not None and step.verb in ("prune", "quantize") and step.environment is None
+    return settings.ranks if shared else 1
 
 
 def _manifest(step: Step, request: Mapping[str, Any], response: Mapping[str, Any]) -> Manifest:
@@ -231,6 +249,7 @@ def _environment(threads: int) -> dict[str, str]:
     """Return the child's environment: no hub access, no secrets, a fixed number of threads."""
     secret = ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "AWS_", "_KEY")
     kept = {name: value for name, value in os.environ.items() if not any(word in name.upper() for word in secret)}
+    kept = {name: value for name, value in kept.items() if not name.startswith(("TORCHELASTIC_", *TORCHRUN))}
     count = str(threads)
     return kept | {
         "HF_HUB_OFFLINE": "1",
@@ -244,12 +263,13 @@ def _environment(threads: int) -> dict[str, str]:
 
 @contextmanager
 def _spawned(
-    directory: Path, threads: int, environment: environments.Environment | None
+    directory: Path, request: Mapping[str, Any], environment: environments.Environment | None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    python, variables = Path(sys.executable), _environment(threads)
+    python, variables = Path(sys.executable), _environment(request["threads"])
     if environment is not None:
         python, variables = environment.python, environment.variables(variables, directory)
-    command = [str(python), "-m", "optikit.worker", str(directory)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request['ranks']}"]
+    command = [str(python), *(launcher if request["ranks"] > 1 else []), "-m", "optikit.worker", str(directory)]
     with (directory / "log.txt").open("wb") as log:
         child = subprocess.Popen(
             command,
@@ -295,7 +315,7 @@ def _child(
     events = _Events(directory / "events.jsonl")
     started = time.monotonic()
     kills = _oom_kills()
-    with _spawned(directory, request["threads"], environment) as child:
+    with _spawned(directory, request, environment) as child:
         while child.poll() is None:
             for event in events.new():
                 progress.update(step.name, event["done"], event["total"], event["what"])

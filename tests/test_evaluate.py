@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from optikit import evaluate
+from optikit.errors import GateFailedError
 from optikit.metrics import statistics
 from optikit.models.facts import ModelFacts
 from optikit.plan.model import Plan, Step
@@ -349,3 +350,88 @@ def test_importing_it_stays_light():
     code = "import optikit.evaluate, sys; print(*{'numpy', 'torch', 'transformers', 'rich'} & set(sys.modules))"
     done = run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def gated(on_fail, **limits):
+    return {name: Gate(**limit, on_fail=on_fail) for name, limit in limits.items()}
+
+
+def finished(plan, artifacts):
+    """What an execution tells, step by step in its order; artifacts as far as they are made."""
+    done = {}
+    for each in plan.order:
+        done[each.key] = artifacts[each.key]
+        yield each, done
+
+
+def test_a_plan_that_may_stop_measures_every_step_as_soon_as_it_is_made(tmp_path):
+    made = plan(tmp_path)
+    names = [each.name for each in made.order]
+    assert names == [each.name for each in (*made.steps, *made.measures)]
+    inputs = {"baseline": key("measure-quality-baseline")}
+    measures = [
+        replace(each, source=own.key, inputs=inputs if number else {})
+        for number, (each, own) in enumerate(zip(MEASURES, STEPS, strict=False))
+    ]
+    measures.append(replace(MEASURES[-1], source=STEPS[-1].key))
+    recipe = made.recipe.model_copy(update={"gates": gated("stop", size_ratio={"max": 1.0})})
+    stopping = replace(made, recipe=recipe, measures=tuple(measures))
+    assert [each.name for each in stopping.order] == [
+        "0-acquire-gguf",
+        "measure-quality-baseline",
+        "1-quantize-gptq",
+        "measure-quality-1-quantize-gptq",
+        "2-compile-onnxruntime",
+        "measure-quality-2-compile-onnxruntime",
+        "measure-speed",
+    ]
+    ended = stopping.until("1-quantize-gptq")
+    assert [each.name for each in ended.steps] == ["0-acquire-gguf", "1-quantize-gptq"]
+    assert [each.name for each in ended.measures] == ["measure-quality-baseline", "measure-quality-1-quantize-gptq"]
+
+
+@pytest.fixture
+def chained(tmp_path):
+    """Return a maker of plans whose measuring steps name what they measure, with gates."""
+
+    def made(gates):
+        original = plan(tmp_path)
+        pairs = zip(MEASURES, STEPS, strict=False)
+        measures = [replace(each, source=own.key, method="quality") for each, own in pairs]
+        measures.append(replace(MEASURES[-1], source=STEPS[-1].key))
+        return replace(original, recipe=original.recipe.model_copy(update={"gates": gates}), measures=tuple(measures))
+
+    return made
+
+
+def test_a_run_stops_at_the_first_step_that_fails(chained, artifacts):
+    stopping = chained(gated("stop", perplexity_ratio={"max": 1.05}))
+    order = finished(stopping, artifacts)
+    for each, done in order:
+        if each.name == "measure-quality-1-quantize-gptq":
+            break
+        evaluate.stop_at_gate(stopping, each, done)
+    with pytest.raises(GateFailedError, match=r"stopped after 1-quantize-gptq: perplexity_ratio is 1\.1") as caught:
+        evaluate.stop_at_gate(stopping, each, done)
+    assert "limit max 1.05" in caught.value.message
+    going = chained(gated("keep_going", perplexity_ratio={"max": 1.05}))
+    for each, done in finished(going, artifacts):
+        evaluate.stop_at_gate(going, each, done)
+
+
+def test_a_result_that_fails_is_rolled_back_to_the_last_step_that_passes(chained, artifacts):
+    whole = chained(gated("rollback", perplexity_ratio={"max": 1.2}))
+    assert evaluate.roll_back(whole, artifacts) == (whole, "")
+    ratios = {name: statistics.perplexity_ratio(nll()["baseline"], nll()[name]) for name in MEASURED[1:]}
+    between = (ratios[MEASURED[1]][1][1] + ratios[MEASURED[2]][1][0]) / 2
+    assert ratios[MEASURED[1]][1][1] < between < ratios[MEASURED[2]][1][0]
+    shorter, why = evaluate.roll_back(chained(gated("rollback", perplexity_ratio={"max": between})), artifacts)
+    assert shorter.steps[-1].name == "1-quantize-gptq"
+    assert why.startswith("Rolled back to 1-quantize-gptq: after 2-compile-onnxruntime perplexity_ratio is 1.1")
+    statuses = {each.name: "executed" for each in (*shorter.steps, *shorter.measures)}
+    made = evaluate.report(shorter, artifacts, statuses, seconds=1, command="optikit", rolled_back=why)
+    assert (made.verdict, made.warnings[0]) == ("pass", why)
+    assert made.result.size_bytes == 400
+    assert made.result.speed is None
+    with pytest.raises(GateFailedError, match="nothing is left to roll back to: after 2-compile"):
+        evaluate.roll_back(chained(gated("rollback", perplexity_ratio={"max": 1.01})), artifacts)

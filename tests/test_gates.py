@@ -112,3 +112,13 @@ def test_a_gate_on_a_part_left_out_names_the_part():
 
 def test_the_verbs_that_gates_know_exist():
     assert "compile" in stages.VERBS
+
+
+@pytest.mark.parametrize("on_fail", ["stop", "rollback"])
+def test_what_is_measured_last_can_neither_stop_nor_roll_back(on_fail):
+    made = recipe("decode_speedup", speed=SpeedOptions(prompts="p"))
+    strict = made.model_copy(update={"gates": {"decode_speedup": Gate(min=2, on_fail=on_fail)}})
+    (problem,) = gates.unmeasurable(strict)
+    assert (problem.code, problem.loc) == ("gate-measured-last", ("gates", "decode_speedup", "on_fail"))
+    assert f"can't {on_fail}" in problem.message
+    assert gates.unmeasurable(made) == []

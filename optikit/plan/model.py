@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from optikit.models.facts import ModelFacts
@@ -70,6 +70,34 @@ class Plan:
     max_memory_bytes: int | None
     device: str
     warnings: tuple[Problem, ...]
+
+    @property
+    def order(self) -> tuple[Step, ...]:
+        """Steps as they are executed: measured in the end, or as soon as possible where a gate may stop the run."""
+        if not any(gate.on_fail == "stop" for gate in self.recipe.gates.values()):
+            return (*self.steps, *self.measures)
+        ordered: list[Step] = []
+        waiting, made = list(self.measures), {""}
+        for step in (None, *self.steps):
+            ordered += [step] if step else []
+            made |= {step.key} if step else set()
+            for measure in list(waiting):
+                if {measure.source, *measure.inputs.values()} <= made:
+                    waiting.remove(measure)
+                    ordered.append(measure)
+                    made.add(measure.key)
+        return (*ordered, *waiting)
+
+    def until(self, name: str) -> Plan:
+        """Return the plan that ends with a step: what is made and measured after it is left out."""
+        steps = self.steps[: [step.name for step in self.steps].index(name) + 1]
+        made = {"", *(step.key for step in steps)}
+        kept: list[Step] = []
+        for measure in self.measures:
+            if {measure.source, *measure.inputs.values()} <= made:
+                kept.append(measure)
+                made.add(measure.key)
+        return replace(self, steps=steps, measures=tuple(kept))
 
     @property
     def baseline_key(self) -> str:

@@ -130,6 +130,9 @@ class Gate(_Frozen):
 
     min: float | None = None
     max: float | None = None
+    on_fail: Literal["keep_going", "stop", "rollback"] = "keep_going"
+    """`keep_going`: measure everything, then fail. `stop`: judge after every step, end at the first that fails.
+    `rollback`: write the artifact of the last step that passes, measured as it is, instead of the recipe's result."""
 
     @model_validator(mode="after")
     def _bounded(self) -> Gate:
@@ -190,7 +193,7 @@ GATE_METRICS: Mapping[str, str] = {
     "task_accuracy": "share of right answers of the result, mean over tasks",
     "task_accuracy_change": "share of right answers of the result minus the baseline's, mean over tasks",
     "task_flip_rate": "share of items that changed between right and wrong, mean over tasks",
-    "output_length_ratio": "tokens that the result writes divided by the baseline's, mean over tasks of written answers",
+    "output_length_ratio": "tokens that the result writes divided by the baseline's, mean over tasks with such",
     "decode_speedup": "decode speed of the result divided by the baseline's",
     "prefill_speedup": "prefill speed of the result divided by the baseline's",
     "size_ratio": "bytes of the result's weights divided by the baseline's",
