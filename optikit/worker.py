@@ -17,6 +17,7 @@ import functools
 import json
 import os
 import resource
+import shutil
 import sys
 import time
 import traceback
@@ -45,6 +46,17 @@ LIMIT_NEARLY_REACHED = 0.8
 """Share of the address space that a process has had when whatever fails in it fails for want of memory."""
 CUSHION_BYTES = 32 * 2**20
 """Address space kept free (never touched, so no memory) for saying that there is no more."""
+
+
+def rank() -> int:
+    """Return which of a step's processes this is: 0 unless torchrun started several (`optikit run --ranks`)."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _device(wanted: str) -> str:
+    """Return the torch device of this process: each of several has a GPU of its own."""
+    own = os.environ.get("LOCAL_RANK")
+    return f"cuda:{own}" if wanted == "cuda" and own else wanted
 
 
 def die_with_parent() -> None:
@@ -152,18 +164,24 @@ def perform(directory: Path) -> dict[str, Any]:
     stage = stages.load(request["verb"], request["method"], request.get("backend", stages.OURS))
     options = stage.Options.model_validate(request["options"])
     calibration = request["calibration"]
+    dest, scratch = Path(request["dest"]), Path(request["scratch"])
+    if rank():  # writes the same as the first process, for nobody
+        scratch = scratch / f"rank-{rank()}"
+        dest = scratch / "dest"
+        shutil.rmtree(dest, ignore_errors=True)
+        dest.mkdir(parents=True)
     job = Job(
         source=Path(request["source"]),
-        dest=Path(request["dest"]),
-        scratch=Path(request["scratch"]),
+        dest=dest,
+        scratch=scratch,
         inputs={role: Path(path) for role, path in request["inputs"].items()},
         calibration=calibration and Calibration(**{**calibration, "text": Path(calibration["text"])}),
         seed=request["seed"],
-        device=request["device"],
+        device=_device(request["device"]),
         threads=request["threads"],
         max_memory_bytes=request["max_memory_bytes"],
         target=_target(request.get("target")),
-        progress=_reporter(directory / "events.jsonl"),
+        **({} if rank() else {"progress": _reporter(directory / "events.jsonl")}),
     )
     started = time.monotonic()
     facts = stage.run(options, job)
@@ -186,7 +204,8 @@ def main(directory: Path) -> int:
         del cushion
         response = as_failure(error)
         sys.stderr.write(response["traceback"])
-    write_json(directory / "response.json", response)
+    if not rank():
+        write_json(directory / "response.json", response)
     return 0 if response["ok"] else int(response["code"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from optikit.calibration import ranks
 from optikit.calibration.arithmetic import exact_products
 from optikit.calibration.method import Group, Seen
 
@@ -34,6 +35,11 @@ class Gram:
             strip = wide[:, start : start + STRIP]
             self._sum[start : start + STRIP, start:].addmm_(strip.T, wide[:, start:])
         self.tokens += len(wide)
+
+    def merge(self) -> None:
+        """Add what the other processes have seen."""
+        ranks.total(self._sum)
+        self.tokens = int(ranks.total(torch.tensor(self.tokens, device=self._sum.device)))
 
     def mean(self) -> Tensor:
         """Return the mean of x xᵀ, (width, width) float32, exactly symmetric."""
@@ -68,6 +74,12 @@ class PairedGram(Gram):
             if self._cross is None:
                 self._cross = torch.zeros((gap.shape[1], wide.shape[1]), device=wide.device)
             self._cross.addmm_(gap.T, wide)
+
+    def merge(self) -> None:
+        """Add what the other processes have seen."""
+        super().merge()
+        if self._cross is not None:
+            ranks.total(self._cross)
 
     def lacking(self) -> Tensor:
         """Return the mean of (wanted output - present output) xᵀ of the stacked linears, (out, in) float32."""

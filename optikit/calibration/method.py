@@ -73,6 +73,10 @@ class Statistic(Protocol):
         """Take in (tokens, in_features) inputs, in the walk's compute dtype."""
         ...
 
+    def merge(self) -> None:
+        """Take in what the other processes of this walk have seen; see ranks.py."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
@@ -95,6 +99,10 @@ class PairedStatistic(Protocol):
 
     def see(self, seen: Seen) -> None:
         """Take in one batch."""
+        ...
+
+    def merge(self) -> None:
+        """Take in what the other processes of this walk have seen; see ranks.py."""
         ...
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from optikit.algorithms import magnitude, sparsegpt, wanda
 from optikit.algorithms.sparsity import Pattern
+from optikit.calibration import ranks
 from optikit.calibration.gram import Gram
 from optikit.calibration.method import Applied, Group
 
@@ -29,6 +30,10 @@ class Norms:
     def update(self, inputs: Tensor) -> None:
         """Add (tokens, width) inputs."""
         self.squared += inputs.float().square().sum(dim=0, dtype=torch.float64)
+
+    def merge(self) -> None:
+        """Add what the other processes have seen."""
+        ranks.total(self.squared)
 
 
 def _applied(group: Group, pruned: Iterable[Tensor], **facts: Any) -> Applied:

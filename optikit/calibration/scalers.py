@@ -9,6 +9,7 @@ from torch import Tensor
 
 from optikit.algorithms import awq, gptq, int8, rtn, smoothquant
 from optikit.algorithms.grid import Grid, Quantized, dequantize, fit, pruned_mask
+from optikit.calibration import ranks
 from optikit.calibration.gram import Gram
 from optikit.calibration.method import Applied, Feeder, Group
 from optikit.formats import awq as awq_format
@@ -188,6 +189,12 @@ class Ranges:
         while len(self._sample) > 2 * SAMPLE_TOKENS:
             self._sample = self._sample[::2].clone()
             self._stride *= 2
+
+    def merge(self) -> None:
+        """Add what the other processes have seen."""
+        self.gram.merge()
+        ranks.largest(self.extreme)
+        self._sample = ranks.gathered(self._sample)
 
 
 @dataclass(frozen=True)

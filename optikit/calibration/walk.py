@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from optikit import host
-from optikit.calibration import windows
+from optikit.calibration import ranks, windows
 from optikit.calibration.arithmetic import compute_dtype
+from optikit.calibration.bounds import BATCH_TOKENS, PAUSED_MOST, PAUSED_SHARE, paused_bytes_per_token
 from optikit.calibration.ledger import HiddenStates, Ledger
 from optikit.calibration.memory import one_arena, return_memory, settle
 from optikit.calibration.method import Applied, BlindMethod, Feeder, Group, Method, P, PairedMethod, S, Seen
@@ -27,14 +28,6 @@ from optikit.calibration.stored import Linear, StoredModel
 from optikit.errors import StageFailedError
 from optikit.formats.checkpoint import Checkpoint, Entry
 from optikit.stages.protocol import Calibration, Job
-
-BATCH_TOKENS = 4096
-"""Tokens that go through a block together: enough for full speed of matrix products."""
-PAUSED_SHARE = 0.25
-"""Share of the memory bound that paused passes may hold; batches beyond it run again for every group."""
-PAUSED_MOST = 2**30
-"""Bytes that they may hold where the recipe names no bound: enough for what recipes usually calibrate with."""
-
 
 Learn = Callable[[Group, Iterator[Seen]], Applied]
 """Looks at every batch that a group sees, and changes the group."""
@@ -76,6 +69,8 @@ def walk(job: Job, method: Method[S], *, leave: Callable[[str], bool]) -> Walked
         statistic = method.statistic(group.width, job.device)
         for seen in batches:
             statistic.update(seen.inputs)
+        if ranks.count() > 1:
+            statistic.merge()
         return method.apply(group, statistic)
 
     return _walk(job, learn, leave, name=repr(method), paired=False)
@@ -91,6 +86,8 @@ def walk_paired(job: Job, method: PairedMethod[P], *, leave: Callable[[str], boo
         statistic = method.statistic(group)
         for seen in batches:
             statistic.see(seen)
+        if ranks.count() > 1:
+            statistic.merge()
         return method.apply(group, statistic)
 
     return _walk(job, learn, leave, name=repr(method), paired=True)
@@ -105,7 +102,9 @@ def _walk(job: Job, learn: Learn, leave: Callable[[str], bool], *, name: str, pa
     dtype = compute_dtype(job.device)
     shape = [job.calibration.samples, job.calibration.length]
     identity = {"method": name, "paired": paired, "dtype": str(dtype), "seed": job.seed, "windows": shape}
-    ledger = Ledger(job.scratch, identity)
+    ledger = Ledger(job.scratch, identity | {"ranks": ranks.count()})
+    if not ranks.agreed(ledger.done):  # killed between two of their commits
+        ledger.forget()
     with torch.no_grad():
         _Calibrated(job, job.calibration, stored, ledger, learn, leave, dtype, paired=paired).go()
     return _walked(stored, ledger, dtype)
@@ -262,8 +261,10 @@ class _Calibrated:
         self._batch = max(1, BATCH_TOKENS // length)
         with self._skeleton.stem_filled():
             self._calls = self._skeleton.record(tokens[:1])
-            self._shape = (calibration.samples, length, self._skeleton.width)
-            if not self._intact():
+            tokens = ranks.share(tokens)
+            self._shape = (len(tokens), length, self._skeleton.width)
+            intact = self._intact()
+            if not (ranks.agreed(intact) and intact):
                 self._ledger.forget()
                 for path in self._paths(0):
                     self._states(path).write(self._skeleton.embedded(tokens, self._batch))
@@ -280,8 +281,8 @@ class _Calibrated:
     def _kept(self, groups: list[tuple[Linear, ...]]) -> int:
         """Return how many batches may wait at doors within the memory bound."""
         widest = max((self._stored.width(linears[0]) for linears in groups), default=0)
-        tokens = self._batch * self._shape[1]
-        each = tokens * (4 * self._shape[2] + 2 * widest) * self._skeleton.dtype.itemsize
+        each = self._batch * self._shape[1]
+        each *= paused_bytes_per_token(self._shape[2], widest, self._skeleton.dtype.itemsize)
         bound = self._job.max_memory_bytes
         most = bound * PAUSED_SHARE if bound else min(host.memory_bytes() * PAUSED_SHARE, PAUSED_MOST)
         return int(most / each / len(self._paths(0)))

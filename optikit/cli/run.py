@@ -41,6 +41,9 @@ def run(
         ProgressMode, typer.Option(envvar="OPTIKIT_PROGRESS", help="auto is live on a terminal, else plain lines.")
     ] = ProgressMode.AUTO,
     device: Annotated[DeviceChoice, typer.Option(help="Where calibrated stages compute.")] = DeviceChoice.AUTO,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Processes that share a calibration, one GPU each, or their part of the cores.")
+    ] = 1,
     targets: Annotated[Path | None, typer.Option(metavar="FILE", help="A TOML file of more targets.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="An inconclusive gate ends with exit code 11.")] = False,
     junit: Annotated[Path | None, typer.Option(help="Also write gates and steps as JUnit XML.")] = None,
@@ -67,6 +70,7 @@ def run(
             targets=targets,
             junit=junit,
             lock_timeout=lock_timeout,
+            ranks=ranks,
         )
     )
     if report is None:
