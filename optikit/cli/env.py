@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -111,7 +111,7 @@ def _environments(store: Store, names: list[str] | None) -> list[Environment]:
     return [environments.locate(environments.find(name), store.root) for name in wanted]
 
 
-def _row(environment: Environment) -> dict[str, str | int]:
+def _row(environment: Environment) -> dict[str, Any]:
     from optikit.environments.housekeeping import size
 
     definition = environment.definition

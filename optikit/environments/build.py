@@ -7,6 +7,7 @@ what is in the environment by then, so that a build fetches nothing that isn't l
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -153,10 +154,15 @@ def _is_version(python: str, version: str) -> bool:
     return said.returncode == 0 and said.stdout.strip() == version
 
 
+def _has_pip() -> bool:
+    return importlib.util.find_spec("pip") is not None
+
+
 def _create(environment: Environment, uv: str | None) -> None:
     version = environment.definition.python
     if uv is None:
-        command = [str(interpreter(version)), "-m", "venv", str(environment.path)]
+        bare = ["--without-pip"] if _has_pip() else []
+        command = [str(interpreter(version)), "-m", "venv", *bare, str(environment.path)]
     else:
         try:
             python = str(interpreter(version))
@@ -175,7 +181,12 @@ def _install(
     requirements = environment.path / ("sources.txt" if sources else "wheels.txt")
     requirements.write_text(text, encoding="utf-8")
     python = str(environment.python)
-    command = [uv, "pip", "install", "--python", python] if uv else [python, "-m", "pip", "install"]
+    if uv is not None:
+        command = [uv, "pip", "install", "--python", python]
+    elif _has_pip():  # ours is there already, and a new one takes seconds to unpack
+        command = [sys.executable, "-m", "pip", "--python", python, "install"]
+    else:
+        command = [python, "-m", "pip", "install"]
     command += ["--no-deps", "--require-hashes", "-r", str(requirements)]
     command += ["--no-build-isolation"] if sources else ["--only-binary", ":all:"]
     command += ["--no-index", "--find-links", str(wheels.absolute())] if wheels else []

@@ -32,6 +32,9 @@ ENVIRONMENT: str | None = "autoawq"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt_neox", "stablelm", "starcoder2")
 """model_type values that AutoAWQ 0.2.9 has a class for (awq/models/auto.py), of those known here."""
 
+CLIPPED_ROWS = 64
+"""Outputs that AutoAWQ's search for clipping takes at once (awq/quantize/quantizer.py, _compute_best_clip)."""
+
 
 class Options(StageOptions):
     """Options of `quantize: {method: awq, backend: autoawq}`."""
@@ -60,6 +63,13 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
             f"AutoAWQ 0.2.9 doesn't know model_type {facts.model_type!r} (of those known here: {', '.join(FAMILIES)})"
         )
         yield Problem(code="unknown-architecture", message=message, fix="use backend optikit", loc=("backend",))
+    odd = [name for name, (rows, _) in facts.linears.items() if rows % CLIPPED_ROWS]
+    if options.clip and odd:
+        rows = facts.linears[odd[0]][0]
+        message = (
+            f"AutoAWQ searches clipping {CLIPPED_ROWS} outputs at a time, which does not divide {rows} of {odd[0]}"
+        )
+        yield Problem(code="clip-divides-outputs", message=message, fix="set clip: false", loc=("clip",))
     yield from ours.check(grid_of(options), facts, target)
 
 
