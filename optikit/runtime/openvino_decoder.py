@@ -5,7 +5,8 @@
 - Before the output head a slice is put into the graph in memory (the file stays as it is): a prompt computes logits for
   its last token only.
 
-Where the processor has bf16 arithmetic, OpenVINO uses it, whatever dtype the weights are stored in.
+Where the processor has bf16 arithmetic, OpenVINO uses it, whatever dtype the weights are stored in; with one thread it
+is told not to.
 """
 
 from __future__ import annotations
@@ -42,6 +43,16 @@ def _library() -> Any:
         message = f"this directory is served by OpenVINO, which doesn't load: {error}"
         raise UnavailableError(message, fix="pip install 'optikit[openvino]'") from error
     return openvino
+
+
+def settings(threads: int) -> dict[str, Any]:
+    """Return how to compile for a number of threads.
+
+    With one thread, OpenVINO 2026.4 dies of a division by zero (SIGFPE) in attention where it computes in bf16; float32
+    arithmetic doesn't.
+    """
+    chosen: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    return chosen | ({"INFERENCE_PRECISION_HINT": "f32"} if threads == 1 else {})
 
 
 def stored_dtype(model: openvino.Model) -> str:
@@ -128,8 +139,7 @@ class OpenVinoDecoder:
                 message = f"{path.parent} holds {self.dtype} weights, not {dtype}"
                 raise UsageError(message, fix=f"use dtype auto or {self.dtype}")
             _slice_before_head(model, path)
-            settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": self.threads}
-            return core.compile_model(model, "CPU", settings)
+            return core.compile_model(model, "CPU", settings(self.threads))
         except RuntimeError as error:
             raise IntegrityError(f"OpenVINO can't load {path}: {error}", fix="compile the model again") from error
 

@@ -15,7 +15,9 @@ def main(directory: str, count: int, threads: int) -> None:
     """Decode greedily from a fixed prompt; end-of-text doesn't end it before `count` tokens are there."""
     import openvino_genai as genai
 
-    pipeline = genai.LLMPipeline(directory, "CPU", INFERENCE_NUM_THREADS=threads)
+    # With one thread, 2026.4 dies of SIGFPE in attention where it computes in bf16; see runtime/openvino_decoder.py.
+    precision = {"INFERENCE_PRECISION_HINT": "f32"} if threads == 1 else {}
+    pipeline = genai.LLMPipeline(directory, "CPU", INFERENCE_NUM_THREADS=threads, **precision)
     settings = genai.GenerationConfig()
     settings.max_new_tokens = settings.min_new_tokens = count
     settings.do_sample = False
