@@ -235,7 +235,8 @@ class OnnxDecoder:
         self._mask = np.ones((1, self.max_tokens), np.int64)
         self._calls: dict[int, _Call] = {}
         self._last_row = np.empty((1, 1, self.vocab), np.float32)
-        self._states = np.empty((1, 1, layout.hidden), np.float32)
+        self._last_state = np.empty((1, 1, layout.hidden), np.float32)
+        self._states = self._last_state
         self._filled = 0
 
     def forward(self, tokens: Tokens, position: int, rows: int | None = None) -> Logits:
@@ -248,7 +249,7 @@ class OnnxDecoder:
             part = tokens[start : start + CHUNK]
             wanted = slice(max(0, start - skipped), max(0, start + len(part) - skipped))
             rows_here = (logits[None, wanted], states[:, wanted])
-            self._run(part, position + start, *(rows_here if rows_here[0].size else (self._last_row, self._states)))
+            self._run(part, position + start, *(rows_here if rows_here[0].size else (self._last_row, self._last_state)))
         self._states = states
         return logits
 
@@ -267,7 +268,7 @@ class OnnxDecoder:
         check_call(prompt, 0, filled=0, vocab=self.vocab, max_tokens=self.max_tokens)
         check_room(len(prompt) + new_tokens, self.max_tokens)
         row = self._last_row
-        self._states = state = np.empty((1, 1, self._layout.hidden), np.float32)
+        self._states = state = self._last_state
         for start in range(0, len(prompt), CHUNK):
             self._run(prompt[start : start + CHUNK], start, row, state)
         for position in range(len(prompt), len(prompt) + new_tokens - 1):

@@ -51,6 +51,17 @@ def test_int4_logits_differ_from_the_unpacked_model_only_by_rounded_activations(
     assert 0 < apart.max() < 0.05 < np.abs(unpacked).max()
 
 
+@pytest.mark.parametrize(("chunk", "rows"), [(256, None), (256, 1), (16, None), (16, 20), (16, 3)])
+def test_states_are_those_that_the_head_reads(decoder, reference, monkeypatch, chunk, rows):
+    monkeypatch.setattr(onnx_decoder, "CHUNK", chunk)
+    reference.forward(PROMPT, 0)
+    wanted = np.stack([reference.hidden(row) for row in range(len(PROMPT))])[-(rows or len(PROMPT)) :]
+    decoder.forward(PROMPT, 0, rows)
+    found = np.stack([decoder.hidden(row) for row in range(len(wanted))])
+    np.testing.assert_allclose(found, wanted, atol=2e-5)
+    assert decoder.width == reference.width == found.shape[1]
+
+
 def test_rolling_back_forgets_what_came_after(tiny_onnx_int4, int4):
     other = np.random.default_rng(1).integers(3, 259, 60)
     int4.forward(other, 0)
