@@ -89,19 +89,17 @@ def _gates(report: Report) -> Iterator[list[str]]:
 
 
 def _figures(report: Report) -> Iterator[list[str]]:
+    if view.measured_only(report):
+        yield from _measured(report)
+        return
     rows = [
         (f"**{figure.label}**", figure.baseline or "–", figure.result, figure.change or "–", figure.interval or "–")
         for group in view.groups(report)
         for figure in group.figures
     ]
-    yield ["### Measured" if view.measured_only(report) else "### Before and after"]
+    yield ["### Before and after"]
     yield table(("", "Baseline", "Result", "Change", "95 % interval"), rows, "lrrrr")
-    notes = (
-        view.compared(report),
-        *view.conditions(report),
-        *(f"Missing: {reason}." for reason in view.reasons(report)),
-    )
-    yield [f"- {escape(note)}" for note in notes]
+    yield _notes(report)
     if report.other_baselines:
         yield _others(report)
 
@@ -123,6 +121,18 @@ def _tasks(report: Report) -> Iterator[list[str]]:
         yield ["<details><summary>Items that flipped</summary>"]
         yield table(("Task", "", "Prompt ends", "Baseline", "Result"), examples, "lllll")
         yield ["</details>"]
+
+
+def _measured(report: Report) -> Iterator[list[str]]:
+    rows = [(f"**{figure.label}**", figure.result) for group in view.groups(report) for figure in group.figures]
+    yield ["### Measured"]
+    yield table(("", "Measured"), rows, "lr")
+    yield _notes(report)
+
+
+def _notes(report: Report) -> list[str]:
+    missing = (f"Missing: {reason}." for reason in view.reasons(report))
+    return [f"- {escape(note)}" for note in (view.compared(report), *view.conditions(report), *missing)]
 
 
 def _served(report: Report) -> Iterator[list[str]]:

@@ -465,7 +465,7 @@ def _task(name: str, before: TaskResult | None, after: TaskResult | None, *, wor
     return replace(
         row,
         change=points(after.change),
-        interval=f"{points(after.change_ci95[0])} to {points(after.change_ci95[1])}",
+        interval=_points_range(after.change_ci95),
         flips=f"{after.lost} lost, {after.won} won",
         p_worse="" if after.p_worse is None else _p_value(after.p_worse),
         tone="worse" if worse else "same",
@@ -481,6 +481,10 @@ def points(share: float) -> str:
     return f"{100 * share:+.1f} points".replace("-", "−") if round(share, 3) else "0.0 points"
 
 
+def _points_range(ci95: Interval) -> str:
+    return f"{points(ci95[0]).removesuffix(' points')} to {points(ci95[1])}"
+
+
 def _p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
@@ -490,10 +494,10 @@ def tasks_sentence(report: Report) -> str:
     verdict = report.result.quality.tasks_verdict if report.result.quality else None
     if verdict is None:
         return ""
-    middle, (low, high) = points(verdict.change), verdict.change_ci95
+    middle = points(verdict.change)
     p = _p_value(verdict.p_worse)
     chance = f"p {p}" if p.startswith("<") else f"p = {p}"
-    reach = f"{middle} on average over tasks, 95 % interval {points(low)} to {points(high)}, {chance}"
+    reach = f"{middle} on average over tasks, 95 % interval {_points_range(verdict.change_ci95)}, {chance}"
     if verdict.conclusion == "no measurable loss":
         return f"No measurable loss: {reach}."
     where = f" on {text.clean(', '.join(verdict.worse))}" if verdict.worse else " taken together"
@@ -530,13 +534,14 @@ def conditions(report: Report) -> tuple[str, ...]:
     if quality and quality.perplexity:
         before = report.baseline.quality
         through = f"result through {quality.runtime}" + (f", baseline through {before.runtime}" if before else "")
+        through = f"through the {quality.runtime} runtime" if measured_only(report) else through
         said.append(
             f"Quality: protocol {quality.perplexity.protocol}, {quality.perplexity.tokens:,} scored tokens, {through}."
         )
     if speed:
         said.append(
             f"Speed: prompts of {speed.prompt_tokens} tokens, {speed.new_tokens} new tokens, "
-            f"{text.plural(speed.repetitions, 'repetition')} of each, alternating."
+            f"{text.plural(speed.repetitions, 'repetition')}{'' if measured_only(report) else ' of each, alternating'}."
         )
     if report.speedup.decode:
         said.append(
@@ -622,7 +627,7 @@ def served_conditions(report: Report) -> tuple[str, ...]:
 def metric_keys(report: Report) -> tuple[str, ...]:
     """Return the keys of the definitions that this report's reader needs, in the order of appearance."""
     keys = [figure.key for group in groups(report) for figure in group.figures]
-    if "perplexity" in keys:
+    if "perplexity" in keys and not measured_only(report):
         keys.insert(keys.index("perplexity") + 1, "perplexity_ratio")
     keys += ["ttft", "tpot", "end_to_end"] if report.served else []
     shown = tasks(report)

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from optikit.report import view
-from optikit.report.schema import GateResult, Measurement, Quality, Ratio, Speedup
+from optikit.report.schema import (
+    Flip,
+    GateResult,
+    Measurement,
+    Quality,
+    Ratio,
+    Speedup,
+    TaskResult,
+    TasksVerdict,
+)
 
 
 def test_the_headline_is_a_sentence_for_a_manager(full_report):
@@ -116,3 +125,53 @@ def test_numbers_that_json_cannot_hold_are_refused(full_report):
 
     with pytest.raises(ValidationError):
         Ratio(value=float("nan"), ci95=(0.0, 1.0), noise_floor=0.0, verdict="faster")
+
+
+def task(**changed):
+    values = {
+        "protocol": "choice-1@200",
+        "kind": "choice",
+        "items": 200,
+        "accuracy": 0.585,
+        "accuracy_ci95": (0.5, 0.65),
+    }
+    return TaskResult.model_validate(values | changed)
+
+
+def test_tasks_are_told_with_their_flips(full_report):
+    change = {"change": -0.025, "change_ci95": (-0.06, 0.011), "lost": 9, "won": 4, "p_worse": 0.0004}
+    flip = Flip(item="7", prompt="p", expected="a", baseline="a", result="b", change="lost")
+    verdict = TasksVerdict(change=-0.05, change_ci95=(-0.09, -0.017), p_worse=0.003, worse=("sql",), conclusion="worse")
+    quality = full_report.result.quality.model_copy(
+        update={"tasks": {"sql": task(**change, flips=(flip,))}, "tasks_verdict": verdict}
+    )
+    before = full_report.baseline.quality.model_copy(update={"tasks": {"sql": task(accuracy=0.61)}})
+    report = full_report.model_copy(
+        update={
+            "result": full_report.result.model_copy(update={"quality": quality}),
+            "baseline": full_report.baseline.model_copy(update={"quality": before}),
+        }
+    )
+    (row,) = view.tasks(report)
+    assert (row.baseline, row.result, row.change, row.interval) == (
+        "61.0 %",
+        "58.5 %",
+        "−2.5 points",
+        "−6.0 to +1.1 points",
+    )
+    assert (row.flips, row.p_worse, row.tone) == ("9 lost, 4 won", "< 0.001", "worse")
+    said = view.tasks_sentence(report)
+    assert said == "Worse on sql: −5.0 points on average over tasks, 95 % interval −9.0 to −1.7 points, p = 0.003."
+    assert view.task_flips(report) == (("sql", flip),)
+    assert {"task_accuracy", "flips", "mcnemar"} <= set(view.metric_keys(report))
+    assert view.tasks(full_report) == ()
+    assert view.tasks_sentence(full_report) == ""
+
+
+def test_a_model_measured_as_it_is_has_no_before(full_report):
+    report = full_report.model_copy(update={"steps": (), "speedup": Speedup()})
+    assert view.measured_only(report)
+    assert view.headline(report) == "SmolLM2-135M-Instruct: 193 tok/s, perplexity 20.42, 75.6 MiB"
+    figures = [figure for group in view.groups(report) for figure in group.figures]
+    assert all(figure.baseline == figure.change == "" for figure in figures)
+    assert "perplexity_ratio" not in view.metric_keys(report)
