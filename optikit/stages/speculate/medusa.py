@@ -145,8 +145,7 @@ def run(options: Options, job: Job) -> Facts:
         )
     log.keep()
     _write(options, job, heads, lm_head)
-    drafted = text.tokens[text.wanted]
-    covered = 1.0 if heads.token_ids is None else coverage(drafted, heads.token_ids)
+    covered = 1.0 if heads.token_ids is None else coverage(held.tokens[held.wanted], heads.token_ids)
     return {
         "own_tokens": text.written,
         "own_texts": text.texts,
