@@ -334,8 +334,18 @@ class _Run:
             ratio = self._perplexity_ratio(parent, step)
             if ratio is not None:
                 own["perplexity_ratio"] = ratio
+            own |= self._own_speed(step)
             ratio_of_sizes = _ratio(self.measurement(step).size_bytes, before.size_bytes).value
             yield own | {"size_ratio": ratio_of_sizes}
+
+    def _own_speed(self, step: Step) -> dict[str, Any]:
+        """Return what a step alone did to decode speed on the result's engine; nothing where that was not asked for."""
+        chain = self.speed_facts.get("chain", {})
+        if not chain:
+            return {}
+        name = "engine-baseline" if step.verb == "compile" else f"engine-{step.name}"
+        decode = chain.get(name, chain["result"])["decode"]
+        return {"decode_speedup": {"value": decode["value"], "ci95": decode["ci95"]}}
 
     def _perplexity_ratio(self, parent: Step | None, step: Step) -> dict[str, Any] | None:
         before = self._measure(QUALITY + (BASELINE if parent is None or parent.verb == "acquire" else parent.name))
@@ -474,5 +484,5 @@ def _model(plan: Plan) -> dict[str, Any]:
 
 def _details(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return a measuring step's facts without what the measurements already hold."""
-    shown = SECTIONS | {"arms", "ratios", "last_against", "files", "speculation"}
+    shown = SECTIONS | {"arms", "ratios", "last_against", "chain", "files", "speculation"}
     return {name: value for name, value in facts.items() if name not in shown}

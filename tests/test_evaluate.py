@@ -435,3 +435,12 @@ def test_a_result_that_fails_is_rolled_back_to_the_last_step_that_passes(chained
     assert made.result.speed is None
     with pytest.raises(GateFailedError, match="nothing is left to roll back to: after 2-compile"):
         evaluate.roll_back(chained(gated("rollback", perplexity_ratio={"max": 1.01})), artifacts)
+
+
+def test_each_step_has_its_own_speed_where_attribution_was_asked_for(tmp_path, artifacts, monkeypatch):
+    facts = SPEED_FACTS | {"chain": {"engine-baseline": ratio(2.0), "result": ratio(2.5)}}
+    monkeypatch.setattr(evaluate._Run, "speed_facts", facts)
+    rows = {row["step"]: row for row in report(plan(tmp_path), artifacts).attribution}
+    assert rows["1-quantize-gptq"]["decode_speedup"]["value"] == 2.5
+    assert rows["2-compile-onnxruntime"]["decode_speedup"]["value"] == 2.0
+    assert rows["2-compile-onnxruntime"]["decode_speedup"]["ci95"] == pytest.approx([1.9, 2.1])

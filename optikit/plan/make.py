@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,7 +67,7 @@ def make_plan(
     context = _resolve(loaded, target, store, offline=offline, device=device, note=note)
     recipe = context.recipe
     steps, problems = _steps(context)
-    measures = measure_steps(context, steps)
+    measures = measure_steps(context, steps, _engine_steps(context, steps))
     limit = parse_size(recipe.max_memory) if recipe.max_memory else None
     problems += gates.unmeasurable(recipe)
     problems += rules.check(_stack(context, steps, offline=offline))
@@ -241,6 +241,30 @@ def _draft_problems(context: Context, index: int, facts: ModelFacts) -> Iterator
         return
     for problem in draft_problems(read(draft.path), facts):
         yield problem.under("model")
+
+
+def _engine_steps(context: Context, steps: Sequence[Step]) -> tuple[Step, ...]:
+    """Return the steps that compile the model as it was before each stage, as the result is compiled.
+
+    Nothing where the recipe doesn't ask for attribution, or the engine can't take one of these models.
+    """
+    wanted = context.recipe.evaluate
+    if not wanted.attribution or wanted.speed is None or not steps or steps[-1].verb != "compile":
+        return ()
+    index = len(context.recipe.stages) - 1
+    entry = context.recipe.stages[index]
+    stage = context.stage(entry.verb, entry.method, entry.backend)
+    acquired = [step for step in steps if step.verb == "acquire"]
+    written = [step for step in steps[:-1] if step.verb not in ("acquire", "speculate")]
+    found = []
+    for count in range(len(written)):
+        before = [*acquired, *written[:count]]
+        facts = before[-1].after if before else context.facts
+        if any(problem.level == "error" for problem in _stage_problems(context, stage, entry, facts)):
+            return ()
+        name = written[count - 1].name if count else "baseline"
+        found.append(replace(_stage_step(context, stage, index, facts, before), name=f"engine-{name}"))
+    return tuple(found)
 
 
 def _stage_step(context: Context, stage: Stage, index: int, facts: ModelFacts, before: Sequence[Step]) -> Step:

@@ -25,8 +25,8 @@ def runtime(step: Step) -> str:
     return next((COMPILED_RUNTIMES[trait] for trait in step.after.traits if trait in COMPILED_RUNTIMES), "")
 
 
-def measure_steps(context: Context, steps: Sequence[Step]) -> tuple[Step, ...]:
-    """Return the measuring steps that a recipe asks for."""
+def measure_steps(context: Context, steps: Sequence[Step], engines: Sequence[Step] = ()) -> tuple[Step, ...]:
+    """Return the measuring steps that a recipe asks for; `engines` compile earlier models, to be timed as well."""
     wanted = context.recipe.evaluate
     baseline = steps[0].key if steps and steps[0].verb == "acquire" else ""
     written = [step for step in steps if step.verb != "acquire" and runtime(step)]
@@ -41,7 +41,7 @@ def measure_steps(context: Context, steps: Sequence[Step]) -> tuple[Step, ...]:
     choices = [_speculation(context, index, step, written[-1], baseline) for index, step in speculators]
     found += choices
     if wanted.speed is not None:
-        found.append(_speed(context, wanted.speed, written[-1], baseline, choices))
+        found += [*engines, _speed(context, wanted.speed, written, baseline, choices, engines)]
     return tuple(found)
 
 
@@ -181,7 +181,15 @@ def _tasks_step(
     )
 
 
-def _speed(context: Context, wanted: SpeedOptions, result: Step, baseline: str, choices: Sequence[Step]) -> Step:
+def _speed(
+    context: Context,
+    wanted: SpeedOptions,
+    written: Sequence[Step],
+    baseline: str,
+    choices: Sequence[Step],
+    engines: Sequence[Step],
+) -> Step:
+    result = written[-1]
     against = context.recipe.evaluate.baseline
     own = "bfloat16" if context.facts.dtype == "BF16" else "float32"
     dtype = own if against.dtype == "auto" else against.dtype
@@ -192,11 +200,18 @@ def _speed(context: Context, wanted: SpeedOptions, result: Step, baseline: str, 
         if other != dtype
     ]
     speculator = {"speculator": "speculator"} if choices else {}
+    loaded = {"runtime": runtime(result), "dtype": "auto"}
+    own_arms = [{"name": step.name, "role": step.name, **loaded} for step in engines]
+    if engines and choices:  # the result without its speculation
+        own_arms.append({"name": f"engine-{written[-2].name}", "role": "result", **loaded})
+    arms += own_arms
+    chain = ["baseline", *(arm["name"] for arm in own_arms), "result"] if engines else []
     arms.append({"name": "result", "role": "result", "runtime": runtime(result), "dtype": "auto", **speculator})
     stage = context.stage("measure", "speed")
-    options = stage.Options.model_validate({"arms": arms, **wanted.model_dump(exclude={"prompts"})})
+    options = stage.Options.model_validate({"arms": arms, "chain": chain, **wanted.model_dump(exclude={"prompts"})})
     prompts = context.texts["prompts" if wanted.prompts else "perplexity"]
     inputs = {"baseline": baseline, "result": result.key, "tokenizer": baseline}
+    inputs |= {step.name: step.key for step in engines}
     # What the stage made and what was chosen of it, as they lie together in the output.
     inputs |= {"speculator": choices[-1].key, "made": choices[-1].inputs["speculator"]} if choices else {}
     parts: dict[str, Any] = {

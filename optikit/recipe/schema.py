@@ -107,6 +107,9 @@ class Evaluate(_Frozen):
     """Questions with right answers, put to the baseline and to the result."""
     speed: SpeedOptions | None = None
     baseline: BaselineOptions = BaselineOptions()
+    attribution: bool = False
+    """Also compile the model as it was before each stage, and time these in the same session: what each stage alone
+    brings to speed, on one engine. Costs one compilation, one more model in memory and its runs per stage."""
 
     @model_validator(mode="after")
     def _prompted(self) -> Evaluate:

@@ -111,3 +111,35 @@ def test_two_quantizers_are_refused(make: Make) -> None:
     with pytest.raises(RecipeError) as refused:
         make(stages=[{"quantize": {"method": "gptq", "group_size": 32}}, {"quantize": {"method": "rtn"}}])
     assert "needs-trait" in {problem.code for problem in refused.value.problems}
+
+
+def test_a_distilled_model_learns_from_the_model_before_any_stage(make: Make) -> None:
+    stages = [{"prune": {"method": "depth", "ratio": 0.5, "keep_last": 0}}, {"finetune": {"method": "distill"}}]
+    prune, distill = make(stages=stages).steps
+    assert distill.source == prune.key
+    assert distill.inputs == {"teacher": ""}
+    assert prune.inputs == {}
+    assert {"dense", "shortened", "finetuned"} <= distill.after.traits
+    before = make(stages=stages[::-1])
+    assert [step.verb for step in before.steps] == ["finetune", "prune"]
+
+
+def test_attribution_compiles_the_model_before_each_stage_once_and_times_them_in_one_chain(make: Make) -> None:
+    stages = [
+        {"prune": {"method": "magnitude"}},
+        {"quantize": {"method": "rtn", "group_size": 32}},
+        {"compile": {"engine": "onnxruntime"}},
+    ]
+    speed = {"prompt_tokens": 8, "new_tokens": 4, "repetitions": 2}
+    evaluate = make().recipe.evaluate.model_dump(mode="json", include={"perplexity"}) | {"speed": speed}
+    without = make(stages=stages, evaluate=evaluate)
+    plan = make(stages=stages, evaluate=evaluate | {"attribution": True})
+    assert keys(without) == [key for key in keys(plan) if key in keys(without)] + [without.measures[-1].key]
+    engines = [step for step in plan.measures if step.verb == "compile"]
+    assert [step.name for step in engines] == ["engine-baseline", "engine-1-prune-magnitude"]
+    assert [step.source for step in engines] == ["", plan.steps[0].key]
+    compiled = make(stages=stages[-1:], evaluate={})
+    assert engines[0].key == compiled.steps[0].key  # found in the store if the model alone was ever compiled
+    timed = plan.measures[-1]
+    assert list(timed.options.chain) == ["baseline", "engine-baseline", "engine-1-prune-magnitude", "result"]  # type: ignore[attr-defined]
+    assert {step.key for step in engines} <= set(timed.inputs.values())

@@ -15,6 +15,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -77,6 +78,8 @@ class Options(StageOptions):
     """Measured rounds; each decodes one prompt with every arm."""
     warmup: int = Field(default=2, ge=1)
     """Runs per arm before measuring; the first of them is reported as the cold run."""
+    chain: tuple[str, ...] = ()
+    """Arms of which each is also compared with the one before it: what each stage alone brings."""
     hang_s: float = Field(default=900, gt=0)
     """Seconds without an answer after which an arm counts as hung."""
 
@@ -215,6 +218,10 @@ def _facts(samples: Sequence[Sample], options: Options, about: Mapping[str, Mapp
             name: _dump(speed.compare(traces[name], traces[last], noise=noise, seed=seed))
             for name in others
             if name != last
+        },
+        "chain": {
+            name: _dump(speed.compare(traces[before], traces[name], noise=noise, seed=seed))
+            for before, name in pairwise(options.chain)
         },
         "noise": _dump(noise),
     }

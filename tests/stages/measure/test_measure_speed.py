@@ -14,7 +14,7 @@ from optikit.errors import InputMissingError, StageFailedError
 from optikit.metrics.speed import Trace
 from optikit.report.schema import Speed
 from optikit.stages.measure import speed
-from optikit.stages.measure._session import Rounds, Sample, schedule, select
+from optikit.stages.measure._session import AGAIN, Rounds, Sample, schedule, select
 from optikit.stages.protocol import Job
 
 ARMS = [
@@ -171,3 +171,28 @@ def test_samples_are_paired_by_round_whatever_their_order():
     forward, backward = select(samples, "A", "again"), select(samples[::-1], "A", "again")
     assert forward == backward
     assert len(forward) == 4
+
+
+def test_a_chain_compares_each_arm_with_the_one_before_it():
+    paces = {"baseline": 8, "engine": 4, "result": 1}
+    samples = [
+        Sample(
+            arm=name,
+            phase=phase,
+            round=index,
+            prompt=0,
+            trace=Trace(start_ns=0, token_ns=(pace * 10**6, 2 * pace * 10**6, 3 * pace * 10**6), prompt_tokens=4),
+            tokens=(1, 2, 3),
+        )
+        for name, pace in paces.items()
+        for phase in ("cold", "measured", AGAIN)
+        for index in range(8)
+    ]
+    arms = [{"name": name, "role": "model", "runtime": "transformers"} for name in paces]
+    options = speed.Options.model_validate({"arms": arms, "chain": list(paces), "new_tokens": 3})
+    read_back = {"runtime": "r", "dtype": "d", "threads": 1, "load_s": 1.0, "peak_memory_mib": 1.0}
+    found = speed._facts(samples, options, dict.fromkeys(paces, read_back), 0)
+    assert {name: each["decode"]["value"] for name, each in found["chain"].items()} == {
+        "engine": pytest.approx(2),
+        "result": pytest.approx(4),
+    }
