@@ -110,3 +110,40 @@ def test_prompts_that_are_all_too_short_say_how_long_they_are(reader, tmp_path):
     with pytest.raises(InputMissingError, match="has 8 tokens; the longest has 5") as caught:
         _text.prompts(path, reader, length=8, wanted=1, seed=0)
     assert "prompt_tokens to 5" in caught.value.fix
+
+
+RECORDS = [{"context": f"CREATE TABLE t{i} (a INTEGER)", "question": f"How many are in {{t{i}}}?"} for i in range(9)]
+
+
+@pytest.mark.parametrize("array", [True, False], ids=["array", "lines"])
+def test_a_template_makes_prompts_of_other_fields(tmp_path, array):
+    text = json.dumps(RECORDS, indent=1) if array else "\n".join(map(json.dumps, RECORDS))
+    found = list(_text.prompt_fields(tmp_path, text, "{context}\n{question} {{SQL}}"))
+    assert found[3] == "CREATE TABLE t3 (a INTEGER)\nHow many are in {t3}? {SQL}"
+    assert len(found) == 9
+
+
+@pytest.mark.parametrize(
+    ("record", "template"),
+    [({"question": "a"}, "{context}"), ({"context": 3}, "{context}"), ({"context": ""}, "{context}"), ("text", "{a}")],
+)
+def test_a_record_without_the_fields_is_named(tmp_path, record, template):
+    text = json.dumps({"context": "fine", "a": "fine"}) + "\n" + json.dumps(record)
+    with pytest.raises(InputMissingError, match=r":2: expected the fields of"):
+        list(_text.prompt_fields(tmp_path / "p.jsonl", text, template))
+
+
+@settings(max_examples=30, deadline=None)
+@given(count=st.integers(4, 60), judged=st.integers(4, 80), seed=st.integers(0, 99))
+def test_prompts_are_divided_without_overlap_or_loss(tmp_path_factory, count, judged, seed):
+    path = tmp_path_factory.mktemp("divided") / "p.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"{i}"}) for i in range(count)))
+    options = {"judged": judged, "template": "", "length": 4, "seed": seed}
+    first, again = (
+        _text.divided(path, None, lambda prompt: np.array([int(prompt)]), **options)  # type: ignore[arg-type]
+        for _ in range(2)
+    )
+    ours = [int(each[0]) for each in (*first.judged, *first.others)]
+    assert sorted(ours) == list(range(count))
+    assert len(first.judged) == min(judged, max(4, 2 * count // 3))
+    assert ours == [int(each[0]) for each in (*again.judged, *again.others)]
