@@ -1,0 +1,110 @@
+"""The same recipe with `backend:` switched: time, memory, perplexity and size of every library that can do the stage.
+
+Run on a quiet machine (environments are built the first time; AutoAWQ alone takes tens of minutes):
+
+    python tests/benchmarks/backends.py --out examples/backends
+
+Every arm is `optikit run` on a shipped recipe: seconds and peak memory are what the runner measured of the step's
+process, perplexity and size are what the report says of its result. The table goes to README.md in the directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from optikit import host
+
+ROOT = Path(__file__).resolve().parents[2]
+ARMS: dict[str, tuple[str, ...]] = {
+    "smollm2-135m-llmcompressor-gptq-cpu": ("llm-compressor", "optikit"),
+    "smollm2-135m-autoawq-cpu": ("autoawq", "optikit"),
+}
+"""Recipe → backends to run it with; options that only the library has are left to its defaults."""
+HEAD = ("method", "backend", "seconds", "peak MiB", "perplexity", "ratio to dense", "weights MB", "read differently")
+
+
+def run(recipe: str, backend: str, out: Path, overrides: list[str]) -> dict[str, Any]:
+    """Run a recipe with a backend and return its report."""
+    sets = [f"stages[0].quantize.backend={backend}", *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "optikit",
+        "run",
+        f"recipes/{recipe}.yaml",
+        "--out",
+        str(out),
+        "--progress",
+        "plain",
+    ]
+    done = subprocess.run([*command, *(part for each in sets for part in ("--set", each))], check=False, cwd=ROOT)
+    if not (out / "report.json").exists():
+        sys.exit(f"{recipe} with {backend} ended with {done.returncode} and no report")
+    loaded: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+def row(report: dict[str, Any]) -> tuple[str, ...]:
+    """Return one line of the table."""
+    step = next(step for step in report["steps"] if step["verb"] == "quantize")
+    quality = step["measurement"]["quality"] if step["measurement"] else report["result"]["quality"]
+    perplexity = (quality or {}).get("perplexity") or {}
+    return (
+        step["method"],
+        step["backend"],
+        f"{step['seconds']:.0f}",
+        f"{step['peak_memory_mib']:.0f}",
+        _number(perplexity.get("value"), 2),
+        _number(perplexity.get("ratio"), 3),
+        _number(step["artifact_bytes"] / 1e6, 1),
+        str(step["facts"].get("weights_read_differently", "")),
+    )
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def page(rows: list[tuple[str, ...]], overrides: list[str]) -> Iterator[str]:
+    """Yield the lines of README.md."""
+    changed = f" with `{' '.join(overrides)}`" if overrides else ""
+    yield "# Backends: the same recipe, done by different libraries\n"
+    yield f"    python tests/benchmarks/backends.py --out examples/backends{''.join(f' --set {o}' for o in overrides)}\n"
+    yield f"Recipes: {', '.join(f'`recipes/{name}.yaml`' for name in ARMS)}{changed}. Both backends of a recipe see the same"
+    yield "calibration windows. Seconds and peak memory are of the quantizing step's process; perplexity is on the held-out"
+    yield "text, against the dense model. *Read differently* counts the weights for which the library's own reader and the"
+    yield "next stage's disagree in any bit.\n"
+    yield f"| {' | '.join(HEAD)} |"
+    yield "|" + "---|" * len(HEAD)
+    for cells in rows:
+        yield f"| {' | '.join(cells)} |"
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "onnxruntime"))
+    yield f"\nMachine: {host.cpu_model()}, {host.threads()} threads, {platform.system()}; main environment: {versions}."
+
+
+def main() -> None:
+    """Run every arm and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as work:
+        for recipe, backends in ARMS.items():
+            for backend in backends:
+                rows.append(row(run(recipe, backend, Path(work) / f"{recipe}-{backend}", arguments.overrides)))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "README.md").write_text("\n".join(page(rows, arguments.overrides)) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
