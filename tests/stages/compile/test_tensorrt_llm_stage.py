@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
 
 from optikit import targets
 from optikit.models.reader import read
+from optikit.recipe.load import load
 from optikit.stages.compile import _trtllm_folder, tensorrt_llm
 from optikit.stages.compile.tensorrt_llm import Options
 from optikit.stages.protocol import Job
@@ -118,3 +120,13 @@ def test_the_readme_says_what_to_do_and_what_is_loaded(tiny_llama, tmp_path):
     for said in ("docker build", "compiled/tensorrt-llm/smoke.sh", "org/small", "Nothing here was run", "No awq"):
         assert said in text
     assert _trtllm_folder.IMAGE + ":1.2.1" in (dest / "Dockerfile").read_text()
+
+
+def test_the_shipped_example_is_what_its_recipe_writes_today():
+    root = Path(__file__).parents[3]
+    options = load(root / "recipes" / "smollm2-135m-trtllm-emit.yaml").recipe.stages[-1].options
+    example = root / "examples" / "tensorrt"
+    assert isinstance(options, Options)
+    assert (example / "serve.yaml").read_text() == _trtllm_folder.serve_yaml(options, row("l4"))
+    assert (example / "serve.sh").read_text() == _trtllm_folder.serve_sh(options)
+    assert (example / "smoke.sh").read_text() == _trtllm_folder.SMOKE
