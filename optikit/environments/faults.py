@@ -62,5 +62,8 @@ def failure(name: str, said: str, log: Path) -> OptikitError:
 
 
 def _telling(said: str, marks: tuple[str, ...]) -> str:
-    line = next(line for line in said.splitlines() if any(mark in line.lower() for mark in marks))
-    return _PASSWORD.sub("", line.strip())[:300]
+    """Return the line that gave it away, with the next two: uv names the package only there."""
+    lines = said.splitlines()
+    place = next(index for index, line in enumerate(lines) if any(mark in line.lower() for mark in marks))
+    told = " ".join(line.strip() for line in lines[place : place + 3] if line.strip())
+    return _PASSWORD.sub("", told)[:300]

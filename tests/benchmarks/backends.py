@@ -77,12 +77,14 @@ def _number(value: float | None, digits: int) -> str:
 def page(rows: list[tuple[str, ...]], overrides: list[str]) -> Iterator[str]:
     """Yield the lines of README.md."""
     changed = f" with `{' '.join(overrides)}`" if overrides else ""
+    sets = "".join(f" --set {override}" for override in overrides)
+    names = ", ".join(f"`recipes/{name}.yaml`" for name in ARMS)
     yield "# Backends: the same recipe, done by different libraries\n"
-    yield f"    python tests/benchmarks/backends.py --out examples/backends{''.join(f' --set {o}' for o in overrides)}\n"
-    yield f"Recipes: {', '.join(f'`recipes/{name}.yaml`' for name in ARMS)}{changed}. Both backends of a recipe see the same"
-    yield "calibration windows. Seconds and peak memory are of the quantizing step's process; perplexity is on the held-out"
-    yield "text, against the dense model. *Read differently* counts the weights for which the library's own reader and the"
-    yield "next stage's disagree in any bit.\n"
+    yield f"    python tests/benchmarks/backends.py --out examples/backends{sets}\n"
+    yield f"Recipes: {names}{changed}. Both backends of a"
+    yield "recipe see the same calibration windows. Seconds and peak memory are of the quantizing step's process;"
+    yield "perplexity is on the held-out text, against the dense model. *Read differently* counts the weights for which the"
+    yield "library's own reader and the next stage's disagree in any bit.\n"
     yield f"| {' | '.join(HEAD)} |"
     yield "|" + "---|" * len(HEAD)
     for cells in rows:
@@ -97,11 +99,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     arguments = parser.parse_args()
-    rows = []
+    arms = [(recipe, backend) for recipe, backends in ARMS.items() for backend in backends]
     with tempfile.TemporaryDirectory() as work:
-        for recipe, backends in ARMS.items():
-            for backend in backends:
-                rows.append(row(run(recipe, backend, Path(work) / f"{recipe}-{backend}", arguments.overrides)))
+        reports = [run(*arm, Path(work) / "-".join(arm), arguments.overrides) for arm in arms]
+    rows = [row(report) for report in reports]
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "README.md").write_text("\n".join(page(rows, arguments.overrides)) + "\n", encoding="utf-8")
 
