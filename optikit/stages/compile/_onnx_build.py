@@ -42,7 +42,7 @@ def program(module: str) -> list[str]:
     return [sys.executable, "-P", "-m", CHILD, str(os.getpid()), module]
 
 
-def build(job: Job, precision: str, extra: Sequence[str], layers: int) -> None:
+def build(job: Job, precision: str, extra: Sequence[str], layers: int, provider: str = "cpu") -> None:
     """Run the builder on `job.source`; the graph, its configuration and the tokenizer end up in `job.dest`.
 
     Args:
@@ -50,6 +50,7 @@ def build(job: Job, precision: str, extra: Sequence[str], layers: int) -> None:
         precision: What the builder calls precision.
         extra: Its `--extra_options`, KEY=VALUE.
         layers: Decoder blocks of the model, for progress.
+        provider: Execution provider that will run the graph.
 
     Raises:
         StageFailedError: It failed; the message ends with its own last words.
@@ -59,7 +60,7 @@ def build(job: Job, precision: str, extra: Sequence[str], layers: int) -> None:
     cache = job.scratch / "builder"
     shutil.rmtree(cache, ignore_errors=True)
     command = [*program(BUILDER), "-i", str(job.source.resolve()), "-o", str(job.dest.resolve())]
-    command += ["-p", precision, "-e", "cpu", "-c", str(cache.resolve())]
+    command += ["-p", precision, "-e", provider, "-c", str(cache.resolve())]
     command += ["--extra_options", *extra, "hf_token=false", "hf_remote=false"]
     log = job.scratch / LOG
     with log.open("w", encoding="utf-8") as kept:

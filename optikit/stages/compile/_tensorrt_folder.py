@@ -1,0 +1,93 @@
+"""The graph for TensorRT, checked as ONNX, and the files around it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optikit.errors import IntegrityError, StageFailedError
+from optikit.models.reader import read
+from optikit.stages.compile import _onnx_build, _tensorrt_run
+
+if TYPE_CHECKING:
+    from optikit.models.facts import ModelFacts
+    from optikit.stages.compile.tensorrt import Options
+    from optikit.stages.protocol import Facts, Job
+    from optikit.targets import Target
+
+REQUIREMENTS = ("onnxruntime>=1.24", "onnxruntime-genai==0.18.*", "onnxruntime-ep-nv-tensorrt-rtx")
+
+
+def write(options: Options, job: Job) -> Facts:
+    """Build, check, and describe.
+
+    Raises:
+        StageFailedError: The builder failed, or wrote what isn't ONNX.
+        IntegrityError: The job names no target.
+    """
+    if job.target is None:
+        raise IntegrityError("a graph for TensorRT was asked for without its target", fix="run it through a recipe")
+    facts = read(job.source)
+    _onnx_build.build(job, options.precision, (), facts.layers, provider=_tensorrt_run.EXECUTION_PROVIDER)
+    found = checked(job.dest / "model.onnx", facts)
+    files = {
+        "run.py": Path(_tensorrt_run.__file__).read_text(encoding="utf-8"),
+        "requirements.txt": "\n".join(REQUIREMENTS) + "\n",
+        "README.md": "\n\n".join(readme(options, facts, job.target, found)) + "\n",
+    }
+    for name, text in files.items():
+        (job.dest / name).write_text(text, encoding="utf-8")
+    return {"emitted": True, "finish": "python3 run.py", "files": sorted(files), **found}
+
+
+def checked(graph: Path, facts: ModelFacts) -> dict[str, Any]:
+    """Check a graph with onnx.checker and against the model's shape; return what is in it.
+
+    Raises:
+        StageFailedError: It isn't ONNX, or not this model's.
+    """
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(graph))
+    except (onnx.checker.ValidationError, ValueError, OSError) as error:
+        raise StageFailedError(f"the builder's graph isn't valid ONNX: {error}", fix="compile again") from error
+    model = onnx.load(str(graph), load_external_data=False)
+    caches = sum(each.name.startswith("past_key_values.") for each in model.graph.input)
+    outputs = {each.name for each in model.graph.output}
+    if caches != 2 * facts.layers or "logits" not in outputs:
+        message = f"the graph has {caches} caches for {facts.layers} layers, and outputs {sorted(outputs)[:3]}"
+        raise StageFailedError(message, fix="compile again")
+    operators = Counter(node.op_type for node in model.graph.node)
+    return {
+        "checked": "onnx.checker",
+        "operators": dict(operators.most_common(8)),
+        "opset": {each.domain or "ai.onnx": each.version for each in model.opset_import},
+        "typed": sorted({onnx.TensorProto.DataType.Name(each.data_type) for each in model.graph.initializer}),
+    }
+
+
+def readme(options: Options, facts: ModelFacts, target: Target, found: dict[str, Any]) -> Iterator[str]:
+    """Yield the parts of README.md."""
+    title = f"{facts.model_type}, {facts.parameters / 1e6:.0f} M weights, {options.precision}"
+    yield f"# {title}, for TensorRT on {target.name}"
+    yield (
+        "Written by `optikit run`. The graph was built and passed `onnx.checker`; no engine was made of it and nothing "
+        "was timed: that needs the GPU."
+    )
+    opsets = ", ".join(f"{name} {version}" for name, version in found["opset"].items())
+    yield f"- `model.onnx`, `model.onnx.data`: the graph ({opsets}) and its weights ({', '.join(found['typed'])})"
+    yield (
+        "## On the GPU\n\nAn NVIDIA GPU of Ampere or newer with a driver for CUDA 13 (for CUDA 12 install "
+        "`onnxruntime-ep-nv-tensorrt-rtx-cu12` instead). `onnxruntime-gpu` must not be installed beside it.\n\n```sh\n"
+        "rsync -a out/compiled/tensorrt/ INSTANCE:tensorrt/\nssh INSTANCE\ncd tensorrt\n"
+        "python3 -m venv env && . env/bin/activate\npip install -r requirements.txt\n"
+        'python3 run.py "The capital of France is" 8    # the first start makes the engine\n```'
+    )
+    yield (
+        "## If it fails\n\n- `No TensorRT RTX EP devices`: the driver is too old, or the GPU is older than Ampere\n"
+        "- an unknown provider: `onnxruntime` is older than 1.24, or another build of it is installed\n"
+        "- an unsupported operator: send the operators of the report's step, and use `engine: tensorrt-llm` meanwhile"
+    )

@@ -1,0 +1,81 @@
+"""TensorRT: an ONNX graph for TensorRT for RTX, which makes its engine of it where the GPU is, in seconds.
+
+onnxruntime-genai's builder writes the graph in float16 or bfloat16, and it is checked as ONNX. TensorRT 11 is strongly
+typed: what is in the graph is what will be computed. On the GPU, onnxruntime loads NVIDIA's plugin, and
+onnxruntime-genai decodes.
+
+Helps   one folder for any GPU from Ampere on: the engine is built at the first start
+Hurts   batch 1; a server for many users wants `tensorrt-llm` or vLLM
+Cost    seconds; memory of the builder: the weights in float16 and copies of the head
+Note    the step is `emitted`: the graph was built and checked, no engine was, and nothing was timed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
+
+from optikit.models.facts import ModelFacts, Trait
+from optikit.problems import Problem
+from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
+from optikit.targets import Target
+
+SUMMARY = "ONNX graph for TensorRT on NVIDIA GPUs: built and checked here, made an engine of on the GPU"
+NEEDS: frozenset[Trait] = frozenset({"dense"})
+CALIBRATED = False
+LIBRARIES = ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers")
+ENVIRONMENT: str | None = None
+TARGETED = True
+
+ENGINE = "tensorrt"
+LEAST_CAPABILITY = 80
+"""TensorRT for RTX runs on Ampere and newer."""
+
+
+class Options(StageOptions):
+    """Options of `compile: {engine: tensorrt}`."""
+
+    precision: Literal["fp16", "bf16"] = "fp16"
+    """Dtype of weights and arithmetic; 4-bit graphs of this builder have operators that TensorRT doesn't know."""
+
+
+def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
+    """Yield what the builder can't read, or the target can't run."""
+    from optikit.stages.compile.onnxruntime import MODEL_TYPES
+
+    if ENGINE not in target.engines:
+        message = f"target {target.name!r} doesn't run {ENGINE}"
+        fix = f"it runs {', '.join(target.engines)}" if target.engines else "choose an NVIDIA target"
+        yield Problem(code="engine-not-on-target", message=message, fix=fix)
+    elif (target.compute_capability or LEAST_CAPABILITY) < LEAST_CAPABILITY:
+        message = f"TensorRT for RTX needs compute capability 8.0, and {target.name} has {target.compute_capability}/10"
+        yield Problem(code="gpu-too-old", message=message, fix="choose an Ampere or newer GPU")
+    if facts.model_type not in MODEL_TYPES:
+        message = f"onnxruntime-genai's builder doesn't know model_type {facts.model_type!r}"
+        yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(sorted(MODEL_TYPES))}")
+
+
+def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
+    """Estimate from the CPU builder: the weights, and copies of the head."""
+    written = after(options, facts).weight_bytes
+    held = 6 * facts.parameters
+    return Estimate(seconds=15 + facts.parameters / 2e7, peak_bytes=450_000_000 + held, disk_bytes=written)
+
+
+def after(options: Options, facts: ModelFacts) -> ModelFacts:
+    """Return the facts of the graph, which keeps an embedding beside the head also where they are tied."""
+    tables = 2 * 2 * facts.vocab * facts.hidden
+    size = 2 * facts.linear_elements + tables + 4 * facts.layers * facts.hidden
+    return replace(facts.having("tensorrt"), weight_bytes=size)
+
+
+def run(options: Options, job: Job) -> Facts:
+    """Build the graph, check it, write the script that runs it and a README.
+
+    Raises:
+        StageFailedError: The builder failed, or wrote what isn't ONNX.
+    """
+    from optikit.stages.compile import _tensorrt_folder
+
+    return _tensorrt_folder.write(options, job)
