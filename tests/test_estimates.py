@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 from tests.report.conftest import full
@@ -10,6 +11,7 @@ from tests.report.conftest import full
 path = Path(__file__).parent / "benchmarks" / "estimates.py"
 spec = importlib.util.spec_from_file_location("estimates", path)
 estimates = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = estimates  # dataclasses look their module up
 spec.loader.exec_module(estimates)
 
 
