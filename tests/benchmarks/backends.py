@@ -83,8 +83,8 @@ def page(rows: list[tuple[str, ...]], overrides: list[str]) -> Iterator[str]:
     yield f"    python tests/benchmarks/backends.py --out examples/backends{sets}\n"
     yield f"Recipes: {names}{changed}. Both backends of a"
     yield "recipe see the same calibration windows. Seconds and peak memory are of the quantizing step's process;"
-    yield "perplexity is on the held-out text, against the dense model. *Read differently* counts the weights for which the"
-    yield "library's own reader and the next stage's disagree in any bit.\n"
+    yield "perplexity is on the held-out text, against the dense model. *Read differently* counts the weights for which"
+    yield "the library's own reader and the next stage's disagree in any bit.\n"
     yield f"| {' | '.join(HEAD)} |"
     yield "|" + "---|" * len(HEAD)
     for cells in rows:

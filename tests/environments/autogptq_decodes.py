@@ -8,6 +8,7 @@ import sys
 
 import torch
 from auto_gptq import AutoGPTQForCausalLM
+from safetensors.torch import load_file
 
 directory, count, *prompt = sys.argv[1:]
 model = AutoGPTQForCausalLM.from_quantized(
@@ -20,6 +21,9 @@ model = AutoGPTQForCausalLM.from_quantized(
     inject_fused_mlp=False,
     torch_dtype=torch.float32,
 )
+# Its loader leaves tied embeddings as they were allocated (accelerate 1.15): only the packed linears are its own work.
+stored = load_file(f"{directory}/model.safetensors")["model.embed_tokens.weight"]
+model.model.get_input_embeddings().weight.data.copy_(stored)
 tokens = [int(token) for token in prompt]
 with torch.no_grad():
     for _ in range(int(count)):
