@@ -1,6 +1,6 @@
 """Quantize a model that is larger than memory: peak and time of GPTQ and AWQ under a hard limit, by layers and width.
 
-Run (about ten minutes and 25 GB of disk for the whole; --layers 4 8 --width 512 takes one):
+Run (the whole takes long and 20 GB of disk; --layers 4 8 --width 512 takes a minute):
 
     python tests/benchmarks/bounded_memory.py --work DIR
 
@@ -175,8 +175,8 @@ def main() -> None:
     """Write the models, run every arm, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="directory for models and results")
-    parser.add_argument("--layers", type=int, nargs="+", default=[84, 168])
-    parser.add_argument("--width", type=int, default=1536)
+    parser.add_argument("--layers", type=int, nargs="+", default=[180, 360])
+    parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--limit-mib", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=8)
