@@ -17,6 +17,11 @@ spec.loader.exec_module(plans)
 SAME_EVERYWHERE = sorted(recipe for recipe in plans.PLANS.glob("*.yaml") if recipe.stem != "cpu")
 
 
+def without_estimates(capture):
+    """Leave out estimates of time, memory and disk: they are tuned more often than captures are made."""
+    return re.sub(r" +", " ", re.sub(r"\b[\d.]+ (?:s|min|h|MiB|GiB)\b", "#", capture))
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     with plans.workplace(tmp_path_factory.mktemp("plans")) as place:
@@ -25,7 +30,8 @@ def directory(tmp_path_factory):
 
 @pytest.mark.parametrize("recipe", SAME_EVERYWHERE, ids=lambda recipe: recipe.stem)
 def test_a_recorded_plan_is_what_the_command_says(recipe, directory):
-    assert plans.capture_plan(recipe, directory) == recipe.with_suffix(".txt").read_text(encoding="utf-8")
+    recorded = recipe.with_suffix(".txt").read_text(encoding="utf-8")
+    assert without_estimates(plans.capture_plan(recipe, directory)) == without_estimates(recorded)
 
 
 def test_the_plan_for_this_machine_plans(directory):
