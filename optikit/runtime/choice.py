@@ -247,14 +247,15 @@ def predict(
         steps: Of `replay` or `generate`.
         costs: T(m).
         drafting: What asking for drafts costs.
-        min_window: Shortest window that is run, as in `Request`.
+        min_window: Windows are filled up to multiples of it, as in `Request`.
     """
     found = Statistics()
     total = 0.0
     for step in steps:
         found.add(step)
         if step.by != "prompt":
-            total += costs.at(max(min_window, step.drafted + 1)) + drafting.of(step)
+            window = -(-(step.drafted + 1) // min_window) * min_window
+            total += costs.at(window) + drafting.of(step)
     tokens = max(1, found.tokens)
     plain = costs.at(1) if found.tokens else 0.0
     return Prediction(ms_per_token=total / tokens, plain_ms_per_token=plain, statistics=found)

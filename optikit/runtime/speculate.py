@@ -43,8 +43,9 @@ class Request:
         eos: Tokens that end the text; the one that does is part of it.
         stop: Ends the text where it says so; the token that made it say so is part of the text.
         processors: Applied in order to the logits of every position.
-        min_window: 2 never runs a token alone. Some kernels for one token round otherwise than those for several;
-            with 2, every text equals the one that this loop writes without drafts, token by token.
+        min_window: 2 never runs a token alone, nor an odd number of them. Some kernels for one token round otherwise
+            than those for several, and get the last of an odd number, too; with 2, every text equals the one that this
+            loop writes without drafts, token by token.
         seed: Of all draws.
     """
 
@@ -134,11 +135,12 @@ def _check(decoder: Decoder, drafter: Drafter, prompt: Tokens, request: Request)
 def _run(decoder: Decoder, tokens: Tokens, draft: Draft, position: int, at_least: int) -> Logits:
     """Run tokens and the draft behind them; return the logits (k + 1, vocab) of the last token and of the draft.
 
-    Too short a window is filled up with its last token; what that predicts is nobody's business.
+    A window is filled up to a multiple of `at_least` with its last token; what that predicts is nobody's business. Not
+    only a token alone: kernels that take rows by pairs give the last one of an odd window to the kernel for one.
     """
     wanted = len(draft.tokens) + 1
     window = np.concatenate([tokens, draft.tokens]) if wanted > 1 else tokens
-    missing = max(0, at_least - len(window))
+    missing = -len(window) % at_least
     if missing:
         window = np.append(window, np.repeat(window[-1:], missing))
     return decoder.forward(window, position, wanted + missing)[:wanted]
