@@ -53,13 +53,17 @@ def factor(hessian: Tensor, damp: float) -> tuple[Tensor, float] | None:
     """
     # A column that is never active keeps the damping alone: on its own, and of little weight in the choice of scales.
     mean = hessian.diagonal().mean().item() or 1.0
+    damped = hessian.flip(0, 1)
+    undamped = damped.diagonal().clone()
     for multiple in DAMPINGS:
-        damped = hessian.clone()
-        damped.diagonal().add_(damp * multiple * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        damped.diagonal().copy_(undamped + damp * multiple * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed.item() and torch.isfinite(lower).all():
-            unit = torch.eye(len(damped), device=damped.device, dtype=damped.dtype)
-            return torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True), damp * multiple
+            unit = damped.zero_()  # it has done its service, and this may be the largest matrix there is
+            unit.fill_diagonal_(1)
+            upper = lower.flip(0, 1)
+            del lower
+            return torch.linalg.solve_triangular(upper, unit, upper=True), damp * multiple
     return None
 
 
@@ -90,7 +94,7 @@ def quantize(
     order = torch.arange(len(hessian), device=hessian.device)
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    found = factor(hessian[order][:, order], damp)
+    found = factor(hessian[order[:, None], order], damp)
     if found is None:
         return Rounded(rtn.quantize(weight, grid, mask), 0.0)
     upper, used = found

@@ -43,9 +43,12 @@ class Gram:
 
     def mean(self) -> Tensor:
         """Return the mean of x xᵀ, (width, width) float32, exactly symmetric."""
-        upper = torch.triu(self._sum)
-        full: Tensor = (upper + torch.triu(upper, 1).T) / max(self.tokens, 1)
-        return full
+        for start in range(0, len(self._sum), STRIP):
+            stop = start + STRIP
+            diagonal = self._sum[start:stop, start:stop]
+            diagonal.copy_(torch.triu(diagonal) + torch.triu(diagonal, 1).T)
+            self._sum[stop:, start:stop] = self._sum[start:stop, stop:].T
+        return self._sum / max(self.tokens, 1)
 
 
 class PairedGram(Gram):

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from optikit.stages.protocol import Stage
 
 VERBS = ("prune", "finetune", "quantize", "speculate", "compile")
-"""The public verbs, in the usual order: each later one builds on final output of the earlier. Only finetune may also come
-before prune."""
+"""The public verbs, in the usual order: each later one builds on final output of the earlier. Only finetune may also
+come before prune."""
 
 OURS = "optikit"
 """The backend that does every stage unless the recipe names another."""
