@@ -255,7 +255,7 @@ class Live(Progress):
         self._display = Display(
             get_renderable=self._draw,
             console=self._console,
-            refresh_per_second=8,
+            refresh_per_second=4,
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
@@ -312,7 +312,7 @@ class Live(Progress):
         return _ascii(mark) if self._console.options.ascii_only else mark
 
     def _label_width(self) -> int:
-        return min(32, max((len(text.step_words(name)) for name in self._names), default=24))
+        return min(40, max((len(text.step_words(name)) for name in self._names), default=24))
 
     def _draw(self) -> RenderableType:
         from rich.progress_bar import ProgressBar
