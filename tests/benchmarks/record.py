@@ -24,12 +24,14 @@ ROOT = Path(__file__).parents[2]
 KEPT = ("report.json", "report.md", "report.html")
 
 
+def git(*arguments: str) -> str:
+    """Return what git says of the repository."""
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def commit() -> str:
-    """Return the short hash of the commit that is checked out, marked where files differ from it."""
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return found.stdout.strip()
+    """Return the short hash of the commit that is checked out, marked where files other than examples differ from it."""
+    return git("rev-parse", "--short", "HEAD") + (" with changes" if git("status", "--porcelain", ":!examples") else "")
 
 
 def machine(report: dict[str, Any]) -> str:
