@@ -30,7 +30,7 @@ def git(*arguments: str) -> str:
 
 
 def commit() -> str:
-    """Return the short hash of the commit that is checked out, marked where files other than examples differ from it."""
+    """Return the short hash of the commit that is checked out, marked where files outside examples differ from it."""
     return git("rev-parse", "--short", "HEAD") + (" with changes" if git("status", "--porcelain", ":!examples") else "")
 
 
