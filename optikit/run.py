@@ -132,6 +132,7 @@ def _require_disk(plan: Plan, store: Store) -> None:
     """Refuse before any work when the disk can't hold what the plan is expected to write."""
     missing = [step for step in (*plan.steps, *plan.measures) if store.find(step.key) is None]
     need = sum(step.estimate.disk_bytes for step in missing)
+    need += max((step.estimate.scratch_bytes for step in missing), default=0)
     free = shutil.disk_usage(store.root).free
     if need > free:
         message = (

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from optikit.calibration.bounds import PAUSED_MOST, paused_bytes_per_token
 from optikit.models.facts import ModelFacts
-from optikit.stages.protocol import Estimate
+from optikit.stages.protocol import Estimate, directory_bytes
 
-START_S = 8
+START_S = 10
 """Importing libraries, reading and tokenizing the text."""
-FORWARD_S = 9e-12
+FORWARD_S = 1e-11
 """Per weight and token: a block's forward pass."""
-GRAM_S = 9.5e-12
+GRAM_S = 1.05e-11
 """Per weight and token: the Gram matrix of inputs, or what outputs lack."""
 BASE_BYTES = 520_000_000
 """Libraries, and what a batch needs on its way."""
@@ -32,7 +32,7 @@ def estimate(
         passes: Forward passes of each block; 2 where the dense model runs beside.
         grams: Products of inputs with themselves or with what is lacking.
         seconds_per_weight: What the technique does to a weight, whatever the number of tokens.
-        written_bytes: Size of the result.
+        written_bytes: Size of the result's weights.
     """
     work = facts.linear_elements * tokens
     block = 4 * facts.linear_elements // max(facts.layers, 1)
@@ -42,6 +42,7 @@ def estimate(
     return Estimate(
         seconds=START_S + work * (passes * FORWARD_S + grams * GRAM_S) + facts.linear_elements * seconds_per_weight,
         peak_bytes=BASE_BYTES + (1 + passes) * block + 4 * widest * widest + held,
-        disk_bytes=2 * written_bytes + 2 * stream,
+        disk_bytes=directory_bytes(written_bytes, facts.vocab),
         spare_bytes=held,
+        scratch_bytes=written_bytes + 2 * stream,
     )

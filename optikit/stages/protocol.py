@@ -34,14 +34,21 @@ class Estimate:
     Attributes:
         seconds: Wall time.
         peak_bytes: Largest memory of its process.
-        disk_bytes: What it leaves on disk.
+        disk_bytes: What it leaves on disk; see `directory_bytes`.
         spare_bytes: What of the peak it does without, at the price of time, where memory is bounded.
+        scratch_bytes: What it needs on disk besides, while it runs.
     """
 
     seconds: float
     peak_bytes: int
     disk_bytes: int
     spare_bytes: int = 0
+    scratch_bytes: int = 0
+
+
+def directory_bytes(weight_bytes: int, vocab: int) -> int:
+    """Return the size of a model directory: its weights, and a tokenizer.json of about 72 bytes per token."""
+    return weight_bytes + 72 * vocab
 
 
 @dataclass(frozen=True, kw_only=True)

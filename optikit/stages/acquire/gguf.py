@@ -19,7 +19,7 @@ from typing import Any
 from optikit.errors import StageFailedError
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
+from optikit.stages.protocol import Estimate, Facts, Job, StageOptions, directory_bytes
 from optikit.targets import Target
 
 SUMMARY = "dequantize a gguf file to a bf16 model directory"
@@ -49,7 +49,7 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     return Estimate(
         seconds=8 + 6e-8 * facts.parameters + 2e-4 * facts.vocab,
         peak_bytes=350_000_000 + 23 * written // 10,
-        disk_bytes=written + 100 * facts.vocab,
+        disk_bytes=directory_bytes(written, facts.vocab),
     )
 
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
+from optikit.stages.protocol import Estimate, Facts, Job, StageOptions, directory_bytes
 from optikit.targets import Target
 
 SUMMARY = "ONNX Runtime graph for CPUs: int4 or int8 from gptq and awq weights, float32 from dense ones"
@@ -139,7 +139,11 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
         held = int(2.5 * facts.weight_bytes) + 20 * facts.vocab * facts.hidden
     else:
         held = (4 if _bits(options, facts) == 32 else 12) * facts.parameters
-    return Estimate(seconds=15 + facts.parameters / 2e7, peak_bytes=450_000_000 + held, disk_bytes=written)
+    return Estimate(
+        seconds=15 + facts.parameters / 2e7,
+        peak_bytes=450_000_000 + held,
+        disk_bytes=directory_bytes(written, facts.vocab),
+    )
 
 
 def _bits(options: Options, facts: ModelFacts) -> int:

@@ -11,7 +11,7 @@ from optikit.errors import StageFailedError
 from optikit.models import architectures
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stages.protocol import Estimate, Job, StageOptions
+from optikit.stages.protocol import Estimate, Job, StageOptions, directory_bytes
 
 if TYPE_CHECKING:
     from optikit.algorithms.finetune import Settings
@@ -95,5 +95,6 @@ def estimate_training(
     return Estimate(
         seconds=20 + work / 2e11,
         peak_bytes=700_000_000 + held_bytes + trained * (4 + moments) + logits + activations,
-        disk_bytes=2 * facts.weight_bytes + trained * (4 + moments),
+        disk_bytes=directory_bytes(facts.weight_bytes, facts.vocab),
+        scratch_bytes=facts.weight_bytes + trained * (4 + moments),
     )

@@ -42,9 +42,11 @@ ENVIRONMENT: str | None = None
 NLL, TOP1, LOGITS, DIVERGENCE, ABOUT = "nll.npy", "top1.npy", "logits.f16", "divergence.npy", "about.json"
 HOPELESS_NATS = 100.0
 """A uniform guess over a vocabulary of 50,000 costs 10.8 nats; ten times that is no language model."""
-FLOPS = 60e9
-"""Floating-point operations per second of two CPU cores in float32, as transformers reaches them."""
-SECONDS_PER_LOGIT = 8e-9
+FLOPS = 150e9
+"""Floating-point operations per second of two CPU cores, as runtimes reach them."""
+LEAN, LARGE = 200, 500
+"""MiB that a process takes with a compiled model's runtime, and with torch and transformers."""
+SECONDS_PER_LOGIT = 2e-8
 """Time for log-likelihood, float16 and divergence of one logit."""
 
 
@@ -72,12 +74,14 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
 
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
-    """Estimate: two operations per weight and token, plus the arithmetic on logits; weights in float32."""
+    """Estimate: two operations per weight and token, plus the arithmetic on logits."""
     tokens = options.windows * options.window
     logits = tokens * facts.vocab
+    compiled = options.runtime != "transformers"
+    weights = facts.weight_bytes if compiled else 4 * facts.parameters
     return Estimate(
-        seconds=15 + 2 * facts.parameters * tokens / FLOPS + logits * SECONDS_PER_LOGIT,
-        peak_bytes=4 * facts.parameters + 256 * facts.vocab * 12 + 700 * 2**20,
+        seconds=(3 if compiled else 7) + 2 * facts.parameters * tokens / FLOPS + logits * SECONDS_PER_LOGIT,
+        peak_bytes=weights + 256 * facts.vocab * 12 + (LEAN if compiled else LARGE) * 2**20,
         disk_bytes=2 * logits if options.keep_logits else 20 * tokens,
     )
 

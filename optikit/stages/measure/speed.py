@@ -42,8 +42,8 @@ ENVIRONMENT: str | None = None
 
 SAMPLES = "samples.jsonl"
 MANIFEST = "artifact.json"
-BYTES_PER_SECOND = 10e9
-"""Weights that two CPU cores read per second while decoding."""
+BYTES_PER_SECOND = {"transformers": 3e9, "onnxruntime": 7e9, "openvino": 7e9}
+"""Weights that two CPU cores read per second while decoding, by runtime."""
 PREFILL_FLOPS = 60e9
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -106,10 +106,11 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     runs = options.warmup + options.repetitions
     sizes = [_weight_bytes(arm, facts) for arm in options.arms]
     prefill = 2 * facts.parameters * options.prompt_tokens / PREFILL_FLOPS
-    seconds = [prefill + options.new_tokens * size / BYTES_PER_SECOND for size in sizes]
+    rates = [BYTES_PER_SECOND[arm.runtime] for arm in options.arms]
+    seconds = [prefill + options.new_tokens * size / rate for size, rate in zip(sizes, rates, strict=True)]
     return Estimate(
         seconds=10 * len(sizes) + runs * sum(seconds) + options.repetitions * seconds[0],
-        peak_bytes=sum(int(1.3 * size) + 500 * 2**20 for size in sizes),
+        peak_bytes=max(int(1.1 * size) for size in sizes) + 340 * 2**20,
         disk_bytes=runs * len(sizes) * options.new_tokens * 20,
     )
 

@@ -18,7 +18,7 @@ from optikit.errors import StageFailedError
 from optikit.models import architectures
 from optikit.models.facts import DTYPE_BYTES, ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
+from optikit.stages.protocol import Estimate, Facts, Job, StageOptions, directory_bytes
 from optikit.targets import Target
 
 SUMMARY = "depth: leave out decoder blocks by their measured influence"
@@ -85,7 +85,8 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     return Estimate(
         seconds=10 + 2.5 * facts.linear_elements * calibration_tokens / 3e11,
         peak_bytes=600_000_000 + 2 * block + 4 * facts.vocab * facts.hidden + activations,
-        disk_bytes=after(options, facts).weight_bytes + activations,
+        disk_bytes=directory_bytes(after(options, facts).weight_bytes, facts.vocab),
+        scratch_bytes=activations,
     )
 
 

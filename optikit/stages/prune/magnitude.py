@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.protocol import Estimate, Facts, Job
+from optikit.stages.protocol import Estimate, Facts, Job, directory_bytes
 from optikit.stages.prune._pattern import PatternOptions, after_pattern, check_pattern, leave, pattern_of
 from optikit.targets import Target
 
@@ -43,7 +43,8 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     return Estimate(
         seconds=3 + facts.linear_elements * 1e-7,
         peak_bytes=400_000_000 + 16 * facts.linear_elements // max(facts.layers, 1),
-        disk_bytes=2 * facts.weight_bytes,
+        disk_bytes=directory_bytes(facts.weight_bytes, facts.vocab),
+        scratch_bytes=facts.weight_bytes,
     )
 
 

@@ -23,7 +23,7 @@ from optikit.models import architectures
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
 from optikit.stages import _walking
-from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
+from optikit.stages.protocol import Estimate, Facts, Job, StageOptions, directory_bytes
 from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, chosen, ignored
 from optikit.stages.quantize._grid import quantization_config as gptq_config
 from optikit.stages.quantize.awq import findings
@@ -132,7 +132,8 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
         return Estimate(
             seconds=4 + 1e-8 * facts.linear_elements,
             peak_bytes=400_000_000 + 8 * facts.linear_elements // max(facts.layers, 1),
-            disk_bytes=2 * written,
+            disk_bytes=directory_bytes(written, facts.vocab),
+            scratch_bytes=written,
         )
     return _walking.estimate(
         facts, calibration_tokens, passes=1, grams=1, seconds_per_weight=4e-7, written_bytes=written

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.protocol import Estimate, Facts, Job
+from optikit.stages.protocol import Estimate, Facts, Job, directory_bytes
 from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, ignored, quantization_config
 from optikit.targets import Target
 
@@ -48,7 +48,8 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     return Estimate(
         seconds=3 + facts.linear_elements * (4e-8 if options.mse else 1e-9),
         peak_bytes=400_000_000 + 2 * block,
-        disk_bytes=2 * written,
+        disk_bytes=directory_bytes(written, facts.vocab),
+        scratch_bytes=written,
     )
 
 
