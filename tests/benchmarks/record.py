@@ -60,11 +60,16 @@ def readme(name: str, report: dict[str, Any], settings: list[str], seconds: floa
 
 def record(name: str, settings: list[str], work: Path) -> str:
     """Run one recipe and keep its reports; return its verdict."""
-    out = work / name
+    # The report quotes the command: it runs where it reads as a user's would.
+    place = work / name
+    place.mkdir(exist_ok=True)
+    if not (place / "recipes").exists():
+        (place / "recipes").symlink_to(ROOT / "recipes", target_is_directory=True)
+    out = place / "out"
     overrides = [word for setting in settings for word in ("--set", setting)]
-    command = [sys.executable, "-m", "optikit", "run", f"recipes/{name}.yaml", "--out", str(out), *overrides]
+    command = [sys.executable, "-m", "optikit", "run", f"recipes/{name}.yaml", "--out", "out/", *overrides]
     started = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OPTIKIT_HOME": str(work / "home")}, check=False)
+    done = subprocess.run(command, cwd=place, env={**os.environ, "OPTIKIT_HOME": str(work / "home")}, check=False)
     if not (out / "report.json").is_file():
         return f"no report, exit code {done.returncode}"
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
