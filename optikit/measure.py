@@ -15,13 +15,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optikit import evaluate, host, runtime, targets, terminal
+from optikit import evaluate, runtime, targets, terminal
 from optikit.errors import InputMissingError, UsageError
 from optikit.models import reader
 from optikit.models.facts import ModelFacts
 from optikit.plan.context import Context
+from optikit.plan.make import named_texts
+from optikit.plan.measures import here, quality_options, tasks_options
 from optikit.plan.model import Plan, Step
-from optikit.recipe.schema import Evaluate, Gate, Recipe, Text
+from optikit.recipe.schema import Evaluate, Gate, Recipe
 from optikit.runner import Settings, execute
 from optikit.store.keys import cache_key
 from optikit.store.sources import ModelSource, TextSource, resolve_text
@@ -164,7 +166,7 @@ def make(subject: Subject, request: Request, store: Store, *, note: Callable[[st
         facts=subject.facts,
         texts={
             role: resolve_text(text, store, base=request.base, offline=request.offline, note=note)
-            for role, text in _texts(request.wanted)
+            for role, text in named_texts(recipe).items()
         },
     )
     return Plan(
@@ -181,27 +183,16 @@ def make(subject: Subject, request: Request, store: Store, *, note: Callable[[st
     )
 
 
-def _texts(wanted: Evaluate) -> Iterator[tuple[str, Text]]:
-    if wanted.perplexity is not None:
-        yield "perplexity", wanted.perplexity
-    if wanted.speed is not None and wanted.speed.prompts:
-        yield "prompts", Text(text=wanted.speed.prompts)
-    for task in wanted.tasks:
-        yield f"tasks.{task.name}", task
-
-
 def _steps(subject: Subject, context: Context) -> Iterator[Step]:
     wanted = context.recipe.evaluate
-    options: dict[str, Any]
-    loaded = {"runtime": subject.runtime, "dtype": "float32" if subject.runtime == "transformers" else "auto"}
     if wanted.perplexity is not None:
         text = context.texts["perplexity"]
-        options = loaded | {"window": wanted.perplexity.window, "windows": wanted.perplexity.windows}
+        options = quality_options(subject.runtime, wanted.perplexity)
         yield _step(subject, context, "quality", "measure-quality-baseline", options, {"text": text})
     if wanted.tasks:
-        tasks = [task.model_dump(include={"name", "items", "most_tokens", "stop"}) for task in wanted.tasks]
+        options = tasks_options(subject.runtime, wanted.tasks)
         texts = {f"task:{task.name}": context.texts[f"tasks.{task.name}"] for task in wanted.tasks}
-        yield _step(subject, context, "tasks", "measure-tasks-baseline", loaded | {"tasks": tasks}, texts)
+        yield _step(subject, context, "tasks", "measure-tasks-baseline", options, texts)
     if wanted.speed is not None:
         speculator = {"speculator": "speculator"} if subject.speculator else {}
         arm = {"name": "baseline", "role": "model", "runtime": subject.runtime, "dtype": "auto", **speculator}
@@ -225,14 +216,20 @@ def _step(
         files["model"] = str(subject.place.absolute())
     if method == "speed" and subject.speculator:
         files["speculator"] = str(subject.speculator.absolute())
-    here = {"cpu": host.cpu_model(), "threads": host.threads()} if method == "speed" else {}
     digests = {role: text.digest for role, text in texts.items()}
     return Step(
         name=name,
         verb="measure",
         method=method,
         options=chosen,
-        key=context.key("measure", method, chosen, model=context.model.digest, texts=digests, host=here),
+        key=context.key(
+            "measure",
+            method,
+            chosen,
+            model=context.model.digest,
+            texts=digests,
+            host=here() if method == "speed" else {},
+        ),
         source="",
         files=files,
         estimate=stage.estimate(chosen, subject.facts, context.target, 0),

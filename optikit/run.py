@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optikit import evaluate, output, terminal
+from optikit import evaluate, on_fail, output, terminal
 from optikit.errors import DiskError, UsageError
 from optikit.plan import Plan, make_plan
 from optikit.plan import frozen as frozen_plan
@@ -77,11 +77,11 @@ def run_recipe(request: Request) -> Report | None:
         settings = Settings(
             until=request.until, lock_timeout=request.lock_timeout, offline=request.offline, ranks=request.ranks
         )
-        execution = execute(plan, store, progress, settings, partial(evaluate.stop_at_gate, plan))
+        execution = execute(plan, store, progress, settings, partial(on_fail.stop_at_gate, plan))
     if request.until is not None:
         output.write(request.out, loaded, plan, execution.artifacts)
         return None
-    plan, rolled_back = evaluate.roll_back(plan, execution.artifacts)
+    plan, rolled_back = on_fail.roll_back(plan, execution.artifacts)
     report = evaluate.report(
         plan,
         execution.artifacts,

@@ -9,7 +9,7 @@ from subprocess import run
 import numpy as np
 import pytest
 
-from optikit import evaluate
+from optikit import evaluate, on_fail
 from optikit.errors import GateFailedError
 from optikit.metrics import statistics
 from optikit.models.facts import ModelFacts
@@ -410,22 +410,22 @@ def test_a_run_stops_at_the_first_step_that_fails(chained, artifacts):
     for each, done in order:
         if each.name == "measure-quality-1-quantize-gptq":
             break
-        evaluate.stop_at_gate(stopping, each, done)
+        on_fail.stop_at_gate(stopping, each, done)
     with pytest.raises(GateFailedError, match=r"stopped after 1-quantize-gptq: perplexity_ratio is 1\.1") as caught:
-        evaluate.stop_at_gate(stopping, each, done)
+        on_fail.stop_at_gate(stopping, each, done)
     assert "limit max 1.05" in caught.value.message
     going = chained(gated("keep_going", perplexity_ratio={"max": 1.05}))
     for each, done in finished(going, artifacts):
-        evaluate.stop_at_gate(going, each, done)
+        on_fail.stop_at_gate(going, each, done)
 
 
 def test_a_result_that_fails_is_rolled_back_to_the_last_step_that_passes(chained, artifacts):
     whole = chained(gated("rollback", perplexity_ratio={"max": 1.2}))
-    assert evaluate.roll_back(whole, artifacts) == (whole, "")
+    assert on_fail.roll_back(whole, artifacts) == (whole, "")
     ratios = {name: statistics.perplexity_ratio(nll()["baseline"], nll()[name]) for name in MEASURED[1:]}
     between = (ratios[MEASURED[1]][1][1] + ratios[MEASURED[2]][1][0]) / 2
     assert ratios[MEASURED[1]][1][1] < between < ratios[MEASURED[2]][1][0]
-    shorter, why = evaluate.roll_back(chained(gated("rollback", perplexity_ratio={"max": between})), artifacts)
+    shorter, why = on_fail.roll_back(chained(gated("rollback", perplexity_ratio={"max": between})), artifacts)
     assert shorter.steps[-1].name == "1-quantize-gptq"
     assert why.startswith("Rolled back to 1-quantize-gptq: after 2-compile-onnxruntime perplexity_ratio is 1.1")
     statuses = {each.name: "executed" for each in (*shorter.steps, *shorter.measures)}
@@ -434,7 +434,7 @@ def test_a_result_that_fails_is_rolled_back_to_the_last_step_that_passes(chained
     assert made.result.size_bytes == 400
     assert made.result.speed is None
     with pytest.raises(GateFailedError, match="nothing is left to roll back to: after 2-compile"):
-        evaluate.roll_back(chained(gated("rollback", perplexity_ratio={"max": 1.01})), artifacts)
+        on_fail.roll_back(chained(gated("rollback", perplexity_ratio={"max": 1.01})), artifacts)
 
 
 def test_each_step_has_its_own_speed_where_attribution_was_asked_for(tmp_path, artifacts, monkeypatch):

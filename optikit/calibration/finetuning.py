@@ -144,9 +144,7 @@ def finetune(job: Job, student: Student, settings: Settings, teaching: Teaching 
     Raises:
         StageFailedError: No calibration text, a bad number at once, or a result that isn't what was promised.
     """
-    calibration = job.calibration
-    if calibration is None:
-        raise StageFailedError("training needs calibration text", fix="add `calibration: {text: …}` to the recipe")
+    calibration = job.calibrated()
     torch.set_num_threads(job.threads)
     dtype = compute_dtype(job.device)
     teacher = load(job, job.inputs["teacher"], dtype) if teaching else None

@@ -94,19 +94,18 @@ def walk_paired(job: Job, method: PairedMethod[P], *, leave: Callable[[str], boo
 
 
 def _walk(job: Job, learn: Learn, leave: Callable[[str], bool], *, name: str, paired: bool) -> Walked:
-    if job.calibration is None:
-        raise StageFailedError("this method needs calibration text", fix="add `calibration: {text: …}` to the recipe")
+    calibration = job.calibrated()
     torch.set_num_threads(job.threads)
     one_arena()
     stored = StoredModel(Checkpoint(job.source))
     dtype = compute_dtype(job.device)
-    shape = [job.calibration.samples, job.calibration.length]
+    shape = [calibration.samples, calibration.length]
     identity = {"method": name, "paired": paired, "dtype": str(dtype), "seed": job.seed, "windows": shape}
     ledger = Ledger(job.scratch, identity | {"ranks": ranks.count()})
     if not ranks.agreed(ledger.done):  # killed between two of their commits
         ledger.forget()
     with torch.no_grad():
-        _Calibrated(job, job.calibration, stored, ledger, learn, leave, dtype, paired=paired).go()
+        _Calibrated(job, calibration, stored, ledger, learn, leave, dtype, paired=paired).go()
     return _walked(stored, ledger, dtype)
 
 

@@ -100,7 +100,7 @@ def _resolve(
         facts=read_gguf(model.path) if model.format == "gguf" else read(model.path),
         texts={
             role: resolve_text(text, store, base=loaded.base, offline=offline, note=note)
-            for role, text in _texts(recipe).items()
+            for role, text in named_texts(recipe).items()
         },
         drafts={
             index: resolve_model(spec, store, base=loaded.base, offline=offline, note=note)
@@ -119,7 +119,8 @@ def _target(loaded: LoadedRecipe, extra: Path | None) -> Target:
     return target
 
 
-def _texts(recipe: Recipe) -> dict[str, Text]:
+def named_texts(recipe: Recipe) -> dict[str, Text]:
+    """Return the texts that a recipe names, by what they are for."""
     named: dict[str, Text | None] = {"calibration": recipe.calibration, "perplexity": recipe.evaluate.perplexity}
     speed = recipe.evaluate.speed
     if speed is not None and speed.prompts:

@@ -9,7 +9,7 @@ from optikit import host
 from optikit.models.facts import ModelFacts
 from optikit.plan.context import Context
 from optikit.plan.model import Step
-from optikit.recipe.schema import PerplexityOptions, SpeedOptions
+from optikit.recipe.schema import PerplexityOptions, SpeedOptions, TaskOptions
 from optikit.store.sources import TextSource
 
 COMPILED_RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
@@ -70,7 +70,7 @@ def _speculation(context: Context, index: int, speculator: Step, result: Step, b
         "parent": result.key,
         "inputs": inputs,
         "prompts": prompts.digest if prompts else "",
-        "host": _here(),
+        "host": here(),
     }
     return Step(
         name="measure-speculation",
@@ -87,9 +87,25 @@ def _speculation(context: Context, index: int, speculator: Step, result: Step, b
     )
 
 
-def _here() -> dict[str, Any]:
+def here() -> dict[str, Any]:
     """Return what of this machine decides a speed."""
     return {"cpu": host.cpu_model(), "threads": host.threads()}
+
+
+def _loaded(engine: str) -> dict[str, Any]:
+    """Return how quality is measured: torch models in float32, so that their own rounding is not a part of it."""
+    return {"runtime": engine, "dtype": "float32" if engine == "transformers" else "auto"}
+
+
+def quality_options(engine: str, wanted: PerplexityOptions) -> dict[str, Any]:
+    """Return options of `measure quality`."""
+    return _loaded(engine) | {"window": wanted.window, "windows": wanted.windows}
+
+
+def tasks_options(engine: str, wanted: Sequence[TaskOptions]) -> dict[str, Any]:
+    """Return options of `measure tasks`."""
+    fields = {"name", "items", "most_tokens", "stop"}
+    return _loaded(engine) | {"tasks": [task.model_dump(include=fields) for task in wanted]}
 
 
 def _quality(context: Context, wanted: PerplexityOptions, written: Sequence[Step], baseline: str) -> Iterator[Step]:
@@ -111,15 +127,7 @@ def _quality_step(
     engine, source, facts = subject
     stage = context.stage("measure", "quality")
     text = context.texts["perplexity"]
-    options = stage.Options.model_validate(
-        {
-            "runtime": engine,
-            "dtype": "float32" if engine == "transformers" else "auto",
-            "window": wanted.window,
-            "windows": wanted.windows,
-            "keep_logits": not reference,
-        }
-    )
+    options = stage.Options.model_validate(quality_options(engine, wanted) | {"keep_logits": not reference})
     inputs = {"tokenizer": baseline} | ({"baseline": reference} if reference else {})
     parent = source or context.model.digest
     return Step(
@@ -154,13 +162,7 @@ def _tasks_step(
     engine, source, facts = subject
     stage = context.stage("measure", "tasks")
     wanted = context.recipe.evaluate.tasks
-    options = stage.Options.model_validate(
-        {
-            "runtime": engine,
-            "dtype": "float32" if engine == "transformers" else "auto",
-            "tasks": [task.model_dump(include={"name", "items", "most_tokens", "stop"}) for task in wanted],
-        }
-    )
+    options = stage.Options.model_validate(tasks_options(engine, wanted))
     texts = {task.name: context.texts[f"tasks.{task.name}"] for task in wanted}
     inputs = {"tokenizer": baseline} | ({"baseline": reference} if reference else {})
     parts: dict[str, Any] = {"parent": source or context.model.digest, "inputs": inputs}
@@ -218,7 +220,7 @@ def _speed(
         "parent": context.model.digest,
         "inputs": inputs,
         "prompts": prompts.digest,
-        "host": _here(),
+        "host": here(),
     }
     return Step(
         name="measure-speed",

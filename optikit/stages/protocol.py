@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from optikit.errors import StageFailedError
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
 from optikit.targets import Target
@@ -99,6 +100,17 @@ class Job:
     max_memory_bytes: int | None = None
     target: Target | None = None
     progress: Callable[[int, int, str], None] = _silent
+
+    def calibrated(self) -> Calibration:
+        """Return the calibration text of a stage that can't do without.
+
+        Raises:
+            StageFailedError: There is none.
+        """
+        if self.calibration is None:
+            message, fix = "this method needs calibration text", "add `calibration: {text: …}` to the recipe"
+            raise StageFailedError(message, fix=fix)
+        return self.calibration
 
 
 class Stage(Protocol):

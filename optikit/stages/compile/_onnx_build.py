@@ -2,44 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, cast
 
-from optikit.errors import OutOfMemoryError, StageFailedError
+from optikit.stages.compile._child import environment, program, require_success, trial
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from optikit.stages.protocol import Job
 
 BUILDER = "onnxruntime_genai.models.builder"
 TRIAL = "optikit.stages.compile._onnx_trial"
-CHILD = "optikit.stages.compile._onnx_child"
 LOG = "builder.log"
-LOG_TAIL = 12
-"""Lines of a child's log that an error message quotes."""
 _LAYER = re.compile(r"Reading layer (\d+)")
-
-
-def environment(job: Job) -> dict[str, str]:
-    """Return the environment of a child: no hub, no remote cache, this many threads."""
-    caches = {"HF_HOME": str(job.scratch / "hf"), "XDG_CACHE_HOME": str(job.scratch / "cache")}
-    threads = {name: str(job.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
-    return {**os.environ, **offline, **caches, **threads}
-
-
-def program(module: str) -> list[str]:
-    """Return the command that runs a module in a child that dies with this process.
-
-    -P: nothing in the working directory is imported by accident.
-    """
-    return [sys.executable, "-P", "-m", CHILD, str(os.getpid()), module]
 
 
 def build(job: Job, precision: str, extra: Sequence[str], layers: int, provider: str = "cpu") -> None:
@@ -76,36 +53,5 @@ def build(job: Job, precision: str, extra: Sequence[str], layers: int, provider:
 
 
 def decode(job: Job, tokens: int) -> str:
-    """Let onnxruntime-genai decode from `job.dest` in a process of its own, where a crash harms nobody.
-
-    Returns:
-        What the child printed: one line of JSON.
-
-    Raises:
-        StageFailedError: It crashed or refused.
-    """
-    log = job.scratch / "trial.log"
-    command = [*program(TRIAL), str(job.dest.resolve()), str(tokens)]
-    with log.open("w", encoding="utf-8") as kept:
-        child = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=kept, text=True, env=environment(job), cwd=job.scratch, check=False
-        )
-    require_success("decoding with onnxruntime-genai", child.returncode, log)
-    return child.stdout
-
-
-def require_success(what: str, code: int, log: Path) -> None:
-    """Turn a child's exit code into an error that quotes its log.
-
-    Raises:
-        StageFailedError: If it isn't zero.
-        OutOfMemoryError: If the kernel killed it.
-    """
-    if code == 0:
-        return
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    tail = "\n".join(lines[-LOG_TAIL:])
-    if code == -9 or "MemoryError" in tail or "std::bad_alloc" in tail:
-        raise OutOfMemoryError(f"{what} ran out of memory", fix="give the run more memory, or a smaller model")
-    how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
-    raise StageFailedError(f"{what} {how}; its log ends:\n{tail}", fix=f"the whole log is {log}")
+    """Let onnxruntime-genai decode from `job.dest`; see `_child.trial`."""
+    return trial("decoding with onnxruntime-genai", TRIAL, job, str(tokens))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optikit.errors import StageFailedError
 from optikit.models.reader import read
-from optikit.stages.compile._onnx_build import environment, program, require_success
+from optikit.stages.compile._child import trial
 
 if TYPE_CHECKING:
     from optikit.stages.compile.openvino import Options
@@ -103,23 +102,15 @@ def _convert_tokenizer(tokenizer: Any, dest: Path) -> None:
 
 
 def decode(job: Job, tokens: int) -> str:
-    """Let openvino-genai decode from `job.dest` in a process of its own: on some processors it ends by a signal.
-
-    Returns:
-        What the child printed: one line of JSON.
+    """Let openvino-genai decode from `job.dest`; see `_child.trial`. On some processors it ends by a signal.
 
     Raises:
         StageFailedError: It crashed or refused.
     """
-    log = job.scratch / "trial.log"
-    job.scratch.mkdir(parents=True, exist_ok=True)
-    command = [*program(TRIAL), str(job.dest.resolve()), str(tokens), str(job.threads)]
-    with log.open("w", encoding="utf-8") as kept:
-        child = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=kept, text=True, env=environment(job), cwd=job.scratch, check=False
-        )
-    if child.returncode < 0:
-        message = f"OpenVINO doesn't run on this processor: decoding was ended by signal {-child.returncode}"
-        raise StageFailedError(message, fix="use `compile: {engine: onnxruntime}` on this machine")
-    require_success("decoding with openvino-genai", child.returncode, log)
-    return child.stdout.strip().splitlines()[-1]
+    try:
+        return trial("decoding with openvino-genai", TRIAL, job, str(tokens), str(job.threads))
+    except StageFailedError as error:
+        if "was ended by signal" not in str(error):
+            raise
+        message = f"OpenVINO doesn't run on this processor: {error}"
+        raise StageFailedError(message, fix="use `compile: {engine: onnxruntime}` on this machine") from error

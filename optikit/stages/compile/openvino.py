@@ -122,11 +122,7 @@ def run(options: Options, job: Job) -> Facts:
     Raises:
         StageFailedError: The export failed, or what it wrote doesn't run on this processor.
     """
-    from optikit.stages.compile import _onnx_build, _openvino_build
+    from optikit.stages.compile import _openvino_build
 
     found = _openvino_build.export(options, job)
-    try:
-        trial = json.loads(_openvino_build.decode(job, TRIAL_TOKENS))
-    finally:
-        (job.scratch / _onnx_build.LOG).unlink(missing_ok=True)
-    return {**found, "trial": trial}
+    return {**found, "trial": json.loads(_openvino_build.decode(job, TRIAL_TOKENS))}

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from optikit.errors import StageFailedError
 from optikit.models import architectures
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
@@ -53,10 +52,8 @@ def settings_of(options: TrainingOptions, job: Job) -> Settings:
     """
     from optikit.algorithms.finetune import Settings
 
-    if job.calibration is None:
-        raise StageFailedError("training needs calibration text", fix="add `calibration: {text: …}` to the recipe")
     return Settings(
-        steps=max(1, options.tokens // (options.batch * job.calibration.length)),
+        steps=max(1, options.tokens // (options.batch * job.calibrated().length)),
         batch=options.batch,
         learning_rate=options.learning_rate,
         weight_decay=options.weight_decay,

@@ -14,7 +14,6 @@ from dataclasses import replace
 
 from pydantic import Field
 
-from optikit.errors import StageFailedError
 from optikit.models import architectures
 from optikit.models.facts import DTYPE_BYTES, ModelFacts, Trait
 from optikit.problems import Problem
@@ -95,9 +94,7 @@ def run(options: Options, job: Job) -> Facts:
     from optikit.algorithms import depth
     from optikit.calibration.depth import influences, write_shortened
 
-    if job.calibration is None:
-        raise StageFailedError("depth needs calibration text", fix="add `calibration: {text: …}` to the recipe")
-    measured = influences(job, job.calibration)
+    measured = influences(job, job.calibrated())
     count = round(options.ratio * len(measured))
     removed = depth.removed(measured, count, keep_first=options.keep_first, keep_last=options.keep_last)
     return {**write_shortened(job, removed), "influences": [round(value, 6) for value in measured]}

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from optikit.errors import StageFailedError
 from optikit.models import architectures
 from optikit.models.architectures import Architecture
 from optikit.models.facts import DTYPE_BYTES, ModelFacts, Trait
@@ -164,11 +163,9 @@ def run(options: Options, job: Job) -> Facts:
 
     facts = read(job.source)
     stored = StoredModel(Checkpoint(job.source))
-    if job.calibration is None:
-        raise StageFailedError("width needs calibration text", fix="add `calibration: {text: …}` to the recipe")
     widths = widths_of(options, facts)
     coupled = couplings(stored.row, facts, widths)
-    importance = taylor(job, job.calibration, coupled) if options.importance == "taylor" else None
+    importance = taylor(job, job.calibrated(), coupled) if options.importance == "taylor" else None
     readers = tuple(coupling.reader for coupling in coupled)
     method = Narrow(coupled, compensate=options.compensate, taylor=importance, stored=stored)
     walked = walk(job, method, leave=lambda name: not name.endswith(readers))

@@ -17,7 +17,7 @@ import pytest
 from optikit.errors import OutOfMemoryError, StageFailedError
 from optikit.formats.onnx_graph import OnnxGraph
 from optikit.models.reader import read
-from optikit.stages.compile import _onnx_build, _onnx_verify, onnxruntime
+from optikit.stages.compile import _child, _onnx_build, _onnx_verify, onnxruntime
 from optikit.stages.compile.onnxruntime import Options
 from optikit.stages.protocol import Job
 from optikit.targets import Target
@@ -253,6 +253,6 @@ class TestTrial:
     def test_a_crash_is_named_by_its_signal_and_a_kill_is_memory(self, tmp_path):
         (log := tmp_path / "log").write_text("last words")
         with pytest.raises(StageFailedError, match="was ended by signal 11; its log ends:\nlast words"):
-            _onnx_build.require_success("it", -11, log)
+            _child.require_success("it", -11, log)
         with pytest.raises(OutOfMemoryError):
-            _onnx_build.require_success("it", -9, log)
+            _child.require_success("it", -9, log)

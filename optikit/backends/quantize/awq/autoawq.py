@@ -132,9 +132,7 @@ def _quantized(options: Options, job: Job) -> Path:
     from optikit.calibration.windows import draw
     from optikit.formats.dialects import spoken
 
-    if job.calibration is None:
-        raise ValueError
-    wanted = job.calibration
+    wanted = job.calibrated()
     torch.set_num_threads(job.threads)
     torch.manual_seed(job.seed)
     windows = draw(job.source, wanted.text, samples=wanted.samples, length=wanted.length, seed=job.seed)
@@ -160,7 +158,7 @@ def _quantized(options: Options, job: Job) -> Path:
 def _reporting(base: Any, progress: Callable[[int, int, str], None]) -> Any:
     """Return AutoAWQ's quantizer, telling after every block how far it is."""
 
-    class Reporting(base):  # type: ignore[misc]
+    class Reporting(base):  # type: ignore[misc]  # known only in the environment that has AutoAWQ
         done = 0
 
         def _apply_quant(self, module: Any, named_linears: Any) -> None:

@@ -120,9 +120,7 @@ def _quantized(options: Options, job: Job, dense: list[str]) -> Path:
 
     from optikit.calibration.windows import draw
 
-    if job.calibration is None:
-        raise ValueError
-    wanted = job.calibration
+    wanted = job.calibrated()
     torch.set_num_threads(job.threads)
     torch.manual_seed(job.seed)
     windows = draw(job.source, wanted.text, samples=wanted.samples, length=wanted.length, seed=job.seed)
