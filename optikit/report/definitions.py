@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from optikit.report import tasks, view
+from optikit.report.schema import Report
+
 
 @dataclass(frozen=True, kw_only=True)
 class Definition:
@@ -138,3 +141,18 @@ DEFINITIONS: dict[str, Definition] = {
     ),
 }
 """By figure key; `figures` names the ones that a report needs."""
+
+
+def needed(report: Report) -> tuple[str, ...]:
+    """Return the keys of the definitions that a report's reader needs, in the order of appearance."""
+    keys = [figure.key for group in view.groups(report) for figure in group.figures]
+    if "perplexity" in keys and not view.measured_only(report):
+        keys.insert(keys.index("perplexity") + 1, "perplexity_ratio")
+    keys += ["ttft", "tpot", "end_to_end"] if report.served else []
+    shown = tasks.rows(report)
+    keys += ["task_accuracy"] if shown else []
+    keys += ["flips", "mcnemar"] if any(row.flips for row in shown) else []
+    keys += ["speedup"] if report.speedup.decode or report.speedup.prefill else []
+    keys += ["acceptance_length", "acceptance_by_position"] if report.speculation else []
+    keys += ["gate"] if report.gates else []
+    return tuple(dict.fromkeys(keys))

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from optikit.report import svg, text, view
-from optikit.report.definitions import DEFINITIONS
+from optikit.report import free, served, svg, tasks, text, view
+from optikit.report.definitions import DEFINITIONS, needed
 from optikit.report.schema import GateResult, Measurement, Report, StepReport
 
 if TYPE_CHECKING:
@@ -69,11 +69,13 @@ class Row:
     perplexity: Cell = Cell()
 
 
+MODULES: Mapping[str, Any] = {"view": view, "tasks": tasks, "served": served, "text": text}
+"""What the template calls by name."""
+
+
 def render(report: Report) -> str:
     """Return the page; one string, UTF-8 when written."""
-    return (
-        _environment().get_template("template.html.j2").render(page=_page(report), report=report, view=view, text=text)
-    )
+    return _environment().get_template("template.html.j2").render(page=_page(report), report=report, **MODULES)
 
 
 @cache
@@ -107,18 +109,18 @@ def _page(report: Report) -> dict[str, Any]:
         "tradeoff": _tradeoff(report),
         "rows": tuple(_rows(report)),
         "details": tuple(
-            (view.step_label(s), view.listed(s.options), view.listed(s.facts))
+            (view.step_label(s), free.listed(s.options), free.listed(s.facts))
             for s in report.steps
             if s.options or s.facts
         ),
         "kl": _divergence(report),
-        "attribution": view.free_table(report.attribution),
-        "speculation": view.listed({k: v for k, v in speculation.items() if k not in _DRAWN}),
+        "attribution": free.table(report.attribution),
+        "speculation": free.listed({k: v for k, v in speculation.items() if k not in _DRAWN}),
         "acceptance": _acceptance(speculation),
         "windows": _windows(speculation),
-        "definitions": tuple(DEFINITIONS[key] for key in view.metric_keys(report) if key in DEFINITIONS),
+        "definitions": tuple(DEFINITIONS[key] for key in needed(report) if key in DEFINITIONS),
         "environment": tuple(
-            (title, view.listed(values))
+            (title, free.listed(values))
             for title, values in (
                 ("Machine", report.host),
                 ("Target", report.target),

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from optikit.report import text, view
+from optikit.report import free, served, tasks, text, view
 from optikit.report.schema import Report, StepReport
 
 _ACTIVE = re.compile(r"([\\`*_{}\[\]|~$<>&]|^[-+#]|(?<=^\d)[.)](?=\s))")
@@ -105,17 +105,17 @@ def _figures(report: Report) -> Iterator[list[str]]:
 
 
 def _tasks(report: Report) -> Iterator[list[str]]:
-    shown = view.tasks(report)
+    shown = tasks.rows(report)
     if not shown:
         return
     yield ["### Tasks"]
-    if sentence := view.tasks_sentence(report):
+    if sentence := tasks.sentence(report):
         yield [escape(sentence)]
     header = ("Task", "Items", "Baseline", "Result", "Change", "95 % interval", "Flips", "p, worse")
     cells = ([r.items, r.baseline, r.result, r.change, r.interval, r.flips, r.p_worse] for r in shown)
     rows = ((escape(row.name), *(cell or "–" for cell in own)) for row, own in zip(shown, cells, strict=True))
     yield table(header, rows, "lrrrrrrr")
-    flips = view.task_flips(report)
+    flips = tasks.flips(report)
     if flips:
         examples = ((escape(task), f.change, code(f.prompt), code(f.baseline), code(f.result)) for task, f in flips)
         yield ["<details><summary>Items that flipped</summary>"]
@@ -136,11 +136,11 @@ def _notes(report: Report) -> list[str]:
 
 
 def _served(report: Report) -> Iterator[list[str]]:
-    rows = view.served_rows(report)
+    rows = served.rows(report)
     if rows:
         yield ["### By number of requests at a time"]
-        yield table(view.SERVED_HEADER, rows, "r" * len(view.SERVED_HEADER))
-        yield [f"- {escape(line)}" for line in view.served_conditions(report)]
+        yield table(served.HEADER, rows, "r" * len(served.HEADER))
+        yield [f"- {escape(line)}" for line in served.conditions(report)]
 
 
 def _others(report: Report) -> list[str]:
@@ -174,7 +174,7 @@ def _step(step: StepReport) -> tuple[str, ...]:
 
 
 def _attribution(report: Report) -> Iterator[list[str]]:
-    header, rows = view.free_table(report.attribution)
+    header, rows = free.table(report.attribution)
     if rows:
         yield ["### What each step brought"]
         yield table(map(escape, header), (map(escape, row) for row in rows), "l" + "r" * (len(header) - 1))
@@ -184,7 +184,7 @@ def _speculation(speculation: Mapping[str, Any] | None) -> Iterator[list[str]]:
     if not speculation:
         return
     yield ["### Speculation"]
-    yield table(("", ""), ((escape(name), escape(value)) for name, value in view.listed(speculation)), "ll")
+    yield table(("", ""), ((escape(name), escape(value)) for name, value in free.listed(speculation)), "ll")
 
 
 def _warnings(report: Report) -> Iterator[list[str]]:

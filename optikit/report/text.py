@@ -94,6 +94,15 @@ def percent(value: float) -> str:
     return f"{100 * value:.{2 if value > 0.99 else 1}f} %"
 
 
+def points(share: float) -> str:
+    """Write a difference of shares.
+
+    >>> points(-0.018), points(0.0)
+    ('−1.8 points', '0.0 points')
+    """
+    return f"{100 * share:+.1f} points".replace("-", "−") if round(share, 3) else "0.0 points"
+
+
 def interval(ci95: tuple[float, float], digits: int = 3) -> str:
     """Write an interval's two ends with the same decimals, `digits` significant ones at the larger end.
 

@@ -5,13 +5,12 @@ Nothing here measures or judges; it chooses, names and words what `schema.Report
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 from optikit.report import text
 from optikit.report.schema import (
-    Flip,
     GateResult,
     Interval,
     Measurement,
@@ -20,7 +19,6 @@ from optikit.report.schema import (
     Report,
     Speed,
     StepReport,
-    TaskResult,
 )
 
 Tone = Literal["better", "worse", "same", ""]
@@ -75,7 +73,8 @@ def _cost(name: str) -> Callable[[Measurement], float | None]:
     return lambda m: getattr(m.cost, name) if m.cost else None
 
 
-def _milliseconds(value: float) -> str:
+def milliseconds(value: float) -> str:
+    """Write milliseconds."""
     return f"{text.number(value)} ms"
 
 
@@ -128,7 +127,7 @@ _SPEED = (
             key=key,
             label=f"{label}, {tail}",
             find=_speed(find),
-            write=_milliseconds,
+            write=milliseconds,
             words=("longer", "shorter"),
             higher_is_better=False,
         )
@@ -170,7 +169,7 @@ _FOOTPRINT = (
         key="first_call",
         label="First call",
         find=_speed(lambda s: s.first_call_ms),
-        write=_milliseconds,
+        write=milliseconds,
         words=("longer", "shorter"),
         higher_is_better=False,
     ),
@@ -300,14 +299,14 @@ def gate_number(name: str, value: float) -> str:
     if name.endswith(("_ratio", "_speedup")):
         return text.ratio(value)
     if name.endswith("_change"):
-        return points(value)
+        return text.points(value)
     if name.endswith(("_agreement", "_accuracy", "_rate")):
         return text.percent(value)
     if name.endswith("_mib"):
         return text.memory(value)
     if name.endswith("_seconds"):
         return text.duration(value)
-    return _milliseconds(value) if "_ms" in name else text.number(value)
+    return milliseconds(value) if "_ms" in name else text.number(value)
 
 
 def gate_value(gate: GateResult) -> str:
@@ -429,87 +428,6 @@ def _against_baseline(quality: Quality | None) -> tuple[Figure, ...]:
     return tuple(made)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskRow:
-    """One task, baseline and result, every field ready to print; "" is no such value."""
-
-    name: str
-    items: str
-    baseline: str
-    result: str
-    change: str = ""
-    interval: str = ""
-    flips: str = ""
-    p_worse: str = ""
-    tone: Tone = ""
-
-
-def tasks(report: Report) -> tuple[TaskRow, ...]:
-    """Return every task that was put to the baseline or to the result, in the recipe's order."""
-    sides = [m.quality.tasks if m.quality else {} for m in (report.baseline, report.result)]
-    verdict = report.result.quality.tasks_verdict if report.result.quality else None
-    worse = verdict.worse if verdict else ()
-    found = [(name, sides[0].get(name), sides[1].get(name)) for name in {**sides[0], **sides[1]}]
-    if measured_only(report):
-        return tuple(replace(_task(name, old, new, worse=False), baseline="") for name, old, new in found)
-    return tuple(_task(name, old, new, worse=name in worse) for name, old, new in found)
-
-
-def _task(name: str, before: TaskResult | None, after: TaskResult | None, *, worse: bool) -> TaskRow:
-    known = after or before
-    old, new = (text.percent(each.accuracy) if each else UNMEASURED for each in (before, after))
-    count = f"{known.items:,}" if known else ""
-    row = TaskRow(name=text.clean(name), items=count, baseline=old, result=new)
-    if after is None or after.change is None or after.change_ci95 is None:
-        return row
-    return replace(
-        row,
-        change=points(after.change),
-        interval=_points_range(after.change_ci95),
-        flips=f"{after.lost} lost, {after.won} won",
-        p_worse="" if after.p_worse is None else _p_value(after.p_worse),
-        tone="worse" if worse else "same",
-    )
-
-
-def points(share: float) -> str:
-    """Write a difference of shares.
-
-    >>> points(-0.018), points(0.0)
-    ('−1.8 points', '0.0 points')
-    """
-    return f"{100 * share:+.1f} points".replace("-", "−") if round(share, 3) else "0.0 points"
-
-
-def _points_range(ci95: Interval) -> str:
-    return f"{points(ci95[0]).removesuffix(' points')} to {points(ci95[1])}"
-
-
-def _p_value(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def tasks_sentence(report: Report) -> str:
-    """Say what the tasks show together, or that there is nothing to compare."""
-    verdict = report.result.quality.tasks_verdict if report.result.quality else None
-    if verdict is None:
-        return ""
-    middle = points(verdict.change)
-    p = _p_value(verdict.p_worse)
-    chance = f"p {p}" if p.startswith("<") else f"p = {p}"
-    reach = f"{middle} on average over tasks, 95 % interval {_points_range(verdict.change_ci95)}, {chance}"
-    if verdict.conclusion == "no measurable loss":
-        return f"No measurable loss: {reach}."
-    where = f" on {text.clean(', '.join(verdict.worse))}" if verdict.worse else " taken together"
-    return f"Worse{where}: {reach}."
-
-
-def task_flips(report: Report) -> tuple[tuple[str, Flip], ...]:
-    """Return the examples of items that changed sides, with their task's name."""
-    found = report.result.quality.tasks if report.result.quality else {}
-    return tuple((text.clean(name), flip) for name, task in found.items() for flip in task.flips)
-
-
 def compared(report: Report) -> str:
     """Say what is compared with what, or that only sizes are."""
     if measured_only(report):
@@ -577,134 +495,3 @@ def step_label(step: StepReport) -> str:
 def size_after(step: StepReport) -> int:
     """Return the bytes of the weights after a step, or of all that it wrote where nothing was measured."""
     return (step.measurement.size_bytes if step.measurement else None) or step.artifact_bytes
-
-
-SERVED_HEADER = (
-    "At a time",
-    "Requests",
-    "TTFT, median",
-    "95 % interval",
-    "TPOT, median",
-    "End to end, median",
-    "End to end, p95",
-    "Tokens per second",
-)
-
-
-def served_rows(report: Report) -> tuple[tuple[str, ...], ...]:
-    """Return what clients of a server saw, a row for each number of requests at a time, as `SERVED_HEADER` names it."""
-    return tuple(
-        (
-            str(row.concurrency),
-            f"{row.requests:,}",
-            _milliseconds(row.ttft_ms_p50),
-            f"{_milliseconds(row.ttft_ms_p50_ci95[0])} – {_milliseconds(row.ttft_ms_p50_ci95[1])}",
-            _milliseconds(row.tpot_ms_p50),
-            _milliseconds(row.e2e_ms_p50),
-            _milliseconds(row.e2e_ms_p95) if row.e2e_ms_p95 is not None else "–",
-            text.number(row.output_tokens_per_s),
-        )
-        for row in (report.served.speed if report.served else ())
-    )
-
-
-def served_conditions(report: Report) -> tuple[str, ...]:
-    """Say how a server was measured."""
-    served = report.served
-    if served is None or not served.speed:
-        return ()
-    lengths = f"{text.number(served.speed[0].output_tokens_p50)} tokens written per request, median"
-    prompted = served.speed[0].prompt_tokens_p50
-    prompts = f", prompts of {text.number(prompted)} tokens" if prompted is not None else ""
-    ended = "the end of a text was ignored" if served.end_of_text_ignored else "texts ended where the model ended them"
-    return (
-        text.clean(f"Model {served.model} at {served.url}: {lengths}{prompts}; {ended}."),
-        f"Tokens counted by {served.tokens_counted_by}. Times include the network between here and there.",
-        "Each client sends its next prompt when its last is answered; 95th percentiles need 90 requests.",
-    )
-
-
-def metric_keys(report: Report) -> tuple[str, ...]:
-    """Return the keys of the definitions that this report's reader needs, in the order of appearance."""
-    keys = [figure.key for group in groups(report) for figure in group.figures]
-    if "perplexity" in keys and not measured_only(report):
-        keys.insert(keys.index("perplexity") + 1, "perplexity_ratio")
-    keys += ["ttft", "tpot", "end_to_end"] if report.served else []
-    shown = tasks(report)
-    keys += ["task_accuracy"] if shown else []
-    keys += ["flips", "mcnemar"] if any(row.flips for row in shown) else []
-    keys += ["speedup"] if report.speedup.decode or report.speedup.prefill else []
-    keys += ["acceptance_length", "acceptance_by_position"] if report.speculation else []
-    keys += ["gate"] if report.gates else []
-    return tuple(dict.fromkeys(keys))
-
-
-def listed(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Return a free-form mapping as (name, value) in words; nested values become dotted names.
-
-    >>> listed({"memory_bytes": 2**34, "speedup": {"value": 1.33, "ci95": [1.29, 1.37]}, "draft": {"heads": 3}})
-    (('memory', '16.0 GiB'), ('speedup', '1.33× (1.29–1.37×)'), ('draft heads', '3'))
-    """
-    found: list[tuple[str, str]] = []
-    for key, value in values.items():
-        name = str(key)
-        words = text.clean(name).replace("_", " ")
-        if isinstance(value, Mapping) and not _is_ratio(value):
-            found += [(f"{words} {inner}", shown) for inner, shown in listed(value)]
-        elif _is_number(value) and (unit := next((end for end in _UNITS if name.endswith(end)), "")):
-            found.append((text.clean(name.removesuffix(unit)).replace("_", " "), _UNITS[unit](value)))
-        else:
-            found.append((words, worded(value)))
-    return tuple(found)
-
-
-_UNITS: Mapping[str, Callable[[float], str]] = {"_bytes": text.size, "_mib": text.memory, "_seconds": text.duration}
-"""Endings of names whose numbers are easier to read in a larger unit."""
-
-
-def free_table(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """Return free-form records as (header, rows) in words; the columns are every name that occurs, in order."""
-    names = tuple(dict.fromkeys(str(name) for row in rows for name in row))
-    by_name = ({str(name): value for name, value in row.items()} for row in rows)
-    header = tuple(text.clean(name).replace("_", " ") for name in names)
-    return header, tuple(tuple(_named(name, row[name]) if name in row else "–" for name in names) for row in by_name)
-
-
-def _named(name: str, value: Any) -> str:
-    """Write a value of a known name in that name's unit."""
-    if name == "step":
-        return text.step_words(str(value))
-    return gate_number(name, value) if _is_number(value) else worded(value)
-
-
-def worded(value: Any) -> str:
-    """Write any JSON value for people: numbers rounded, lists with commas, ratios with their intervals."""
-    if isinstance(value, Mapping):
-        return _worded_ratio(value) if _is_ratio(value) else "; ".join(f"{k}: {v}" for k, v in listed(value))
-    if isinstance(value, list | tuple):
-        return ", ".join(worded(item) for item in value) or "none"
-    if isinstance(value, bool) or value is None:
-        return {None: "–", True: "yes", False: "no"}[value]
-    if isinstance(value, int):
-        return f"{value:,}"
-    return text.number(value) if isinstance(value, float) else text.clean(str(value))
-
-
-def _worded_ratio(given: Mapping[str, Any]) -> str:
-    value = float(given["value"])
-    if not given.get("ci95"):
-        return text.ratio(value)
-    ci95 = (float(given["ci95"][0]), float(given["ci95"][1]))
-    return f"{text.ratio(value, ci95)} ({text.ratio_interval(value, ci95)})"
-
-
-def _is_ratio(value: Mapping[str, Any]) -> bool:
-    """Tell whether a mapping is {value, ci95, …}: a ratio as the schema writes it."""
-    if not isinstance(value.get("value"), int | float):
-        return False
-    ci95 = value.get("ci95")
-    return ci95 is None or (isinstance(ci95, list | tuple) and len(ci95) == 2 and all(_is_number(end) for end in ci95))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,7 +1,6 @@
 """Every weight technique in one table: quality, size, decode speed, time and memory, out of the reports of its recipe.
 
-    python tests/benchmarks/weights_table.py                    reads examples/NAME/report.json, as recorded
-    python tests/benchmarks/weights_table.py --run --out DIR    runs the recipes that have no report in DIR yet, first
+    python tests/benchmarks/weights_table.py      reads examples/NAME/report.json, as record.py recorded it
 
 Nothing is measured here: every number is that of a report, and what a report doesn't have is a dash. A recipe without
 a compile stage has quality and size, but no speed: nothing here serves its format faster than the original.
@@ -10,7 +9,6 @@ a compile stage has quality and size, but no speed: nothing here serves its form
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
@@ -27,19 +25,6 @@ NAMES = (
 WEIGHT_VERBS = ("prune", "finetune", "quantize")
 DASH = "–"
 COLUMNS = ("recipe", "perplexity ratio", "before the last step", "size", "decode", "time", "peak memory")
-
-
-def run(name: str, out: Path) -> None:
-    """Run a recipe into `out`; a gate that fails leaves its report all the same.
-
-    Raises:
-        SystemExit: It left no report.
-    """
-    recipe = ROOT / "recipes" / f"{name}.yaml"
-    command = [sys.executable, "-m", "optikit", "run", str(recipe), "--out", str(out / name), "--progress", "plain"]
-    ended = subprocess.run(command, check=False)
-    if not (out / name / JSON).is_file():
-        raise SystemExit(f"{name} ended with exit code {ended.returncode} and no report")
 
 
 def cells(name: str, report: Report) -> tuple[str, ...]:
@@ -91,16 +76,13 @@ def decode(report: Report) -> str:
 
 
 def main() -> None:
-    """Run what is asked for, and print the table as Markdown."""
+    """Print the table as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "examples", help="directory of one directory per recipe")
-    parser.add_argument("--run", action="store_true", help="run the recipes that have no report there")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
     wanted = parser.parse_args()
     rows, hosts, missing = [], set(), []
     for name in (f"{MODEL}-{short}-cpu" for short in wanted.only):
-        if wanted.run and not (wanted.out / name / JSON).is_file():
-            run(name, wanted.out)
         if not (wanted.out / name / JSON).is_file():
             missing.append(name)
             continue

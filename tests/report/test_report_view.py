@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from optikit.report import view
+from optikit.report import free, tasks, view
+from optikit.report.definitions import DEFINITIONS, needed
 from optikit.report.schema import (
     Flip,
     GateResult,
@@ -81,9 +82,7 @@ def test_bounds_come_from_the_recipe_and_nothing_is_guessed(full_report, thin_re
 
 
 def test_every_figure_has_a_definition(full_report):
-    from optikit.report.definitions import DEFINITIONS
-
-    keys = view.metric_keys(full_report)
+    keys = needed(full_report)
     assert set(keys) <= set(DEFINITIONS)
     assert {"speedup", "gate", "acceptance_length", "perplexity_ratio"} <= set(keys)
 
@@ -103,7 +102,7 @@ def test_models_are_called_by_their_short_name(source, name):
 
 
 def test_free_form_values_are_worded_with_their_units():
-    table = view.free_table(
+    table = free.table(
         [
             {"step": "2-quantize-gptq", "size_ratio": 0.37},
             {"step": "x", "perplexity_ratio": {"value": 1.0, "ci95": None}},
@@ -113,7 +112,7 @@ def test_free_form_values_are_worded_with_their_units():
         ("step", "size ratio", "perplexity ratio"),
         (("quantize gptq", "0.37×", "–"), ("x", "–", "1.00×")),
     )
-    assert view.listed({"a": {"b": {"c": True}}, "d": [1, 2.5], "e": None}) == (
+    assert free.listed({"a": {"b": {"c": True}}, "d": [1, 2.5], "e": None}) == (
         ("a b c", "yes"),
         ("d", "1, 2.50"),
         ("e", "–"),
@@ -152,7 +151,7 @@ def test_tasks_are_told_with_their_flips(full_report):
             "baseline": full_report.baseline.model_copy(update={"quality": before}),
         }
     )
-    (row,) = view.tasks(report)
+    (row,) = tasks.rows(report)
     assert (row.baseline, row.result, row.change, row.interval) == (
         "61.0 %",
         "58.5 %",
@@ -160,12 +159,12 @@ def test_tasks_are_told_with_their_flips(full_report):
         "−6.0 to +1.1 points",
     )
     assert (row.flips, row.p_worse, row.tone) == ("9 lost, 4 won", "< 0.001", "worse")
-    said = view.tasks_sentence(report)
+    said = tasks.sentence(report)
     assert said == "Worse on sql: −5.0 points on average over tasks, 95 % interval −9.0 to −1.7 points, p = 0.003."
-    assert view.task_flips(report) == (("sql", flip),)
-    assert {"task_accuracy", "flips", "mcnemar"} <= set(view.metric_keys(report))
-    assert view.tasks(full_report) == ()
-    assert view.tasks_sentence(full_report) == ""
+    assert tasks.flips(report) == (("sql", flip),)
+    assert {"task_accuracy", "flips", "mcnemar"} <= set(needed(report))
+    assert tasks.rows(full_report) == ()
+    assert tasks.sentence(full_report) == ""
 
 
 def test_a_model_measured_as_it_is_has_no_before(full_report):
@@ -174,4 +173,17 @@ def test_a_model_measured_as_it_is_has_no_before(full_report):
     assert view.headline(report) == "SmolLM2-135M-Instruct: 193 tok/s, perplexity 20.42, 75.6 MiB"
     figures = [figure for group in view.groups(report) for figure in group.figures]
     assert all(figure.baseline == figure.change == "" for figure in figures)
-    assert "perplexity_ratio" not in view.metric_keys(report)
+    assert "perplexity_ratio" not in needed(report)
+
+
+@pytest.mark.parametrize(
+    ("gate", "value", "written"),
+    [
+        ("perplexity_ratio", 1.05, "1.05×"),
+        ("task_accuracy_change", -0.018, "−1.8 points"),
+        ("task_accuracy", 0.585, "58.5 %"),
+        ("ttft_ms", 139.2, "139 ms"),
+    ],
+)
+def test_a_gate_is_written_in_the_unit_of_its_metric(gate, value, written):
+    assert view.gate_number(gate, value) == written

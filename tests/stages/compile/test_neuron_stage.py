@@ -15,31 +15,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optikit import targets
-from optikit.models.reader import read
 from optikit.stages.compile import _neuron_folder, neuron
 from optikit.stages.compile._overlay import for_both
 from optikit.stages.compile.neuron import Options
 from optikit.stages.protocol import Job
+from tests.stages.compile.conftest import target_row
 
 SPECULATING = {"speculation_length": 4, "draft": "org/small"}
 NXD = {"backend": "nxd-inference", "sdk": "2.29"}
 
 
-@pytest.fixture(scope="module")
-def facts(tiny_llama):
-    return read(tiny_llama)
-
-
-def row(name):
-    target = targets.find(name)
-    assert target is not None
-    return target
-
-
 def codes(facts, on="inf2.xlarge", **options):
     chosen = Options(**({"sequence_length": 512} | options))
-    return [problem.code for problem in neuron.check(chosen, facts, row(on))]
+    return [problem.code for problem in neuron.check(chosen, facts, target_row(on))]
 
 
 def emitted(source, out, on="inf2.xlarge", **options):
@@ -47,7 +35,7 @@ def emitted(source, out, on="inf2.xlarge", **options):
     dest.mkdir(parents=True)
     if not (out / "model").exists():
         (out / "model").symlink_to(source)
-    job = Job(source=source, dest=dest, scratch=out, target=row(on))
+    job = Job(source=source, dest=dest, scratch=out, target=target_row(on))
     return dest, neuron.run(Options(**({"sequence_length": 512} | options)), job)
 
 
@@ -87,7 +75,7 @@ class TestCheck:
 
     @pytest.mark.parametrize(("name", "family"), [("ml.inf2.48xlarge", "inf2"), ("trn1.2xlarge", "trn1")])
     def test_families_of_instances(self, name, family):
-        assert neuron.instance_family(row(name)) == family
+        assert neuron.instance_family(target_row(name)) == family
 
 
 class TestScripts:
@@ -259,7 +247,7 @@ def test_the_shipped_example_is_what_its_recipe_writes_today():
     root = Path(__file__).parents[3]
     entry = load(root / "recipes" / "smollm2-135m-neuron-emit.yaml").recipe.stages[-1]
     example = root / "examples" / "neuron"
-    scripts = dict(_neuron_folder._scripts(entry.options, None, row("inf2.xlarge")))
+    scripts = dict(_neuron_folder._scripts(entry.options, None, target_row("inf2.xlarge")))
     assert {name: (example / name).read_text() for name in scripts} == scripts
     told = json.loads((example / "job.json").read_text())
     assert told["neuron_config"] == _neuron_folder.neuron_config(entry.options, "inf2")

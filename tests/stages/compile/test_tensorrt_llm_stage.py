@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from optikit import targets
 from optikit.models.reader import read
 from optikit.recipe.load import load
 from optikit.stages.compile import _trtllm_folder, tensorrt_llm
 from optikit.stages.compile.tensorrt_llm import Options
 from optikit.stages.protocol import Job
+from tests.stages.compile.conftest import target_row
 
 KNOWN = {
     *("backend", "dtype", "tensor_parallel_size", "max_batch_size", "max_num_tokens", "max_seq_len"),
@@ -29,27 +29,16 @@ SPECULATIVE = {
 DRAFTING = {"speculation": "draft", "draft": "org/small"}
 
 
-@pytest.fixture(scope="module")
-def facts(tiny_llama):
-    return read(tiny_llama)
-
-
-def row(name):
-    target = targets.find(name)
-    assert target is not None
-    return target
-
-
 def codes(facts, on="l4", **options):
     chosen = Options(**({"sequence_length": 512} | options))
-    return [problem.code for problem in tensorrt_llm.check(chosen, facts, row(on))]
+    return [problem.code for problem in tensorrt_llm.check(chosen, facts, target_row(on))]
 
 
 def emitted(source, out, **options):
     dest = out / "compiled" / "tensorrt-llm"
     dest.mkdir(parents=True)
     (out / "model").symlink_to(source)
-    job = Job(source=source, dest=dest, scratch=out, target=row("l4"))
+    job = Job(source=source, dest=dest, scratch=out, target=target_row("l4"))
     return dest, tensorrt_llm.run(Options(**({"sequence_length": 512} | options)), job)
 
 
@@ -127,6 +116,6 @@ def test_the_shipped_example_is_what_its_recipe_writes_today():
     options = load(root / "recipes" / "smollm2-135m-trtllm-emit.yaml").recipe.stages[-1].options
     example = root / "examples" / "tensorrt"
     assert isinstance(options, Options)
-    assert (example / "serve.yaml").read_text() == _trtllm_folder.serve_yaml(options, row("l4"))
+    assert (example / "serve.yaml").read_text() == _trtllm_folder.serve_yaml(options, target_row("l4"))
     assert (example / "serve.sh").read_text() == _trtllm_folder.serve_sh(options)
     assert (example / "smoke.sh").read_text() == _trtllm_folder.SMOKE

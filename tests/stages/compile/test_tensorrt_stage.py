@@ -9,27 +9,15 @@ from dataclasses import replace
 import onnx
 import pytest
 
-from optikit import targets
 from optikit.errors import StageFailedError
-from optikit.models.reader import read
 from optikit.stages.compile import _tensorrt_folder, tensorrt
 from optikit.stages.compile.tensorrt import Options
 from optikit.stages.protocol import Job
-
-
-@pytest.fixture(scope="module")
-def facts(tiny_llama):
-    return read(tiny_llama)
-
-
-def row(name):
-    target = targets.find(name)
-    assert target is not None
-    return target
+from tests.stages.compile.conftest import target_row
 
 
 def codes(facts, on="l4", **options):
-    return [problem.code for problem in tensorrt.check(Options(**options), facts, row(on))]
+    return [problem.code for problem in tensorrt.check(Options(**options), facts, target_row(on))]
 
 
 def test_what_works_has_no_problems(facts):
@@ -54,7 +42,7 @@ def test_families_that_the_builder_does_not_know(facts):
 @pytest.fixture(scope="module", params=["fp16", "bf16"])
 def built(request, tiny_llama, tmp_path_factory):
     work = tmp_path_factory.mktemp(request.param)
-    job = Job(source=tiny_llama, dest=work / "graph", scratch=work / "scratch", target=row("l4"))
+    job = Job(source=tiny_llama, dest=work / "graph", scratch=work / "scratch", target=target_row("l4"))
     job.dest.mkdir()
     return request.param, job.dest, tensorrt.run(Options(precision=request.param), job)
 

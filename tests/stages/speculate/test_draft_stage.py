@@ -35,15 +35,6 @@ def target(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    words = ("one", "two", "row", "sea", "abc", "cat")
-    lines = [json.dumps({"prompt": f"{a} {b} {i}"}) for i in range(2) for a in words for b in words]
-    path.write_text("\n".join(lines))
-    return path
-
-
-@pytest.fixture(scope="module")
 def made(target, prompts, tmp_path_factory):
     """(directory, facts) of a draft made of two of four blocks."""
     work = tmp_path_factory.mktemp("draft")

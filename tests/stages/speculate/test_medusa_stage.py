@@ -24,15 +24,6 @@ SMALL = {"heads": 2, "tokens": 1200, "new_tokens": 24, "judged": 8, "epochs": 12
 
 
 @pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    words = ("one", "two", "row", "sea", "abc", "cat")
-    lines = [json.dumps({"prompt": f"{a} {b} {i}"}) for i in range(2) for a in words for b in words]
-    path.write_text("\n".join(lines))
-    return path
-
-
-@pytest.fixture(scope="module")
 def made(tiny_gptq, prompts, tmp_path_factory):
     """(directory, facts) of the stage on packed 4-bit weights."""
     work = tmp_path_factory.mktemp("medusa")
