@@ -9,16 +9,14 @@ from hypothesis import strategies as st
 
 from optikit.runtime.acceptors import Greedy
 from optikit.runtime.choice import (
-    DraftCosts,
-    WindowCosts,
     Written,
     best_window,
-    measure_windows,
     predict,
     replay,
     tune,
     tune_with_recall,
 )
+from optikit.runtime.costs import DraftCosts, WindowCosts, measure_windows
 from optikit.runtime.drafters import DraftModel, FirstOf, Medusa, PromptLookup, Silent
 from optikit.runtime.speculate import Request, Statistics, generate
 from optikit.runtime.speculator import Speculator

@@ -27,7 +27,8 @@ from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
 from optikit.targets import Target
 
 if TYPE_CHECKING:
-    from optikit.runtime.choice import DraftCosts, WindowCosts, Written
+    from optikit.runtime.choice import Written
+    from optikit.runtime.costs import DraftCosts, WindowCosts
     from optikit.runtime.protocol import Decoder, Tokens
     from optikit.runtime.speculator import Speculator
     from optikit.runtime.text import Talker
@@ -91,6 +92,7 @@ def run(options: Options, job: Job) -> Facts:
         StageFailedError: A speculated text differs from the plain one, and not for a tie.
     """
     from optikit.runtime import choice, load, speculator
+    from optikit.runtime.costs import measure_drafting, measure_windows
     from optikit.runtime.text import Talker
 
     decoder = load(job.source, runtime=options.runtime, threads=job.threads)
@@ -101,8 +103,8 @@ def run(options: Options, job: Job) -> Facts:
     speculator.require_fit(decoder, given)
     total = len(used) + len(spare)
     context = _context(used)
-    costs = choice.measure_windows(decoder, context)
-    drafting = choice.measure_drafting(given, context)
+    costs = measure_windows(decoder, context)
+    drafting = measure_drafting(given, context)
     remembered = _texts(writer, spare, job, 0, total)
     texts = [choice.foresee(given, decoder, each) for each in _texts(writer, used[::2], job, len(spare), total)]
     trial = _tuned(given, remembered, texts, costs, drafting) if options.tune else given
@@ -235,9 +237,10 @@ def _measured(
 ) -> dict[str, Any]:
     """Return speed-up, predicted and measured, and acceptance."""
     from optikit.runtime import choice
+    from optikit.runtime.costs import FREE
 
     steps = [step for pair in pairs for step in pair.steps]
-    asked = drafting if speculator.ahead else choice.FREE
+    asked = drafting if speculator.ahead else FREE
     predicted = choice.predict(steps, costs, drafting=asked, min_window=speculator.min_window)
     counted = predicted.statistics
     steady = [pair for pair in pairs if not pair.loops]
