@@ -124,7 +124,7 @@ def measure(request: Request) -> Report:
         OptikitError: Anything that goes wrong, by the table of exit codes.
         UsageError: Nothing to measure was asked for.
     """
-    from optikit.report import write
+    from optikit.report import summary, write
 
     started = time.monotonic()
     subject = find(request.subject)
@@ -144,7 +144,7 @@ def measure(request: Request) -> Report:
     )
     write.write(report, request.out)
     if request.progress != "none":
-        terminal.summary(report, request.out)
+        summary.show(report, request.out)
     return report
 
 

@@ -105,14 +105,14 @@ def _as_planned(request: Request, frozen: Frozen) -> Request:
 
 
 def _tell(report: Report, request: Request) -> None:
-    from optikit.report import github, junit, write
+    from optikit.report import github, junit, summary, write
 
     write.write(report, request.out)
     if request.junit is not None:
         request.junit.write_text(junit.render(report), encoding="utf-8")
     github.publish(report)
     if request.progress != "none":
-        terminal.summary(report, request.out)
+        summary.show(report, request.out)
 
 
 def _device(wanted: str) -> str:

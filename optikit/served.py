@@ -66,7 +66,7 @@ def measure(request: Request) -> Report:
         UnavailableError: The server can't be reached, drops connections, or answers with an error.
         StageTimeoutError: It hangs.
     """
-    from optikit.report import write
+    from optikit.report import summary, write
 
     started = time.monotonic()
     client = Client(request.url, timeout_s=request.timeout_s, key=_key(request.key_from))
@@ -82,7 +82,7 @@ def measure(request: Request) -> Report:
     report = _report(request, client.url, model, served, quality, seconds=time.monotonic() - started)
     write.write(report, request.out)
     if request.progress != "none":
-        terminal.summary(report, request.out)
+        summary.show(report, request.out)
     return report
 
 

@@ -1,4 +1,4 @@
-"""What a run shows while it works and when it is done, on stderr: stdout belongs to data.
+"""What a run shows while it works, on stderr: stdout belongs to data.
 
 `make` returns progress in one of four modes. On a terminal the running step is redrawn in place; elsewhere every event
 is a line, with a sign of life every half minute, because CI systems end jobs that say nothing. As JSON, each line is
@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, TextIO
 
 from optikit.errors import UsageError
@@ -28,7 +26,6 @@ from optikit.report import text
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from optikit.report.schema import Report
 
 Status = Literal["executed", "cached", "emitted", "failed"]
 
@@ -37,7 +34,6 @@ START_SECONDS = 0.4
 """A step that ends sooner (it was cached) is one line, not two."""
 HEARTBEAT_SECONDS = 30.0
 JSON_UPDATE_SECONDS = 0.1
-WIDTH = 80
 
 
 def make(mode: str, stream: TextIO | None = None) -> Progress:
@@ -357,98 +353,3 @@ def _resident_bytes() -> Iterator[int]:
         for child in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):  # it has ended meanwhile
                 yield child.memory_info().rss
-
-
-Styled = tuple[str, str]
-"""Words and their style: "" or one of rich's, e.g. `bold green`."""
-
-_VERDICT = {"pass": ("✓", "bold green"), "fail": ("✗", "bold red"), "inconclusive": ("?", "bold yellow")}
-_TONE = {"better": "green", "worse": "yellow", "same": "dim", "": ""}
-
-
-def summary(report: Report, out: Path) -> None:
-    """Print what a run achieved to stderr: verdict, gates, before and after, files. Coloured on a terminal."""
-    terminal = is_terminal(sys.stderr)
-    width = min(100, shutil.get_terminal_size((WIDTH, 24)).columns) if terminal else WIDTH
-    lines = tuple(_summary(report, out, width))
-    if not terminal:
-        for line in lines:
-            say(sys.stderr, "".join(words for words, _ in line).rstrip())
-        return
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(file=sys.stderr)
-    for line in lines:
-        console.print(Text.assemble(*line), no_wrap=True, overflow="ellipsis", crop=True)
-
-
-def _summary(report: Report, out: Path, width: int) -> Iterator[list[Styled]]:
-    import textwrap
-
-    from optikit.report import view
-
-    mark, style = _VERDICT[report.verdict]
-    lead = f"{mark} {report.verdict}"
-    said = textwrap.wrap(view.headline(report), width - len(lead) - 2, break_on_hyphens=False) or [""]
-    yield [("", "")]
-    yield [(lead, style), (f"  {said[0]}", "bold")]
-    yield from ([(f"{'':{len(lead)}}  {line}", "bold")] for line in said[1:])
-    for line in textwrap.wrap(view.verdict_sentence(report), width - len(lead) - 2):
-        yield [(f"{'':{len(lead)}}  {line}", "")]
-    yield from _gates(report)
-    yield from _figures(report)
-    yield [("", "")]
-    missing = [f"not measured: {reason}" for reason in view.reasons(report)]
-    for remark in (*missing, *(text.clean(warning) for warning in report.warnings)):
-        wrapped = textwrap.wrap(remark, width - 2)
-        yield from ([("! " if i == 0 else "  ", "yellow"), (line, "")] for i, line in enumerate(wrapped))
-    if report.warnings or missing:
-        yield [("", "")]
-    yield from ([(text.clean(str(path)), "")] for path in written(out))
-
-
-def _gates(report: Report) -> Iterator[list[Styled]]:
-    from optikit.report import view
-
-    if not report.gates:
-        return
-    yield [("", "")]
-    yield _cells(("gate", "limit", "measured", "95 % interval"), (22, 11, 12, 17), "<>>>", "dim")
-    for gate in report.gates:
-        values = (text.clean(gate.name), text.clean(gate.limit), view.gate_value(gate), view.gate_interval(gate))
-        line = _cells(values, (22, 11, 12, 17), "<>>>")
-        yield [*line, (f"   {gate.verdict}", _VERDICT[gate.verdict][1])]
-
-
-def _figures(report: Report) -> Iterator[list[Styled]]:
-    from optikit.report import view
-
-    widths, sides = (25, 11, 11, 15, 13), "<>>>>"
-    yield [("", "")]
-    yield _cells(("", "baseline", "result", "change", "95 % interval"), widths, sides, "dim")
-    for group in view.groups(report):
-        for figure in group.figures:
-            label = figure.label.removesuffix(", median")
-            change = "within noise" if figure.change == "no measurable change" else figure.change
-            values = (label, figure.baseline, figure.result, change, figure.interval.replace(" ", ""))
-            line = _cells(values, widths, sides)
-            yield [*line[:3], (line[3][0], _TONE[figure.tone]), line[4]]
-
-
-def _cells(values: Sequence[str], widths: Sequence[int], sides: str, style: str = "") -> list[Styled]:
-    """Return one line of a table: every value cut to its column, aligned left (<) or right (>)."""
-    cut = (
-        value if len(value) <= width else f"{value[: width - 1]}…" for value, width in zip(values, widths, strict=True)
-    )
-    padded = (f"{value:{side}{width}}" for value, width, side in zip(cut, widths, sides, strict=True))
-    return [(cell if i == 0 else f" {cell}", style) for i, cell in enumerate(padded)]
-
-
-def written(out: Path) -> tuple[Path, ...]:
-    """Return what a user opens of an output directory, of that which is there."""
-    fixed = [out / name for name in ("report.html", "report.md", "report.json", "model", "speculator")]
-    found = [path for path in fixed if path.exists()]
-    for parent in ("compiled", "serve"):
-        found += sorted(path for path in (out / parent).glob("*") if path.is_dir())
-    return tuple(found)

@@ -16,6 +16,7 @@ import pytest
 
 from optikit import terminal
 from optikit.errors import UsageError
+from optikit.report import summary
 
 ROOT = Path(terminal.__file__).parents[1]
 NAMES = ("1-quantize-gptq", "2-compile-onnxruntime")
@@ -242,8 +243,8 @@ def summary_script(name):
         "import importlib.util, pathlib\n"
         f"spec = importlib.util.spec_from_file_location('reports', {str(ROOT / 'tests/report/conftest.py')!r})\n"
         "reports = importlib.util.module_from_spec(spec); spec.loader.exec_module(reports)\n"
-        "from optikit import terminal\n"
-        f"terminal.summary({name}, pathlib.Path('out'))\n"
+        "from optikit.report import summary\n"
+        f"summary.show({name}, pathlib.Path('out'))\n"
     )
 
 
@@ -279,7 +280,7 @@ def test_the_plain_summary_says_the_same(tmp_path):
 def test_the_summary_names_the_files_that_are_there(tmp_path):
     for name in ("report.html", "model", "compiled/onnxruntime", "serve/vllm"):
         (tmp_path / name).mkdir(parents=True)
-    assert terminal.written(tmp_path) == tuple(
+    assert summary.written(tmp_path) == tuple(
         tmp_path / name for name in ("report.html", "model", "compiled/onnxruntime", "serve/vllm")
     )
 

@@ -14,9 +14,8 @@ def report(
     json: Annotated[bool, typer.Option("--json", help="Print report.json to stdout.")] = False,
 ) -> None:
     """Render report.md and report.html again from report.json, and show the summary."""
-    from optikit import terminal
     from optikit.report import junit as junit_xml
-    from optikit.report import write
+    from optikit.report import summary, write
 
     found = write.load(directory)
     home = directory if directory.is_dir() else directory.parent
@@ -25,4 +24,4 @@ def report(
         write.put(junit, junit_xml.render(found))
     if json:
         typer.echo(found.model_dump_json(indent=1))
-    terminal.summary(found, home)
+    summary.show(found, home)
