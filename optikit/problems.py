@@ -6,9 +6,9 @@ rules what can't be stacked; all of them speak `Problem`, so that the author see
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 Level = Literal["error", "warning"]
 Loc = tuple[str | int, ...]
@@ -40,6 +40,7 @@ class Problem:
         loc: Path of the offending value inside the recipe; turned into `mark` by whoever holds the file.
         level: Errors refuse the recipe; warnings are printed and kept in the report.
         source: Paper, documentation or source file behind the rule, if it has one.
+        repair: Options by verb that mend it; of a tuple of values, one: {"compile": {"batch_size": (1, 2)}}.
     """
 
     code: str
@@ -49,6 +50,7 @@ class Problem:
     level: Level = "error"
     mark: Mark | None = None
     source: str = ""
+    repair: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False)
 
     def at(self, mark: Mark | None) -> Problem:
         """Return this problem with its place filled in."""

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optikit import evaluate, on_fail, output, terminal
+from optikit import evaluate, on_fail, output, targets, terminal
 from optikit.errors import DiskError, UsageError
 from optikit.plan import Plan, make_plan
 from optikit.plan import frozen as frozen_plan
@@ -54,7 +54,7 @@ def run_recipe(request: Request) -> Report | None:
     frozen = frozen_plan.read(request.recipe)
     if frozen is not None:
         request = _as_planned(request, frozen)
-    loaded = load(request.recipe, overrides=request.overrides)
+    loaded = load(request.recipe, overrides=request.overrides, known_targets=targets.names(request.targets))
     if frozen is not None:
         frozen_plan.require_recipe(frozen, loaded)
     output.require_writable(request.out)

@@ -40,12 +40,13 @@ def plan(
     from optikit.plan.render import as_json, render
     from optikit.recipe.load import loads
     from optikit.store.store import Store
+    from optikit.targets import names
 
     store = Store.default()
     text = _read(recipe)
 
     def planned(source: str) -> Plan:
-        loaded = loads(source, recipe, overrides=tuple(set_ or ()))
+        loaded = loads(source, recipe, overrides=tuple(set_ or ()), known_targets=names(targets))
         return make_plan(
             loaded, store, offline=offline, extra_targets=targets, note=lambda line: typer.echo(line, err=True)
         )

@@ -15,7 +15,7 @@ from optikit.models.reader import read, read_gguf
 from optikit.plan.context import Context
 from optikit.plan.measures import measure_steps, stage_prompts
 from optikit.plan.model import Plan, Step
-from optikit.problems import Problem, did_you_mean
+from optikit.problems import Problem
 from optikit.recipe.schema import Recipe, StageEntry, Text, as_written
 from optikit.recipe.size import parse_size
 from optikit.stages.protocol import Stage
@@ -113,8 +113,7 @@ def _target(loaded: LoadedRecipe, extra: Path | None) -> Target:
     name = loaded.recipe.target
     target = targets.find(name, extra)
     if target is None:
-        message, fix = f"unknown target {name!r}", did_you_mean(name, targets.names(extra))
-        problem = Problem(code="unknown-target", message=message, fix=fix, loc=("target",))
+        problem = targets.unknown(name, targets.names(extra))
         raise _error(loaded, [problem.at(loaded.marks.mark(problem.loc))])
     return target
 

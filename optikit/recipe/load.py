@@ -6,12 +6,13 @@ The way: YAML 1.2 tree with marks → `extends` merged → `--set` applied → `
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from optikit import targets
 from optikit.errors import InputMissingError, RecipeError
 from optikit.problems import Mark, Problem
 from optikit.recipe import overrides as set_
@@ -47,12 +48,13 @@ class LoadedRecipe:
     base: Path
 
 
-def load(path: Path, *, overrides: Sequence[str] = ()) -> LoadedRecipe:
+def load(path: Path, *, overrides: Sequence[str] = (), known_targets: Collection[str] | None = None) -> LoadedRecipe:
     """Read a recipe file.
 
     Args:
         path: The file.
         overrides: `--set` arguments: `stages[1].quantize.bits=8`.
+        known_targets: Names that the recipe's target may have; None leaves that to whoever needs the target.
 
     Raises:
         InputMissingError: If the file can't be read.
@@ -63,10 +65,12 @@ def load(path: Path, *, overrides: Sequence[str] = ()) -> LoadedRecipe:
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputMissingError(f"can't read the recipe {str(path)!r}: {reason}", fix="check the path") from None
-    return loads(text, path, overrides=overrides)
+    return loads(text, path, overrides=overrides, known_targets=known_targets)
 
 
-def loads(text: str | bytes, path: Path, *, overrides: Sequence[str] = ()) -> LoadedRecipe:
+def loads(
+    text: str | bytes, path: Path, *, overrides: Sequence[str] = (), known_targets: Collection[str] | None = None
+) -> LoadedRecipe:
     """Read a recipe from its text; `path` is its name in messages, and its directory is where relative paths start.
 
     Raises:
@@ -79,6 +83,7 @@ def loads(text: str | bytes, path: Path, *, overrides: Sequence[str] = ()) -> Lo
     problems += found
     root, found = variables.substitute(root)
     problems += found
+    problems += _unknown_target(root.child("target"), known_targets)
     recipe, found = check(root)
     # A place that is wrong already, e.g. an unknown variable, is not said to be no number as well.
     places = {problem.mark for problem in problems}
@@ -93,6 +98,12 @@ def loads(text: str | bytes, path: Path, *, overrides: Sequence[str] = ()) -> Lo
         written=plain(root),
         base=path.parent,
     )
+
+
+def _unknown_target(named: Node | None, known: Collection[str] | None) -> tuple[Problem, ...]:
+    if known is None or named is None or not isinstance(named.value, str) or named.value in known:
+        return ()
+    return (targets.unknown(named.value, known).at(named.mark),)
 
 
 def _error(path: Path, problems: Iterable[Problem]) -> RecipeError:

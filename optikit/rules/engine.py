@@ -37,7 +37,8 @@ class Rule:
         source: Documentation, paper or source file behind it.
         date: When that was read, ISO 8601.
         at: Option of the stage that the problem points at, or a path from the top of the recipe (`target`).
-        repair: Options by verb that mend it, for `nearest`: {"compile": {"batch_size": 1}}.
+        repair: Options by verb that mend it, for `nearest`: {"compile": {"batch_size": 1}}; "$field" stands for each of
+            that field's values.
     """
 
     id: str
@@ -65,7 +66,9 @@ def _rule(row: Mapping[str, Any]) -> Rule:
     rule = Rule(**{**row, "when": parse(row["when"])})
     if rule.level not in get_args(Level):
         raise ValueError(f"rule {rule.id}: unknown level {rule.level!r}")
-    for path in (*fields(rule.when), *_PLACES.findall(rule.why), *_PLACES.findall(rule.fix)):
+    proposed = [value for options in rule.repair.values() for value in options.values() if isinstance(value, str)]
+    named = [value[1:] for value in proposed if value.startswith("$")]
+    for path in (*fields(rule.when), *_PLACES.findall(rule.why), *_PLACES.findall(rule.fix), *named):
         if unknown(path):
             raise ValueError(f"rule {rule.id}: unknown word {path!r}")
     return rule
@@ -112,7 +115,16 @@ def _problem(rule: Rule, scope: Scope, loc: Loc) -> Problem:
         loc=loc,
         level=rule.level,
         source=rule.source,
+        repair={
+            verb: {name: _values(value, scope) for name, value in options.items()}
+            for verb, options in rule.repair.items()
+        },
     )
+
+
+def _values(value: Any, scope: Scope) -> Any:
+    """Replace "$field" by the field's values."""
+    return tuple(sorted(lookup(scope, value[1:]) or ())) if isinstance(value, str) and value.startswith("$") else value
 
 
 def _place(rule: Rule, loc: Loc, stack: Stack) -> Loc:

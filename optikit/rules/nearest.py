@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import difflib
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, product
 from typing import Any, get_args, get_origin
 
 from optikit.problems import Problem
 from optikit.rules import edits
-from optikit.rules.engine import rules
 from optikit.stages import load, methods
 
 Attempt = Callable[[str], Sequence[Problem]]
@@ -114,10 +113,10 @@ def candidates(text: str, problems: Sequence[Problem]) -> Iterator[Change]:
 
 def _suggested(text: str, blocks: Sequence[edits.Block], problem: Problem) -> Iterator[Change]:
     """Yield what the rule's own row proposes, then other values of the option that is complained about."""
-    rule = rules().get(problem.code)
-    for verb, values in (rule.repair if rule else {}).items():
+    for verb, options in problem.repair.items():
         for index in [index for index, block in enumerate(blocks) if block.verb == verb][-1:]:
-            yield from _set(text, index, blocks[index], values)
+            for values in _combinations(options, blocks[index]):
+                yield from _set(text, index, blocks[index], values)
     if len(problem.loc) > 3 and isinstance(problem.loc[1], int) and problem.loc[1] < len(blocks):
         index, name = problem.loc[1], str(problem.loc[3])
         block = blocks[index]
@@ -126,6 +125,17 @@ def _suggested(text: str, blocks: Sequence[edits.Block], problem: Problem) -> It
         dropped = edits.drop_options(text, index, [name])
         if block.entry(name) is not None and dropped is not None:
             yield Change(cost=SET, told=f"leave {name} of {_name(block)} at its default", text=dropped)
+
+
+def _combinations(options: Mapping[str, Any], block: edits.Block) -> Iterator[dict[str, Any]]:
+    """Yield every choice among the values proposed, what is nearest to the written values first."""
+
+    def ordered(name: str, proposed: Any) -> list[Any]:
+        values = proposed if isinstance(proposed, tuple) else (proposed,)
+        return sorted(values, key=lambda value: _distance(value, block.value(name)))
+
+    for chosen in product(*(ordered(name, proposed) for name, proposed in options.items())):
+        yield dict(zip(options, chosen, strict=True))
 
 
 def _set(text: str, index: int, block: edits.Block, values: dict[str, Any]) -> Iterator[Change]:

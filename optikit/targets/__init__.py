@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from optikit.targets.target import Device, Target, find, names, rows
+from optikit.targets.target import Device, Target, find, names, rows, unknown
 
-__all__ = ["Device", "Target", "find", "names", "rows"]
+__all__ = ["Device", "Target", "find", "names", "rows", "unknown"]

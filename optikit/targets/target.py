@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from optikit import host
 from optikit.errors import InputMissingError, RecipeError
-from optikit.problems import did_you_mean
+from optikit.problems import Problem, did_you_mean
 
 Device = Literal["cpu", "cuda", "neuron"]
 
@@ -218,6 +218,12 @@ def find(name: str, extra: Path | None = None) -> Target | None:
     """Return the target of that name, or None. What a `cpu` row leaves open is this machine's."""
     target = rows(extra).get(name)
     return None if target is None else present(target)
+
+
+def unknown(name: str, known: Iterable[str]) -> Problem:
+    """Return what is wrong with a recipe whose target isn't among the known ones."""
+    message, fix = f"unknown target {name!r}", did_you_mean(name, known)
+    return Problem(code="unknown-target", message=message, fix=fix, loc=("target",))
 
 
 def present(target: Target) -> Target:

@@ -363,3 +363,12 @@ def test_wrong_shapes_are_problems_with_marks(data: dict[str, Any], stages: list
     text = json.dumps({"stages": stages, **data}).replace("NaN", ".nan").replace("Infinity", ".inf")
     outcome = attempt(text)
     assert isinstance(outcome, LoadedRecipe) or all(p.mark is not None for p in outcome)
+
+
+def test_an_unknown_target_is_told_beside_what_else_is_wrong(tmp_path):
+    text = "model: m\ntarget: cpuu\nstages: [{quantize: {method: gtpq}}]\n"
+    with pytest.raises(RecipeError) as caught:
+        loads(text, tmp_path / "r.yaml", known_targets=("cpu", "l4"))
+    assert [problem.code for problem in caught.value.problems] == ["unknown-target", "unknown-method"]
+    assert str(caught.value.problems[0].mark).endswith("r.yaml:2:9")
+    assert loads("model: m\ntarget: my-box\nstages: []\n", tmp_path / "r.yaml").recipe.target == "my-box"

@@ -15,7 +15,12 @@ CODE = re.compile(r'(?:code=|_Bad\(|_problem\(|return |^\s+)"([a-z0-9]+(?:-[a-z0
 
 
 def codes() -> set[str]:
-    sources = [*(PACKAGE / "recipe").glob("*.py"), *(PACKAGE / "plan").glob("*.py"), PACKAGE / "gates.py"]
+    sources = [
+        *(PACKAGE / "recipe").glob("*.py"),
+        *(PACKAGE / "plan").glob("*.py"),
+        PACKAGE / "gates.py",
+        PACKAGE / "targets" / "target.py",
+    ]
     return {code for path in sources for code in CODE.findall(path.read_text(encoding="utf-8"))}
 
 

@@ -201,3 +201,21 @@ def test_values_of_an_option_come_from_its_type():
     assert list(nearest._values(block, "bits")) == [8]
     assert next(nearest._values(block, "group_size")) == 64
     assert list(nearest._values(block, "colour")) == []
+
+
+def test_values_that_a_problem_proposes_are_tried_nearest_first():
+    text = "stages: [{compile: {engine: neuron, tensor_parallel: 6}}]\n"
+    proposed = {"compile": {"tensor_parallel": (1, 2, 8, 24)}}
+    problem = Problem(code="cores", message="", loc=("stages", 0, "compile", "tensor_parallel"), repair=proposed)
+    tried = [change.told for change in nearest.candidates(text, [problem])]
+    assert [told.split()[2] for told in tried[:4]] == ["8", "2", "1", "24"]
+
+
+def test_several_options_are_combined():
+    text = "stages: [{compile: {engine: neuron, batch_size: 4}}]\n"
+    problem = Problem(code="fit", message="", repair={"compile": {"batch_size": (1, 2), "tensor_parallel": 8}})
+    tried = [change.told for change in nearest.candidates(text, [problem])][:2]
+    assert [told.partition(" in ")[0] for told in tried] == [
+        "set batch_size: 2, tensor_parallel: 8",
+        "set batch_size: 1, tensor_parallel: 8",
+    ]
