@@ -59,7 +59,7 @@ def stage_prompts(context: Context, index: int) -> TextSource | None:
 
 def _speculation(context: Context, index: int, speculator: Step, result: Step, baseline: str) -> Step:
     stage = context.stage("measure", "speculation")
-    names = ("tune", "chat", "new_tokens", "remember", "template", "prompt_tokens")
+    names = ("tune", "chat", "new_tokens", "remember", "template", "prompt_tokens", "judged_part")
     wanted = {name: getattr(speculator.options, name) for name in names}
     wanted["prompts"] = getattr(speculator.options, "judged")  # noqa: B009 - the options of any stage of this verb
     options = stage.Options.model_validate({"runtime": runtime(result), **wanted})

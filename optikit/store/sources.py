@@ -8,13 +8,15 @@ from __future__ import annotations
 import difflib
 import gzip
 import hashlib
+import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from optikit import records
 from optikit.errors import InputMissingError, IntegrityError, RecipeError, RefusedError
 from optikit.store import downloads, files, hub, pypi
 from optikit.store.keys import cache_key
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 Note = Callable[[str], None]
 MOST_TEXT_BYTES = 2**30
-CUT_VERSION = 1
+CUT_VERSION = 2
 """Raised when `cut` would cut the same text differently."""
 
 
@@ -111,7 +113,8 @@ def resolve_text(text: Text, store: Store, *, base: Path, offline: bool, note: N
     """
     whole, resolved = _text_file(text.text, store, base=base, offline=offline, note=note)
     source_sha256 = store.digest_file(whole)
-    key = cache_key(cut=CUT_VERSION, source=source_sha256, part=text.part, drop_lines=text.drop_lines)
+    told = {"part": text.part, "drop_lines": text.drop_lines, "template": text.template}
+    key = cache_key(cut=CUT_VERSION, source=source_sha256, **told)
     known = downloads.recall(store, key, "digest")
     digest = known["digest"] if known is not None else ""
     path = downloads.find_text(store, digest)
@@ -126,11 +129,33 @@ def resolve_text(text: Text, store: Store, *, base: Path, offline: bool, note: N
 
 def _cut_file(path: Path, text: Text) -> str:
     whole = _read_text(path)
-    kept = cut(whole, text.part, text.drop_lines)
+    entries = list(records.parse(whole)) if text.template or text.part != (0.0, 1.0) else []
+    if text.template and not entries:
+        fix = "leave `template` out, or name JSON Lines or a JSON array of objects"
+        raise RecipeError(f"{text.text} holds no records for a template to be filled with", fix=fix)
+    kept = (
+        cut(_chosen(entries, text), drop_lines=text.drop_lines) if entries else cut(whole, text.part, text.drop_lines)
+    )
     if not kept.strip():
         fix = "widen `part`, or drop fewer lines"
-        raise RecipeError(f"nothing is left of {text.text}: part {list(text.part)} of {len(whole)} characters", fix=fix)
+        amount = f"{len(entries)} records" if entries else f"{len(whole)} characters"
+        raise RecipeError(f"nothing is left of {text.text}: part {list(text.part)} of {amount}", fix=fix)
     return kept
+
+
+def _chosen(entries: Sequence[tuple[int, Any]], text: Text) -> str:
+    """Return a share of some records: as a template makes them, else as JSON Lines."""
+    start, end = (int(len(entries) * edge) for edge in text.part)
+    found = []
+    for number, entry in entries[start:end]:
+        template = text.template
+        line = records.filled(entry, template) if isinstance(template, str) else records.rewritten(entry, template)
+        line = line if template else json.dumps(entry, ensure_ascii=False)
+        if line is None:
+            message = f"{text.text}:{number}: no text for {template!r} in {json.dumps(entry)[:60]}"
+            raise RecipeError(message, fix="name fields that every record has, as text")
+        found.append(line if isinstance(template, str) and template else line + "\n")
+    return "".join(found)
 
 
 def cut(text: str, part: tuple[float, float] = (0.0, 1.0), drop_lines: Iterable[str] = ()) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -155,6 +156,42 @@ def test_shares_that_meet_make_the_whole(content: str, edge: float, drop: list[s
     assert parts == cut(content, (0.0, 1.0), drop)
     kept = [line for line in content.split("\n") if not line.startswith(tuple(drop))] if drop else content.split("\n")
     assert "".join(kept) == parts.replace("\n", "")
+
+
+PAIRS = [
+    {"question": f"how many {i}?", "context": f"CREATE TABLE t{i} (a)", "answer": f"SELECT {i}"} for i in range(10)
+]
+
+
+@pytest.mark.parametrize("array", [True, False], ids=["array", "lines"])
+def test_records_become_text_by_a_template(store: Store, tmp_path: Path, array: bool) -> None:
+    (tmp_path / "pairs").write_text(json.dumps(PAIRS, indent=1) if array else "\n".join(map(json.dumps, PAIRS)))
+    found = text(store, tmp_path, text="pairs", part=(0.8, 1.0), template="Q {question}\n{answer};\n")
+    assert found.path.read_text() == "Q how many 8?\nSELECT 8;\nQ how many 9?\nSELECT 9;\n"
+    other = text(store, tmp_path, text="pairs", part=(0.8, 1.0), template="{answer}\n")
+    assert other.digest != found.digest
+    assert other.source_sha256 == found.source_sha256
+
+
+def test_records_keep_whole_lines_and_take_other_names(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "pairs").write_text("\n".join(map(json.dumps, PAIRS)))
+    first, last = (text(store, tmp_path, text="pairs", part=part).path.read_text() for part in ((0, 0.55), (0.55, 1)))
+    assert [json.loads(line) for line in (first + last).splitlines()] == PAIRS
+    named = text(store, tmp_path, text="pairs", template={"prompt": "{context} {question}", "answer": "{answer}"})
+    lines = [json.loads(line) for line in named.path.read_text().splitlines()]
+    assert lines[3] == {"prompt": "CREATE TABLE t3 how many 3?", "answer": "SELECT 3"}
+    assert len(lines) == 10
+
+
+def test_a_template_that_records_dont_fill(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "pairs").write_text(json.dumps(PAIRS[0]) + "\n" + json.dumps({"question": 3}))
+    with pytest.raises(RecipeError, match=r"pairs:2: no text for '\{question\}' in \{\"question\": 3\}"):
+        text(store, tmp_path, text="pairs", template="{question}")
+    (tmp_path / "prose").write_text("No records here.")
+    with pytest.raises(RecipeError, match="prose holds no records"):
+        text(store, tmp_path, text="prose", template="{question}")
+    with pytest.raises(ValueError, match="names something else than fields"):
+        text(store, tmp_path, text="pairs", template="{question.__class__}")
 
 
 # ---------------------------------------------------------------------------------------------- optikit.lock

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from optikit import records
 from optikit.errors import InputMissingError
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ class Encoded:
     ends: NDArray[np.int64]
 
 
-def encode(text: str, by: Tokenizer, *, at_least: int | None = None) -> Encoded:
-    """Tokenize a text as one piece, without special tokens.
+def encode(text: str, by: Tokenizer, *, at_least: int | None = None, special: bool = False) -> Encoded:
+    """Tokenize a text as one piece, with the special tokens that the tokenizer opens and ends it with if asked.
 
     With `at_least`, only as much of its start as holds that many tokens, or all of it. What follows decides how a word
     at the cut is split, so tokens of the last thousand characters before a cut are left out.
@@ -74,8 +74,9 @@ def encode(text: str, by: Tokenizer, *, at_least: int | None = None) -> Encoded:
 
     length = len(text) if at_least is None else min(len(text), 6 * at_least + 2 * MARGIN)
     while True:
-        encoding = by.encode(text[:length], add_special_tokens=False)
-        ends = np.array([end for _, end in encoding.offsets], np.int64)
+        encoding = by.encode(text[:length], add_special_tokens=special)
+        # special tokens have no place in the text: one at its end stands where the text ends
+        ends = np.maximum.accumulate(np.array([end for _, end in encoding.offsets] or [0], np.int64))[: len(encoding)]
         sure = len(ends) if length == len(text) else int(np.searchsorted(ends, length - MARGIN))
         if length == len(text) or sure >= (at_least or 0):
             break
@@ -134,6 +135,7 @@ def divided(
     template: str,
     length: int,
     seed: int,
+    judged_part: tuple[float, float] = (0.0, 1.0),
 ) -> Division:
     """Divide all prompts of a file: what learns from the others has never seen those that judge.
 
@@ -145,6 +147,8 @@ def divided(
         template: As in `prompt_fields`.
         length: Tokens of a passage.
         seed: Decides which are which.
+        judged_part: Share of the file, by prompts, that those which judge are drawn from; the others then come from
+            the rest of it only.
 
     Raises:
         InputMissingError: Too few prompts, or a record that isn't one.
@@ -162,9 +166,19 @@ def divided(
         message = f"{path} has {known} prompts; {FEWEST_PROMPTS} are needed"
         raise InputMissingError(message, fix="give more prompts: half of them choose, the other half judge")
     order = np.random.default_rng(seed).permutation(known)[:MOST_PROMPTS]
-    shuffled = [encode_prompt(lines[index]) if lines else passages[index] for index in order]
-    count = min(judged, max(FEWEST_PROMPTS, 2 * len(shuffled) // 3))
-    return Division(judged=shuffled[:count], others=shuffled[count:])
+    first, last = (int(known * edge) for edge in judged_part)
+    inside = order[(order >= first) & (order < last)]
+    apart = len(inside) < len(order)
+    if len(inside) < FEWEST_PROMPTS:
+        message = f"{len(inside)} of the {known} prompts of {path} are in judged_part {list(judged_part)}"
+        raise InputMissingError(message, fix=f"widen it: {FEWEST_PROMPTS} are needed")
+    count = min(judged, len(inside) if apart else max(FEWEST_PROMPTS, 2 * len(order) // 3))
+    others = order[(order < first) | (order >= last)] if apart else order[count:]
+
+    def encoded(index: int) -> NDArray[np.int64]:
+        return encode_prompt(lines[index]) if lines else passages[index]
+
+    return Division(judged=[encoded(index) for index in inside[:count]], others=[encoded(index) for index in others])
 
 
 def prompt_fields(path: Path, text: str, template: str = "") -> Iterator[str]:
@@ -178,45 +192,13 @@ def prompt_fields(path: Path, text: str, template: str = "") -> Iterator[str]:
     Raises:
         InputMissingError: A record lacks a field, or one of them isn't text.
     """
-    for number, entry in _records(text):
-        found = _filled(entry, template) if template else entry.get("prompt") if isinstance(entry, dict) else None
+    for number, entry in records.parse(text):
+        found = (
+            records.filled(entry, template) if template else entry.get("prompt") if isinstance(entry, dict) else None
+        )
         if not isinstance(found, str) or not found:
             wanted = f"the fields of {template!r}" if template else '{"prompt": "…"}'
             message = f"{path}:{number}: expected {wanted}, got {json.dumps(entry)[:60]}"
             fix = "every record of a prompt file is an object with a `prompt`, or with the fields that `template` names"
             raise InputMissingError(message, fix=fix)
         yield found
-
-
-def _records(text: str) -> Iterator[tuple[int, Any]]:
-    """Yield (number of the line or record, value); nothing where the text is prose."""
-    whole = _parse(text) if text.lstrip().startswith("[") else None
-    if isinstance(whole, list) and whole and isinstance(whole[0], dict):
-        yield from enumerate(whole, 1)
-        return
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if not isinstance(_parse(lines[0][1]), dict):
-        return
-    for number, line in lines:
-        parsed = _parse(line)
-        yield number, line if parsed is None else parsed
-
-
-def _filled(entry: Any, template: str) -> str | None:
-    """Return a template with the fields of a record in their places; None where it lacks one or it isn't text."""
-    if not isinstance(entry, dict):
-        return None
-    out = []
-    for literal, name, _, _ in string.Formatter().parse(template):
-        value = "" if name is None else entry.get(name)
-        if not isinstance(value, str):
-            return None
-        out += [literal, value]
-    return "".join(out)
-
-
-def _parse(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -50,6 +50,8 @@ class Options(StageOptions):
     """Runtime that loads the model."""
     prompts: int = Field(default=40, ge=_text.FEWEST_PROMPTS)
     """Most prompts to use, half of them to choose, half to judge."""
+    judged_part: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
+    """Share of the file that these are drawn from; the remembered ones come from the rest."""
     template: str = ""
     """How a prompt is made of the fields of a record; empty is its `prompt`."""
     prompt_tokens: int = Field(default=128, ge=1)
@@ -141,6 +143,7 @@ def _prompts(options: Options, job: Job, talker: Talker, decoder: Decoder) -> tu
         template=options.template,
         length=options.prompt_tokens,
         seed=job.seed,
+        judged_part=options.judged_part,
     )
     room = decoder.max_tokens - options.new_tokens
     used, spare = ([tokens for tokens in part if len(tokens) <= room] for part in (divided.judged, divided.others))

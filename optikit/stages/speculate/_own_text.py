@@ -44,6 +44,7 @@ def written(options: PromptOptions, job: Job, tokens: int) -> tuple[Any, list[li
         template=options.template,
         length=options.prompt_tokens,
         seed=job.seed,
+        judged_part=options.judged_part,
     )
     room = decoder.max_tokens - options.new_tokens
     fitting = [prompt.tolist() for prompt in found.others if len(prompt) <= room]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Iterator
+from typing import Annotated
 
 from pydantic import Field
 
+from optikit import records
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stages.protocol import StageOptions
@@ -27,6 +28,9 @@ class PromptOptions(StageOptions):
     """Put prompts through the model's chat template, if it has one; passages of prose are continued as they are."""
     judged: int = Field(default=40, ge=4, le=100_000)
     """Prompts, drawn by the seed, half of which choose the speculator and half judge it; nothing else sees them."""
+    judged_part: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
+    """Share of the file, by prompts, that these are drawn from: [0.8, 1] for the last fifth. Whatever learns then sees
+    the rest of the file only, as does a `finetune` stage whose `calibration` has the complement as its `part`."""
     new_tokens: int = Field(default=96, ge=8, le=4096)
     """Tokens to write per prompt, unless the text ends before."""
     remember: int = Field(default=200, ge=0, le=100_000)
@@ -44,11 +48,9 @@ def check(options: PromptOptions, facts: ModelFacts) -> Iterator[Problem]:
         message = f"attention over a window of {facts.sliding_window} tokens forgets what a rejected draft displaced"
         yield Problem(code="no-rollback", message=message, fix="drop the speculate stage, or use a model without one")
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(options.template) if name is not None]
+        records.fields(options.template)
     except ValueError as error:
-        message = f"template {options.template!r} can't be read: {error}"
-        yield Problem(code="bad-template", message=message, fix='write "{field}"', loc=("template",))
-        return
-    if options.template and not all(name.isidentifier() for name in names):
-        message = f"template {options.template!r} names something else than fields"
-        yield Problem(code="bad-template", message=message, fix='write "{field}"', loc=("template",))
+        yield Problem(code="bad-template", message=str(error), fix='write "{field}"', loc=("template",))
+    if options.judged_part[0] >= options.judged_part[1]:
+        message = f"judged_part {list(options.judged_part)} is empty"
+        yield Problem(code="bad-part", message=message, fix="write [0.8, 1]", loc=("judged_part",))

@@ -147,3 +147,23 @@ def test_prompts_are_divided_without_overlap_or_loss(tmp_path_factory, count, ju
     assert sorted(ours) == list(range(count))
     assert len(first.judged) == min(judged, max(4, 2 * count // 3))
     assert ours == [int(each[0]) for each in (*again.judged, *again.others)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(count=st.integers(40, 90), judged=st.integers(4, 80), seed=st.integers(0, 99), edge=st.floats(0.2, 0.9))
+def test_prompts_that_judge_come_from_their_part_and_others_never(tmp_path_factory, count, judged, seed, edge):
+    path = tmp_path_factory.mktemp("divided") / "p.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"{i}"}) for i in range(count)))
+    options = {"judged": judged, "template": "", "length": 4, "seed": seed, "judged_part": (edge, 1.0)}
+    found = _text.divided(path, None, lambda prompt: np.array([int(prompt)]), **options)  # type: ignore[arg-type]
+    first = int(count * edge)
+    assert sorted(int(each[0]) for each in found.others) == list(range(first))
+    assert {int(each[0]) for each in found.judged} <= set(range(first, count))
+    assert len(found.judged) == min(judged, count - first)
+
+
+def test_a_part_of_too_few_prompts_is_refused(tmp_path):
+    path = write(tmp_path / "p.jsonl", *[json.dumps({"prompt": f"{i}"}) for i in range(20)])
+    options = {"judged": 9, "template": "", "length": 4, "seed": 0, "judged_part": (0.9, 1.0)}
+    with pytest.raises(InputMissingError, match=r"2 of the 20 prompts of .* are in judged_part \[0\.9, 1\.0\]"):
+        _text.divided(path, None, lambda prompt: np.array([int(prompt)]), **options)
