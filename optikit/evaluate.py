@@ -323,7 +323,7 @@ class _Run:
         if types - FLOAT_TYPES:
             packed = ", ".join(sorted(types - FLOAT_TYPES))
             yield f"The model's weights came from a {packed} file: what that lost is part of the baseline."
-        if wanted.perplexity is not None and wanted.perplexity.windows < FEW_WINDOWS:
+        if wanted.perplexity is not None and (wanted.perplexity.windows or FEW_WINDOWS) < FEW_WINDOWS:
             yield f"{wanted.perplexity.windows} windows are few: quality intervals are wide and rest on Student's t."
         for step in filter(self.emitted, self.plan.steps):
             yield f"{step.name} was emitted: size and quality are those of the weights that it will compile."

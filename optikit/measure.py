@@ -21,7 +21,7 @@ from optikit.models import reader
 from optikit.models.facts import ModelFacts
 from optikit.plan.context import Context
 from optikit.plan.make import named_texts
-from optikit.plan.measures import here, quality_options, tasks_options
+from optikit.plan.measures import here, quality_options, tasks_options, tokens_of
 from optikit.plan.model import Plan, Step
 from optikit.recipe.schema import Evaluate, Gate, Recipe
 from optikit.runner import Settings, execute
@@ -232,7 +232,9 @@ def _step(
         ),
         source="",
         files=files,
-        estimate=stage.estimate(chosen, subject.facts, context.target, 0),
+        estimate=stage.estimate(
+            chosen, subject.facts, context.target, tokens_of(texts["text"]) if "text" in texts else 0
+        ),
         before=subject.facts,
         after=subject.facts,
     )

@@ -62,7 +62,7 @@ def measure(request: Request) -> Report:
     """Measure a server and write the report to `request.out`.
 
     Raises:
-        UsageError: Neither prompts nor a text were given, or the variable with the key is empty.
+        UsageError: Neither prompts nor a text were given, a protocol that counts tokens, or no key in its variable.
         UnavailableError: The server can't be reached, drops connections, or answers with an error.
         StageTimeoutError: It hangs.
     """
@@ -100,6 +100,9 @@ def _texts(request: Request) -> dict[str, Path]:
     wanted = request.wanted
     named: dict[str, Text] = {}
     if wanted.perplexity is not None:
+        if wanted.perplexity.protocol != "windows":
+            message = f"perplexity protocol {wanted.perplexity.protocol} counts tokens, and a server keeps its own"
+            raise UsageError(message, fix="use protocol windows, which is cut by characters for a server")
         named["perplexity"] = wanted.perplexity
     if wanted.speed is not None and wanted.speed.prompts:
         named["prompts"] = Text(text=wanted.speed.prompts)
@@ -205,6 +208,7 @@ def _quality(client: Client, model: str, path: Path, wanted: Evaluate, note: Cal
 
     options = wanted.perplexity
     assert options is not None  # noqa: S101 - the caller has looked
+    assert options.windows is not None  # noqa: S101 - `_texts` has looked
     text = _text.read(path)
     length = CHARACTERS_PER_TOKEN * options.window
     windows = [text[start : start + length] for start in range(0, length * options.windows, length)]

@@ -120,3 +120,10 @@ def test_nothing_to_ask_and_too_short_a_text(model, tmp_path):
     short.write_text("only this much " * 5)
     with serving(model) as server, pytest.raises(InputMissingError, match="has 75 characters, 192 are needed"):
         ask(server.url, tmp_path / "out", short)
+
+
+def test_a_protocol_that_counts_tokens_is_refused_before_the_server_is_asked(prose, tmp_path):
+    wanted = Evaluate.model_validate({"perplexity": {"text": str(prose), "protocol": "gptq"}})
+    request = served.Request(url="http://127.0.0.1:9", out=tmp_path, wanted=wanted, progress="none")
+    with pytest.raises(UsageError, match="protocol gptq counts tokens"):
+        served.measure(request)

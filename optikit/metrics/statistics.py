@@ -49,15 +49,32 @@ def mean_interval(values: Floats, *, seed: int = 0) -> Interval:
     return _expanded_percentiles(np.concatenate(means), blocks)
 
 
+def block_means(values: Floats) -> Floats:
+    """Return one value per block of `values` (blocks, tokens), whose mean is the mean of all tokens.
+
+    A block that is shorter than the longest ends with NaN. Blocks of one length give their means; blocks of several
+    lengths give the linearized ratio of sums, for the tokens weigh the same, not the blocks.
+    """
+    known = ~np.isnan(values)
+    tokens = known.sum(axis=1)
+    if (tokens == values.shape[1]).all():
+        means: Floats = values.mean(axis=1)
+        return means
+    sums = np.where(known, values, 0.0).sum(axis=1)
+    mean = sums.sum() / tokens.sum()
+    linear: Floats = mean + (sums - mean * tokens) / tokens.mean()
+    return linear
+
+
 def perplexity_ratio(baseline: Floats, candidate: Floats, *, seed: int = 0) -> tuple[float, Interval]:
     """Return exp of the mean difference of two (windows, tokens) arrays of negative log-likelihoods, and its interval.
 
-    The same windows through both models: the difference per window is what is drawn.
+    The same windows through both models: the difference per window is what is drawn. Shorter windows end with NaN.
     """
     if baseline.shape != candidate.shape:
         msg = f"negative log-likelihoods of different windows: {baseline.shape} and {candidate.shape}"
         raise ValueError(msg)
-    difference = (candidate - baseline).mean(axis=1)
+    difference = block_means(candidate - baseline)
     low, high = mean_interval(difference, seed=seed)
     return math.exp(float(difference.mean())), (math.exp(low), math.exp(high))
 

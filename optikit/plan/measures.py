@@ -15,6 +15,9 @@ from optikit.store.sources import TextSource
 COMPILED_RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
 """Which runtime on this machine loads a compiled artifact, by trait."""
 
+BYTES_PER_TOKEN = 4
+"""Of prose, by tokenizers of 32,000 to 150,000 words."""
+
 
 def runtime(step: Step) -> str:
     """Name the runtime here that loads what a step wrote; empty where none can: a speculator is no model by itself."""
@@ -99,7 +102,12 @@ def _loaded(engine: str) -> dict[str, Any]:
 
 def quality_options(engine: str, wanted: PerplexityOptions) -> dict[str, Any]:
     """Return options of `measure quality`."""
-    return _loaded(engine) | {"window": wanted.window, "windows": wanted.windows}
+    return _loaded(engine) | wanted.model_dump(include={"protocol", "window", "windows", "stride"})
+
+
+def tokens_of(text: TextSource) -> int:
+    """Return about how many tokens a text has, by its size: nobody has read it yet."""
+    return text.path.stat().st_size // BYTES_PER_TOKEN
 
 
 def tasks_options(engine: str, wanted: Sequence[TaskOptions]) -> dict[str, Any]:
@@ -139,7 +147,7 @@ def _quality_step(
         source=source,
         inputs=inputs,
         files={"text": str(text.path)},
-        estimate=stage.estimate(options, facts, context.target, 0),
+        estimate=stage.estimate(options, facts, context.target, tokens_of(text)),
         before=facts,
         after=facts,
     )

@@ -63,10 +63,45 @@ class CalibrationText(Text):
 class PerplexityOptions(Text):
     """Quality on running text: perplexity, KL divergence and top-1 agreement against the baseline."""
 
+    protocol: Literal["windows", "gptq", "hf", "lmeval"] = "windows"
+    """How the text is cut. `windows`: its first windows. `gptq`: all of it in windows of 2048 that don't overlap, as
+    papers do. `hf`: windows of 1024 that overlap, each scores what is new. `lmeval`: whole documents, per word too."""
     window: int = Field(default=512, ge=16, le=131072)
-    """Tokens per window; windows don't overlap. Part of the protocol's name."""
-    windows: int = Field(default=16, ge=2, le=100000)
-    """Number of windows, from the start of the text. Part of the protocol's name."""
+    """Tokens per window: 512, 2048 or 1024 by the protocol; for `lmeval` most tokens that the model reads at once,
+    2048. Part of the protocol's name."""
+    windows: int | None = Field(default=16, ge=2, le=100000)
+    """Number of windows, from the start of the text: 16 for `windows`, all of the text for the others. Part of the
+    protocol's name."""
+    stride: int = Field(default=512, ge=1, le=131072)
+    """`hf`: new tokens per window. Part of the protocol's name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, data: Any) -> Any:
+        """Fill in what the protocol leaves open."""
+        named = data.get("protocol") if isinstance(data, Mapping) else None
+        return {**_PROTOCOLS[named], **data} if isinstance(named, str) and named in _PROTOCOLS else data
+
+    @model_validator(mode="after")
+    def _cut(self) -> PerplexityOptions:
+        if self.protocol == "hf" and self.stride >= self.window:
+            msg = f"stride {self.stride} is not below window {self.window}; overlapping windows need it smaller"
+            raise ValueError(msg)
+        if self.protocol == "lmeval" and self.windows is not None:
+            msg = "protocol lmeval scores whole documents; leave out windows, or name a part of the text"
+            raise ValueError(msg)
+        if self.protocol == "windows" and self.windows is None:
+            msg = "protocol windows needs a number of windows; protocol gptq takes all of the text"
+            raise ValueError(msg)
+        return self
+
+
+_PROTOCOLS: Mapping[str, Mapping[str, Any]] = {
+    "gptq": {"window": 2048, "windows": None},
+    "hf": {"window": 1024, "windows": None, "stride": 512},
+    "lmeval": {"window": 2048, "windows": None},
+}
+"""What a protocol takes where the recipe doesn't say; `windows` has the defaults of the fields."""
 
 
 class SpeedOptions(_Frozen):

@@ -24,6 +24,12 @@ DEFINITIONS: dict[str, Definition] = {
         meaning="How surprised the model is by running text; lower is better. Comparable only under the same "
         "protocol: text (by its hash), window length @ and number of windows ×.",
     ),
+    "word_perplexity": Definition(
+        name="Perplexity per word",
+        formula="exp(Σ −ln p(token) / words of the text as it is written)",
+        meaning="As lm-evaluation-harness prints it: whole documents, words parted by blanks. Far above perplexity per "
+        "token, for a word is several tokens.",
+    ),
     "perplexity_ratio": Definition(
         name="Perplexity ratio",
         formula="perplexity(result) / perplexity(baseline)",

@@ -23,13 +23,17 @@ class Perplexity(_Frozen):
     """exp of the mean negative log-likelihood per scored token, under a named protocol."""
 
     protocol: str
-    """E.g. `text-3f9a12cd@512x16`: first hex digits of the text's sha256, window length, number of windows."""
+    """E.g. `text-3f9a12cd@512x16`: first hex digits of the text's sha256, window length, number of windows; or
+    `wt2-gptq@2048`, `wt2-hf@1024/512`, `wt2-lmeval@2048`: the text by its usual name, how it is cut."""
     value: float
     ratio: float | None = None
     """Divided by the baseline's, same windows."""
     ratio_ci95: Interval | None = None
     """Window-block bootstrap."""
     bits_per_byte: float | None = None
+    word_perplexity: float | None = None
+    """Per word as lm-evaluation-harness counts them; null under protocols that don't."""
+    byte_perplexity: float | None = None
     tokens: int
 
 

@@ -96,6 +96,14 @@ _QUALITY = (
         higher_is_better=False,
     ),
     _Spec(
+        key="word_perplexity",
+        label="Perplexity per word",
+        find=_quality(lambda q: q.perplexity.word_perplexity if q.perplexity else None),
+        write=lambda v: text.number(v, 4),
+        words=("", ""),
+        higher_is_better=False,
+    ),
+    _Spec(
         key="bits_per_byte",
         label="Bits per byte",
         find=_quality(lambda q: q.perplexity.bits_per_byte if q.perplexity else None),

@@ -48,19 +48,14 @@ def test_a_hopeless_model_has_infinite_perplexity_not_an_error():
     assert p.perplexity(np.array([5000.0])) == math.inf
 
 
-def test_windows_are_cut_from_the_start_and_the_tail_is_dropped():
-    assert p.cut(np.arange(11), 3, 2).tolist() == [[0, 1, 2], [3, 4, 5]]
-    with pytest.raises(ValueError, match="11 tokens: 3 windows of 3 fit, 4 were asked for"):
-        p.cut(np.arange(11), 3, 4)
-
-
 def test_bits_per_byte_of_a_coin():
     """Two equally likely bytes cost one bit each."""
     assert p.bits_per_byte(np.full(10, math.log(2)), 10) == pytest.approx(1)
 
 
-def test_protocol_names_text_window_and_count():
-    assert p.protocol("3f9a12cdee" + "0" * 54, 2048, 148) == "text-3f9a12cd@2048x148"
+def test_perplexity_per_word_counts_words():
+    assert p.perplexity(np.full(6, math.log(2)), 3) == pytest.approx(4)
+    assert p.perplexity(np.full(6, 500.0), 3) == math.inf
 
 
 def test_perplexity_is_that_of_transformers_own_loss(tiny_llama):

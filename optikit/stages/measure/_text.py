@@ -52,6 +52,22 @@ def tokenizer(directory: Path) -> Tokenizer:
     return loaded
 
 
+def opening_token(directory: Path) -> int:
+    """Return the token that opens a document: the beginning of a text, or where there is none the end of one.
+
+    Raises:
+        InputMissingError: The tokenizer names neither.
+    """
+    from transformers import AutoTokenizer
+
+    by = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    found = by.eos_token_id if by.bos_token_id is None else by.bos_token_id
+    if found is None:
+        message = f"the tokenizer of {directory} has no token that begins or ends a text"
+        raise InputMissingError(message, fix="use another protocol, or name one in tokenizer_config.json")
+    return int(found)
+
+
 MARGIN = 1000
 """Characters before a cut whose tokens aren't sure yet."""
 

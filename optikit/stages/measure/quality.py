@@ -3,26 +3,26 @@
 The model is asked through the runtime that will serve it, so what a compiled graph or an int4 kernel changes is seen.
 The baseline's run keeps its logits, and every candidate is compared with those same logits, streamed from disk.
 
-Paper   perplexity protocol of Frantar et al. 2022 (arXiv:2210.17323): windows don't overlap, the tail is dropped;
-        divergence statistics of llama.cpp's `perplexity --kl-divergence`
-Cost    one forward pass over windows × window tokens; the baseline keeps two bytes per token and vocabulary entry
+Paper   perplexity protocols of GPTQ (arXiv:2210.17323), transformers' documentation and lm-evaluation-harness, see
+        `metrics.protocols`; divergence statistics of llama.cpp's `perplexity --kl-divergence`
+Cost    one forward pass over the text (`hf`: window / stride passes); the baseline keeps two bytes per scored token and
+        vocabulary entry, 4 GiB at most: divergence is that of the windows whose logits fit
 Differs intervals come from a bootstrap over windows: tokens of one window depend on each other
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from optikit.errors import InputMissingError, StageFailedError
+from optikit.errors import StageFailedError
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.measure import _text
 from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
 from optikit.targets import Target
 
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from optikit.metrics.scoring import Scores
+    from optikit.metrics.protocols import Shape
+    from optikit.metrics.scoring import Scores, Window
     from optikit.runtime.protocol import Decoder
+    from optikit.stages.measure._cut import Cut
 
 SUMMARY = "perplexity, KL divergence and top-1 agreement against the baseline"
 NEEDS: frozenset[Trait] = frozenset()
@@ -48,6 +50,8 @@ LEAN, LARGE = 200, 500
 """MiB that a process takes with a compiled model's runtime, and with torch and transformers."""
 SECONDS_PER_LOGIT = 2e-8
 """Time for log-likelihood, float16 and divergence of one logit."""
+MOST_KEPT = 4 * 2**30
+"""Bytes of kept logits; a whole test set's would fill a disk."""
 
 
 class Options(StageOptions):
@@ -57,12 +61,23 @@ class Options(StageOptions):
     """Runtime that loads the model."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of weights and arithmetic, where the runtime lets one choose."""
+    protocol: Literal["windows", "gptq", "hf", "lmeval"] = "windows"
+    """How the text is cut, see `metrics.protocols`."""
     window: int = Field(default=512, ge=2)
     """Tokens per window."""
-    windows: int = Field(default=16, ge=2)
-    """Number of windows, from the start of the text."""
+    windows: int | None = Field(default=16, ge=2)
+    """Number of windows, from the start of the text; null is all of it."""
+    stride: int = Field(default=512, ge=1)
+    """New tokens per window, where windows overlap."""
     keep_logits: bool = False
     """Keep the logits, so that other models can be compared with this one."""
+
+    @property
+    def shape(self) -> Shape:
+        """How the text is cut."""
+        from optikit.metrics.protocols import Shape
+
+        return Shape(protocol=self.protocol, window=self.window, windows=self.windows, stride=self.stride)
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
@@ -74,15 +89,17 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
 
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
-    """Estimate: two operations per weight and token, plus the arithmetic on logits."""
-    tokens = options.windows * options.window
-    logits = tokens * facts.vocab
+    """Estimate: two operations per weight and token, plus the arithmetic on logits; `calibration_tokens` of text."""
+    step = options.stride if options.protocol == "hf" else options.window
+    windows = options.windows if options.windows is not None else max(1, calibration_tokens // step)
+    tokens = windows * options.window
+    logits = windows * step * facts.vocab
     compiled = options.runtime != "transformers"
     weights = facts.weight_bytes if compiled else 4 * facts.parameters
     return Estimate(
         seconds=(3 if compiled else 7) + 2 * facts.parameters * tokens / FLOPS + logits * SECONDS_PER_LOGIT,
         peak_bytes=weights + 256 * facts.vocab * 12 + (LEAN if compiled else LARGE) * 2**20,
-        disk_bytes=2 * logits if options.keep_logits else 20 * tokens,
+        disk_bytes=min(2 * logits, MOST_KEPT) if options.keep_logits else 20 * tokens,
     )
 
 
@@ -99,39 +116,25 @@ def run(options: Options, job: Job) -> Facts:
         StageFailedError: The model returned NaN, or was compared across protocols or vocabularies.
     """
     from optikit.runtime import load
+    from optikit.stages.measure._cut import cut
 
-    about, windows, scored_bytes = _windows(options, job)
+    made = cut(job.inputs["text"], job.inputs["tokenizer"], options.shape)
     decoder = load(
         job.source, runtime=options.runtime, dtype=options.dtype, threads=job.threads, max_tokens=options.window
     )
-    about |= {"vocab": decoder.vocab, "runtime": decoder.runtime, "dtype": decoder.dtype, "threads": decoder.threads}
+    about = {
+        "protocol": made.protocol,
+        "vocab": decoder.vocab,
+        "runtime": decoder.runtime,
+        "dtype": decoder.dtype,
+        "threads": decoder.threads,
+    }
     baseline = job.inputs.get("baseline")
     if baseline is not None:
         _require_comparable(about, json.loads((baseline / ABOUT).read_text(encoding="utf-8")))
-    scores = _score(options, job, decoder, windows)
+    scores = _score(options, job, decoder, made.windows)
     (job.dest / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
-    return _facts(about, scores, scored_bytes, job)
-
-
-def _windows(options: Options, job: Job) -> tuple[dict[str, Any], NDArray[np.int64], int]:
-    """Return what names the measurement, the windows, and how many bytes of text they score."""
-    import hashlib
-
-    from optikit.metrics import perplexity
-
-    text = _text.read(job.inputs["text"])
-    needed = options.window * options.windows
-    encoded = _text.encode(text, _text.tokenizer(job.inputs["tokenizer"]), at_least=needed)
-    try:
-        windows = perplexity.cut(encoded.tokens, options.window, options.windows)
-    except ValueError as error:
-        fit = len(encoded.tokens) // options.window
-        fix = f"set windows to {fit}" if fit >= 2 else "give a longer text, or a shorter window"
-        raise InputMissingError(str(error), fix=fix) from error
-    ends = encoded.ends[: windows.size].reshape(windows.shape)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    about = {"protocol": perplexity.protocol(digest, options.window, options.windows)}
-    return about, windows, int((ends[:, -1] - ends[:, 0]).sum())
+    return _facts(about, scores, made, job)
 
 
 def _require_comparable(about: dict[str, Any], baseline: dict[str, Any]) -> None:
@@ -141,7 +144,15 @@ def _require_comparable(about: dict[str, Any], baseline: dict[str, Any]) -> None
             raise StageFailedError(message, fix="measure both on the same text, with the same tokenizer")
 
 
-def _score(options: Options, job: Job, decoder: Decoder, windows: NDArray[np.int64]) -> Scores:
+def _compared_windows(windows: Sequence[Window], vocab: int) -> int:
+    """Return of how many windows, the first ones, logits are kept: all, or as many as fit; two have an interval."""
+    from itertools import accumulate
+
+    sizes = accumulate(2 * vocab * window.scored for window in windows)
+    return max(2, sum(size <= MOST_KEPT for size in sizes))
+
+
+def _score(options: Options, job: Job, decoder: Decoder, windows: Sequence[Window]) -> Scores:
     import numpy as np
 
     from optikit.metrics.scoring import NotFiniteError, score
@@ -151,12 +162,13 @@ def _score(options: Options, job: Job, decoder: Decoder, windows: NDArray[np.int
         with ExitStack() as files:
             keep = files.enter_context((job.dest / LOGITS).open("wb")) if options.keep_logits else None
             against = files.enter_context(kept.open("rb")) if kept and kept.is_file() else None
-            scores = score(decoder, windows, against=against, keep=keep, progress=job.progress)
+            compared = _compared_windows(windows, decoder.vocab)
+            scores = score(decoder, windows, against=against, keep=keep, compared=compared, progress=job.progress)
     except NotFiniteError as error:
         message = f"{decoder.runtime} ({decoder.dtype}): {error}"
         raise StageFailedError(message, fix="the model overflows; try another dtype, or a milder stage") from error
-    if scores.nll.mean() > HOPELESS_NATS:
-        message = f"the model is broken: {scores.nll.mean():.0f} nats per token, a uniform guess costs less than 13"
+    if scores.known.mean() > HOPELESS_NATS:
+        message = f"the model is broken: {scores.known.mean():.0f} nats per token, a uniform guess costs less than 13"
         raise StageFailedError(message, fix="look at the stages before this one")
     np.save(job.dest / NLL, scores.nll)
     np.save(job.dest / TOP1, scores.top1)
@@ -165,19 +177,20 @@ def _score(options: Options, job: Job, decoder: Decoder, windows: NDArray[np.int
     return scores
 
 
-def _facts(about: dict[str, Any], scores: Scores, scored_bytes: int, job: Job) -> Facts:
+def _facts(about: dict[str, Any], scores: Scores, made: Cut, job: Job) -> Facts:
     import numpy as np
 
     from optikit.metrics import perplexity, statistics
     from optikit.report.schema import Perplexity, Quality
 
+    nll = scores.known
     found: dict[str, Any] = {"ratio": None, "ratio_ci95": None}
     compared: dict[str, Any] = {}  # the baseline has nothing to be compared with: nulls that miss nothing
     extra: dict[str, Any] = {}
     if "baseline" in job.inputs:
         base = np.load(job.inputs["baseline"] / NLL, allow_pickle=False)
         found["ratio"], found["ratio_ci95"] = statistics.perplexity_ratio(base, scores.nll, seed=job.seed)
-        shift = statistics.detectable_shift((scores.nll - base).mean(axis=1))
+        shift = statistics.detectable_shift(statistics.block_means(scores.nll - base))
         extra["detectable_ratio"] = float(np.exp(shift))
         compared, statistic_set = _compared(scores, base, job)
         extra |= statistic_set
@@ -185,15 +198,29 @@ def _facts(about: dict[str, Any], scores: Scores, scored_bytes: int, job: Job) -
         runtime=about["runtime"],
         perplexity=Perplexity(
             protocol=about["protocol"],
-            value=perplexity.perplexity(scores.nll),
-            bits_per_byte=perplexity.bits_per_byte(scores.nll, scored_bytes),
-            tokens=scores.nll.size,
+            value=perplexity.perplexity(nll),
+            bits_per_byte=perplexity.bits_per_byte(nll, made.scored_bytes),
+            tokens=nll.size,
+            **_per_word(nll, made),
             **found,
         ),
         **compared,
     )
     files = sorted(path.name for path in job.dest.iterdir())
     return quality.model_dump(mode="json") | extra | {"about": about, "files": files}
+
+
+def _per_word(nll: NDArray[np.float64], made: Cut) -> dict[str, float]:
+    """Return perplexity per word and per byte where the protocol counts words; without what overflows."""
+    import math
+
+    from optikit.metrics import perplexity
+
+    if made.words is None:
+        return {}
+    units = {"word_perplexity": made.words, "byte_perplexity": made.scored_bytes}
+    found = {name: perplexity.perplexity(nll, count) for name, count in units.items()}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def _compared(scores: Scores, base: NDArray[np.float64], job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -203,26 +230,30 @@ def _compared(scores: Scores, base: NDArray[np.float64], job: Job) -> tuple[dict
     from optikit.metrics import divergence, statistics
     from optikit.report.schema import Divergence
 
-    same = scores.top1 == np.load(job.inputs["baseline"] / TOP1, allow_pickle=False)
+    agree = scores.top1 == np.load(job.inputs["baseline"] / TOP1, allow_pickle=False)
+    shares = statistics.block_means(np.where(np.isnan(scores.nll), np.nan, agree))
     compared: dict[str, Any] = {
-        "top1_agreement": float(same.mean()),
-        "top1_agreement_ci95": statistics.mean_interval(same.mean(axis=1), seed=job.seed),
+        "top1_agreement": float(shares.mean()),
+        "top1_agreement_ci95": statistics.mean_interval(shares, seed=job.seed),
     }
     apart = scores.divergence
     if apart is None:
         return compared | {"reason": "no divergence: the baseline's logits were not kept"}, {}
-    if apart.size < divergence.FEWEST_TOKENS:
-        reason = f"no divergence: {apart.size} scored tokens are too few, {divergence.FEWEST_TOKENS} are needed"
+    blocks = ~np.isnan(apart).all(axis=1)
+    found = ~np.isnan(apart)
+    tokens = int(found.sum())
+    if tokens < divergence.FEWEST_TOKENS:
+        reason = f"no divergence: {tokens} scored tokens are too few, {divergence.FEWEST_TOKENS} are needed"
         return compared | {"reason": reason}, {}
-    full = divergence.statistics(apart.ravel(), base.ravel(), scores.nll.ravel(), same.ravel())
+    full = divergence.statistics(apart[found], base[found], scores.nll[found], agree[found])
     compared["kl_divergence"] = Divergence(
         mean=full.mean,
         median=full.median,
         p90=full.percentiles["p90"],
         p99=full.percentiles["p99"],
         max=full.max,
-        mean_ci95=statistics.mean_interval(apart.mean(axis=1), seed=job.seed),
-        histogram=divergence.histogram(apart.ravel()),
+        mean_ci95=statistics.mean_interval(statistics.block_means(apart[blocks]), seed=job.seed),
+        histogram=divergence.histogram(apart[found]),
         tokens=full.tokens,
     )
     return compared, {"divergence": asdict(full)}

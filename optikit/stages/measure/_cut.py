@@ -1,0 +1,87 @@
+"""A text cut into windows as a perplexity protocol says, by the baseline's tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optikit.errors import InputMissingError
+from optikit.stages.measure import _text
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from optikit.metrics.protocols import Document, Shape
+    from optikit.metrics.scoring import Window
+
+FEWEST = 2
+"""Windows without which nothing says how windows differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """What is scored.
+
+    Attributes:
+        protocol: Its name.
+        windows: Tokens to read, and which of them to score.
+        scored_bytes: UTF-8 bytes of what is scored, as it is written in the file.
+        words: Words of what is scored, where the protocol counts them.
+    """
+
+    protocol: str
+    windows: tuple[Window, ...]
+    scored_bytes: int
+    words: int | None
+
+
+def cut(path: Path, directory: Path, shape: Shape) -> Cut:
+    """Cut the text in `path` by the tokenizer in `directory`.
+
+    Raises:
+        InputMissingError: No text, or too little of it; no tokenizer.
+    """
+    from optikit.metrics import protocols
+
+    text = _text.read(path)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    by = _text.tokenizer(directory)
+    rolling = shape.protocol == "lmeval"
+    opening = _text.opening_token(directory) if rolling else None
+    documents = protocols.documents(text, digest, shape.protocol)
+    cuts = [_document(document, by, shape, opening) for document in documents]
+    windows = tuple(window for windows, _ in cuts for window in windows)
+    if len(windows) < FEWEST:
+        message = f"the text makes {len(windows)} windows of {shape.window} tokens, and {FEWEST} are needed"
+        raise InputMissingError(message, fix="give a longer text, or a shorter window")
+    return Cut(
+        protocol=protocols.name(digest, shape),
+        windows=windows,
+        scored_bytes=sum(each.bytes for each in documents) if rolling else sum(scored for _, scored in cuts),
+        words=sum(each.words for each in documents) if rolling else None,
+    )
+
+
+def _document(document: Document, by: Tokenizer, shape: Shape, opening: int | None) -> tuple[tuple[Window, ...], int]:
+    """Return the windows of a document, and how many bytes of it they score."""
+    import numpy as np
+
+    from optikit.metrics.protocols import TooShortError, spans
+    from optikit.metrics.scoring import Window
+
+    special = shape.protocol != "windows"
+    needed = None if shape.windows is None else shape.windows * shape.window
+    encoded = _text.encode(document.text, by, at_least=needed, special=special)
+    first = [] if opening is None else [opening]
+    tokens, ends = np.concatenate([first, encoded.tokens]).astype(np.int64), encoded.ends
+    if opening is not None:
+        ends = np.concatenate([[0], ends])
+    try:
+        found = spans(len(tokens), shape)
+    except TooShortError as error:
+        fix = f"set windows to {error.fit}" if error.fit >= FEWEST else "give a longer text, or a shorter window"
+        raise InputMissingError(str(error), fix=fix) from error
+    scored = sum(int(ends[span.end - 1] - ends[span.end - 1 - span.scored]) for span in found)
+    return tuple(Window(tokens[span.begin : span.end], span.scored) for span in found), scored
