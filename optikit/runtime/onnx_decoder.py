@@ -2,9 +2,11 @@
 
 What makes it fast is what it doesn't do:
 
-- One set of key-value buffers is bound as past and as present: a step writes its row in place and copies nothing. The
-  graph reads the sequence length off the attention mask, so rolling back is passing a shorter mask.
-- Inputs and outputs are bound by address once per number of tokens m; a step then costs one call.
+- One set of key-value buffers is bound as past and as present: a step writes its row in place and copies nothing.
+  Rolling back is passing a shorter length.
+- Attention is told that length as a number; the nodes that count it off an attention mask are taken out in memory, and
+  with them the one input that grows: all shapes stay what they were, so memory is planned once per number of tokens m.
+- Inputs and outputs are bound by address once per m; a step then writes three numbers and makes one call.
 - Before the output head a slice is put into the graph in memory (the file stays as it is): a prompt computes logits
   for its last token only, a fifth less work on SmolLM2-135M. What the slice gives is what Medusa heads read: any
   directory of the builder shows its hidden states.
@@ -38,6 +40,8 @@ CONFIG = "genai_config.json"
 HEAD = "/lm_head/MatMul"
 FIRST_ROW = "optikit_first_row"
 """Input that the slice before the head reads: index of the first token whose logits are wanted."""
+LAST, LENGTH = "optikit_last_position", "optikit_length"
+"""Inputs that attention reads: index of the newest token, and number of tokens with it."""
 STATES = "optikit_states"
 """Output of that slice: what the head reads, one row per row of logits."""
 CHUNK = 256
@@ -142,6 +146,33 @@ def _slice_before_head(graph: onnx.GraphProto, where: Path) -> None:
             output.type.tensor_type.shape.dim[1].dim_param = "rows"
 
 
+def _pass_lengths(graph: onnx.GraphProto, mask: str) -> None:
+    """Let attention read inputs LAST and LENGTH; take out the mask and what counts it, unless others read it, too."""
+    for node in graph.node:
+        if node.op_type == "GroupQueryAttention":
+            node.input[5], node.input[6] = LAST, LENGTH
+    for name in (LAST, LENGTH):
+        graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT32, [1]))
+    needed = {each.name for each in graph.output}
+    live = []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            needed.update(_reads(node))
+            live.append(node)
+    wanted = [each for each in graph.input if each.name in needed or each.name != mask]
+    del graph.node[:], graph.input[:]
+    graph.node.extend(reversed(live))
+    graph.input.extend(wanted)
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """Yield the names that a node reads, those inside its branches included."""
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            yield from _reads(inner)
+
+
 def _open(model: onnx.ModelProto, layout: Layout, threads: int, *, spinning: bool) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -166,24 +197,57 @@ class _Call:
     def __init__(
         self, session: onnxruntime.InferenceSession, layout: Layout, cache: list[NDArray[Any]], m: int
     ) -> None:
-        self.binding = session.io_binding()
-        self.tokens = np.zeros((1, m), np.int64)
-        self.positions = np.zeros((1, m), np.int64)
-        self.first_row = np.zeros(1, np.int64)
-        self._bind(layout.inputs["input_ids"], self.tokens)
-        self._bind(FIRST_ROW, self.first_row)
-        if "position_ids" in {each.name for each in session.get_inputs()}:
-            self._bind("position_ids", self.positions)
+        self._session = session
+        self._layout = layout
+        self._binding = session.io_binding()
+        self._tokens = np.zeros((1, m), np.int64)
+        self._positions = np.zeros((1, m), np.int64)
+        self._steps = np.arange(m)
+        self._first_row = np.zeros(1, np.int64)
+        self._last, self._length = np.zeros(1, np.int32), np.zeros(1, np.int32)
+        self._results: tuple[NDArray[Any], NDArray[Any]] | None = None
+        wanted = {each.name for each in session.get_inputs()}
+        self._masked = layout.inputs["attention_mask"] in wanted
+        for name, array in (
+            (layout.inputs["input_ids"], self._tokens),
+            ("position_ids", self._positions),
+            (FIRST_ROW, self._first_row),
+            (LAST, self._last),
+            (LENGTH, self._length),
+        ):
+            if name in wanted:
+                self._bind(name, array)
         for (past, present), buffer in zip(layout.cache_names, cache, strict=True):
             self._bind(past, buffer)
-            self.output(present, buffer)
+            self._output(present, buffer)
 
     def _bind(self, name: str, array: NDArray[Any]) -> None:
-        self.binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
-    def output(self, name: str, array: NDArray[Any]) -> None:
-        """Bind an output to memory that the caller keeps alive until the run is over."""
-        self.binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+    def _output(self, name: str, array: NDArray[Any]) -> None:
+        self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def mask(self, ones: NDArray[np.int64]) -> None:
+        """Pass a mask (1, n) to a graph that still wants one."""
+        if self._masked:
+            self._bind(self._layout.inputs["attention_mask"], ones)
+
+    def results(self, logits: NDArray[np.float32], states: NDArray[np.float32]) -> None:
+        """Write logits (1, r, vocab) and states (1, r, width) of the last r tokens here from now on."""
+        if self._results is None or self._results[0] is not logits or self._results[1] is not states:
+            self._output(self._layout.outputs["logits"], logits)
+            self._output(STATES, states)
+            self._first_row[0] = self._tokens.shape[1] - logits.shape[1]
+            self._results = (logits, states)  # kept alive as long as they are bound
+
+    def run(self, tokens: Tokens | int, position: int) -> None:
+        """Run tokens (m,), or the only one."""
+        self._tokens[0] = tokens
+        np.add(self._steps, position, out=self._positions[0])
+        end = position + len(self._steps)
+        self._last[0] = end - 1
+        self._length[0] = end
+        self._session.run_with_iobinding(self._binding)
 
 
 class OnnxDecoder:
@@ -228,6 +292,7 @@ class OnnxDecoder:
         self.threads = threads or host.threads()
         self.vocab = layout.vocab
         _slice_before_head(model.graph, layout.graph)
+        _pass_lengths(model.graph, layout.inputs["attention_mask"])
         self._layout = layout
         self._session = _open(model, layout, self.threads, spinning=spinning)
         shape = (1, layout.kv_heads, self.max_tokens, layout.head_dim)
@@ -274,22 +339,21 @@ class OnnxDecoder:
         for position in range(len(prompt), len(prompt) + new_tokens - 1):
             token = int(row.argmax())
             yield token
-            self._run(np.array([token]), position, row, state)
+            self._run(token, position, row, state)
         yield int(row.argmax())
 
-    def _run(self, tokens: Tokens, position: int, logits: NDArray[np.float32], states: NDArray[np.float32]) -> None:
-        """Run tokens (m,); write logits (1, r, vocab) and hidden states (1, r, width) of the last r of them."""
-        m = len(tokens)
-        call = self._calls.get(m) or _Call(self._session, self._layout, self._cache, m)
-        if m <= KEPT_CALLS:
-            self._calls[m] = call
+    def _run(
+        self, tokens: Tokens | int, position: int, logits: NDArray[np.float32], states: NDArray[np.float32]
+    ) -> None:
+        """Run tokens (m,), or one; write logits (1, r, vocab) and hidden states (1, r, width) of the last r of them."""
+        m = 1 if isinstance(tokens, int) else len(tokens)
+        call = self._calls.get(m)
+        if call is None:
+            call = _Call(self._session, self._layout, self._cache, m)
+            if m <= KEPT_CALLS:
+                self._calls[m] = call
         end = position + m
-        call.tokens[0] = tokens
-        call.positions[0] = np.arange(position, end)
-        call.first_row[0] = m - logits.shape[1]
-        mask = self._layout.inputs["attention_mask"]
-        call.binding.bind_input(mask, "cpu", 0, np.int64, (1, end), self._mask.ctypes.data)
-        call.output(self._layout.outputs["logits"], logits)
-        call.output(STATES, states)
-        self._session.run_with_iobinding(call.binding)
+        call.mask(self._mask[:, :end])
+        call.results(logits, states)
+        call.run(tokens, position)
         self._filled = end

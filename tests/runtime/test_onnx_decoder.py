@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
 
 from optikit import runtime
@@ -114,6 +115,24 @@ def test_greedy_is_what_onnxruntime_genai_decodes(compiled, request):
         generator.generate_next_token()
         theirs.append(int(generator.get_next_tokens()[0]))
     assert list(runtime.load(directory, threads=1).greedy(PROMPT, 24)) == theirs
+
+
+def test_no_input_grows_with_the_text(decoder):
+    assert "attention_mask" not in {each.name for each in decoder._session.get_inputs()}
+    operators = {node.op_type for node in onnx.load(str(decoder._layout.graph), load_external_data=False).graph.node}
+    assert {"ReduceSum", "Shape"} <= operators, "the file on disk counts its mask; only the loaded graph doesn't"
+
+
+def test_a_mask_that_others_read_is_still_passed(tiny_onnx, decoder, tmp_path):
+    where = damaged(tiny_onnx, tmp_path / "masked")
+    model = onnx.load(str(where / "model.onnx"), load_external_data=False)
+    model.graph.node.append(onnx.helper.make_node("ReduceSum", ["attention_mask"], ["seen"], keepdims=0))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("seen", onnx.TensorProto.INT64, []))
+    onnx.save(model, str(where / "model.onnx"))
+    masked = runtime.load(where, threads=1)
+    assert "attention_mask" in {each.name for each in masked._session.get_inputs()}
+    np.testing.assert_array_equal(masked.forward(PROMPT, 0), decoder.forward(PROMPT, 0))
+    assert list(masked.greedy(PROMPT, 9)) == list(decoder.greedy(PROMPT, 9))
 
 
 def test_a_sequence_may_fill_the_cache_and_no_more(tiny_onnx):
