@@ -20,6 +20,7 @@ from optikit.metrics import cost
 from optikit.recipe.schema import as_written
 from optikit.report.schema import (
     Cost,
+    GateResult,
     Interval,
     Measurement,
     OtherBaseline,
@@ -77,7 +78,7 @@ def report(
         rolled_back: Why this plan ends before its recipe does; "" where it doesn't.
     """
     run = _Run(plan, artifacts, statuses)
-    judged = gates.judge(plan.recipe.gates, run.values)
+    judged = judge(plan, artifacts, statuses)
     return Report(
         verdict=gates.overall(judged),
         recipe=_recipe(plan),
@@ -101,9 +102,21 @@ def report(
     )
 
 
-def values(plan: Plan, artifacts: Mapping[str, Artifact]) -> Mapping[str, Value]:
-    """Return what gates may limit, by metric name, of what has been measured so far."""
-    return _Run(plan, artifacts, {}).values
+def judge(
+    plan: Plan, artifacts: Mapping[str, Artifact], statuses: Mapping[str, str] | None = None, *, on_fail: str = ""
+) -> tuple[GateResult, ...]:
+    """Judge a recipe's gates by what has been measured; `on_fail` picks some. Steps that a plan leaves out aren't."""
+    recipe, known = plan.recipe, {step.name for step in plan.steps}
+    wanted = []
+    steps: dict[str, tuple[str, Mapping[str, Value]]] = {}
+    for each in gates.asked(recipe.gates, on_fail):
+        name = next(iter(gates.steps_named(recipe, each.step)), "") if each.step else ""
+        if name and name not in known:
+            continue
+        wanted.append(each)
+        if name:
+            steps[each.step] = (name, _Run(plan.until(name), artifacts, statuses or {}).values)
+    return gates.judge(wanted, _Run(plan, artifacts, statuses or {}).values if wanted else {}, steps)
 
 
 @dataclass(frozen=True)
@@ -251,6 +264,10 @@ class _Run:
         for name in ("tpot_ms_p50", "ttft_ms_p50", "peak_memory_mib"):
             interval = cast("tuple[float, float] | None", tuple(intervals[name]) if name in intervals else None)
             found[name] = Value(value=getattr(speed, name), ci95=interval) if speed else missing
+        if speed is None:
+            return found | dict.fromkeys(("joules_per_output_token", gates.PRICE), missing)
+        found["joules_per_output_token"] = Value(value=speed.joules_per_output_token, reason=speed.energy_reason)
+        found[gates.PRICE] = _priced(self.result.cost, found["tpot_ms_p50"])
         return found
 
     def step(self, step: Step, measurement: Measurement | None) -> StepReport:
@@ -363,6 +380,17 @@ class _Run:
 
 def _ratio(size: int | None, before: int | None) -> Value:
     return Value(value=size / before) if size is not None and before else Value(reason="the size is not known")
+
+
+def _priced(found: Cost | None, tpot_ms: Value) -> Value:
+    """Return the price of output tokens; it grows with the time per token, and so does its interval."""
+    if found is None or found.usd_per_million_output_tokens is None:
+        return Value(reason=found.reason if found else "the result has no price")
+    price_now = found.usd_per_million_output_tokens
+    if tpot_ms.value is None or tpot_ms.ci95 is None:
+        return Value(value=price_now)
+    low, high = (price_now * end / tpot_ms.value for end in tpot_ms.ci95)
+    return Value(value=price_now, ci95=(low, high))
 
 
 def _task_values(quality: Quality) -> Iterator[tuple[str, Value]]:

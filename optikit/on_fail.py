@@ -21,11 +21,10 @@ def stop_at_gate(plan: Plan, finished: Step, artifacts: Mapping[str, Artifact]) 
         GateFailedError: Naming step, gate, value and limit.
     """
     made = next((step for step in plan.steps if step.key == finished.source and step.verb != "acquire"), None)
-    limits = gates.may_stop(plan.recipe.gates)
-    if not limits or made is None or finished.method != "quality":
+    if made is None or finished.method != "quality":
         return
-    judged = gates.judge(limits, evaluate.values(plan.until(made.name), artifacts))
-    failed = [gates.said(result) for result in judged if result.verdict == "fail"]
+    judged = evaluate.judge(plan.until(made.name), artifacts, on_fail="stop")
+    failed = [gates.said(result, made.name) for result in judged if result.verdict == "fail"]
     if failed:
         fix = "change that step or the gate; `on_fail: keep_going` would measure the rest. Finished steps are kept"
         raise GateFailedError(f"stopped after {made.name}: {'; '.join(failed)}", fix=fix)
@@ -37,16 +36,15 @@ def roll_back(plan: Plan, artifacts: Mapping[str, Artifact]) -> tuple[Plan, str]
     Raises:
         GateFailedError: Not one step passes them.
     """
-    limits = gates.may_roll_back(plan.recipe.gates)
     made = [step for step in plan.steps if step.verb not in ("acquire", "speculate")]
-    if not limits or not made:
+    if not any(gates.asked(plan.recipe.gates, "rollback")):
         return plan, ""
     failed: list[str] = []
     for step in reversed(made):
-        judged = gates.judge(limits, evaluate.values(plan.until(step.name), artifacts))
-        if all(result.value is None for result in judged):
+        judged = evaluate.judge(plan.until(step.name), artifacts, on_fail="rollback")
+        if judged and all(result.value is None for result in judged):
             continue  # emitted: nothing was measured of it
-        wrong = [gates.said(result) for result in judged if result.verdict == "fail"]
+        wrong = [gates.said(result, step.name) for result in judged if result.verdict == "fail"]
         if not wrong:
             ended = f"Rolled back to {step.name}: " + "; ".join(failed)
             return (plan.until(step.name), ended + ".") if failed else (plan, "")

@@ -14,7 +14,17 @@ from optikit.errors import GateFailedError
 from optikit.metrics import statistics
 from optikit.models.facts import ModelFacts
 from optikit.plan.model import Plan, Step
-from optikit.recipe.schema import BaselineOptions, Evaluate, Gate, PerplexityOptions, Recipe, SpeedOptions, StageEntry
+from optikit.recipe.schema import (
+    BaselineOptions,
+    Evaluate,
+    Gate,
+    Limit,
+    PerplexityOptions,
+    Recipe,
+    SpeedOptions,
+    StageEntry,
+)
+from optikit.report import view
 from optikit.report.schema import Divergence, Perplexity, Quality, Ratio, Speed
 from optikit.stages.protocol import Estimate, StageOptions
 from optikit.store.keys import cache_key
@@ -152,6 +162,7 @@ def speed(runtime, dtype, tokens_per_s):
         first_call_ms=100,
         load_s=1,
         peak_memory_mib=500,
+        energy_reason="no counters",
     ).model_dump(mode="json")
 
 
@@ -444,3 +455,50 @@ def test_each_step_has_its_own_speed_where_attribution_was_asked_for(tmp_path, a
     assert rows["1-quantize-gptq"]["decode_speedup"]["value"] == 2.5
     assert rows["2-compile-onnxruntime"]["decode_speedup"]["value"] == 2.0
     assert rows["2-compile-onnxruntime"]["decode_speedup"]["ci95"] == pytest.approx([1.9, 2.1])
+
+
+def test_a_gate_on_a_step_is_judged_by_that_steps_own_measurement(tmp_path, artifacts):
+    limits = {"perplexity_ratio": Gate(max=1.2, steps={"quantize.gptq": Limit(max=1.05)})}
+    made = report(plan(tmp_path, recipe=plan(tmp_path).recipe.model_copy(update={"gates": limits})), artifacts)
+    whole, quantized = made.gates
+    assert (whole.step, whole.verdict) == ("", "pass")
+    assert (quantized.step, quantized.verdict) == ("1-quantize-gptq", "fail")
+    assert quantized.value == made.steps[1].measurement.quality.perplexity.ratio != whole.value
+    assert made.verdict == "fail"
+
+
+def test_a_run_stops_at_the_step_whose_own_gate_fails(chained, artifacts):
+    strict = {"perplexity_ratio": Gate(steps={"compile.onnxruntime": Limit(max=1.05, on_fail="stop")})}
+    stopping = chained(strict)
+    for each, done in finished(stopping, artifacts):
+        if each.name == "measure-quality-2-compile-onnxruntime":
+            break
+        on_fail.stop_at_gate(stopping, each, done)
+    with pytest.raises(GateFailedError, match=r"stopped after 2-compile-onnxruntime: perplexity_ratio is 1\.1"):
+        on_fail.stop_at_gate(stopping, each, done)
+
+
+def test_a_step_that_fails_its_own_gate_is_rolled_back_and_those_before_it_kept(chained, artifacts):
+    made = chained({"perplexity_ratio": Gate(steps={"compile.onnxruntime": Limit(max=1.05, on_fail="rollback")})})
+    kept, why = on_fail.roll_back(made, artifacts)
+    assert [each.name for each in kept.steps] == ["0-acquire-gguf", "1-quantize-gptq"]
+    assert "after 2-compile-onnxruntime perplexity_ratio is 1.1" in why
+    assert report(kept, artifacts).gates == ()  # it judges a step that isn't part of what was written
+
+
+def test_a_gate_on_price_has_the_interval_of_the_time_per_token(tmp_path, artifacts):
+    limits = {"usd_per_million_output_tokens": Gate(max=5.5), "joules_per_output_token": Gate(max=1)}
+    made = report(plan(tmp_path, recipe=plan(tmp_path).recipe.model_copy(update={"gates": limits})), artifacts)
+    price, energy = made.gates
+    assert (price.verdict, price.value) == ("pass", pytest.approx(5.0))
+    assert price.ci95 == pytest.approx((4.9, 5.1))
+    assert (energy.verdict, energy.reason) == ("inconclusive", "no counters")
+
+
+def test_a_machine_without_a_price_is_no_news_unless_a_gate_asks(tmp_path, artifacts):
+    unpriced = plan(tmp_path, target=Target(name="cpu", device="cpu"))
+    assert not any("price" in reason for reason in view.reasons(report(unpriced, artifacts)))
+    asked = unpriced.recipe.model_copy(update={"gates": {"usd_per_million_output_tokens": Gate(max=1)}})
+    found = report(replace(unpriced, recipe=asked), artifacts)
+    assert "cost: target cpu has no price per hour" in " ".join(view.reasons(found))
+    assert found.verdict == "inconclusive"

@@ -7,6 +7,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from optikit import gates, stages
 from optikit.gates import Value
@@ -14,6 +15,7 @@ from optikit.recipe.schema import (
     GATE_METRICS,
     Evaluate,
     Gate,
+    Limit,
     PerplexityOptions,
     Recipe,
     SpeedOptions,
@@ -21,6 +23,7 @@ from optikit.recipe.schema import (
     TaskOptions,
 )
 from optikit.stages.protocol import StageOptions
+from optikit.targets import Target
 
 
 @pytest.mark.parametrize(
@@ -122,3 +125,78 @@ def test_what_is_measured_last_can_neither_stop_nor_roll_back(on_fail):
     assert (problem.code, problem.loc) == ("gate-measured-last", ("gates", "decode_speedup", "on_fail"))
     assert f"can't {on_fail}" in problem.message
     assert gates.unmeasurable(made) == []
+
+
+def stacked(steps, *stages, metric="perplexity_ratio", **evaluate):
+    entries = tuple(StageEntry(verb=verb, method=method, options=StageOptions()) for verb, method in stages)
+    gate = Gate.model_validate({"steps": steps})
+    return Recipe(model="m", stages=entries, evaluate=Evaluate(**evaluate), gates={metric: gate})
+
+
+PRUNED = (("prune", "sparsegpt"), ("quantize", "gptq"), ("speculate", "medusa"), ("compile", "onnxruntime"))
+SCORED = {"perplexity": PerplexityOptions(text="t")}
+
+
+@pytest.mark.parametrize("name", ["prune.sparsegpt", "1-prune-sparsegpt"])
+def test_a_step_is_named_by_its_method_or_as_the_plan_does(name):
+    made = stacked({name: {"max": 1.1}}, *PRUNED, **SCORED)
+    assert gates.steps_named(made, name) == ("1-prune-sparsegpt",)
+    assert gates.unmeasurable(made, scored=["1-prune-sparsegpt"]) == []
+
+
+@pytest.mark.parametrize(
+    ("step", "stages", "message", "fix"),
+    [
+        ("prune.sparsgpt", PRUNED, "names a step 'prune.sparsgpt' that", "did you mean 'prune.sparsegpt'?"),
+        ("wanda", PRUNED[:1], "names a step 'wanda' that", "choose from prune.sparsegpt, 1-prune-sparsegpt"),
+        ("prune.wanda", [("prune", "wanda")] * 2, "and that is 2 steps", "choose from 1-prune-wanda, 2-prune-wanda"),
+        ("speculate.medusa", PRUNED, "can't judge 3-speculate-medusa: it changes no weights", "name the step before"),
+        ("compile.onnxruntime", PRUNED, "no runtime on this machine loads what it writes", "name a step before it"),
+    ],
+)
+def test_a_gate_on_a_step_that_is_not_there_or_not_measured_is_refused_at_its_place(step, stages, message, fix):
+    made = stacked({step: {"max": 1.1}}, *stages, **SCORED)
+    (problem,) = gates.unmeasurable(made, scored=["1-prune-sparsegpt", "2-quantize-gptq"])
+    assert problem.loc == ("gates", "perplexity_ratio", "steps", step)
+    assert message in problem.message
+    assert problem.fix.startswith(fix)
+
+
+def test_what_is_measured_of_the_result_alone_has_no_steps():
+    made = stacked({"prune.sparsegpt": {"min": 2}}, *PRUNED, metric="decode_speedup", speed=SpeedOptions(prompts="p"))
+    (problem,) = gates.unmeasurable(made)
+    assert "can't judge 1-prune-sparsegpt: speed is measured of the result only" in problem.message
+    (problem,) = gates.unmeasurable(stacked({"prune.sparsegpt": {"min": 2}}, *PRUNED))
+    assert "`evaluate: perplexity`" in problem.message
+    assert gates.unmeasurable(stacked({"quantize.gptq": {"max": 0.5}}, *PRUNED, metric="size_ratio")) == []
+
+
+def test_a_gate_needs_a_limit_of_the_result_or_of_a_step():
+    one = {"size_ratio": Gate(steps={"prune.wanda": Limit(max=1)})}
+    assert [each.step for each in gates.asked(one)] == ["prune.wanda"]
+    both = {"size_ratio": Gate(max=0.5, steps={"prune.wanda": Limit(max=1, on_fail="stop")})}
+    assert [each.step for each in gates.asked(both)] == ["", "prune.wanda"]
+    assert [each.step for each in gates.asked(both, "stop")] == ["prune.wanda"]
+    for empty in ({}, {"steps": {}}, {"steps": {"prune.wanda": {}}}):
+        with pytest.raises(ValidationError, match="a gate needs min or max"):
+            Gate.model_validate(empty)
+
+
+def test_steps_are_judged_by_what_was_measured_after_them():
+    limits = {"perplexity_ratio": Gate(max=1.2, steps={"prune.wanda": Limit(max=1.05)})}
+    result, step = ({"perplexity_ratio": Value(value=value)} for value in (1.1, 1.08))
+    first, second = gates.judge(limits, result, {"prune.wanda": ("1-prune-wanda", step)})
+    assert (first.step, first.verdict, second.step, second.verdict) == ("", "pass", "1-prune-wanda", "fail")
+    assert gates.said(second) == "perplexity_ratio after 1-prune-wanda is 1.08, limit max 1.05"
+    (_, lost) = gates.judge(limits, result)
+    assert (lost.verdict, lost.reason) == ("inconclusive", "not measured")
+
+
+def test_a_price_is_limited_where_there_is_one():
+    made = recipe(gates.PRICE, speed=SpeedOptions(prompts="p"))
+    priced = Target(name="c7i.large", device="cpu", usd_per_hour=0.1)
+    assert gates.unmeasurable(made, target=priced) == []
+    (problem,) = gates.unmeasurable(made, target=Target(name="cpu", device="cpu"))
+    assert "limits a price, and target cpu has no price per hour" in problem.message
+    (problem,) = gates.unmeasurable(made, target=Target(name="l4", device="cuda", usd_per_hour=1))
+    assert "charges for an accelerator" in problem.message

@@ -13,10 +13,10 @@ from optikit.errors import RecipeError
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import read, read_gguf
 from optikit.plan.context import Context
-from optikit.plan.measures import measure_steps, stage_prompts
+from optikit.plan.measures import measure_steps, scored_steps, stage_prompts
 from optikit.plan.model import Plan, Step
 from optikit.problems import Problem
-from optikit.recipe.schema import Recipe, StageEntry, Text, as_written
+from optikit.recipe.schema import Recipe, StageEntry, Text, as_written, step_name
 from optikit.recipe.size import parse_size
 from optikit.stages.protocol import Stage
 from optikit.store.sources import resolve_model, resolve_text
@@ -69,7 +69,7 @@ def make_plan(
     steps, problems = _steps(context)
     measures = measure_steps(context, steps, _engine_steps(context, steps))
     limit = parse_size(recipe.max_memory) if recipe.max_memory else None
-    problems += gates.unmeasurable(recipe)
+    problems += _unjudged(loaded, context, measures)
     problems += rules.check(_stack(context, steps, offline=offline))
     problems += _too_large((*steps, *measures), limit)
     warnings = _refuse(loaded, problems)
@@ -280,7 +280,7 @@ def _stage_step(context: Context, stage: Stage, index: int, facts: ModelFacts, b
     prompts, draft = stage_prompts(context, index), context.drafts.get(index)
     inputs = {"teacher": teacher} if hasattr(entry.options, "teacher") else {}
     return Step(
-        name=_name(index, entry),
+        name=step_name(index, entry),
         verb=entry.verb,
         method=entry.method,
         backend=entry.backend,
@@ -316,7 +316,7 @@ def _stack(context: Context, steps: Sequence[Step], *, offline: bool) -> rules.S
     facts = context.facts
     placed = []
     for index, entry in enumerate(context.recipe.stages):
-        step = planned.get(_name(index, entry))
+        step = planned.get(step_name(index, entry))
         before, facts = facts, step.after if step else facts
         options = as_written(entry)[entry.verb]
         rows = {"verb": entry.verb, "method": entry.method, "backend": entry.backend, "options": options}
@@ -337,13 +337,15 @@ def _stack(context: Context, steps: Sequence[Step], *, offline: bool) -> rules.S
 def _fitting_drafts(context: Context, planned: Mapping[str, Step]) -> Iterator[ModelFacts]:
     """Yield facts of drafts that fit; rules about one that doesn't would only say it again."""
     for index, draft in context.drafts.items():
-        step = planned.get(_name(index, context.recipe.stages[index]))
+        step = planned.get(step_name(index, context.recipe.stages[index]))
         if step is not None and not any(_draft_problems(context, index, step.before)):
             yield read(draft.path)
 
 
-def _name(index: int, entry: StageEntry) -> str:
-    return f"{index + 1}-{entry.verb}-{entry.method}"
+def _unjudged(loaded: LoadedRecipe, context: Context, measures: Sequence[Step]) -> Iterator[Problem]:
+    """Yield why gates have nothing to judge; one on a step is shown where the step is named."""
+    for problem in gates.unmeasurable(context.recipe, target=context.target, scored=scored_steps(measures)):
+        yield problem.at(loaded.marks.key(problem.loc)) if problem.loc[2:3] == ("steps",) else problem
 
 
 def _too_large(steps: Sequence[Step], limit: int | None) -> Iterator[Problem]:

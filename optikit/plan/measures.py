@@ -15,6 +15,9 @@ from optikit.store.sources import TextSource
 COMPILED_RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
 """Which runtime on this machine loads a compiled artifact, by trait."""
 
+QUALITY = "measure-quality-"
+"""Before the name of the step whose quality a step measures."""
+
 BYTES_PER_TOKEN = 4
 """Of prose, by tokenizers of 32,000 to 150,000 words."""
 
@@ -46,6 +49,11 @@ def measure_steps(context: Context, steps: Sequence[Step], engines: Sequence[Ste
     if wanted.speed is not None:
         found += [*engines, _speed(context, wanted.speed, written, baseline, choices, engines)]
     return tuple(found)
+
+
+def scored_steps(measures: Sequence[Step]) -> frozenset[str]:
+    """Return the names of the steps whose quality is measured."""
+    return frozenset(step.name.removeprefix(QUALITY) for step in measures if step.name.startswith(QUALITY))
 
 
 def _stages(steps: Sequence[Step]) -> Sequence[Step]:
@@ -139,7 +147,7 @@ def _quality_step(
     inputs = {"tokenizer": baseline} | ({"baseline": reference} if reference else {})
     parent = source or context.model.digest
     return Step(
-        name=f"measure-quality-{name}",
+        name=f"{QUALITY}{name}",
         verb="measure",
         method="quality",
         options=options,

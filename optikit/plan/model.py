@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from optikit import gates
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.recipe.schema import Recipe
@@ -74,7 +75,7 @@ class Plan:
     @property
     def order(self) -> tuple[Step, ...]:
         """Steps as they are executed: measured in the end, or as soon as possible where a gate may stop the run."""
-        if not any(gate.on_fail == "stop" for gate in self.recipe.gates.values()):
+        if not any(each.limit.on_fail == "stop" for each in gates.asked(self.recipe.gates)):
             return (*self.steps, *self.measures)
         ordered: list[Step] = []
         waiting, made = list(self.measures), {""}

@@ -175,8 +175,8 @@ class Evaluate(_Frozen):
         return self
 
 
-class Gate(_Frozen):
-    """A limit on one measurement; at least one of `min` and `max`."""
+class Limit(_Frozen):
+    """A limit on a measurement: `min`, `max` or both."""
 
     min: float | None = None
     max: float | None = None
@@ -185,14 +185,22 @@ class Gate(_Frozen):
     `rollback`: write the artifact of the last step that passes, measured as it is, instead of the recipe's result."""
 
     @model_validator(mode="after")
-    def _bounded(self) -> Gate:
-        if self.min is None and self.max is None:
+    def _bounded(self) -> Limit:
+        if self.min is None and self.max is None and not getattr(self, "steps", None):
             msg = "a gate needs min or max; write for example {max: 1.1}"
             raise ValueError(msg)
         if self.min is not None and self.max is not None and self.min > self.max:
             msg = f"min {self.min} is above max {self.max}: nothing can pass; swap them"
             raise ValueError(msg)
         return self
+
+
+class Gate(Limit):
+    """A limit on one measurement of the result; and, by `steps`, on the same measurement after other steps."""
+
+    steps: Mapping[str, Limit] = {}
+    """Limits on what is measured after a step, against the baseline: {prune.sparsegpt: {max: 1.05}}. A step is named by
+    verb.method, or as the plan names it, e.g. 1-prune-sparsegpt."""
 
 
 class StageEntry(_Frozen):
@@ -250,8 +258,15 @@ GATE_METRICS: Mapping[str, str] = {
     "peak_memory_mib": "peak memory of the process that serves the result, MiB",
     "tpot_ms_p50": "median time per output token of the result, ms",
     "ttft_ms_p50": "median time to first token of the result, ms",
+    "usd_per_million_output_tokens": "price of a million output tokens on the target, from the measured speed",
+    "joules_per_output_token": "energy of the processor per output token of the result, where the machine tells",
 }
 """Metrics that a gate may limit, with their meaning."""
+
+
+def step_name(index: int, entry: StageEntry) -> str:
+    """Return the name of the step that a stage becomes: `1-prune-sparsegpt`."""
+    return f"{index + 1}-{entry.verb}-{entry.method}"
 
 
 def as_written(entry: StageEntry) -> dict[str, Any]:

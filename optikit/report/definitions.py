@@ -120,6 +120,11 @@ DEFINITIONS: dict[str, Definition] = {
         formula="bytes of the weight files on disk; for a compiled artifact, of its graph and weights",
         meaning="",
     ),
+    "joules": Definition(
+        name="Energy per output token",
+        formula="joules that the machine counts while the measured runs read their prompts and write / output tokens",
+        meaning="Processors and memory by RAPL, GPUs by NVML: of the whole machine, with whatever else runs on it.",
+    ),
     "usd_output": Definition(
         name="Price per million output tokens",
         formula="price per hour / (measured output tokens per second × 3600 / 10⁶)",

@@ -76,7 +76,7 @@ def _said(gate: GateResult) -> str:
     interval = view.gate_interval(gate)
     reach = f" (95 % interval {interval})" if interval else ""
     reason = f": {gate.reason}" if gate.reason else ""
-    return f"{gate.name} is {view.gate_value(gate)}{reach}, limit {gate.limit}{reason}"
+    return f"{view.gate_name(gate)} is {view.gate_value(gate)}{reach}, limit {gate.limit}{reason}"
 
 
 def _some(level: Level, found: list[tuple[str, str]]) -> list[str]:

@@ -166,10 +166,10 @@ def _gate(report: Report, gate: GateResult, index: int) -> Gate:
         picture=svg.interval(
             gate.value,
             gate.ci95,
-            view.bounds(report, gate.name),
+            view.bounds(report, gate.name, gate.step),
             gate.verdict,
             ident=f"gate{index}",
-            title=f"{gate.name}: {value}{reach}, limit {gate.limit}: {gate.verdict}",
+            title=f"{view.gate_name(gate)}: {value}{reach}, limit {gate.limit}: {gate.verdict}",
         ),
     )
 

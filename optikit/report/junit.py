@@ -40,7 +40,7 @@ def _timestamp(iso: str) -> str:
 
 
 def _gate(suite: ET.Element, gate: GateResult) -> None:
-    case = ET.SubElement(suite, "testcase", classname="gates", name=text.clean(gate.name), time="0")
+    case = ET.SubElement(suite, "testcase", classname="gates", name=view.gate_name(gate), time="0")
     interval = view.gate_interval(gate)
     seen = f"{view.gate_value(gate)}{f' ({interval})' if interval else ''}, limit {gate.limit}"
     said = text.clean(f"{seen}: {gate.reason}" if gate.reason else seen)

@@ -76,7 +76,7 @@ def _gates(report: Report) -> Iterator[list[str]]:
         return
     rows = (
         (
-            code(gate.name),
+            code(view.gate_name(gate)),
             escape(gate.limit),
             escape(view.gate_value(gate)),
             view.gate_interval(gate) or "–",

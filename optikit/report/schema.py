@@ -141,6 +141,12 @@ class Speed(_Frozen):
     first_call_ms: float
     load_s: float
     peak_memory_mib: float
+    joules_per_output_token: float | None = None
+    """Energy of the machine while it read prompts and wrote answers, by output tokens."""
+    energy_source: str = ""
+    """Which counters that is the sum of, e.g. `package-0, dram-0`."""
+    energy_reason: str = ""
+    """Why the energy is null."""
 
 
 class Cost(_Frozen):
@@ -204,6 +210,8 @@ class GateResult(_Frozen):
     """One gate: pass iff the whole interval is inside the limit, fail iff it is outside, else inconclusive."""
 
     name: str
+    step: str = ""
+    """The step after which it was measured; empty is the result."""
     limit: str
     value: float | None
     ci95: Interval | None

@@ -64,7 +64,7 @@ def _gates(report: Report) -> Iterator[list[Styled]]:
     yield [("", "")]
     yield _cells(("gate", "limit", "measured", "95 % interval"), (22, 11, 12, 17), "<>>>", "dim")
     for gate in report.gates:
-        values = (text.clean(gate.name), text.clean(gate.limit), view.gate_value(gate), view.gate_interval(gate))
+        values = (view.gate_name(gate), text.clean(gate.limit), view.gate_value(gate), view.gate_interval(gate))
         line = _cells(values, (22, 11, 12, 17), "<>>>")
         yield [*line, (f"   {gate.verdict}", _VERDICT[gate.verdict][1])]
 

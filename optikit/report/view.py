@@ -5,10 +5,11 @@ Nothing here measures or judges; it chooses, names and words what `schema.Report
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from optikit.gates import PRICE
 from optikit.report import text
 from optikit.report.schema import (
     GateResult,
@@ -84,6 +85,10 @@ def _per_second(value: float) -> str:
 
 def _dollars(value: float) -> str:
     return f"${text.number(value)}"
+
+
+def _joules(value: float) -> str:
+    return f"{text.number(value)} J"
 
 
 _QUALITY = (
@@ -179,6 +184,17 @@ _FOOTPRINT = (
         find=_speed(lambda s: s.first_call_ms),
         write=milliseconds,
         words=("longer", "shorter"),
+        higher_is_better=False,
+    ),
+)
+
+_ENERGY = (
+    _Spec(
+        key="joules",
+        label="Energy per output token",
+        find=_speed(lambda s: s.joules_per_output_token),
+        write=_joules,
+        words=("more", "less"),
         higher_is_better=False,
     ),
 )
@@ -298,23 +314,30 @@ def verdict_sentence(report: Report) -> str:
         return "The gate passes." if len(report.gates) == 1 else f"All {len(report.gates)} gates pass."
     verb = {"fail": ("fails", "fail"), "inconclusive": ("is inconclusive", "are inconclusive")}[report.verdict]
     count = f"{len(bad)} of {len(report.gates)} gates" if len(report.gates) > 1 else "The gate"
-    named = "; ".join(f"{text.clean(g.name)} is {gate_value(g)}, limit {text.clean(g.limit)}" for g in bad)
+    named = "; ".join(f"{gate_name(g)} is {gate_value(g)}, limit {text.clean(g.limit)}" for g in bad)
     return f"{count} {verb[len(bad) > 1]}: {named}."
+
+
+_WRITTEN: Sequence[tuple[tuple[str, ...], Callable[[float], str]]] = (
+    (("_ratio", "_speedup"), text.ratio),
+    (("_change",), text.points),
+    (("_agreement", "_accuracy", "_rate"), text.percent),
+    (("_mib",), text.memory),
+    (("_ms_p50", "_ms_p95"), milliseconds),
+    (("usd_per_million_output_tokens",), _dollars),
+    (("joules_per_output_token",), _joules),
+)
+"""How a gate's number is written, by how its name ends."""
 
 
 def gate_number(name: str, value: float) -> str:
     """Write a number in the unit that a gate's name carries."""
-    if name.endswith(("_ratio", "_speedup")):
-        return text.ratio(value)
-    if name.endswith("_change"):
-        return text.points(value)
-    if name.endswith(("_agreement", "_accuracy", "_rate")):
-        return text.percent(value)
-    if name.endswith("_mib"):
-        return text.memory(value)
-    if name.endswith("_seconds"):
-        return text.duration(value)
-    return milliseconds(value) if "_ms" in name else text.number(value)
+    return next((write for ends, write in _WRITTEN if name.endswith(ends)), text.number)(value)
+
+
+def gate_name(gate: GateResult) -> str:
+    """Name what a gate limits, and the step after which: "perplexity_ratio after prune wanda"."""
+    return text.clean(gate.name) + (f" after {text.step_words(gate.step)}" if gate.step else "")
 
 
 def gate_value(gate: GateResult) -> str:
@@ -331,10 +354,12 @@ def gate_interval(gate: GateResult) -> str:
     return f"{gate_number(gate.name, gate.ci95[0])} – {gate_number(gate.name, gate.ci95[1])}"
 
 
-def bounds(report: Report, gate: str) -> tuple[float | None, float | None]:
-    """Return a gate's numeric (min, max) as the recipe gives them, or (None, None)."""
+def bounds(report: Report, gate: str, step: str = "") -> tuple[float | None, float | None]:
+    """Return the numeric (min, max) of a gate on the result, or after a step, by the recipe; or (None, None)."""
     gates = report.recipe.get("gates")
     limits = gates.get(gate) if isinstance(gates, Mapping) else None
+    if step and isinstance(limits, Mapping):
+        limits = _limits_after(limits.get("steps"), step)
     if not isinstance(limits, Mapping):
         return None, None
     low, high = (limits.get(end) for end in ("min", "max"))
@@ -344,12 +369,20 @@ def bounds(report: Report, gate: str) -> tuple[float | None, float | None]:
     )
 
 
+def _limits_after(steps: object, step: str) -> object:
+    """Return the limits after a step: its key is its name, or verb.method."""
+    _, _, rest = step.partition("-")
+    keys = (step, rest.replace("-", ".", 1))
+    return next((steps[key] for key in keys if key in steps), None) if isinstance(steps, Mapping) else None
+
+
 def groups(report: Report) -> tuple[Group, ...]:
     """Return every figure that was measured, before and after, grouped."""
     found = (
         Group(title="Quality", figures=(*_figures(report, _QUALITY), *_against_baseline(report.result.quality))),
         Group(title="Speed at batch 1", figures=_figures(report, _SPEED)),
         Group(title="Footprint", figures=_figures(report, _FOOTPRINT)),
+        Group(title="Energy", figures=_figures(report, _ENERGY)),
         Group(title="Cost", figures=_figures(report, _COST)),
     )
     return tuple(group for group in found if group.figures)
@@ -479,6 +512,13 @@ def conditions(report: Report) -> tuple[str, ...]:
     return tuple(text.clean(line) for line in said)
 
 
+def _unpriced(report: Report) -> bool:
+    """Tell whether the target has no price and no gate asks for one: then its absence is no news."""
+    asked = report.recipe.get("gates")
+    wants_price = isinstance(asked, Mapping) and PRICE in asked
+    return report.target.get("usd_per_hour") is None and not wants_price
+
+
 def reasons(report: Report) -> tuple[str, ...]:
     """Say why what is missing is missing."""
     found: list[str] = []
@@ -487,7 +527,7 @@ def reasons(report: Report) -> tuple[str, ...]:
         parts = (
             ("", m.reason),
             ("quality", m.quality.reason if m.quality else ""),
-            ("cost", m.cost.reason if m.cost else ""),
+            ("cost", m.cost.reason if m.cost and not _unpriced(report) else ""),
         )
         named = [", ".join(filter(None, ("" if measured_only(report) else name, part))) for part, _ in parts]
         found += [": ".join(filter(None, (who, why))) for who, (_, why) in zip(named, parts, strict=True) if why]

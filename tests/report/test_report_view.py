@@ -182,7 +182,9 @@ def test_a_model_measured_as_it_is_has_no_before(full_report):
         ("perplexity_ratio", 1.05, "1.05×"),
         ("task_accuracy_change", -0.018, "−1.8 points"),
         ("task_accuracy", 0.585, "58.5 %"),
-        ("ttft_ms", 139.2, "139 ms"),
+        ("ttft_ms_p50", 139.2, "139 ms"),
+        ("usd_per_million_output_tokens", 1.7361, "$1.74"),
+        ("joules_per_output_token", 0.25, "0.250 J"),
     ],
 )
 def test_a_gate_is_written_in_the_unit_of_its_metric(gate, value, written):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +12,7 @@ from optikit.errors import StageFailedError
 from optikit.stages.measure._arms import Arm
 
 if TYPE_CHECKING:
+    from optikit.metrics.energy import Meter
     from optikit.metrics.speed import Trace
 
 Phase = Literal["cold", "warmup", "measured", "again"]
@@ -38,6 +39,8 @@ class Sample:
     prompt: int
     trace: Trace
     tokens: tuple[int, ...]
+    energy_j: float | None = None
+    """What the machine spent from before the call to after the last token; None where it doesn't tell."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the line of samples.jsonl; token times count from the call."""
@@ -50,6 +53,7 @@ class Sample:
             "start_ns": self.trace.start_ns,
             "token_ns": [at - self.trace.start_ns for at in self.trace.token_ns],
             "tokens": list(self.tokens),
+            "energy_j": self.energy_j,
         }
 
 
@@ -77,6 +81,7 @@ def conduct(
     prompts: Sequence[Sequence[int]],
     rounds: Rounds,
     progress: Callable[[int, int, str], None],
+    meter: Meter | None = None,
 ) -> Iterator[Sample]:
     """Run the schedule; in a round every arm decodes the same prompt. Fewer prompts than rounds are used again.
 
@@ -88,8 +93,11 @@ def conduct(
         progress(done, len(plan), "run")
         warm = phase in ("cold", "warmup")
         number = (index if warm else rounds.warmup + index) % len(prompts)
+        before = meter.read() if meter else ()
         answer = arms[name].ask("decode", prompt=list(prompts[number]), new_tokens=rounds.new_tokens)
-        yield _sample(answer, name, phase, index, number, len(prompts[number]), rounds)
+        energy_j = meter.joules(before, meter.read()) if meter else None
+        sample = _sample(answer, name, phase, index, number, len(prompts[number]), rounds)
+        yield replace(sample, energy_j=energy_j)
     progress(len(plan), len(plan), "run")
 
 
@@ -109,6 +117,18 @@ def select(samples: Sequence[Sample], arm: str, phase: Phase) -> list[Trace]:
     """Return the traces of an arm in a phase, by round."""
     found = [sample for sample in samples if sample.arm == arm and sample.phase == phase]
     return [sample.trace for sample in sorted(found, key=lambda sample: sample.round)]
+
+
+def joules_per_token(samples: Sequence[Sample], arm: str) -> float | None:
+    """Return the energy of an arm's measured runs by the tokens that they wrote; None where the machine doesn't tell.
+
+    Sums, not a median of quotients: the counters move in steps of a millisecond or more. Prompts are part of it.
+    """
+    found = [sample for sample in samples if sample.arm == arm and sample.phase == "measured"]
+    energies = [sample.energy_j for sample in found if sample.energy_j is not None]
+    if not energies or len(energies) < len(found):
+        return None
+    return sum(energies) / sum(len(sample.tokens) for sample in found)
 
 
 def write_samples(samples: Sequence[Sample], path: Path) -> None:

@@ -27,7 +27,7 @@ from optikit.problems import Problem
 from optikit.report.schema import Ratio, Speed
 from optikit.stages.measure import _text
 from optikit.stages.measure._arms import Arm
-from optikit.stages.measure._session import AGAIN, Rounds, Sample, conduct, select, write_samples
+from optikit.stages.measure._session import AGAIN, Rounds, Sample, conduct, joules_per_token, select, write_samples
 from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
 from optikit.targets import Target
 
@@ -132,7 +132,7 @@ def run(options: Options, job: Job) -> Facts:
         StageFailedError: An arm failed or returned fewer tokens than asked for.
         StageTimeoutError: An arm hung.
     """
-    from optikit.metrics import machine
+    from optikit.metrics import energy, machine
 
     prompts = _text.prompts(
         job.inputs["prompts"],
@@ -142,7 +142,7 @@ def run(options: Options, job: Job) -> Facts:
         seed=job.seed,
     )
     rounds = Rounds(options.warmup, options.repetitions, options.new_tokens)
-    before, ticks = machine.state(), machine.cpu_times()
+    before, ticks, meter = machine.state(), machine.cpu_times(), energy.find()
     with ExitStack() as stack:
         arms: dict[str, Arm] = {}
         loaded: dict[str, dict[str, Any]] = {}
@@ -150,12 +150,15 @@ def run(options: Options, job: Job) -> Facts:
             job.progress(len(arms), len(options.arms), "model loaded")
             arms[arm.name] = stack.enter_context(_start(arm, options, job))
             loaded[arm.name] = _load(arms[arm.name], arm, options, job)
-        samples = list(conduct(arms, prompts, rounds, job.progress))
+        samples = list(conduct(arms, prompts, rounds, job.progress, meter))
         peaks = {name: arm.ask("peak") for name, arm in arms.items()}
     steal = machine.steal_share(ticks, machine.cpu_times())
     host = {"before": before, "after": machine.state(), "steal_share": steal}
     write_samples(samples, job.dest / SAMPLES)
-    about = {name: loaded[name] | peaks[name] for name in arms}
+    counted = ", ".join(counter.name for counter in meter.counters)
+    energies = {name: {"joules_per_output_token": joules_per_token(samples, name)} for name in arms}
+    told = {"energy_source": counted, "energy_reason": meter.reason}
+    about = {name: loaded[name] | peaks[name] | energies[name] | told for name in arms}
     return _facts(samples, options, about, job.seed) | {"host": host, "prompts": len(prompts), "files": [SAMPLES]}
 
 
@@ -233,7 +236,8 @@ def _dump(ratios: Mapping[str, Ratio]) -> dict[str, Any]:
 
 
 def _speed(summary: Summary, options: Options, about: Mapping[str, Any]) -> Speed:
-    read_back = ("runtime", "dtype", "threads", "first_call_ms", "load_s", "peak_memory_mib")
+    read_back = ["runtime", "dtype", "threads", "first_call_ms", "load_s", "peak_memory_mib"]
+    read_back += ["joules_per_output_token", "energy_source", "energy_reason"]
     found = ("ttft_ms_p50", "ttft_ms_p95", "tpot_ms_p50", "tpot_ms_p95", "prefill_tokens_per_s", "decode_tokens_per_s")
     return Speed(
         prompt_tokens=options.prompt_tokens,

@@ -52,6 +52,7 @@ def made_up(tpot_by_arm, rounds=12, seed=0):
 
 
 ABOUT = {"runtime": "transformers", "dtype": "float32", "threads": 1, "max_tokens": 64, "load_s": 1.0}
+ABOUT |= {"joules_per_output_token": 0.25, "energy_source": "package-0", "energy_reason": ""}
 
 
 def timed(tpot_by_arm, **how):
@@ -91,6 +92,7 @@ def test_speed_keeps_the_definitions():
     assert found.prefill_tokens_per_s == pytest.approx(16_000 / found.ttft_ms_p50)
     assert found.ttft_ms_p95 is None
     assert found.first_call_ms == pytest.approx(13 * 30, rel=0.05)
+    assert (found.joules_per_output_token, found.energy_source) == (0.25, "package-0")
 
 
 def test_options_refuse_arms_of_one_name_and_names_that_are_paths():
@@ -138,6 +140,7 @@ def test_a_real_session(tmp_path, tiny_llama, prose):
         assert measured.peak_memory_mib > 50
         assert measured.load_s > 0
         assert measured.threads == 1
+        assert (measured.joules_per_output_token is None) == bool(measured.energy_reason)
     assert counted["baseline", "again"] == 3
     assert found["arms"]["result"]["dtype"] == "bfloat16"
     assert all(len(sample["tokens"]) == 5 and sample["prompt_tokens"] == 24 for sample in samples)
