@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from optikit.algorithms.hessian import cholesky
+
 
 def corrected(weight: Tensor, hessian: Tensor, lacking: Tensor, *, damp: float) -> Tensor:
     """Move a weight so that its outputs make up for what they lack.
@@ -31,8 +33,8 @@ def corrected(weight: Tensor, hessian: Tensor, lacking: Tensor, *, damp: float) 
     """
     damped = hessian.clone()
     damped.diagonal().add_(damp * hessian.diagonal().mean())
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    if failed.item():
+    lower = cholesky(damped)
+    if lower is None:
         return weight
     moved: Tensor = weight + torch.cholesky_solve(lacking.T, lower).T
     return moved if torch.isfinite(moved).all() else weight

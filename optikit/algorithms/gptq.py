@@ -18,11 +18,10 @@ from torch import Tensor
 
 from optikit.algorithms import rtn
 from optikit.algorithms.grid import Grid, Quantized, Scales, fit
+from optikit.algorithms.hessian import inverse_factor
 
 OUTER, INNER = 128, 16
 """Columns after which an error reaches the rest of the row, and the rest of its block: fewer passes over memory."""
-DAMPINGS = (1.0, 10.0, 100.0)
-"""Multiples of the damping that are tried before giving up on a Hessian."""
 
 
 class Rounded(NamedTuple):
@@ -35,36 +34,6 @@ class Rounded(NamedTuple):
 
     quantized: Quantized
     damp: float
-
-
-def factor(hessian: Tensor, damp: float) -> tuple[Tensor, float] | None:
-    """Factor the inverse of a damped Hessian, with more damping where it needs it.
-
-    H = V Vᵀ with V upper triangular (a Cholesky factorization from the last row up) gives H⁻¹ = V⁻ᵀ V⁻¹, so that V⁻¹
-    is the upper Cholesky factor of H⁻¹: one factorization, and no inverse to factor again.
-
-    Args:
-        hessian: (in, in), symmetric, positive semidefinite.
-        damp: Added to the diagonal, as a fraction of its mean.
-
-    Returns:
-        U (in, in) upper triangular with Uᵀ U = H⁻¹, and the damping used; None where even the largest damping leaves
-        the Hessian indefinite.
-    """
-    # A column that is never active keeps the damping alone: on its own, and of little weight in the choice of scales.
-    mean = hessian.diagonal().mean().item() or 1.0
-    damped = hessian.flip(0, 1)
-    undamped = damped.diagonal().clone()
-    for multiple in DAMPINGS:
-        damped.diagonal().copy_(undamped + damp * multiple * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed.item() and torch.isfinite(lower).all():
-            unit = damped.zero_()  # it has done its service, and this may be the largest matrix there is
-            unit.fill_diagonal_(1)
-            upper = lower.flip(0, 1)
-            del lower
-            return torch.linalg.solve_triangular(upper, unit, upper=True), damp * multiple
-    return None
 
 
 def quantize(
@@ -94,7 +63,7 @@ def quantize(
     order = torch.arange(len(hessian), device=hessian.device)
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    found = factor(hessian[order[:, None], order], damp)
+    found = inverse_factor(hessian, damp, order)
     if found is None:
         return Rounded(rtn.quantize(weight, grid, mask), 0.0)
     upper, used = found
@@ -108,10 +77,10 @@ def quantize(
 def _round_columns(
     weight: Tensor, upper: Tensor, order: Tensor, chosen: Scales, grid: Grid, mask: Tensor | None
 ) -> Tensor:
-    """Return codes (out, in) uint8. Works on columns as rows, so that every step is on contiguous memory."""
+    """Return codes (out, in) uint8; uses `upper` up. Works on columns as rows: every step is on contiguous memory."""
     columns, rows = len(order), len(weight)
     left = weight.T[order].contiguous()  # (in, out): what the columns not yet rounded should be
-    steps = upper / upper.diagonal()[:, None]
+    steps = upper.div_(upper.diagonal().clone()[:, None])
     group = (order // grid.width(columns)).tolist()
     scales, zeros = chosen.scales.T.contiguous(), chosen.zeros.T.contiguous()
     low, high = -zeros, grid.most - zeros

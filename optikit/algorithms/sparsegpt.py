@@ -17,44 +17,18 @@ BLOCK = 128
 """Columns whose mask is chosen together, and whose updates are applied before the rest of the row sees them."""
 
 
-def inverse_factor(hessian: Tensor, damp: float) -> Tensor | None:
-    """Return the upper Cholesky factor of the damped Hessian's inverse, or None where there is none.
-
-    Row i of it, divided by its diagonal element, is row i of the inverse of the Hessian without the columns before i,
-    scaled: all that the column-wise update needs (section 3.3).
-
-    Args:
-        hessian: (in, in) float32, Xᵀ X over all calibration tokens.
-        damp: Added to the diagonal, as a fraction of its mean.
-    """
-    damped = hessian.double()
-    damped.diagonal().add_(damp * damped.diagonal().mean())
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    if failed or not torch.isfinite(lower).all():
-        return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    return None if failed else upper.to(hessian.dtype)
-
-
-def prune(
-    weight: Tensor, hessian: Tensor, pattern: Pattern, *, damp: float = 0.01, block: int = BLOCK
-) -> tuple[Tensor, Tensor] | None:
+def prune(weight: Tensor, factor: Tensor, pattern: Pattern, *, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     """Remove weights and let the remaining ones make up for them.
 
     Args:
         weight: (out, in) float; not changed.
-        hessian: (in, in) float32, symmetric: Xᵀ X over all calibration tokens.
+        factor: (in, in) float32, upper Cholesky factor of the damped Hessian's inverse: `hessian.inverse_factor`.
         pattern: How many, and where.
-        damp: Added to the Hessian's diagonal, as a fraction of its mean.
         block: Columns whose mask is chosen together.
 
     Returns:
-        The pruned weight (out, in) float32 and its mask (out, in) bool, True where it is zero; or None where the
-        damped Hessian is not positive definite (a layer that calibration never reached).
+        The pruned weight (out, in) float32 and its mask (out, in) bool, True where it is zero.
     """
-    factor = inverse_factor(hessian, damp)
-    if factor is None:
-        return None
     pruned = weight.float().clone()
     removed = torch.zeros(pruned.shape, dtype=torch.bool, device=pruned.device)
     step = block - block % pattern.group if pattern.group else block

@@ -23,6 +23,7 @@ class Gram:
 
     def __init__(self, width: int, device: str) -> None:
         self._sum = torch.zeros((width, width), device=device)
+        self._mean: Tensor | None = None
         self.tokens = 0
 
     def update(self, inputs: Tensor) -> None:
@@ -42,13 +43,16 @@ class Gram:
         self.tokens = int(ranks.total(torch.tensor(self.tokens, device=self._sum.device)))
 
     def mean(self) -> Tensor:
-        """Return the mean of x xᵀ, (width, width) float32, exactly symmetric."""
+        """Return the mean of x xᵀ, (width, width) float32, exactly symmetric; it takes the place of the sum."""
+        if self._mean is not None:
+            return self._mean
         for start in range(0, len(self._sum), STRIP):
             stop = start + STRIP
             diagonal = self._sum[start:stop, start:stop]
             diagonal.copy_(torch.triu(diagonal) + torch.triu(diagonal, 1).T)
             self._sum[stop:, start:stop] = self._sum[start:stop, stop:].T
-        return self._sum / max(self.tokens, 1)
+        self._mean = self._sum.div_(max(self.tokens, 1))
+        return self._mean
 
 
 class PairedGram(Gram):
@@ -85,8 +89,8 @@ class PairedGram(Gram):
             ranks.total(self._cross)
 
     def lacking(self) -> Tensor:
-        """Return the mean of (wanted output - present output) xᵀ of the stacked linears, (out, in) float32."""
+        """Return the mean of (wanted output - present output) xᵀ of the stacked linears, (out, in) float32; once."""
         if self._cross is None:
             raise ValueError("no batch was seen")
-        mean = self._cross / max(self.tokens, 1)
+        mean, self._cross = self._cross.div_(max(self.tokens, 1)), None
         return mean if self._of_outputs else torch.cat(self._weights) @ mean

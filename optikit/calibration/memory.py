@@ -11,8 +11,11 @@ import gc
 import sys
 from functools import cache
 
-M_ARENA_MAX = -8
-"""`mallopt` parameter, from glibc's malloc.h."""
+M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3
+"""`mallopt` parameters, from glibc's malloc.h."""
+MAPPED = 8 * 2**20
+"""Bytes from which an allocation is a mapping of its own, given back when it is freed. Left to itself, glibc raises the
+bound to 32 MiB, and matrices leave holes in the heap, which a limit on a process's data counts."""
 
 
 @cache
@@ -24,10 +27,11 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def one_arena() -> None:
-    """Let all threads allocate from the main arena."""
+    """Let all threads allocate from the main arena, and matrices outside of it."""
     library = _glibc()
     if library is not None:
         library.mallopt(M_ARENA_MAX, 1)
+        library.mallopt(M_MMAP_THRESHOLD, MAPPED)
 
 
 def settle() -> None:

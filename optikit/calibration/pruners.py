@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from optikit.algorithms import magnitude, sparsegpt, wanda
+from optikit.algorithms.hessian import inverse_factor
 from optikit.algorithms.sparsity import Pattern
 from optikit.calibration import ranks
 from optikit.calibration.gram import Gram
@@ -82,10 +83,10 @@ class SparseGpt:
     def apply(self, group: Group, statistic: Gram) -> Applied:
         """Prune every linear of the group on its own: a block's mask is chosen among the weights of one linear."""
         hessian = statistic.mean()
-        found = [sparsegpt.prune(weight, hessian, self.pattern, damp=self.damp) for weight in group.weights]
-        fell_back = any(result is None for result in found)
-        pruned = (
-            weight.masked_fill(magnitude.mask(weight, self.pattern), 0) if result is None else result[0]
-            for weight, result in zip(group.weights, found, strict=True)
-        )
-        return _applied(group, pruned, by_magnitude=fell_back)
+        reached = bool(hessian.diagonal().any())
+        found = inverse_factor(hessian, self.damp) if reached else None
+        if found is None:
+            pruned = [weight.masked_fill(magnitude.mask(weight, self.pattern), 0) for weight in group.weights]
+        else:
+            pruned = [sparsegpt.prune(weight, found[0], self.pattern)[0] for weight in group.weights]
+        return _applied(group, pruned, by_magnitude=found is None)
