@@ -83,7 +83,12 @@ def load(
         return decoder
     from optikit.runtime.speculator import read, speculating
 
-    return speculating(decoder, read(speculator))
+    return speculating(decoder, read(speculator), _weights(directory, place))
+
+
+def _weights(directory: Path, place: Path) -> Path | None:
+    """Return the directory of the weights that a decoder was made of, where they are at hand."""
+    return next((each for each in (directory / "model", place) if any(each.glob("*.safetensors"))), None)
 
 
 def _load(name: str, place: Path, *, dtype: str, threads: int | None, max_tokens: int | None) -> Decoder:

@@ -43,6 +43,7 @@ class HeadSession:
         heads: Number of heads.
         width: Width of the hidden states that they read.
         vocab: Tokens of the model that they were trained for.
+        base: `origin.weights_digest` of that model; "" where it wasn't noted.
 
     Raises:
         IntegrityError: The file isn't what a `speculate: {method: medusa}` stage writes.
@@ -52,7 +53,9 @@ class HeadSession:
         try:
             with safe_open(path, "numpy") as file:
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-                self.vocab = int(file.metadata()["vocab"])
+                about = file.metadata()
+            self.vocab = int(about["vocab"])
+            self.base = about.get("base_sha256", "")
             self.heads = 1 + max(int(name.split(".")[0]) for name in weights if name[0].isdigit())
             self.width = int(weights["0.0.weight"].shape[1])
             self._token_ids = weights["token_ids"].astype(np.int64)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from optikit.errors import InputMissingError, IntegrityError, UsageError
-from optikit.runtime import recall
+from optikit.runtime import origin, recall
 from optikit.runtime.acceptors import Greedy
 from optikit.runtime.drafters import Drafter, DraftModel, FirstOf, Foreseen, Foresight, Medusa, PromptLookup, Silent
 from optikit.runtime.protocol import Decoder, Logits, Tokens
@@ -53,6 +53,7 @@ class Speculator:
         table: N-grams to recall; None for none.
         heads: Medusa heads.
         draft: Draft model; nothing else may use its cache.
+        draft_directory: Where it was read from, tokenizer and all.
     """
 
     method: Method
@@ -64,6 +65,7 @@ class Speculator:
     table: NGrams | None = field(default=None, compare=False, repr=False)
     heads: HeadSession | None = field(default=None, compare=False, repr=False)
     draft: Decoder | None = field(default=None, compare=False, repr=False)
+    draft_directory: Path | None = field(default=None, compare=False, repr=False)
 
     def as_json(self) -> dict[str, Any]:
         """Return what `read` reads, but for the table; JSON's keys are text."""
@@ -180,7 +182,8 @@ def _with_weights(speculator: Speculator, directory: Path) -> Speculator:
     from optikit.runtime.onnx_decoder import OnnxDecoder
 
     # One thread that sleeps: the model's own threads spin for their next step, and a second pool would fight them.
-    return replace(speculator, draft=OnnxDecoder(directory / COMPILED_DRAFT, threads=1, spinning=False))
+    draft = OnnxDecoder(directory / COMPILED_DRAFT, threads=1, spinning=False)
+    return replace(speculator, draft=draft, draft_directory=directory / DRAFT)
 
 
 def write_choice(speculator: Speculator, directory: Path, about: Mapping[str, Any]) -> tuple[str, ...]:
@@ -222,11 +225,16 @@ class SpeculatingDecoder:
             yield from step.tokens
 
 
-def require_fit(decoder: Decoder, speculator: Speculator) -> None:
+def require_fit(decoder: Decoder, speculator: Speculator, model: Path | None = None) -> None:
     """Refuse heads or a draft that were made for another model.
 
+    Args:
+        decoder: The target.
+        speculator: With its weights.
+        model: Directory of the target's weights and tokenizer, where there is one.
+
     Raises:
-        UsageError: They have another width or vocabulary.
+        UsageError: They have another width or vocabulary, were trained for other weights, or tokenize otherwise.
     """
     if speculator.heads is not None:
         width = getattr(decoder, "width", None)
@@ -234,15 +242,19 @@ def require_fit(decoder: Decoder, speculator: Speculator) -> None:
             message = f"the heads read hidden states, and this {decoder.runtime} decoder doesn't show them"
             raise UsageError(message, fix="use lookup or a draft model, or another runtime")
         speculator.heads.require(width=width, vocab=decoder.vocab)
+        if model is not None:
+            origin.require_same_weights(speculator.heads.base, model)
     if speculator.draft is not None:
         DraftModel(speculator.draft, vocab=decoder.vocab)
+        if model is not None and speculator.draft_directory is not None:
+            origin.require_same_tokenizer(speculator.draft_directory, model)
 
 
-def speculating(decoder: Decoder, speculator: Speculator) -> Decoder:
-    """Return the decoder as it should be used: plain where speculation is off.
+def speculating(decoder: Decoder, speculator: Speculator, model: Path | None = None) -> Decoder:
+    """Return the decoder as it should be used: plain where speculation is off; see `require_fit`.
 
     Raises:
         UsageError: The speculator was made for another model.
     """
-    require_fit(decoder, speculator)
+    require_fit(decoder, speculator, model)
     return decoder if speculator.method == "off" else SpeculatingDecoder(decoder, speculator)

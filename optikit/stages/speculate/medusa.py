@@ -229,6 +229,7 @@ def _write(options: Options, job: Job, heads: MedusaHeads, lm_head: Tensor) -> N
 
     from optikit.deploy import medusa, speculation
     from optikit.runtime.heads import HEADS
+    from optikit.runtime.origin import weights_digest
     from optikit.runtime.speculator import SPECULATOR, Speculator
 
     vocab, width = lm_head.shape
@@ -240,7 +241,8 @@ def _write(options: Options, job: Job, heads: MedusaHeads, lm_head: Tensor) -> N
     outputs = {"output": heads.outputs[0]} if heads.shared else {f"output.{i}": o for i, o in enumerate(heads.outputs)}
     tensors |= {name: each.to(torch.float16) for name, each in outputs.items()}
     own = {name: each.detach().contiguous() for name, each in tensors.items()}
-    save_file(own, job.dest / HEADS, metadata={"format": "pt", "vocab": str(vocab)})
+    digest = weights_digest(job.source)
+    save_file(own, job.dest / HEADS, metadata={"format": "pt", "vocab": str(vocab), "base_sha256": digest})
     if options.layouts:
         _write_layouts(options, job, medusa.head_set(heads, lm_head))
     speculator = Speculator(
@@ -249,7 +251,7 @@ def _write(options: Options, job: Job, heads: MedusaHeads, lm_head: Tensor) -> N
     servers = {
         "vllm": {"speculative_config": speculation.vllm("medusa", tokens=options.heads, directory="speculator/vllm")}
     }
-    base = {"vocab": vocab, "width": width}
+    base = {"vocab": vocab, "width": width, "weights_sha256": digest}
     found = speculator.as_json() | {"base": base, "servers": servers, "loads_in": _loads_in(options)}
     (job.dest / SPECULATOR).write_text(json.dumps(found, indent=1), encoding="utf-8")
 

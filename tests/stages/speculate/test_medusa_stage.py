@@ -7,14 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from optikit import targets
+from optikit import runtime, targets
 from optikit.algorithms import own_text
 from optikit.errors import InputMissingError, IntegrityError, StageFailedError, UsageError
 from optikit.models.reader import read
 from optikit.runtime import speculator
 from optikit.runtime.heads import HeadSession
+from optikit.runtime.origin import weights_digest
 from optikit.runtime.torch_decoder import TorchDecoder
 from optikit.stages.measure import speculation
 from optikit.stages.protocol import Job
@@ -81,6 +82,20 @@ def test_texts_are_held_back_whole(tiny_llama, tmp_path):
     assert len(held.documents.unique()) == 2
     assert not set(learning.documents.tolist()) & set(held.documents.tolist())
     assert learning.written + held.written == text.written == 80
+
+
+def test_heads_know_their_model(made, tiny_gptq, tmp_path):
+    for name, source in (("model", tiny_gptq), ("speculator", made[0])):
+        shutil.copytree(source, tmp_path / name)
+    weights = tmp_path / "model" / "model.safetensors"
+    assert HeadSession(made[0] / "heads.safetensors").base == weights_digest(tiny_gptq)
+    runtime.load(tmp_path, threads=1)
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    digests = [weights_digest(each)[:12] for each in (tiny_gptq, tmp_path / "model")]
+    with pytest.raises(UsageError, match=rf"trained for weights {digests[0]}, and .*model holds {digests[1]}"):
+        runtime.load(tmp_path, threads=1)
 
 
 def test_heads_learn_the_models_own_text(made):
