@@ -75,12 +75,13 @@ class PerplexityOptions(Text):
     stride: int = Field(default=512, ge=1, le=131072)
     """`hf`: new tokens per window. Part of the protocol's name."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults(cls, data: Any) -> Any:
+    @model_validator(mode="after")
+    def _defaults(self) -> PerplexityOptions:
         """Fill in what the protocol leaves open."""
-        named = data.get("protocol") if isinstance(data, Mapping) else None
-        return {**_PROTOCOLS[named], **data} if isinstance(named, str) and named in _PROTOCOLS else data
+        for name, value in _PROTOCOLS.get(self.protocol, {}).items():
+            if name not in self.model_fields_set:
+                object.__setattr__(self, name, value)  # nobody has seen it yet: it is as good as frozen
+        return self
 
     @model_validator(mode="after")
     def _cut(self) -> PerplexityOptions:
