@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from optikit.report import free, served, svg, tasks, text, view
+from optikit.report import speculation as speculating
 from optikit.report.definitions import DEFINITIONS, needed
 from optikit.report.schema import GateResult, Measurement, Report, StepReport
 
@@ -115,9 +116,10 @@ def _page(report: Report) -> dict[str, Any]:
         ),
         "kl": _divergence(report),
         "attribution": free.table(report.attribution),
-        "speculation": free.listed({k: v for k, v in speculation.items() if k not in _DRAWN}),
+        "speculation": speculating.listed(speculation, drawn=True),
         "acceptance": _acceptance(speculation),
         "windows": _windows(speculation),
+        "gains": _gains(speculation),
         "definitions": tuple(DEFINITIONS[key] for key in needed(report) if key in DEFINITIONS),
         "environment": tuple(
             (title, free.listed(values))
@@ -314,10 +316,6 @@ def _acceptance(speculation: Mapping[str, Any]) -> Markup:
     return svg.columns(shares, ident="acceptance", title="Acceptance by position", description=f"{described}.")
 
 
-_DRAWN = frozenset({"acceptance_by_position", "window_ms"})
-"""Figures of speculation that are pictures on the page."""
-
-
 def _windows(speculation: Mapping[str, Any]) -> Markup:
     """Draw what a window of m tokens costs, where that was measured."""
     found = speculation.get("window_ms")
@@ -328,3 +326,26 @@ def _windows(speculation: Mapping[str, Any]) -> Markup:
     times = sorted((int(m), float(ms)) for m, ms in found.items())
     described = ", ".join(f"{m}: {text.number(ms)} ms" for m, ms in times)
     return svg.windows(times, description=f"Milliseconds by tokens: {described}.")
+
+
+def _gains(speculation: Mapping[str, Any]) -> Markup:
+    """Draw the speed-up of each prompt against its acceptance length, predicted and measured."""
+    rows = speculation.get("by_prompt")
+    if not isinstance(rows, list | tuple):
+        return NOTHING
+    points = sorted(filter(None, map(_gain, rows)))
+    if len(points) < 2:
+        return NOTHING
+    described = "; ".join(f"{text.number(x)}: {text.ratio(y)}, predicted {text.ratio(z)}" for x, y, z in points)
+    return svg.gains(points, description=f"Speed-up by acceptance length. {described}.")
+
+
+def _gain(row: object) -> tuple[float, float, float] | None:
+    """Return (acceptance length, speed-up measured, predicted) of one prompt; None for anything else."""
+    if not isinstance(row, Mapping):
+        return None
+    found = [row.get(name) for name in ("acceptance_length", "speedup", "predicted_speedup")]
+    length, measured, predicted = (v if isinstance(v, int | float) and 0 < v < math.inf else None for v in found)
+    if length is None or measured is None or predicted is None:
+        return None
+    return float(length), float(measured), float(predicted)

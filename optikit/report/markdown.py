@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from optikit.report import free, served, tasks, text, view
+from optikit.report import speculation as speculating
 from optikit.report.schema import Report, StepReport
 
 _ACTIVE = re.compile(r"([\\`*_{}\[\]|~$<>&]|^[-+#]|(?<=^\d)[.)](?=\s))")
@@ -184,7 +185,8 @@ def _speculation(speculation: Mapping[str, Any] | None) -> Iterator[list[str]]:
     if not speculation:
         return
     yield ["### Speculation"]
-    yield table(("", ""), ((escape(name), escape(value)) for name, value in free.listed(speculation)), "ll")
+    rows = speculating.listed(speculation, drawn=False)
+    yield table(("", ""), ((escape(name), escape(value)) for name, value in rows), "ll")
 
 
 def _warnings(report: Report) -> Iterator[list[str]]:

@@ -417,3 +417,34 @@ def windows(times: Sequence[tuple[int, float]], *, description: str) -> Markup:
     ]
     title = "Time of a forward, in multiples of one token's"
     return picture(drawn, ident="windows", title=title, description=description, width=560, height=216, class_="chart")
+
+
+def gains(points: Sequence[tuple[float, float, float]], *, description: str) -> Markup:
+    """Draw speed-up against acceptance length: (tokens per pass, measured, predicted) of each prompt, ascending."""
+    frame = _Box(58, 30, 544, 230)
+    speedups = [value for _, *both in points for value in both]
+    low, high = min(1.0, *speedups), max(1.0, *speedups)
+    margin = max(0.05, 0.1 * (high - low))
+    x = _Axis(1.0, max(2.0, 1.05 * points[-1][0]), frame.left, frame.right)
+    y = _Axis(low - margin, high + margin, frame.bottom, frame.top)
+    at = ticks(x.low, x.high)
+    drawn = [_text(f"{value:,.10g}", x(value), frame.bottom + 20, "axis", "middle") for value in at]
+    for value in ticks(y.low, y.high, 4):
+        drawn += [
+            _line(frame.left, y(value), frame.right, y(value), "one" if value == 1 else "grid"),
+            _text(f"{value:.10g}×", frame.left - 8, y(value) + 4.5, "axis", "end"),
+        ]
+    line = " ".join(f"{x(length):.1f},{y(predicted):.1f}" for length, _, predicted in points)
+    drawn.append(element("polyline", points=line, class_="path"))
+    for length, measured, predicted in points:
+        drawn += [
+            element("circle", cx=x(length), cy=y(predicted), r=3.5, class_="mark baseline"),
+            element("circle", cx=x(length), cy=y(measured), r=4.5, class_="mark result"),
+        ]
+    drawn += [
+        _line(frame.left, frame.bottom, frame.right, frame.bottom, "axis-line"),
+        _text("↑ speed-up; filled: measured, hollow: predicted", 2, 14, "axis-title"),
+        _text("tokens per forward pass →", frame.right, frame.bottom + 40, "axis-title", "end"),
+    ]
+    title = "Speed-up by acceptance length"
+    return picture(drawn, ident="gains", title=title, description=description, width=560, height=276, class_="chart")

@@ -171,6 +171,17 @@ def test_what_a_window_costs_is_drawn_and_nonsense_is_not(full_report):
         assert charts(nonsense) == []
 
 
+def test_gains_are_drawn_from_two_prompts_on(full_report):
+    def charts(rows):
+        page = Page(html.render(full_report.model_copy(update={"speculation": {"by_prompt": rows}})))
+        return [svg for svg in page.all("svg") if svg.get("aria-labelledby") == "gains-title gains-desc"]
+
+    rows = [{"acceptance_length": 1 + i, "speedup": 0.9 + i, "predicted_speedup": 1 + i} for i in range(3)]
+    assert len(charts(rows)) == 1
+    for nonsense in (rows[:1], 3, [1, 2, 3], [*rows[:1], {"acceptance_length": "a"}], [*rows[:1], {"speedup": 1.0}]):
+        assert charts(nonsense) == []
+
+
 def _luminance(colour: str) -> float:
     channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]

@@ -25,6 +25,7 @@ class Pair:
         plain: (m,).
         steps: Of the speculated text.
         plain_ms, speculated_ms: Time of decoding after the first token.
+        plain_first_ms, speculated_first_ms: Time before it: the prompt's run.
     """
 
     prompt: Tokens
@@ -32,6 +33,13 @@ class Pair:
     plain_ms: float
     steps: tuple[Step, ...]
     speculated_ms: float
+    plain_first_ms: float = 0.0
+    speculated_first_ms: float = 0.0
+
+    @property
+    def answer_ms(self) -> tuple[float, float]:
+        """(plain, speculated) time of the whole answer, the prompt's run included."""
+        return self.plain_first_ms + self.plain_ms, self.speculated_first_ms + self.speculated_ms
 
     @property
     def speculated(self) -> tuple[int, ...]:
@@ -74,41 +82,51 @@ class Writer:
     new_tokens: int
     ends: frozenset[int]
 
-    def plain(self, prompt: Tokens) -> tuple[Tokens, float]:
-        """Write a text the decoder's own way; return it and the milliseconds after its first token."""
+    def plain(self, prompt: Tokens) -> tuple[Tokens, float, float]:
+        """Write a text the decoder's own way; return it and the milliseconds up to and after its first token."""
         import numpy as np
 
         tokens: list[int] = []
+        called = time.perf_counter()
         start = 0.0
         for token in self.decoder.greedy(prompt, self.new_tokens):
             start = start or time.perf_counter()
             tokens.append(token)
             if token in self.ends:
                 break
-        return np.array(tokens, np.int64), (time.perf_counter() - start) * 1000
+        return np.array(tokens, np.int64), (start - called) * 1000, (time.perf_counter() - start) * 1000
 
-    def speculated(self, speculator: Speculator, prompt: Tokens) -> tuple[tuple[Step, ...], float]:
-        """Write a text with speculation; return its steps and the milliseconds after the first."""
+    def speculated(self, speculator: Speculator, prompt: Tokens) -> tuple[tuple[Step, ...], float, float]:
+        """Write a text with speculation; return its steps and the milliseconds up to and after the first."""
         from optikit.runtime.acceptors import Greedy
         from optikit.runtime.speculate import Request, generate
 
         request = Request(max_new_tokens=self.new_tokens, eos=self.ends, min_window=speculator.min_window)
         steps: list[Step] = []
+        called = time.perf_counter()
         start = 0.0
         for step in generate(self.decoder, speculator.drafter(), Greedy(), prompt, request):
             start = start or time.perf_counter()
             steps.append(step)
-        return tuple(steps), (time.perf_counter() - start) * 1000
+        return tuple(steps), (start - called) * 1000, (time.perf_counter() - start) * 1000
 
     def pair(self, speculator: Speculator, prompt: Tokens, *, plain_first: bool) -> Pair:
         """Write a text both ways, one right after the other."""
         if plain_first:
-            plain, plain_ms = self.plain(prompt)
-            steps, speculated_ms = self.speculated(speculator, prompt)
+            plain, plain_first_ms, plain_ms = self.plain(prompt)
+            steps, first_ms, ms = self.speculated(speculator, prompt)
         else:
-            steps, speculated_ms = self.speculated(speculator, prompt)
-            plain, plain_ms = self.plain(prompt)
-        return Pair(prompt=prompt, plain=plain, plain_ms=plain_ms, steps=steps, speculated_ms=speculated_ms)
+            steps, first_ms, ms = self.speculated(speculator, prompt)
+            plain, plain_first_ms, plain_ms = self.plain(prompt)
+        return Pair(
+            prompt=prompt,
+            plain=plain,
+            plain_ms=plain_ms,
+            steps=steps,
+            speculated_ms=ms,
+            plain_first_ms=plain_first_ms,
+            speculated_first_ms=first_ms,
+        )
 
     def text(self, speculator: Speculator, prompt: Tokens) -> Sequence[int]:
         """Return the speculated text."""

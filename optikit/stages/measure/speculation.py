@@ -251,6 +251,8 @@ def _measured(
         "speedup": _speedup(pairs, seed),
         "predicted_speedup": predicted.speedup,
         "speedup_without_loops": _speedup(steady, seed),
+        "speedup_end_to_end": _ratio([pair.answer_ms for pair in pairs], seed),
+        "latency_ms": _latency(pairs),
         "looping": 1 - len(steady) / len(pairs),
         "acceptance_length": counted.acceptance_length,
         "acceptance_by_position": list(counted.acceptance_by_position),
@@ -259,17 +261,43 @@ def _measured(
             name: {"steps": count, "drafted": drafted, "accepted": kept}
             for name, (count, drafted, kept) in counted.by.items()
         },
+        "by_prompt": [_by_prompt(pair, costs, asked, speculator) for pair in pairs if pair.ms_per_token is not None],
         "prompts": len(pairs),
     }
 
 
+def _by_prompt(pair: Pair, costs: WindowCosts, asked: DraftCosts, speculator: Speculator) -> dict[str, float]:
+    """Return acceptance and speed-up of one prompt, predicted and measured."""
+    from optikit.runtime import choice
+
+    found = choice.predict(pair.steps, costs, drafting=asked, min_window=speculator.min_window)
+    plain, speculated = pair.ms_per_token or (1.0, 1.0)
+    return {
+        "acceptance_length": found.statistics.acceptance_length,
+        "speedup": plain / speculated,
+        "predicted_speedup": found.speedup,
+    }
+
+
+def _latency(pairs: Sequence[Pair]) -> dict[str, dict[str, float]]:
+    """Return median and 90th percentile of the time of an answer, the prompt's run included."""
+    import numpy as np
+
+    times = zip(("plain", "speculated"), np.array([pair.answer_ms for pair in pairs]).T, strict=True)
+    return {name: {"p50": float(np.median(each)), "p90": float(np.percentile(each, 90))} for name, each in times}
+
+
 def _speedup(pairs: Sequence[Pair], seed: int) -> dict[str, Any] | None:
     """Return the ratio of times per token, over pairs; None where fewer than two have any."""
+    return _ratio([pair.ms_per_token for pair in pairs if pair.ms_per_token is not None], seed)
+
+
+def _ratio(timed: Sequence[tuple[float, float]], seed: int) -> dict[str, Any] | None:
+    """Return the ratio of (plain, speculated) times; None for fewer than two."""
     import numpy as np
 
     from optikit.metrics import statistics
 
-    timed = [pair.ms_per_token for pair in pairs if pair.ms_per_token is not None]
     if len(timed) < 2:
         return None
     value, interval = statistics.paired_ratio(*np.array(timed).T, seed=seed)
