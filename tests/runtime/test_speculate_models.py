@@ -1,11 +1,17 @@
-"""Speculation on real models: token for token what transformers' own generate writes."""
+"""Speculation on real models: token for token what transformers' own generate writes; sampled as it samples alone."""
+
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from tokenizers import Tokenizer
 
+from optikit import runtime
 from optikit.algorithms.medusa import MedusaHeads
-from optikit.runtime.acceptors import Greedy
+from optikit.runtime.acceptors import Greedy, Rejection, SampleMatch, Sampling, Typical
 from optikit.runtime.drafters import DraftModel, FirstOf, Medusa, PromptLookup, Silent
 from optikit.runtime.speculate import Request, Statistics, generate
 from optikit.runtime.torch_decoder import TorchDecoder
@@ -80,3 +86,103 @@ def test_the_draft_directory_of_another_vocabulary_is_refused(small):
     assert isinstance(small._model.config.vocab_size, int)
     with pytest.raises(UsageError, match="vocabulary of 260 tokens, the model one of 49152"):
         DraftModel(small, vocab=49152)
+
+
+SERVED = Sampling(temperature=0.8, top_p=0.95)
+
+
+def sharper(logits, _text):
+    """Six times as far apart: a model that was never trained is sure of nothing."""
+    return logits * np.float32(6)
+
+
+def first_tokens(target, drafter, acceptor, prompt, draws, processors):
+    """Return counts (2, vocab) of the first two sampled tokens, and how many of the second were drafted and kept."""
+    counts, kept = np.zeros((2, target.vocab)), 0
+    for seed in range(draws):
+        request = Request(max_new_tokens=3, processors=processors, seed=seed)
+        steps = list(generate(target, drafter, acceptor, prompt, request))
+        kept += steps[1].accepted > 0
+        for place, token in enumerate([token for step in steps for token in step.tokens][:2]):
+            counts[place, token] += 1
+    return counts, kept
+
+
+def exact_marginals(target, prompt, processors):
+    """Return the distributions (2, vocab) of the first two tokens, by running every first one that can be drawn."""
+
+    def after(text):
+        row = target.forward(text, 0, 1)[0]
+        for process in processors:
+            row = process(row, text)
+        return SERVED.probabilities(row).astype(np.float64)
+
+    first = after(prompt)
+    second = sum(first[token] * after(np.append(prompt, token)) for token in np.flatnonzero(first))
+    return np.stack([first, second])
+
+
+def assert_drawn_from(counts, expected):
+    """Total variation within what chance allows: a sum over tokens of binomial deviations, and half as much again."""
+    draws = counts.sum()
+    apart = 0.5 * np.abs(counts / draws - expected).sum()
+    by_chance = 0.5 * np.sqrt(2 * expected * (1 - expected) / (np.pi * draws)).sum()
+    assert apart < 1.5 * by_chance + 2 / np.sqrt(draws) / 2
+    assert not counts[expected == 0].any()
+
+
+@pytest.mark.parametrize("name", ["match", "rejection"])
+def test_sampled_tokens_are_drawn_as_the_model_alone_draws_them(tiny_onnx, name):
+    target, draft = runtime.load(tiny_onnx, threads=1), runtime.load(tiny_onnx, threads=1)
+    prompt = np.random.default_rng(3).integers(3, 260, 6).astype(np.int64)
+    expected = exact_marginals(target, prompt, (sharper,))
+    assert (expected > 0).sum(axis=1).min() > 3
+    drawn = Sampling(temperature=0.2) if name == "rejection" else None  # not what the target is sampled from
+    acceptor = Rejection(SERVED) if drawn else SampleMatch(SERVED)
+    drafter = DraftModel(draft, vocab=260, length=2, sampling=drawn)
+    draws = 3000
+    counts, kept = first_tokens(target, drafter, acceptor, prompt, draws, (sharper,))
+    for place in range(2):
+        assert_drawn_from(counts[place], expected[place])
+    assert 0.05 * draws < kept < 0.95 * draws  # drafts were kept, and drafts were not
+
+
+def test_the_histogram_test_can_fail(tiny_onnx):
+    target, draft = runtime.load(tiny_onnx, threads=1), runtime.load(tiny_onnx, threads=1)
+    prompt = np.random.default_rng(3).integers(3, 260, 6).astype(np.int64)
+    expected = exact_marginals(target, prompt, (sharper,))
+    drafter = DraftModel(draft, vocab=260, length=2)
+    counts, _ = first_tokens(target, drafter, Typical(SERVED), prompt, 600, (sharper,))
+    with pytest.raises(AssertionError):
+        assert_drawn_from(counts[1], expected[1])
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize("acceptor", [SampleMatch(SERVED), Rejection(SERVED)], ids=["match", "rejection"])
+def test_smollm2_is_sampled_as_it_samples_alone(tmp_path_factory, acceptor):
+    target = TorchDecoder(smollm2(tmp_path_factory), dtype="float32")
+    text = "Paris is the capital of France. London is the capital of England. The capital of France is"
+    prompt = np.array(Tokenizer.from_file(str(smollm2(tmp_path_factory) / "tokenizer.json")).encode(text).ids)
+    expected = exact_marginals(target, prompt, ())
+    draws = 1000
+    counts, kept = first_tokens(target, PromptLookup({2: 2, 1: 2}), acceptor, prompt, draws, ())
+    for place in range(2):
+        assert_drawn_from(counts[place], expected[place])
+    assert kept > 0.05 * draws
+
+
+@cache
+def smollm2(tmp_path_factory):
+    """Fetch the model of the shipped recipes and unpack it to a Hugging Face directory."""
+    from optikit.stages.acquire import gguf
+    from optikit.stages.protocol import Job
+    from optikit.store.sources import resolve_model
+    from optikit.store.store import Store
+
+    spec = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "quickstart.yaml").read_text())["model"]
+    found = resolve_model(spec, Store.default(), base=Path(), offline=False, note=print)
+    work = tmp_path_factory.mktemp("smollm2")
+    (work / "dest").mkdir()
+    gguf.run(gguf.Options(), Job(source=found.path, dest=work / "dest", scratch=work / "scratch"))
+    return work / "dest"
