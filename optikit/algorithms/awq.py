@@ -5,7 +5,8 @@ Cost    O(steps · rows · in²) time for the search, `rows` at most SEARCH_ROWS
 Differs the error of a candidate is tr(ΔW H ΔWᵀ) with H = XᵀX over all calibration tokens, not the output of a block run
         again: the same quantity at the linears' outputs, about a hundred times cheaper, and no sample of tokens.
         The size of an input channel is its root mean square, read off H, where the paper takes the mean of |X|.
-        Families with and without the weights' own scale are searched together; no scale at all is a candidate.
+        Families with and without the weights' own scale are searched together, from coarse to fine; no scale at all is
+        a candidate.
         Clipping searches each group by its diagonal block of H, both ends of the range in proportion, with the
         least-squares scale for the codes found; query and key projections are clipped like any other
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ Rounding = Callable[[Tensor], Tensor]
 
 SEARCH_ROWS = 1024
 """Output rows that the scale search looks at, evenly spaced; more change nothing that matters."""
+COARSE = 4
+"""Steps between the exponents tried first; around the best of them the distance is then halved down to one step."""
 SMALLEST = 1e-4
 
 
@@ -112,24 +116,39 @@ def search_scale(
         rounding: The quantizer.
         group_size: Weights of a row that share a step; -1 is the whole row.
         ties: (in,) int64: channels of equal number must get the same scale (heads that share a value head).
-        steps: Exponents tried for each of the two families.
+        steps: Exponents told apart, from 1/steps to 1, of which about half are tried.
     """
     sample = _rows(weight)
     input_size = tie(gram.diagonal().clamp_min(0).sqrt(), ties)
     weight_size = tie(weight_size_of(weight, group_size), ties)
     plain = torch.ones_like(input_size)
     plain_error = float(output_error(rounding(sample) - sample, gram).sum())
-    best = Scaling(plain, None, plain_error, plain_error)
+    unscaled = Scaling(plain, None, plain_error, plain_error)
     if not input_size.any():
-        return best
-    for family in (None, weight_size):
-        for step in range(1, steps + 1):
-            alpha = step / steps
-            scale = scale_of(input_size, family, alpha)
-            error = float(output_error(rounding(sample * scale) / scale - sample, gram).sum())
-            if error < best.error:
-                best = Scaling(scale, alpha, error, plain_error)
-    return best
+        return unscaled
+
+    def tried(family: Tensor | None, step: int) -> Scaling:
+        scale = scale_of(input_size, family, step / steps)
+        error = float(output_error(rounding(sample * scale) / scale - sample, gram).sum())
+        return Scaling(scale, step / steps, error, plain_error)
+
+    found = (_least(partial(tried, family), steps) for family in (None, weight_size))
+    return min((unscaled, *found), key=_error)
+
+
+def _least(tried: Callable[[int], Scaling], steps: int) -> Scaling:
+    """Return the best of a family: of a few exponents far apart, then of those around the best, nearer and nearer."""
+    distance = min(COARSE, steps)
+    found = {step: tried(step) for step in range(distance, steps + 1, distance)}
+    while distance > 1:
+        distance //= 2
+        best = min(found, key=lambda step: found[step].error)
+        found |= {step: tried(step) for step in (best - distance, best + distance) if 1 <= step <= steps}
+    return min(found.values(), key=_error)
+
+
+def _error(scaling: Scaling) -> float:
+    return scaling.error
 
 
 def _rows(weight: Tensor) -> Tensor:

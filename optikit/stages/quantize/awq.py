@@ -39,7 +39,7 @@ class Options(GridOptions):
     sym: bool = False
     """Fix the zero point in the middle of the codes instead of storing one per group."""
     steps: int = Field(default=20, ge=1, le=200)
-    """Scales tried per group of linears, for each of two families."""
+    """Exponents told apart in the search of scales, per group of linears and for each of two families."""
     clip: bool = True
     """Search the range of every group with the least error, instead of spanning its extremes."""
     rounding: Literal["nearest", "gptq"] = "nearest"
@@ -98,7 +98,7 @@ def after(options: Options, facts: ModelFacts) -> ModelFacts:
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
     """Estimate a walk with Gram matrices, and the search of scales through them."""
     times = 2 if options.correct else 1
-    searched = 8e-11 * options.steps * facts.hidden  # every candidate's error is a product with a Gram matrix
+    searched = 4e-11 * options.steps * facts.hidden  # every candidate's error is a product with a Gram matrix
     written = after(options, facts).weight_bytes
     return _walking.estimate(
         facts, calibration_tokens, passes=times, grams=times, seconds_per_weight=searched, written_bytes=written
