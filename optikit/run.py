@@ -39,6 +39,7 @@ class Request:
     junit: Path | None = None
     lock_timeout: float | None = None
     ranks: int = 1
+    resume: bool = False
 
 
 def run_recipe(request: Request) -> Report | None:
@@ -75,7 +76,11 @@ def run_recipe(request: Request) -> Report | None:
         for warning in plan.warnings:
             progress.note(f"warning: {warning.message}")
         settings = Settings(
-            until=request.until, lock_timeout=request.lock_timeout, offline=request.offline, ranks=request.ranks
+            until=request.until,
+            lock_timeout=request.lock_timeout,
+            offline=request.offline,
+            ranks=request.ranks,
+            resume=request.resume,
         )
         execution = execute(plan, store, progress, settings, partial(on_fail.stop_at_gate, plan))
     if request.until is not None:

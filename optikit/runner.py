@@ -15,13 +15,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from optikit import environments, host, worker
+from optikit import environments, host, stages, worker
+from optikit.backends import promise
 from optikit.errors import (
     InterruptError,
     OptikitError,
@@ -30,7 +32,7 @@ from optikit.errors import (
     StageTimeoutError,
     TerminatedError,
 )
-from optikit.store.store import Artifact, Manifest, Store
+from optikit.store.store import Artifact, Manifest, Store, cache_key
 
 if TYPE_CHECKING:
     from optikit.plan import Plan, Step
@@ -41,6 +43,10 @@ GRACE_SECONDS = 5.0
 """How long an interrupted step may take to end by itself before it is killed."""
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_")
 """What torchrun tells its processes: a step that we start is none of them, or gets its own."""
+WRITES_MODEL = ("prune", "finetune", "quantize")
+"""Verbs whose result is a model directory."""
+MOST_LOG_BYTES = 64 * 2**20
+"""Beyond this a log is begun anew: a library that prints in a loop must not fill the disk."""
 LOG_TAIL_BYTES = 4096
 """How much of a dead process's log is searched for a cause."""
 
@@ -55,6 +61,8 @@ class Settings:
     offline: bool = False
     """Managed environments that aren't built yet are not fetched."""
     threads: int = field(default_factory=host.threads)
+    resume: bool = False
+    """Do here what an earlier run, or this one, leaves to another machine: where its tools are."""
     ranks: int = 1
     """Processes that share the calibration of a prune or quantize step; each gets its part of the threads."""
 
@@ -133,6 +141,28 @@ def _one(
     progress: Progress,
     settings: Settings,
 ) -> tuple[Artifact, Status]:
+    """Return what a step made, now or before; of what was emitted, what became of it where its tools are."""
+    perform = partial(_perform, plan=plan, artifacts=artifacts, store=store, progress=progress, settings=settings)
+    stage = stages.load(step.verb, step.method, step.backend)
+    finished = replace(step, key=cache_key(finishes=step.key))
+    if hasattr(stage, "finish"):
+        found = store.find(finished.key)
+        if found is not None:
+            return found, "cached"
+    artifact, status = _kept(step, lambda: perform(step), store, progress, settings)
+    if status != "emitted" or not settings.resume:
+        return artifact, status
+    why = stage.absent(step.options)  # type: ignore[attr-defined]  # stages that emit have it
+    if why:
+        progress.note(f"{step.name} stays emitted: {why}")
+        return artifact, status
+    return _kept(finished, lambda: perform(finished, emitted=artifact.path), store, progress, settings)
+
+
+def _kept(
+    step: Step, perform: Callable[[], Artifact], store: Store, progress: Progress, settings: Settings
+) -> tuple[Artifact, Status]:
+    """Return what is in the store, or what one process at a time makes."""
     found = store.find(step.key)
     if found is not None:
         return found, _status(found, "cached")
@@ -140,7 +170,7 @@ def _one(
         found = store.find(step.key)  # whoever held the lock may have done the work
         if found is not None:
             return found, _status(found, "cached")
-        artifact = _perform(step, plan, artifacts, store, progress, settings)
+        artifact = perform()
         return artifact, _status(artifact, "executed")
 
 
@@ -151,23 +181,30 @@ def _status(artifact: Artifact, done: Status) -> Status:
 
 def _perform(
     step: Step,
+    *,
     plan: Plan,
     artifacts: Mapping[str, Artifact],
     store: Store,
     progress: Progress,
     settings: Settings,
+    emitted: Path | None = None,
 ) -> Artifact:
+    """Do a step in a process of its own and keep its result; with `emitted`, finish what that folder was left for."""
     directory = store.job_dir(step.key)
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     dest = store.staging(step.key)
     request = _request(step, plan, artifacts, settings)
     request |= {"dest": str(dest), "scratch": str(store.scratch(step.key))}
+    if emitted is not None:
+        request |= {"finish": True, "inputs": {**request["inputs"], "emitted": str(emitted)}}
     worker.write_json(directory / "request.json", request)
     try:
         response = _response(directory, step, plan.recipe.timeout, store, progress, settings)
         if not response["ok"]:
             worker.raise_failure(response, step=step.name, log=directory / "log.txt")
+        if step.backend != stages.OURS and step.verb in WRITES_MODEL:
+            promise.require(step.name, step.backend, dest, step.after)
         artifact = store.commit(step.key, dest, _manifest(step, request, response))
     finally:
         shutil.rmtree(dest, ignore_errors=True)
@@ -270,7 +307,7 @@ def _spawned(
         python, variables = environment.python, environment.variables(variables, directory)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request['ranks']}"]
     command = [str(python), *(launcher if request["ranks"] > 1 else []), "-m", "optikit.worker", str(directory)]
-    with (directory / "log.txt").open("wb") as log:
+    with (directory / "log.txt").open("ab") as log:  # appended to, so that it can be begun anew meanwhile
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -319,6 +356,7 @@ def _child(
         while child.poll() is None:
             for event in events.new():
                 progress.update(step.name, event["done"], event["total"], event["what"])
+            _bound(directory / "log.txt")
             if timeout is not None and time.monotonic() - started > timeout:
                 fix = "raise `timeout:` in the recipe, or run again: finished blocks are kept"
                 raise StageTimeoutError(f"{step.name}: took longer than {timeout:g} s", fix=fix)
@@ -328,6 +366,14 @@ def _child(
         loaded: dict[str, Any] = json.loads(response.read_text(encoding="utf-8"))
         return loaded
     raise _death(step.name, child.returncode, directory / "log.txt", oom=_oom_kills() > kills)
+
+
+def _bound(log: Path) -> None:
+    """Begin a log anew that has grown too large."""
+    if log.stat().st_size > MOST_LOG_BYTES:
+        os.truncate(log, 0)
+        with log.open("ab") as file:
+            file.write(f"(more than {MOST_LOG_BYTES >> 20} MiB before this were cut off)\n".encode())
 
 
 class _Events:
@@ -365,7 +411,11 @@ def _death(step: str, returncode: int, log: Path, *, oom: bool) -> OptikitError:
     if returncode < 0:
         name = signal.Signals(-returncode).name
         return StageFailedError(f"{step}: its process crashed with {name}", fix=f"the log has more: {log}")
-    tail = log.read_bytes()[-LOG_TAIL_BYTES:] if log.exists() else b""
+    tail = b""
+    if log.exists():
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
+            tail = file.read()
     if b"MemoryError" in tail:
         fix = "give the run more memory, or fewer calibration samples"
         return OutOfMemoryError(f"{step}: its process had no memory left to say so", fix=fix)

@@ -36,6 +36,9 @@ def run(
         typer.Option("--set", metavar="KEY=VALUE", help="Override a value: stages[0].quantize.bits=8."),
     ] = None,
     until: Annotated[str | None, typer.Option(help="Stop after this step; `optikit plan` names them.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Also finish steps that were emitted, where their tools and device are.")
+    ] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Use only what is on this machine.")] = False,
     progress: Annotated[
         ProgressMode, typer.Option(envvar="OPTIKIT_PROGRESS", help="auto is live on a terminal, else plain lines.")
@@ -71,6 +74,7 @@ def run(
             junit=junit,
             lock_timeout=lock_timeout,
             ranks=ranks,
+            resume=resume,
         )
     )
     if report is None:

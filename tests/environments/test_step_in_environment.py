@@ -13,7 +13,7 @@ import pytest
 
 from optikit import environments, runner, terminal
 from optikit.environments import definition as definitions
-from optikit.errors import StageFailedError, StageTimeoutError, UnavailableError
+from optikit.errors import OutOfMemoryError, StageFailedError, StageTimeoutError, UnavailableError
 from optikit.store.store import Store
 from tests.environments.wheelhouse import define, installed, wheel
 
@@ -106,3 +106,19 @@ def test_an_environment_removed_while_it_is_used_is_why_the_step_failed(step, ho
     finally:
         shutil.rmtree(path, ignore_errors=True)
         kept.rename(path)
+
+
+def test_a_log_that_would_fill_the_disk_is_cut(step, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(runner, "MOST_LOG_BYTES", 2**20)
+    said = "import os, time\n    for _ in range(200): os.write(1, b'x' * 2**20); time.sleep(0.005)\n    return {}"
+    assert step(said)["ok"]
+    kept = (tmp_path / "log.txt").stat().st_size
+    assert kept < 100 * 2**20
+    assert b"were cut off" in (tmp_path / "log.txt").read_bytes()[:100]
+
+
+def test_a_crash_after_much_output_is_still_named(step) -> None:
+    with pytest.raises(OutOfMemoryError):
+        step(
+            "import os\n    for _ in range(20): os.write(1, b'x' * 2**20)\n    os.write(1, b'MemoryError'); os._exit(1)"
+        )

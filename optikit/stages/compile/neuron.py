@@ -147,3 +147,34 @@ def run(options: Options, job: Job) -> Facts:
     from optikit.stages.compile import _neuron_folder
 
     return _neuron_folder.write(options, job)
+
+
+def absent(options: Options) -> str:
+    """Say why what was emitted can't be finished on this machine; "" where it can. Compiling needs no device."""
+    from optikit.stages.compile import _finish
+
+    if options.backend == "vllm-neuron":
+        return "vLLM compiles when its server starts: run serve.sh of the folder"
+    tool = "optimum-cli" if options.backend == "optimum-neuron" else "inference_demo"
+    return _finish.lacking((tool, "neuronx-cc"))
+
+
+def finish(options: Options, job: Job) -> Facts:
+    """Compile with the emitted folder's own script, which decodes where a Neuron device is.
+
+    Raises:
+        StageFailedError: It failed, or left no result.
+    """
+    from optikit.errors import StageFailedError
+    from optikit.models.strict_json import read_object
+    from optikit.stages.compile import _finish
+
+    _finish.unpack(job)
+    made = _finish.script("compile.sh", ["sh", "compile.sh"], job)
+    result = job.dest / made / "result.json"
+    if not made or not result.is_file():
+        message = f"compile.sh ended without an error and left no result: it printed {made!r} last"
+        raise StageFailedError(message, fix=f"its log is {job.scratch / _finish.LOG}")
+    _finish.drop_links(job.dest)
+    found = read_object(result)
+    return {"compiled": made, "key": found["key"], "versions": found["versions"], "compiled_files": len(found["files"])}

@@ -79,3 +79,31 @@ def run(options: Options, job: Job) -> Facts:
     from optikit.stages.compile import _tensorrt_folder
 
     return _tensorrt_folder.write(options, job)
+
+
+def absent(options: Options) -> str:
+    """Say why what was emitted can't be finished on this machine; "" where it can."""
+    import importlib.util
+
+    from optikit.stages.compile import _finish
+
+    if not _finish.GPU.exists():
+        return "there is no NVIDIA GPU here"
+    found = importlib.util.find_spec("onnxruntime_ep_nv_tensorrt_rtx")
+    return "" if found else "NVIDIA's plugin for onnxruntime isn't installed: see requirements.txt of the folder"
+
+
+def finish(options: Options, job: Job) -> Facts:
+    """Let the folder's own script make the engine and decode 8 tokens.
+
+    Raises:
+        StageFailedError: It failed.
+    """
+    import sys
+
+    from optikit.stages.compile import _finish
+
+    _finish.unpack(job)
+    said = _finish.script("run.py", [sys.executable, "run.py", "The capital of France is", "8"], job)
+    _finish.drop_links(job.dest)
+    return {"decoded": said}

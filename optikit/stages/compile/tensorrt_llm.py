@@ -31,6 +31,8 @@ ENVIRONMENT: str | None = None
 TARGETED = True
 
 ENGINE = "tensorrt-llm"
+PORT = "8179"
+"""Where the server listens while it is asked for its first tokens."""
 FP8_CAPABILITY = 89
 """Least compute capability, times ten, with fp8 arithmetic."""
 
@@ -119,3 +121,24 @@ def run(options: Options, job: Job) -> Facts:
     from optikit.stages.compile import _trtllm_folder
 
     return _trtllm_folder.write(options, job)
+
+
+def absent(options: Options) -> str:
+    """Say why what was emitted can't be finished on this machine; "" where it can."""
+    from optikit.stages.compile import _finish
+
+    return _finish.lacking(("trtllm-serve", "curl")) if _finish.GPU.exists() else "there is no NVIDIA GPU here"
+
+
+def finish(options: Options, job: Job) -> Facts:
+    """Start the server with the folder's own script and ask it for 8 tokens.
+
+    Raises:
+        StageFailedError: It didn't start, or didn't answer.
+    """
+    from optikit.stages.compile import _finish
+
+    _finish.unpack(job)
+    said = _finish.asked(["sh", "serve.sh"], ["sh", "smoke.sh"], job, {"PORT": PORT})
+    _finish.drop_links(job.dest)
+    return {"answered": said}

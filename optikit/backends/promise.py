@@ -1,0 +1,62 @@
+"""What a library left is looked at here, in our own process, before it counts as a result.
+
+Its step ran in an interpreter of its own, with code that isn't ours: that it ended without an error says little.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from optikit.errors import OptikitError, RefusedError, StageFailedError
+from optikit.models.facts import ModelFacts
+from optikit.models.reader import read
+
+RUN_CODE = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".py"})
+"""Suffixes of files that can run code when they are loaded."""
+SHOWN = frozenset({"dense", "int4_gptq", "int8_gptq", "int4_awq", "int8_w8a8", "int8_llm", "nf4"})
+"""Traits that a directory shows by itself; the plan carries the others."""
+
+
+def require(step: str, backend: str, dest: Path, planned: ModelFacts) -> None:
+    """Hold a model directory to what the plan promised of it, by its configuration and headers.
+
+    Args:
+        step: Name of the step, for messages.
+        backend: Who did it.
+        dest: What it wrote.
+        planned: Facts that its stage promised.
+
+    Raises:
+        StageFailedError: There is nothing, or something else than promised.
+        RefusedError: A file of it can run code.
+    """
+    files = sorted(path for path in dest.rglob("*") if path.is_file())
+    fix = "use backend optikit; what the library said is in the step's log"
+    if not files:
+        raise StageFailedError(f"{step}: {backend} ended without an error and wrote nothing", fix=fix)
+    dangerous = [path.name for path in files if path.suffix in RUN_CODE]
+    if dangerous:
+        message = f"{step}: {backend} wrote {dangerous[0]}, which can run code when it is loaded"
+        raise RefusedError(message, fix="use backend optikit: weights are kept as safetensors only")
+    try:
+        found = read(dest)
+    except OptikitError as error:
+        raise StageFailedError(f"{step}: {backend} wrote no model: {error.message}", fix=fix) from error
+    for what, ours, theirs in _compared(planned, found):
+        if ours != theirs:
+            message = f"{step}: {backend} promised {what} {ours}, and what it wrote has {theirs}"
+            raise StageFailedError(message, fix=fix)
+
+
+def _compared(planned: ModelFacts, found: ModelFacts) -> tuple[tuple[str, object, object], ...]:
+    return (
+        ("weights", _traits(planned), _traits(found)),
+        ("layers", planned.layers, found.layers),
+        ("a vocabulary of", planned.vocab, found.vocab),
+        ("blocks of", planned.intermediate, found.intermediate),
+        ("linears", len(planned.linears), len(found.linears)),
+    )
+
+
+def _traits(facts: ModelFacts) -> str:
+    return ", ".join(sorted(facts.traits & SHOWN)) or "none"
