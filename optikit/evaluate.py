@@ -27,6 +27,7 @@ from optikit.report.schema import (
     Quality,
     Ratio,
     Report,
+    Served,
     Speed,
     Speedup,
     StepReport,
@@ -94,6 +95,7 @@ def report(
         other_baselines=tuple(run.other_baselines()),
         attribution=tuple(run.attribution()),
         speculation=run.speculation,
+        served=run.served,
         gates=judged,
         warnings=(*filter(None, (rolled_back,)), *(problem.message for problem in plan.warnings), *run.warnings()),
         seconds=seconds,
@@ -156,6 +158,13 @@ class _Run:
         """What speculation brought, and whether it is on; None where there is none."""
         found = self._measure(SPECULATION)
         return dict(found.manifest.facts["speculation"]) if found else None
+
+    @cached_property
+    def served(self) -> Served | None:
+        """What clients of a server saw, where the result was served; None where it wasn't."""
+        kept = (self.artifacts[step.key].manifest.facts for step in self.plan.measures if step.key in self.artifacts)
+        found = next((facts["served"] for facts in kept if "served" in facts), None)
+        return Served.model_validate(found) if found else None
 
     def measurement(self, step: Step, *, last: bool | None = None) -> Measurement:
         """Return what was measured of the artifact of a step: its speed, too, if it is the last one."""
@@ -468,5 +477,5 @@ def _model(plan: Plan) -> dict[str, Any]:
 
 def _details(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return a measuring step's facts without what the measurements already hold."""
-    shown = SECTIONS | {"arms", "ratios", "last_against", "chain", "files", "speculation"}
+    shown = SECTIONS | {"served", "arms", "ratios", "last_against", "chain", "files", "speculation"}
     return {name: value for name, value in facts.items() if name not in shown}

@@ -19,9 +19,9 @@ from optikit import evaluate, runtime, targets, terminal
 from optikit.errors import InputMissingError, UsageError
 from optikit.models import reader
 from optikit.models.facts import ModelFacts
-from optikit.plan.context import Context
+from optikit.plan.context import Context, here, tokens_of
 from optikit.plan.make import named_texts
-from optikit.plan.measures import here, quality_options, tasks_options, tokens_of
+from optikit.plan.measures import quality_options, tasks_options
 from optikit.plan.model import Plan, Step
 from optikit.recipe.schema import Evaluate, Gate, Recipe
 from optikit.runner import Settings, execute

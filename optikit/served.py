@@ -11,32 +11,22 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
 
 from optikit import __version__, gates, host, terminal
 from optikit.errors import InputMissingError, UsageError
 from optikit.recipe.schema import Evaluate, Gate, Text
-from optikit.report.schema import Measurement, Perplexity, Quality, Report, Served, ServedSpeed
-from optikit.runtime.completions import Client, RefusedByServerError, Streamed
+from optikit.report.schema import Measurement, Perplexity, Quality, Report, Served
+from optikit.runtime.completions import Client
+from optikit.stages.measure._clients import Load, time_server
 from optikit.store.sources import resolve_text
 from optikit.store.store import Store
 
-if TYPE_CHECKING:
-    from optikit.report.schema import Interval
-
 CHARACTERS_PER_TOKEN = 4
 """What a prompt of so many tokens is cut to: only the server knows its tokens."""
-WITHOUT_END: tuple[Mapping[str, Any], ...] = (
-    {"ignore_eos": True, "stream_options": {"include_usage": True}},
-    {"stream_options": {"include_usage": True}},
-    {},
-)
-"""Parameters that servers beyond OpenAI's own know, tried in this order."""
 NEEDS_LOGPROBS = "the server doesn't echo the log-probabilities of a prompt"
 
 
@@ -76,7 +66,12 @@ def measure(request: Request) -> Report:
         progress.note(f"measuring {model} at {request.url}")
         served, quality = None, None
         if "prompts" in texts:
-            served = _speed(client, model, _prompts(texts["prompts"], request.wanted), request, progress.note)
+            load = Load(
+                new_tokens=request.wanted.speed.new_tokens if request.wanted.speed else 64,
+                concurrency=request.concurrency,
+                requests=request.requests,
+            )
+            served = time_server(client, model, _prompts(texts["prompts"], request.wanted), load, progress.note)
         if "perplexity" in texts:
             quality = _quality(client, model, texts["perplexity"], request.wanted, progress.note)
     report = _report(request, client.url, model, served, quality, seconds=time.monotonic() - started)
@@ -129,76 +124,6 @@ def _prompts(path: Path, wanted: Evaluate) -> list[str]:
     return [piece for start in range(0, len(text), length) if (piece := text[start : start + length].strip())]
 
 
-def _speed(client: Client, model: str, prompts: Sequence[str], request: Request, note: Callable[[str], None]) -> Served:
-    speed = request.wanted.speed
-    new_tokens = speed.new_tokens if speed else 64
-    extra = _accepted(client, model, prompts[0], new_tokens)
-    rows, counted = [], True
-    for level in request.concurrency:
-        note(f"{level} at a time: {request.requests} requests")
-        asked = [prompts[index % len(prompts)] for index in range(max(request.requests, 2 * level))]
-        begun = time.perf_counter_ns()
-        with ThreadPoolExecutor(max_workers=level) as clients:
-            waiting = [clients.submit(client.stream, model, prompt, new_tokens, extra=extra) for prompt in asked]
-            try:
-                answers = [each.result() for each in waiting]
-            except BaseException:
-                clients.shutdown(cancel_futures=True)
-                raise
-        counted = counted and all(each.output_tokens is not None for each in answers)
-        rows.append(_row(level, answers, begun))
-    by: Literal["the server", "chunks of its stream"] = "the server" if counted else "chunks of its stream"
-    return Served(
-        url=client.url,
-        model=model,
-        speed=tuple(rows),
-        tokens_counted_by=by,
-        end_of_text_ignored="ignore_eos" in extra,
-    )
-
-
-def _accepted(client: Client, model: str, prompt: str, new_tokens: int) -> Mapping[str, Any]:
-    """Return the parameters that the server takes; the request that finds out also warms it up."""
-    for extra in WITHOUT_END[:-1]:
-        try:
-            client.stream(model, prompt, new_tokens, extra=extra)
-        except RefusedByServerError:
-            continue
-        return extra
-    client.stream(model, prompt, new_tokens, extra=WITHOUT_END[-1])
-    return WITHOUT_END[-1]
-
-
-def _row(level: int, answers: Sequence[Streamed], begun: int) -> ServedSpeed:
-    import numpy as np
-
-    from optikit.metrics import speed, statistics
-
-    def middle(values: Sequence[float]) -> tuple[float, Interval, float | None]:
-        array = np.array(values, np.float64)
-        return float(np.median(array)), statistics.median_interval(array), speed.tail(array, 0.95)
-
-    ttft, tpot, e2e = (middle([getattr(each, name) for each in answers]) for name in ("ttft_ms", "tpot_ms", "e2e_ms"))
-    wall_s = (max(each.piece_ns[-1] for each in answers) - begun) / 1e9
-    prompted = [each.prompt_tokens for each in answers if each.prompt_tokens is not None]
-    return ServedSpeed(
-        concurrency=level,
-        requests=len(answers),
-        prompt_tokens_p50=float(np.median(prompted)) if prompted else None,
-        output_tokens_p50=float(np.median([each.tokens for each in answers])),
-        ttft_ms_p50=ttft[0],
-        ttft_ms_p50_ci95=ttft[1],
-        ttft_ms_p95=ttft[2],
-        tpot_ms_p50=tpot[0],
-        tpot_ms_p50_ci95=tpot[1],
-        tpot_ms_p95=tpot[2],
-        e2e_ms_p50=e2e[0],
-        e2e_ms_p95=e2e[2],
-        output_tokens_per_s=sum(each.tokens for each in answers) / wall_s,
-        requests_per_s=len(answers) / wall_s,
-    )
-
-
 def _quality(client: Client, model: str, path: Path, wanted: Evaluate, note: Callable[[str], None]) -> Quality:
     """Return the perplexity of windows of text, cut by characters, as the server's own tokens have it."""
     import hashlib
@@ -242,7 +167,7 @@ def _report(
     request: Request, url: str, model: str, served: Served | None, quality: Quality | None, *, seconds: float
 ) -> Report:
     found = Measurement(size_bytes=None, quality=quality, reason="size and memory: a server doesn't tell them")
-    judged = gates.judge(request.gates, _values(served))
+    judged = gates.judge(request.gates, values(served))
     return Report(
         verdict=gates.overall(judged),
         recipe={
@@ -265,7 +190,7 @@ def _report(
     )
 
 
-def _values(served: Served | None) -> dict[str, gates.Value]:
+def values(served: Served | None) -> dict[str, gates.Value]:
     """Return what gates may limit: what one client alone sees."""
     alone = next((row for row in served.speed if row.concurrency == 1), None) if served else None
     if alone is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from optikit import environments, stages
+from optikit import environments, host, stages
 from optikit.models.facts import ModelFacts
 from optikit.provenance import source_digest
 from optikit.recipe.schema import Recipe
@@ -18,6 +18,8 @@ from optikit.worker import versions
 
 KEY_SCHEMA = 1
 """Raised when the meaning of a cache key changes."""
+BYTES_PER_TOKEN = 4
+"""Of prose, by tokenizers of 32,000 to 150,000 words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,3 +70,13 @@ def _installed(stage: Stage) -> dict[str, Any]:
     if stage.ENVIRONMENT is None:
         return {"versions": versions(stage.LIBRARIES)}
     return {"environment": environments.find(stage.ENVIRONMENT).digest}
+
+
+def here() -> dict[str, Any]:
+    """Return what of this machine decides a speed."""
+    return {"cpu": host.cpu_model(), "threads": host.threads()}
+
+
+def tokens_of(text: TextSource) -> int:
+    """Return about how many tokens a text has, by its size: nobody has read it yet."""
+    return text.path.stat().st_size // BYTES_PER_TOKEN

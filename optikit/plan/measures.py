@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from optikit import host
 from optikit.models.facts import ModelFacts
-from optikit.plan.context import Context
+from optikit.plan.context import Context, here, tokens_of
 from optikit.plan.model import Step
+from optikit.plan.served import served_steps
 from optikit.recipe.schema import PerplexityOptions, SpeedOptions, TaskOptions
 from optikit.store.sources import TextSource
 
@@ -17,9 +17,6 @@ COMPILED_RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
 
 QUALITY = "measure-quality-"
 """Before the name of the step whose quality a step measures."""
-
-BYTES_PER_TOKEN = 4
-"""Of prose, by tokenizers of 32,000 to 150,000 words."""
 
 
 def runtime(step: Step) -> str:
@@ -37,10 +34,13 @@ def measure_steps(context: Context, steps: Sequence[Step], engines: Sequence[Ste
     baseline = steps[0].key if steps and steps[0].verb == "acquire" else ""
     written = [step for step in steps if step.verb != "acquire" and runtime(step)]
     found: list[Step] = []
+    is_served = wanted.runtime == "vllm"
     if wanted.perplexity is not None:
-        found += _quality(context, wanted.perplexity, written, baseline)
+        found += _quality(context, wanted.perplexity, written[:-1] if is_served else written, baseline)
     if wanted.tasks:
         found += _tasks(context, written[-1:], baseline)
+    if is_served:
+        return (*found, *served_steps(context, steps, written, baseline, found))
     if not written or written[-1].verb != "compile":
         return tuple(found)
     speculators = [(index, step) for index, step in enumerate(_stages(steps)) if step.verb == "speculate"]
@@ -98,11 +98,6 @@ def _speculation(context: Context, index: int, speculator: Step, result: Step, b
     )
 
 
-def here() -> dict[str, Any]:
-    """Return what of this machine decides a speed."""
-    return {"cpu": host.cpu_model(), "threads": host.threads()}
-
-
 def _loaded(engine: str) -> dict[str, Any]:
     """Return how quality is measured: torch models in float32, so that their own rounding is not a part of it."""
     return {"runtime": engine, "dtype": "float32" if engine == "transformers" else "auto"}
@@ -111,11 +106,6 @@ def _loaded(engine: str) -> dict[str, Any]:
 def quality_options(engine: str, wanted: PerplexityOptions) -> dict[str, Any]:
     """Return options of `measure quality`."""
     return _loaded(engine) | wanted.model_dump(include={"protocol", "window", "windows", "stride"})
-
-
-def tokens_of(text: TextSource) -> int:
-    """Return about how many tokens a text has, by its size: nobody has read it yet."""
-    return text.path.stat().st_size // BYTES_PER_TOKEN
 
 
 def tasks_options(engine: str, wanted: Sequence[TaskOptions]) -> dict[str, Any]:

@@ -154,6 +154,11 @@ class Evaluate(_Frozen):
     tasks: tuple[TaskOptions, ...] = ()
     """Questions with right answers, put to the baseline and to the result."""
     speed: SpeedOptions | None = None
+    runtime: Literal["auto", "vllm"] = "auto"
+    """Who measures the result. `auto`: the engine it was compiled for, else transformers. `vllm`: vLLM, which serves
+    the model directory from an environment of its own; with a speculate stage it drafts."""
+    concurrency: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = (1, 2, 4)
+    """Requests at a time, where a server is timed."""
     baseline: BaselineOptions = BaselineOptions()
     attribution: bool = False
     """Also compile the model as it was before each stage, and time these in the same session: what each stage alone

@@ -10,7 +10,7 @@ import http.client
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -21,6 +21,10 @@ QUOTED = 200
 """Characters of a server's answer that an error message quotes."""
 MOST_BYTES = 64 * 2**20
 """Longest answer that is read."""
+NUMBERED = "token_id:"
+"""What vLLM writes before a token's number where it is asked for numbers."""
+Prompt = str | Sequence[int]
+"""A text, or tokens where a server takes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,14 @@ class Echo:
 
     logprobs: tuple[float, ...]
     scored_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenEcho:
+    """Of the tokens of a prompt but the first: log-probabilities, nats, and which token would have been likeliest."""
+
+    logprobs: tuple[float, ...]
+    top1: tuple[int, ...]
 
 
 class Client:
@@ -101,8 +113,9 @@ class Client:
             raise UnavailableError(f"{self.url} lists no models", fix="name one with --model")
         return found
 
-    def stream(self, model: str, prompt: str, new_tokens: int, *, extra: Mapping[str, Any]) -> Streamed:
+    def stream(self, model: str, prompt: Prompt, new_tokens: int, *, extra: Mapping[str, Any]) -> Streamed:
         """Complete a prompt greedily, streamed; errors as `models`, and `Refused` where it doesn't take a parameter."""
+        prompt = prompt if isinstance(prompt, str) else list(prompt)
         request = {"model": model, "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "stream": True}
         start = time.perf_counter_ns()
         pieces: list[int] = []
@@ -110,7 +123,7 @@ class Client:
         with _Exchange(self, "POST", "/completions", {**request, **extra}) as answer:
             for event in answer.events():
                 usage = event.get("usage") or usage
-                if any(choice.get("text") for choice in event.get("choices") or ()):
+                if any(choice.get("text") or choice.get("token_ids") for choice in event.get("choices") or ()):
                     pieces.append(time.perf_counter_ns())
         if len(pieces) < 2:
             message = f"{self.url} streamed {len(pieces)} pieces of {new_tokens} tokens: nothing to time"
@@ -141,6 +154,27 @@ class Client:
             return None
         first = tokens[0] if isinstance(tokens, list) and tokens and isinstance(tokens[0], str) else ""
         return Echo(logprobs=tuple(map(float, numbers)), scored_bytes=len(prompt.encode()) - len(first.encode()))
+
+    def token_logprobs(self, model: str, tokens: Sequence[int]) -> TokenEcho | None:
+        """Return ln p of every token of a prompt but the first, and the likeliest one in its place.
+
+        None where the server doesn't echo them by number; vLLM does.
+        """
+        request = {"model": model, "prompt": list(tokens), "max_tokens": 0, "echo": True, "logprobs": 1}
+        try:
+            wanted = {**request, "temperature": 0, "return_tokens_as_token_ids": True}
+            with _Exchange(self, "POST", "/completions", wanted) as answer:
+                found = answer.json()
+            told = found["choices"][0]["logprobs"]
+            echoed = [int(each.removeprefix(NUMBERED)) for each in told["tokens"]]
+            numbers = told["token_logprobs"][1 : len(tokens)]
+            best = [max(each.items(), key=lambda pair: pair[1])[0] for each in told["top_logprobs"][1 : len(tokens)]]
+            likeliest = tuple(int(each.removeprefix(NUMBERED)) for each in best)
+        except (RefusedByServerError, KeyError, IndexError, TypeError, AttributeError, ValueError):
+            return None
+        if echoed[: len(tokens)] != list(tokens) or not numbers or not all(map(_is_number, numbers)):
+            return None
+        return TokenEcho(logprobs=tuple(map(float, numbers)), top1=likeliest)
 
 
 def _is_number(value: object) -> bool:

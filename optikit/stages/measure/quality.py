@@ -16,6 +16,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -131,13 +132,18 @@ def run(options: Options, job: Job) -> Facts:
     }
     baseline = job.inputs.get("baseline")
     if baseline is not None:
-        _require_comparable(about, json.loads((baseline / ABOUT).read_text(encoding="utf-8")))
+        require_comparable(about, json.loads((baseline / ABOUT).read_text(encoding="utf-8")))
     scores = _score(options, job, decoder, made.windows)
     (job.dest / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
-    return _facts(about, scores, made, job)
+    return told(about, scores, made, job)
 
 
-def _require_comparable(about: dict[str, Any], baseline: dict[str, Any]) -> None:
+def require_comparable(about: dict[str, Any], baseline: dict[str, Any]) -> None:
+    """Refuse to compare what was measured on other windows, or with another vocabulary.
+
+    Raises:
+        StageFailedError: Saying what differs.
+    """
     for what in ("protocol", "vocab"):
         if about[what] != baseline[what]:
             message = f"can't compare with the baseline: its {what} is {baseline[what]}, this one's is {about[what]}"
@@ -153,7 +159,6 @@ def _compared_windows(windows: Sequence[Window], vocab: int) -> int:
 
 
 def _score(options: Options, job: Job, decoder: Decoder, windows: Sequence[Window]) -> Scores:
-    import numpy as np
 
     from optikit.metrics.scoring import NotFiniteError, score
 
@@ -170,14 +175,22 @@ def _score(options: Options, job: Job, decoder: Decoder, windows: Sequence[Windo
     if scores.known.mean() > HOPELESS_NATS:
         message = f"the model is broken: {scores.known.mean():.0f} nats per token, a uniform guess costs less than 13"
         raise StageFailedError(message, fix="look at the stages before this one")
-    np.save(job.dest / NLL, scores.nll)
-    np.save(job.dest / TOP1, scores.top1)
-    if scores.divergence is not None:
-        np.save(job.dest / DIVERGENCE, scores.divergence)
+    keep_scores(scores, job.dest)
     return scores
 
 
-def _facts(about: dict[str, Any], scores: Scores, made: Cut, job: Job) -> Facts:
+def keep_scores(scores: Scores, dest: Path) -> None:
+    """Keep what was found at every scored position, for the models that are compared with this one."""
+    import numpy as np
+
+    np.save(dest / NLL, scores.nll)
+    np.save(dest / TOP1, scores.top1)
+    if scores.divergence is not None:
+        np.save(dest / DIVERGENCE, scores.divergence)
+
+
+def told(about: dict[str, Any], scores: Scores, made: Cut, job: Job) -> Facts:
+    """Return the facts of a model whose windows were scored, by whatever runtime, and kept in `job.dest`."""
     import numpy as np
 
     from optikit.metrics import perplexity, statistics

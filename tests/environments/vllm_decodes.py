@@ -1,0 +1,51 @@
+"""Run by vLLM's own python: `python vllm_decodes.py JOBS.json` prints what it decodes, as one line of JSON.
+
+A job is {"directory": …, "prompts": [[…], …], "count": n, "speculative_config": {…} or null}; its answer is {"tokens":
+[[…], …], "margins": [[…], …], "accepted": n}. A margin is by how much, in nats, the chosen token was likelier than the
+next. All jobs share one process, because importing vLLM takes longer than any of them.
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+from vllm import LLM, SamplingParams
+
+
+def decode(job):
+    model = LLM(
+        model=job["directory"],
+        enforce_eager=True,
+        max_model_len=256,
+        max_num_seqs=4,
+        speculative_config=job["speculative_config"],
+        enable_prefix_caching=False,
+        generation_config="vllm",
+        disable_log_stats=False,
+        seed=0,
+    )
+    settings = SamplingParams(temperature=0, max_tokens=job["count"], ignore_eos=True, logprobs=2)
+    prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    answers = [answer.outputs[0] for answer in model.generate(prompts, settings)]
+    counters = {each.name: getattr(each, "value", 0) for each in model.get_metrics()}
+    margins = []
+    for answer in answers:
+        best = [sorted((each.logprob for each in step.values()), reverse=True) for step in answer.logprobs]
+        margins.append([found[0] - found[1] for found in best])
+    return {
+        "tokens": [list(answer.token_ids) for answer in answers],
+        "margins": margins,
+        "accepted": counters.get("vllm:spec_decode_num_accepted_tokens", 0),
+    }
+
+
+if __name__ == "__main__":
+    found = []
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        try:
+            found.append(decode(job))
+        except Exception as error:  # noqa: BLE001 - the other jobs have something to say, too
+            found.append({"error": f"{type(error).__name__}: {error}"})
+        gc.collect()
+    print("\n" + json.dumps(found))
