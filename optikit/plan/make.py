@@ -16,6 +16,7 @@ from optikit.plan.context import Context
 from optikit.plan.measures import measure_steps, scored_steps, stage_prompts
 from optikit.plan.model import Plan, Step
 from optikit.plan.served import problems as served_problems
+from optikit.plan.texts import problems as text_problems
 from optikit.problems import Problem
 from optikit.recipe.schema import Recipe, StageEntry, Text, as_written, step_name
 from optikit.recipe.size import parse_size
@@ -71,6 +72,7 @@ def make_plan(
     measures = measure_steps(context, steps, _engine_steps(context, steps))
     limit = parse_size(recipe.max_memory) if recipe.max_memory else None
     problems += [*_unjudged(loaded, context, measures), *served_problems(context, steps)]
+    problems += text_problems(context)
     problems += rules.check(_stack(context, steps, offline=offline))
     problems += _too_large((*steps, *measures), limit)
     warnings = _refuse(loaded, problems)

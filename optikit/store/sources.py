@@ -136,6 +136,8 @@ def _cut_file(path: Path, text: Text) -> str:
     kept = (
         cut(_chosen(entries, text), drop_lines=text.drop_lines) if entries else cut(whole, text.part, text.drop_lines)
     )
+    if not whole.strip():
+        raise RecipeError(f"{text.text} holds no text: it has {len(whole)} characters", fix="name another file")
     if not kept.strip():
         fix = "widen `part`, or drop fewer lines"
         amount = f"{len(entries)} records" if entries else f"{len(whole)} characters"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from optikit.errors import InputMissingError
+from optikit.metrics import items as i
 from optikit.metrics import tasks as t
 
 
@@ -55,9 +56,9 @@ def slow_loglikelihood(model, head, tail):
 
 
 ITEMS = (
-    t.Choice(id="1", prompt="The river", choices=("is cold", "stands near a window", "x"), answer=1),
-    t.Choice(id="2", prompt="Question: which?\nAnswer: ", choices=("light", "stone"), answer=0),
-    t.Choice(id="3", prompt="", choices=("light", "stones"), answer=0),
+    i.Choice(id="1", prompt="The river", choices=("is cold", "stands near a window", "x"), answer=1),
+    i.Choice(id="2", prompt="Question: which?\nAnswer: ", choices=("light", "stone"), answer=0),
+    i.Choice(id="3", prompt="", choices=("light", "stones"), answer=0),
 )
 
 
@@ -75,17 +76,17 @@ def test_choices_against_a_whole_forward_pass_each(decoder, tokenizer, model, it
 
 
 def test_an_item_longer_than_the_context_is_named(decoder, tokenizer):
-    long = t.Choice(id="seven", prompt="x" * 600, choices=("a", "b"), answer=0)
+    long = i.Choice(id="seven", prompt="x" * 600, choices=("a", "b"), answer=0)
     with pytest.raises(InputMissingError, match=r"item seven needs 602 tokens, .* holds 512"):
         t.choose(decoder, tokenizer, long, start_token=0)
     with pytest.raises(InputMissingError, match="item q needs"):
-        t.answer(decoder, tokenizer, t.Question(id="q", prompt="x" * 500, answers=("a",)))
+        t.answer(decoder, tokenizer, i.Question(id="q", prompt="x" * 500, answers=("a",)))
 
 
 def test_an_answer_is_greedy_and_ends_where_it_should(decoder, tokenizer, model):
     import torch
 
-    question = t.Question(id="q", prompt="The old house", answers=("?",))
+    question = i.Question(id="q", prompt="The old house", answers=("?",))
     free = t.answer(decoder, tokenizer, question, most_tokens=12, stop=())
     with torch.no_grad():
         tokens = tokenizer.encode(question.prompt)
@@ -99,7 +100,7 @@ def test_an_answer_is_greedy_and_ends_where_it_should(decoder, tokenizer, model)
     mark = tokenizer.decode(written[2:3])
     stopped = t.answer(decoder, tokenizer, question, most_tokens=12, stop=(mark,))
     assert mark not in stopped.text
-    right = t.Question(id="q", prompt=question.prompt, answers=("no", f"  {free.text}\n"))
+    right = i.Question(id="q", prompt=question.prompt, answers=("no", f"  {free.text}\n"))
     assert t.answer(decoder, tokenizer, right, most_tokens=12, stop=()).correct
 
 
@@ -110,13 +111,13 @@ def write(path, *entries):
 
 def test_items_of_both_kinds_are_read(tmp_path):
     choice = {"id": "a", "prompt": "p", "choices": ["x", "y"], "answer": 1}
-    assert t.read(write(tmp_path / "c.jsonl", choice, "", choice)) == (
-        *[t.Choice(id="a", prompt="p", choices=("x", "y"), answer=1)] * 2,
+    assert i.read(write(tmp_path / "c.jsonl", choice, "", choice)) == (
+        *[i.Choice(id="a", prompt="p", choices=("x", "y"), answer=1)] * 2,
     )
-    found = t.read(write(tmp_path / "q.jsonl", {"prompt": "p", "answer": "x"}, {"prompt": "p", "answer": ["x", "y"]}))
+    found = i.read(write(tmp_path / "q.jsonl", {"prompt": "p", "answer": "x"}, {"prompt": "p", "answer": ["x", "y"]}))
     assert found == (
-        t.Question(id="1", prompt="p", answers=("x",)),
-        t.Question(id="2", prompt="p", answers=("x", "y")),
+        i.Question(id="1", prompt="p", answers=("x",)),
+        i.Question(id="2", prompt="p", answers=("x", "y")),
     )
 
 
@@ -140,19 +141,19 @@ def test_items_of_both_kinds_are_read(tmp_path):
 def test_a_line_that_is_no_item_is_named(tmp_path, line, problem):
     path = write(tmp_path / "t.jsonl", {"prompt": "p", "answer": "x"}, line)
     with pytest.raises(InputMissingError, match=rf"t\.jsonl:2: .*{problem}"):
-        t.read(path)
+        i.read(path)
 
 
 def test_files_that_are_no_tasks(tmp_path):
     with pytest.raises(InputMissingError, match="has no items"):
-        t.read(write(tmp_path / "empty.jsonl", "", " "))
+        i.read(write(tmp_path / "empty.jsonl", "", " "))
     with pytest.raises(InputMissingError, match="doesn't exist"):
-        t.read(tmp_path / "nowhere.jsonl")
+        i.read(tmp_path / "nowhere.jsonl")
     mixed = write(
         tmp_path / "m.jsonl", {"prompt": "p", "answer": "x"}, {"prompt": "p", "choices": ["x", "y"], "answer": 0}
     )
     with pytest.raises(InputMissingError, match="mixes items of kinds choice and text"):
-        t.read(mixed)
+        i.read(mixed)
     (tmp_path / "latin.jsonl").write_bytes(b"\xe9")
     with pytest.raises(InputMissingError, match="not UTF-8"):
-        t.read(tmp_path / "latin.jsonl")
+        i.read(tmp_path / "latin.jsonl")

@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from optikit.errors import InputMissingError, StageFailedError
+from optikit.metrics.items import Choice, Question
+from optikit.metrics.items import kind as kind_of
+from optikit.metrics.items import read as read_task
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
 from optikit.stages.measure import _text
@@ -28,7 +31,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from optikit.metrics.flips import Flips
-    from optikit.metrics.tasks import Answered, Chosen, Item
+    from optikit.metrics.items import Item
+    from optikit.metrics.tasks import Answered, Chosen
     from optikit.runtime.protocol import Decoder
 
 SUMMARY = "right answers to tasks, and the items that flipped against the baseline"
@@ -177,21 +181,17 @@ class _Tokenizer:
 
 
 def _items(task: Task, path: Path) -> Sequence[Item]:
-    from optikit.metrics import tasks
-
     try:
-        return tasks.read(path)[: task.items]
+        return read_task(path)[: task.items]
     except InputMissingError as error:  # the file that was fetched and cut has no name that its author knows
         raise InputMissingError(f"task {task.name!r}: {error.message}", fix=error.fix) from error
 
 
-def _protocol(items: Sequence[Item], path: Path) -> str:
+def _protocol(asked: Sequence[Item], path: Path) -> str:
     import hashlib
 
-    from optikit.metrics import tasks
-
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return f"{tasks.kind(items)}-{digest[:8]}@{len(items)}"
+    return f"{kind_of(asked)}-{digest[:8]}@{len(asked)}"
 
 
 def _require_fit(wanted: Sequence[Task], asked: dict[str, Sequence[Item]], by: _Tokenizer) -> int:
@@ -237,7 +237,7 @@ def _answers(
     found: list[Chosen | Answered] = []
     try:
         for item in items:
-            if isinstance(item, tasks.Choice):
+            if isinstance(item, Choice):
                 found.append(tasks.choose(decoder, by, item, start_token=start))
             else:
                 limits: dict[str, Any] = {"most_tokens": task.most_tokens, "stop": task.stop, "end_tokens": ends}
@@ -308,10 +308,10 @@ def _answer(row: dict[str, Any]) -> Any:
 
 
 def _alone(items: Sequence[Item], rows: Sequence[dict[str, Any]], protocol: str) -> dict[str, Any]:
-    from optikit.metrics import statistics, tasks
+    from optikit.metrics import statistics
 
     right, count = sum(map(_right, rows)), len(rows)
-    kind = tasks.kind(items)
+    kind = kind_of(items)
     plain = sum(row["correct"] for row in rows) / count if kind == "choice" else None
     return {
         "protocol": protocol,
@@ -372,15 +372,11 @@ def _examples(
 
 
 def _expected(item: Item) -> str:
-    from optikit.metrics import tasks
-
-    if isinstance(item, tasks.Choice):
+    if isinstance(item, Choice):
         return item.choices[item.answer]
-    return " or ".join(item.answers) if isinstance(item, tasks.Question) else item.answer
+    return " or ".join(item.answers) if isinstance(item, Question) else item.answer
 
 
 def _told(item: Item, row: dict[str, Any]) -> str:
-    from optikit.metrics import tasks
-
-    answer = item.choices[row["choice_norm"]] if isinstance(item, tasks.Choice) else str(row["text"])
+    answer = item.choices[row["choice_norm"]] if isinstance(item, Choice) else str(row["text"])
     return answer.strip()
