@@ -50,7 +50,7 @@ def _near(fix: str) -> str:
 
 def _names() -> Iterator[str]:
     from optikit.rules import rules
-    from optikit.stages import registry
+    from optikit.stages import OURS, backends, registry
     from optikit.targets import names
 
     yield from rules()
@@ -59,6 +59,7 @@ def _names() -> Iterator[str]:
     for verb, methods in registry().items():
         yield from methods
         yield from (f"{verb}.{method}" for method in methods)
+        yield from (f"{method}.{name}" for method in methods for name in backends(verb, method) if name != OURS)
 
 
 def _listed() -> list[str]:
@@ -146,29 +147,47 @@ def _exit_code(what: str) -> str:
 
 
 def _stages(what: str) -> Iterator[str]:
-    from optikit.stages import registry
+    """Yield what is told of a stage and of the libraries that can do it, or of one of these: `awq.autoawq`."""
+    from optikit.stages import OURS, backends, registry
 
     for verb, methods in registry().items():
         for method in methods:
+            others = [name for name in backends(verb, method) if name != OURS]
             if what in {method, f"{verb}.{method}"}:
-                yield _stage_text(verb, method)
+                yield _stage_text(verb, method, OURS)
+                yield _others(verb, method, others)
+            for name in others:
+                if what in {name, f"{method}.{name}", f"{verb}.{method}.{name}"}:
+                    yield _stage_text(verb, method, name)
 
 
-def _stage_text(verb: str, method: str) -> str:
+def _others(verb: str, method: str, names: list[str]) -> str:
+    """Say which libraries can do a method instead of ours, and which can't; "" where there are none."""
+    from optikit.backends import REFUSED
+    from optikit.stages import load
+
+    lines = [f"  {name:16} {load(verb, method, name).SUMMARY}; `optikit explain {method}.{name}`" for name in names]
+    refused = ((name, why) for (a, b, name), why in REFUSED.items() if (a, b) == (verb, method))
+    lines += [f"  {name:16} not here: {why}" for name, why in refused]
+    return "\n".join(["backend: other libraries that do this", *lines]) if lines else ""
+
+
+def _stage_text(verb: str, method: str, backend: str) -> str:
     import inspect
 
     from optikit.cli._table import table
-    from optikit.stages import load
+    from optikit.stages import OURS, load
 
-    stage = load(verb, method)
+    stage = load(verb, method, backend)
     key = "engine" if verb == "compile" else "method"
+    named = "" if backend == OURS else f", backend: {backend}"
     rows = [("option", "default", "what")]
     for name, field in stage.Options.model_fields.items():
         default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
         rows.append((name, default, " ".join((field.description or "").split())))
     card = inspect.getdoc(stage) or ""
     where = f"runs in the environment {stage.ENVIRONMENT!r}" if stage.ENVIRONMENT else "runs in the main environment"
-    lines = [f"- {verb}: {{{key}: {method}}}", "", card.strip(), "", where]
+    lines = [f"- {verb}: {{{key}: {method}{named}}}", "", card.strip(), "", where]
     if len(rows) > 1:
         lines += ["", *table(rows)]
     return "\n".join(lines)

@@ -29,9 +29,10 @@ def _all() -> list[tuple[str, str]]:
 
 
 def _row(verb: str, method: str) -> dict[str, Any]:
-    from optikit.stages import load
+    from optikit.stages import OURS, backends, load
 
     stage = load(verb, method)
+    others = {name: load(verb, method, name) for name in backends(verb, method) if name != OURS}
     return {
         "verb": verb,
         "method": method,
@@ -40,4 +41,12 @@ def _row(verb: str, method: str) -> dict[str, Any]:
         "calibrated": stage.CALIBRATED,
         "environment": stage.ENVIRONMENT,
         "options": stage.Options.model_json_schema(),
+        "backends": {
+            name: {
+                "summary": other.SUMMARY,
+                "environment": other.ENVIRONMENT,
+                "options": other.Options.model_json_schema(),
+            }
+            for name, other in others.items()
+        },
     }

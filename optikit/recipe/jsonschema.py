@@ -96,14 +96,30 @@ def _stage() -> tuple[Schema, dict[str, Schema]]:
 
 
 def _method(verb: str, method: str) -> dict[str, Schema]:
-    stage = stages.load(verb, method)
+    """Return the schema of a method, with one for each library that can do it, which has options of its own."""
     prefix = f"{verb}-{method}"
+    own = stages.load(verb, method).Options
+    if "backend" in own.model_fields:
+        return _written(verb, method, stages.OURS, prefix, {"type": "string"})
+    others = [name for name in stages.backends(verb, method) if name != stages.OURS]
+    if not others:
+        return _written(verb, method, stages.OURS, prefix, {"const": stages.OURS})
+    definitions = _written(verb, method, stages.OURS, f"{prefix}-{stages.OURS}", {"const": stages.OURS})
+    for name in others:
+        definitions |= _written(verb, method, name, f"{prefix}-{name}", {"const": name})
+        definitions[f"{prefix}-{name}"]["required"].append("backend")
+    branches = [{"$ref": f"#/definitions/{prefix}-{name}"} for name in (stages.OURS, *others)]
+    return {prefix: {"oneOf": branches}, **definitions}
+
+
+def _written(verb: str, method: str, backend: str, prefix: str, who: Schema) -> dict[str, Schema]:
+    stage = stages.load(verb, method, backend)
     template = f"#/definitions/{prefix}-{{model}}"
     options, definitions = _parts(stage.Options.model_json_schema(ref_template=template), f"{prefix}-")
     key = method_key(verb)
     properties = {
         key: {"const": method},
-        "backend": {"type": "string", "default": "optikit", "description": "Who does the work."},
+        "backend": {**who, "default": backend, "description": "Who does the work."},
         **options.get("properties", {}),
     }
     required = [key, *options.get("required", [])]

@@ -52,18 +52,23 @@ def test_every_key_stage_and_option_is_described() -> None:
     assert all("description" in inner for inner in SCHEMA["properties"].values())
     for verb, methods in stages.registry().items():
         for method in methods:
-            written = SCHEMA["definitions"][f"{verb}-{method}"]
-            options = stages.load(verb, method).Options.model_fields
-            key = "engine" if verb == "compile" else "method"
-            assert set(written["properties"]) == set(options) | {key, "backend"}
-            assert all(written["properties"][name]["description"] for name in options)
-            assert written["description"] == stages.load(verb, method).SUMMARY
+            others = stages.backends(verb, method)
+            for backend in others:
+                name = f"{verb}-{method}-{backend}" if len(others) > 1 else f"{verb}-{method}"
+                written, stage = SCHEMA["definitions"][name], stages.load(verb, method, backend)
+                options = stage.Options.model_fields
+                key = "engine" if verb == "compile" else "method"
+                assert set(written["properties"]) == set(options) | {key, "backend"}
+                assert all(written["properties"][name]["description"] for name in options)
+                assert written["description"] == stage.SUMMARY
 
 
 QUANTIZE = {"quantize": {"method": "gptq", "bits": 4, "group_size": 64}}
 GOOD: list[dict[str, Any]] = [
     {"model": "m"},
     {"model": "m", "stages": [QUANTIZE, {"quantize": {"method": "rtn", "backend": "optikit"}}]},
+    {"model": "m", "stages": [{"quantize": {"method": "awq", "backend": "autoawq", "duo_scaling": False}}]},
+    {"model": "m", "stages": [{"quantize": {"method": "awq", "backend": "optikit", "steps": 4}}]},
     {"model": "m", "calibration": {"text": "t", "part": [0, 0.5], "drop_lines": ["x"]}, "timeout": 1.5},
     {"model": "m", "calibration": None, "evaluate": {"perplexity": {"text": "t"}, "speed": {"new_tokens": 4}}},
     {"model": "m", "evaluate": {"baseline": {"dtype": "float32", "also": ["bfloat16"]}}, "seed": 0},
@@ -82,6 +87,10 @@ BAD: list[dict[str, Any]] = [
     {"model": "m", "stages": [{"quantise": {"method": "gptq"}}]},
     {"model": "m", "stages": [{"quantize": {"method": "gptk"}}]},
     {"model": "m", "stages": [{"quantize": {"bits": 4}}]},
+    {"model": "m", "stages": [{"quantize": {"method": "awq", "backend": "autoawk"}}]},
+    {"model": "m", "stages": [{"quantize": {"method": "awq", "backend": "autoawq", "steps": 4}}]},
+    {"model": "m", "stages": [{"quantize": {"method": "awq", "duo_scaling": False}}]},
+    {"model": "m", "stages": [{"quantize": {"method": "rtn", "backend": "autoawq"}}]},
     {"model": "m", "stages": [{"quantize": {"method": "gptq", "bits": 3}}]},
     {"model": "m", "stages": [{"quantize": {"method": "gptq", "bits": "4"}}]},
     {"model": "m", "stages": [{"quantize": {"method": "gptq", "grop_size": 64}}]},
