@@ -43,14 +43,16 @@ class Row:
     method: str
     options: dict[str, Any] = field(default_factory=dict)
     variant: str = ""
+    backend: str = stages.OURS
 
     @property
     def name(self) -> str:
-        return "-".join(filter(None, (self.verb, self.method, self.variant)))
+        backend = "" if self.backend == stages.OURS else self.backend
+        return "-".join(filter(None, (self.verb, self.method, self.variant, backend)))
 
     @property
     def stage(self) -> Stage:
-        return stages.load(self.verb, self.method)
+        return stages.load(self.verb, self.method, self.backend)
 
 
 ROWS = (
@@ -73,7 +75,15 @@ ROWS = (
 )
 """Speculation and compilation write other things than a changed checkpoint; their tests are their own."""
 
+FOREIGN = (
+    Row(verb="quantize", method="awq", options={"group_size": 32, "clip": False}, backend="autoawq"),
+    Row(verb="quantize", method="gptq", options={"group_size": 32}, backend="llm-compressor"),
+)
+"""Libraries run in environments of their own: tests/environments runs them, here they are held to all that planning
+asks for."""
+
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+each_planned_row = pytest.mark.parametrize("row", [*ROWS, *FOREIGN], ids=lambda row: row.name)
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +125,23 @@ def results(source: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_every_stage_has_a_row():
     on_disk = {(verb, method) for verb in ("prune", "finetune", "quantize") for method in stages.methods(verb)}
     assert on_disk == {(row.verb, row.method) for row in ROWS}
+    libraries = {(*each, name) for each in on_disk for name in stages.backends(*each) if name != stages.OURS}
+    assert libraries == {(row.verb, row.method, row.backend) for row in FOREIGN}
 
 
-@each_row
+@pytest.mark.parametrize("row", list(FOREIGN), ids=lambda row: row.name)
+def test_a_library_promises_what_ours_does(row, facts):
+    """What comes after it can't tell who did it: same traits, shapes and sizes, same words in config.json."""
+    ours = stages.load(row.verb, row.method)
+    mine = ours.after(ours.Options(group_size=32), facts)
+    theirs = row.stage.after(row.stage.Options(**row.options), facts)
+    assert (theirs.traits, theirs.linears, theirs.weight_bytes) == (mine.traits, mine.linears, mine.weight_bytes)
+    packing, own = (each.config["quantization_config"] for each in (theirs, mine))
+    assert packing.keys() == own.keys()
+    assert {key for key in own if packing[key] != own[key]} <= {"damp_percent"}
+
+
+@each_planned_row
 def test_the_card_is_complete(row):
     card = row.stage.__doc__
     assert card
@@ -128,7 +152,7 @@ def test_the_card_is_complete(row):
     assert len(row.stage.SUMMARY) < 100
 
 
-@each_row
+@each_planned_row
 def test_options_are_frozen_described_and_closed(row):
     options = row.stage.Options(**row.options)
     for name, info in type(options).model_fields.items():
@@ -141,7 +165,7 @@ def test_options_are_frozen_described_and_closed(row):
     assert row.stage.Options.model_validate(written) == options
 
 
-@each_row
+@each_planned_row
 def test_check_accepts_these_options_and_refuses_an_unknown_architecture(row, facts):
     from dataclasses import replace
 
@@ -154,12 +178,12 @@ def test_check_accepts_these_options_and_refuses_an_unknown_architecture(row, fa
 
 
 def test_planning_imports_no_torch():
-    names = sorted({f"optikit.stages.{row.verb}.{row.method}" for row in ROWS})
+    names = sorted({stages.module(row.verb, row.method, row.backend) for row in (*ROWS, *FOREIGN)})
     code = f"import importlib, sys; [importlib.import_module(n) for n in {names}]; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@each_row
+@each_planned_row
 def test_the_estimate_grows_with_the_model(row, facts):
     from dataclasses import replace
 
