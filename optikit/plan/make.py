@@ -13,7 +13,7 @@ from optikit.errors import RecipeError
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import read, read_gguf
 from optikit.plan.context import Context
-from optikit.plan.measures import measure_steps, scored_steps, stage_prompts
+from optikit.plan.measures import measure_steps, runtime_problems, scored_steps, stage_prompts
 from optikit.plan.model import Plan, Step
 from optikit.plan.served import problems as served_problems
 from optikit.plan.texts import problems as text_problems
@@ -72,7 +72,7 @@ def make_plan(
     measures = measure_steps(context, steps, _engine_steps(context, steps))
     limit = parse_size(recipe.max_memory) if recipe.max_memory else None
     problems += [*_unjudged(loaded, context, measures), *served_problems(context, steps)]
-    problems += text_problems(context)
+    problems += [*text_problems(context), *runtime_problems(steps, measures)]
     problems += rules.check(_stack(context, steps, offline=offline))
     problems += _too_large((*steps, *measures), limit)
     warnings = _refuse(loaded, problems)

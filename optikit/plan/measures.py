@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from optikit.models.facts import ModelFacts
 from optikit.plan.context import Context, here, tokens_of
 from optikit.plan.model import Step
 from optikit.plan.served import served_steps
+from optikit.problems import Problem
 from optikit.recipe.schema import PerplexityOptions, SpeedOptions, TaskOptions
 from optikit.store.sources import TextSource
 
 COMPILED_RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
 """Which runtime on this machine loads a compiled artifact, by trait."""
+
+OPTIONAL = {"openvino": "optikit[openvino]"}
+"""Runtimes that are no dependency of optikit, each with what installs it."""
 
 QUALITY = "measure-quality-"
 """Before the name of the step whose quality a step measures."""
@@ -49,6 +54,16 @@ def measure_steps(context: Context, steps: Sequence[Step], engines: Sequence[Ste
     if wanted.speed is not None:
         found += [*engines, _speed(context, wanted.speed, written, baseline, choices, engines)]
     return tuple(found)
+
+
+def runtime_problems(steps: Sequence[Step], measures: Sequence[Step]) -> Iterator[Problem]:
+    """Yield which runtimes measuring needs that aren't installed here."""
+    needed = {runtime(step) for step in steps} if measures else set()
+    for name in sorted(needed & OPTIONAL.keys()):
+        if find_spec(name) is None:
+            message = f"what {name} compiles is measured as {name} runs it, which is not installed"
+            fix = f"pip install '{OPTIONAL[name]}', or leave out evaluate"
+            yield Problem(code="library-missing", message=message, fix=fix, loc=("evaluate",))
 
 
 def scored_steps(measures: Sequence[Step]) -> frozenset[str]:

@@ -143,3 +143,17 @@ def test_attribution_compiles_the_model_before_each_stage_once_and_times_them_in
     timed = plan.measures[-1]
     assert list(timed.options.chain) == ["baseline", "engine-baseline", "engine-1-prune-magnitude", "result"]  # type: ignore[attr-defined]
     assert {step.key for step in engines} <= set(timed.inputs.values())
+
+
+def test_a_runtime_that_only_measuring_needs_is_missed_at_plan_time(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optikit.plan.measures.find_spec", lambda _: None)
+    stages = [{"compile": {"engine": "openvino", "weight_format": "int8"}}]
+    with pytest.raises(RecipeError) as caught:
+        make(stages=stages)
+    (problem,) = caught.value.problems
+    assert problem.code == "library-missing"
+    assert problem.fix == "pip install 'optikit[openvino]', or leave out evaluate"
+    assert problem.mark is not None
+    assert make(stages=stages, evaluate={}).measures == ()
