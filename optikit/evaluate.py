@@ -169,7 +169,7 @@ class _Run:
     def measurement(self, step: Step, *, last: bool | None = None) -> Measurement:
         """Return what was measured of the artifact of a step: its speed, too, if it is the last one."""
         is_last = step is self.plan.steps[-1] if last is None else last
-        size = weight_bytes(self.artifacts[step.key])
+        size = weight_bytes(self.artifacts[step.key]) or None  # a folder for a server holds no weights of its own
         if self.emitted(step):
             return Measurement(size_bytes=size, reason=f"emitted: {step.method} runs elsewhere, nothing was measured")
         if step.verb == "speculate":
@@ -177,7 +177,7 @@ class _Run:
         quality = self._quality(BASELINE if step.verb == "acquire" else step.name)
         return self._measurement(size, quality, RESULT if is_last and step.verb != "acquire" else "")
 
-    def _measurement(self, size: int, quality: Quality | None, arm: str) -> Measurement:
+    def _measurement(self, size: int | None, quality: Quality | None, arm: str) -> Measurement:
         speed = self._speed(arm)
         return Measurement(
             size_bytes=size,

