@@ -27,21 +27,32 @@ class Model:
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self.lock = threading.Lock()
 
-    def write(self, prompt: str, count: int) -> Iterator[tuple[int, str]]:
-        tokens = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+    def encode(self, prompt: str | list[int]) -> list[int]:
+        return prompt if isinstance(prompt, list) else self.tokenizer.encode(prompt, add_special_tokens=False).ids
+
+    def write(self, prompt: str | list[int], count: int) -> Iterator[tuple[int, str]]:
+        tokens = self.encode(prompt)
         with self.lock:
             for token in self.decoder.greedy(np.array(tokens, np.int64), count):
                 yield len(tokens), self.tokenizer.decode([token]) or "?"
 
-    def echo(self, prompt: str) -> dict[str, Any]:
+    def echo(self, prompt: str | list[int], *, numbered: bool = False) -> dict[str, Any]:
+        """Tell log-probabilities as the standard has it; `numbered` as vLLM does, with the likeliest tokens."""
         from optikit.metrics.perplexity import token_nll
 
-        tokens = np.array(self.tokenizer.encode(prompt, add_special_tokens=False).ids, np.int64)
+        tokens = np.array(self.encode(prompt), np.int64)
         with self.lock:
             logits = self.decoder.forward(tokens, 0)
-        nll = token_nll(logits[:-1], tokens[1:])
-        texts = [self.tokenizer.decode([int(token)]) for token in tokens]
-        return {"tokens": texts, "token_logprobs": [None, *(-nll).tolist()]}
+        nll, best = token_nll(logits[:-1], tokens[1:]), logits[:-1].argmax(axis=1)
+        told: dict[str, Any] = {"token_logprobs": [None, *(-nll).tolist()]}
+        if not numbered:
+            return told | {"tokens": [self.tokenizer.decode([int(token)]) for token in tokens]}
+        likeliest = token_nll(logits[:-1], best)
+        tops = [
+            {f"token_id:{token}": -own, f"token_id:{first}": -most}
+            for token, own, first, most in zip(tokens[1:], nll, best, likeliest, strict=True)
+        ]
+        return told | {"tokens": [f"token_id:{token}" for token in tokens], "top_logprobs": [None, *tops]}
 
 
 class Server(ThreadingHTTPServer):
@@ -86,9 +97,9 @@ class Handler(BaseHTTPRequestHandler):
         elif self.server.strict and ("ignore_eos" in body or "echo" in body):
             self.answer(400, {"error": "unknown parameter"})
         elif body.get("echo"):
-            self.answer(
-                200, {"choices": [{"text": body["prompt"], "logprobs": self.server.model.echo(body["prompt"])}]}
-            )
+            numbered = body.get("return_tokens_as_token_ids", False)
+            echo = self.server.model.echo(body["prompt"], numbered=numbered)
+            self.answer(200, {"choices": [{"text": "", "logprobs": echo}]})
         else:
             self.stream(body)
 
