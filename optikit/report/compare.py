@@ -275,16 +275,16 @@ def _speed_words(line: Line | None, other: str) -> str:
     if line is None or line.ratio is None:
         return f"was not compared in speed with {other}"
     if line.outcome == "no measurable difference":
-        return f"is as fast as {other}, within noise"
+        return f"writes as fast as {other} (within noise)"
     word, value = ("faster", line.ratio) if line.ratio > 1 else ("slower", 1 / line.ratio)
     doubt = " (not tested for noise)" if line.outcome == "not tested" else ""
-    return f"is {text.ratio(value)} {word} than {other}{doubt}"
+    return f"writes {text.ratio(value)} {word} than {other}{doubt}"
 
 
 def _size_words(line: Line) -> str:
     if line.ratio is None or abs(line.ratio - 1) < view.UNCHANGED:
-        return "the same size"
-    return f"{text.ratio(line.ratio)} larger" if line.ratio > 1 else f"{text.ratio(1 / line.ratio)} smaller"
+        return "is the same size"
+    return f"is {text.ratio(line.ratio)} larger" if line.ratio > 1 else f"is {text.ratio(1 / line.ratio)} smaller"
 
 
 def _quality_words(line: Line | None, other: str) -> str:

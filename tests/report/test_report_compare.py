@@ -44,7 +44,7 @@ def test_a_run_is_no_different_from_itself(full_report):
     found = compare.compare(Run(name="a", report=full_report), Run(name="b", report=full_report))
     assert {line.outcome for line in found.lines} == {"no measurable difference", "not tested"}
     assert found.refused == ()
-    assert found.sentence.startswith("b is as fast as a, within noise and the same size")
+    assert found.sentence.startswith("b writes as fast as a (within noise) and is the same size; no difference in quality")
 
 
 def test_other_protocols_are_refused_by_name(full_report):
@@ -200,7 +200,7 @@ def test_diff_prints_a_sentence_a_table_and_the_tests(outs):
     done = optikit("diff", outs / "a", outs / "b", home=outs / "home")
     assert (done.returncode, done.stderr) == (0, "")
     words = " ".join(done.stdout.split())
-    assert f"{outs}/b is 1.23× faster than {outs}/a and the same size" in words
+    assert f"{outs}/b writes 1.23× faster than {outs}/a and is the same size" in words
     assert "no difference in quality could be measured" in words
     assert "Decode speed" in words
 

@@ -146,15 +146,20 @@ def run(options: Options, job: Job) -> Facts:
 
 
 class _Tokenizer:
-    """The baseline's tokenizer, without special tokens, as `metrics.tasks` asks of one."""
+    """The baseline's tokenizer, as `metrics.tasks` asks of one: with the token that opens a text where it has one.
+
+    As lm-eval has it: Llama reads worse without its <s>. What a tokenizer puts at the end would part prompt and choice.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._by = _text.tokenizer(directory)
+        probe = self._by.encode("a")
+        self._opening: list[int] = probe.ids[: probe.special_tokens_mask.index(0)]
 
     def encode(self, text: str) -> Sequence[int]:
         found: list[int] = self._by.encode(text, add_special_tokens=False).ids
-        return found
+        return [*self._opening, *found]
 
     def decode(self, tokens: Sequence[int]) -> str:
         text: str = self._by.decode(list(tokens))

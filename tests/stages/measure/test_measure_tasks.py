@@ -176,3 +176,17 @@ def test_answers_longer_than_the_context_are_found_while_planning(facts, target)
     assert list(tasks.check(fits, facts, target)) == []
     (problem,) = tasks.check(exceeds, facts, target)
     assert problem.loc == ("tasks", 0, "most_tokens")
+
+
+@pytest.mark.parametrize(("template", "opening"), [("$A", []), ("<s> $A", [0]), ("<s> $A </s>", [0]), ("$A </s>", [])])
+def test_texts_open_as_the_tokenizer_opens_them_and_never_end(template, opening, tiny_llama, tmp_path):
+    from tokenizers import Tokenizer, processors
+
+    made = Tokenizer.from_file(str(tiny_llama / "tokenizer.json"))
+    plain = made.encode("to be").ids
+    special = [("<s>", 0), ("</s>", 1)]
+    made.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    made.save(str(tmp_path / "tokenizer.json"))
+    by = tasks._Tokenizer(tmp_path)
+    assert by.encode("to be") == [*opening, *plain]
+    assert by.encode("") == opening
