@@ -28,7 +28,7 @@ def export() -> Schema:
     recipe, definitions = _parts(Recipe.model_json_schema(ref_template="#/definitions/{model}"), "")
     for name in ("StageEntry", "StageOptions"):
         definitions.pop(name, None)
-    definitions["Gate"]["anyOf"] = [{"required": ["min"]}, {"required": ["max"]}]
+    definitions["Gate"]["anyOf"] = [{"required": [limit]} for limit in ("min", "max", "steps")]
     needs = _requirements(recipe, definitions)
     for schema in (recipe, *definitions.values()):
         schema.pop("required", None)

@@ -50,6 +50,8 @@ REFUSED: Mapping[Trait, str] = {
 HEAD_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Widths of heads that its attention computes on the CPU. Source: v1/attention/backends/cpu_attn.py."""
 NO_DIVERGENCE = "no divergence: the server tells the log-probabilities of the text's tokens and of the likeliest ones"
+WHERE = "127.0.0.1, served by vLLM for this measurement"
+"""In place of the address, whose port is another every time."""
 START_S = 60
 """Seconds that a start takes on two cores that have nothing else to do, about."""
 
@@ -241,4 +243,4 @@ def _timed(options: Options, job: Job, client: Client) -> Facts:
 
     # Tokens that make no letter yet come as empty pieces otherwise.
     served = time_server(client, NAME, prompts, load, note, more={"return_token_ids": True})
-    return {"served": served.model_dump(mode="json")}
+    return {"served": served.model_dump(mode="json") | {"url": WHERE}}
