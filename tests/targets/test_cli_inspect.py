@@ -75,6 +75,20 @@ def test_stage_is_explained_with_card_and_defaults():
         assert any(line.split()[:2] == ["bits", "4"] for line in text.splitlines())
 
 
+def test_libraries_that_do_a_stage_are_explained_with_options_of_their_own():
+    text = run("explain", "awq").stdout
+    assert "`optikit explain awq.autoawq`" in text
+    assert "llm-compressor   not here: " in text
+    for what in ("autoawq", "awq.autoawq", "quantize.awq.autoawq"):
+        text = run("explain", what).stdout
+        assert "- quantize: {method: awq, backend: autoawq}" in text
+        assert "runs in the environment 'autoawq'" in text
+        assert any(line.startswith("duo_scaling") for line in text.splitlines())
+    found = {(row["verb"], row["method"]): row for row in json.loads(run("stages", "--json").stdout)}
+    assert "duo_scaling" in found["quantize", "awq"]["backends"]["autoawq"]["options"]["properties"]
+    assert found["quantize", "rtn"]["backends"] == {}
+
+
 def test_engine_is_explained_with_its_key():
     assert "- compile: {engine: onnxruntime}" in run("explain", "onnxruntime").stdout
 
