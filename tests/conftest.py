@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("optikit", deadline=None)  # how long an example takes is the machine's business
+settings.load_profile("optikit")
 
 
 def byte_tokenizer(directory: Path) -> None:

@@ -88,7 +88,7 @@ def test_stacked_rows_are_quantized_as_if_alone():
         assert torch.equal(together.scales[rows], alone.scales)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), sym=st.booleans(), act_order=st.booleans(), bits=st.sampled_from([4, 8]))
 def test_loses_less_than_rounding(seed, sym, act_order, bits):
     weight, hessian = layer(16, 64, seed)

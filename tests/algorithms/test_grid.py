@@ -25,7 +25,7 @@ GRIDS = [
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 1000),
     size=st.sampled_from([1e-30, 1e-7, 1e-3, 1.0, 1e4]),
@@ -57,7 +57,7 @@ def test_every_weight_takes_the_nearest_point():
         assert torch.allclose((dequantize(codes, scales, zeros) - weight).abs(), nearest, atol=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), sym=st.booleans(), bits=st.sampled_from([4, 8]))
 def test_searching_beats_the_extremes(seed, sym, bits):
     weight = weights(16, 64, seed)

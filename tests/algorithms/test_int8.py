@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,7 +19,6 @@ from optikit.algorithms import int8, smoothquant
     ),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-@settings(deadline=None)
 def test_rounding_errs_by_half_a_step_at_most_and_keeps_zero(rows, dtype):
     weight = torch.tensor(rows)
     scales = int8.scales_of(weight, dtype)

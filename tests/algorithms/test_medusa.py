@@ -59,7 +59,7 @@ def test_shared_heads_do_not_train_the_output_layer():
     assert len(build(shared=False).outputs) == 3
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5),
     heads=st.integers(1, 4),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -39,7 +39,6 @@ def zeroed(weight: Tensor, mask: Tensor) -> Tensor:
     group=st.sampled_from([0, 4, 8]),
     per_row=st.booleans(),
 )
-@settings(deadline=None)
 def test_smallest_removes_exactly_as_many_as_asked_and_never_a_larger_before_a_smaller(
     scores, sparsity, group, per_row
 ):

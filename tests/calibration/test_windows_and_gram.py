@@ -61,7 +61,7 @@ def test_without_a_tokenizer_there_are_no_windows(tmp_path, prose):
         windows.draw(tmp_path, prose, samples=1, length=8, seed=0)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     width=st.sampled_from([1, 7, STRIP, STRIP + 5]),
     parts=st.lists(st.integers(1, 9), min_size=1, max_size=3),

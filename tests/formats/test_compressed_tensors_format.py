@@ -12,7 +12,7 @@ from optikit.formats import compressed_tensors, gptq
 
 
 @given(rows=st.integers(1, 5), columns=st.integers(1, 7), seed=st.integers(0, 2**16))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_dequantizing_is_code_times_row_scale(rows, columns, seed):
     draw = torch.Generator().manual_seed(seed)
     codes = torch.randint(-127, 128, (rows, columns), generator=draw).to(torch.int8)
@@ -33,7 +33,7 @@ def test_dequantizing_is_code_times_row_scale(rows, columns, seed):
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
     seed=st.integers(0, 2**16),
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_pack_quantized_repacked_as_gptq_stands_for_the_same_weights(rows, groups, bits, dtype, seed):
     draw = torch.Generator().manual_seed(seed)
     half = 2 ** (bits - 1)

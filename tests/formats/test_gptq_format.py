@@ -38,7 +38,7 @@ def packed_layers(draw):
     return bits, codes, scales, zeros
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(packed_layers())
 def test_packing_is_what_the_slow_unpacker_reads(layer):
     bits, codes, scales, zeros = layer
@@ -57,7 +57,7 @@ def test_packing_is_what_the_slow_unpacker_reads(layer):
     assert tensors["g_idx"].tolist() == [i // size for i in range(columns)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(packed_layers())
 def test_unpacking_undoes_packing(layer):
     bits, codes, scales, zeros = layer
@@ -66,7 +66,7 @@ def test_unpacking_undoes_packing(layer):
         assert torch.equal(got, expected)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(packed_layers())
 def test_dequantized_weights_are_those_that_were_chosen(layer):
     bits, codes, scales, zeros = layer

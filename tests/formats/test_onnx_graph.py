@@ -45,7 +45,7 @@ def seen_by_onnxruntime(path, columns):
     return session.run(None, {"x": np.eye(columns, dtype=np.float32)})[0].T
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rows=st.integers(1, 9),
     blocks=st.integers(1, 5),

@@ -157,7 +157,7 @@ def test_a_wrong_file_is_refused_naming_it(name: str, tmp_path: Path) -> None:
     assert str(path) in raised.value.message
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
 @given(at=st.integers(0, 1500), value=st.integers(0, 255), length=st.none() | st.integers(0, 100_000))
 def test_a_spoilt_file_is_read_or_refused_never_worse(
     at: int, value: int, length: int | None, llama: Path, tmp_path: Path

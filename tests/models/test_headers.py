@@ -40,7 +40,7 @@ def accepted_by_the_library(path: Path) -> bool:
         return False
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 @given(
     tensors=st.dictionaries(
         st.text(min_size=1, max_size=8).filter(lambda name: name != "__metadata__"),
@@ -125,7 +125,7 @@ def test_a_wrong_file_is_refused_naming_it(name: str, tmp_path: Path) -> None:
         read_header(path)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
 @given(data=st.data())
 def test_a_spoilt_file_is_refused_or_means_the_same_to_the_library(data: st.DataObject, tmp_path: Path) -> None:
     path = written(tmp_path / "a.safetensors", {"__metadata__": {"format": "pt"}, "a": ONE, "b": TWO}, bytes(16))

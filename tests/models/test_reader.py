@@ -297,7 +297,7 @@ json_values = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
 @given(
     key=st.sampled_from(
         [*KEYS, "model_type", "quantization_config", "tie_word_embeddings", "sliding_window", "auto_map", "head_dim"]

@@ -44,7 +44,9 @@ def test_a_run_is_no_different_from_itself(full_report):
     found = compare.compare(Run(name="a", report=full_report), Run(name="b", report=full_report))
     assert {line.outcome for line in found.lines} == {"no measurable difference", "not tested"}
     assert found.refused == ()
-    assert found.sentence.startswith("b writes as fast as a (within noise) and is the same size; no difference in quality")
+    assert found.sentence.startswith(
+        "b writes as fast as a (within noise) and is the same size; no difference in quality"
+    )
 
 
 def test_other_protocols_are_refused_by_name(full_report):

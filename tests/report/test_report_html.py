@@ -106,7 +106,7 @@ def test_hostile_words_add_no_element_and_no_attribute(named_report, hostile_wor
         assert character not in shown
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(words=st.text(min_size=1, max_size=60))
 def test_any_words_add_no_element_and_no_attribute(named_report, words):
     found, plain = (Page(html.render(named_report(each))) for each in (f"→{words}", "plain"))

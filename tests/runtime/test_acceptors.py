@@ -165,7 +165,7 @@ def slow_probabilities(logits, sampling):
     return out / out.sum()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     seed=st.integers(0, 2**32 - 1),
     size=st.integers(1, 200),

@@ -55,7 +55,7 @@ def heads(hidden):
     return (np.abs(hidden[:3] * 10).astype(np.int64) % 8), np.full(3, 0.7, np.float32)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     seed=st.integers(0, 1000),
     count=st.integers(1, 50),
@@ -152,7 +152,7 @@ def test_nothing_is_recalled_from_noise():
     assert (found.lengths, found.table) == ({}, None)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     acceptance=st.lists(st.floats(0, 1), max_size=8),
     slope=st.floats(0, 1),

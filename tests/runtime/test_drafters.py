@@ -30,7 +30,7 @@ def slow_lookup(text, lengths, limit):
     return []
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     prompt=st.lists(st.integers(0, 3), min_size=1, max_size=40),
     pieces=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=5), max_size=6),
@@ -94,7 +94,7 @@ def test_a_draft_model_writes_what_it_would_write_alone():
     assert drafter.draft(2, RNG).tokens.tolist() == list(MarkovDecoder(seed=3).greedy(ids(1, 2, 3), 2))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     pieces=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 7)), max_size=12),
     length=st.integers(1, 6),

@@ -34,7 +34,7 @@ def slow_table(texts):
     return counts
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(texts=documents, context=st.lists(st.integers(0, 4), max_size=6))
 def test_the_table_equals_counting(texts, context):
     table, counts = recall.build(arrays(texts)), slow_table(texts)

@@ -76,7 +76,7 @@ def test_drafts_that_are_right_save_steps_and_others_do_not():
     assert len(steps) == 40
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 10_000),
     name=st.sampled_from(sorted(DRAFTERS)),

@@ -101,7 +101,7 @@ def test_damage_is_set_aside_and_counts_as_absent(damage: Callable[[Path], None]
     assert Store(tmp_path).find(KEY) is not None
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 @given(at=st.integers(0, 102399), value=st.integers(1, 255))
 def test_any_changed_byte_is_noticed(at: int, value: int, tmp_path: Path) -> None:
     store = Store(tmp_path)

@@ -17,13 +17,13 @@ scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False,
 values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(parts=st.dictionaries(st.text(min_size=1), values))
 def test_the_order_of_names_does_not_matter(parts: dict[str, Any]) -> None:
     assert cache_key(**parts) == cache_key(**dict(reversed(parts.items())))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(one=values, other=values)
 def test_different_values_have_different_keys(one: Any, other: Any) -> None:
     same = json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)

@@ -133,7 +133,7 @@ def test_a_record_without_the_fields_is_named(tmp_path, record, template):
         list(_text.prompt_fields(tmp_path / "p.jsonl", text, template))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(count=st.integers(4, 60), judged=st.integers(4, 80), seed=st.integers(0, 99))
 def test_prompts_are_divided_without_overlap_or_loss(tmp_path_factory, count, judged, seed):
     path = tmp_path_factory.mktemp("divided") / "p.jsonl"
@@ -149,7 +149,7 @@ def test_prompts_are_divided_without_overlap_or_loss(tmp_path_factory, count, ju
     assert ours == [int(each[0]) for each in (*again.judged, *again.others)]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(count=st.integers(40, 90), judged=st.integers(4, 80), seed=st.integers(0, 99), edge=st.floats(0.2, 0.9))
 def test_prompts_that_judge_come_from_their_part_and_others_never(tmp_path_factory, count, judged, seed, edge):
     path = tmp_path_factory.mktemp("divided") / "p.jsonl"
