@@ -47,8 +47,10 @@ HOPELESS_NATS = 100.0
 """A uniform guess over a vocabulary of 50,000 costs 10.8 nats; ten times that is no language model."""
 FLOPS = 150e9
 """Floating-point operations per second of two CPU cores, as runtimes reach them."""
-LEAN, LARGE = 200, 500
-"""MiB that a process takes with a compiled model's runtime, and with torch and transformers."""
+ATTENTION_FLOPS = 90e9
+"""The same for products of queries, keys and values."""
+LIBRARIES_MIB = {"transformers": 500, "onnxruntime": 200, "openvino": 390}
+"""What a process takes with a runtime and without a model."""
 SECONDS_PER_LOGIT = 2e-8
 """Time for log-likelihood, float16 and divergence of one logit."""
 MOST_KEPT = 4 * 2**30
@@ -90,16 +92,22 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
 
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
-    """Estimate: two operations per weight and token, plus the arithmetic on logits; `calibration_tokens` of text."""
+    """Estimate: two operations per weight and token, attention over windows, logits; `calibration_tokens` of text."""
     step = options.stride if options.protocol == "hf" else options.window
     windows = options.windows if options.windows is not None else max(1, calibration_tokens // step)
     tokens = windows * options.window
     logits = windows * step * facts.vocab
+    attended = 4 * options.window * facts.hidden * facts.layers * tokens
     compiled = options.runtime != "transformers"
     weights = facts.weight_bytes if compiled else 4 * facts.parameters
     return Estimate(
-        seconds=(3 if compiled else 7) + 2 * facts.parameters * tokens / FLOPS + logits * SECONDS_PER_LOGIT,
-        peak_bytes=weights + 256 * facts.vocab * 12 + (LEAN if compiled else LARGE) * 2**20,
+        seconds=(3 if compiled else 7) + 2 * facts.parameters * tokens / FLOPS
+        + attended / ATTENTION_FLOPS
+        + logits * SECONDS_PER_LOGIT,
+        peak_bytes=weights
+        + 256 * facts.vocab * 12
+        + 3 * facts.heads * options.window**2
+        + LIBRARIES_MIB[options.runtime] * 2**20,
         disk_bytes=min(2 * logits, MOST_KEPT) if options.keep_logits else 20 * tokens,
     )
 

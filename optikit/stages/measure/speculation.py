@@ -76,7 +76,7 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     tokens = (4 * options.prompts + options.remember) * options.new_tokens
     return Estimate(
         seconds=30 + tokens * facts.weight_bytes / 10e9,
-        peak_bytes=int(1.3 * facts.weight_bytes) + 700 * 2**20,
+        peak_bytes=int(1.3 * facts.weight_bytes) + 900 * 2**20,
         disk_bytes=10_000,
     )
 

@@ -42,7 +42,7 @@ ENVIRONMENT: str | None = None
 
 SAMPLES = "samples.jsonl"
 MANIFEST = "artifact.json"
-BYTES_PER_SECOND = {"transformers": 3e9, "onnxruntime": 7e9, "openvino": 7e9}
+BYTES_PER_SECOND = {"transformers": 3.6e9, "onnxruntime": 7e9, "openvino": 7e9}
 """Weights that two CPU cores read per second while decoding, by runtime."""
 PREFILL_FLOPS = 60e9
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -109,7 +109,7 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     rates = [BYTES_PER_SECOND[arm.runtime] for arm in options.arms]
     seconds = [prefill + options.new_tokens * size / rate for size, rate in zip(sizes, rates, strict=True)]
     return Estimate(
-        seconds=10 * len(sizes) + runs * sum(seconds) + options.repetitions * seconds[0],
+        seconds=8 * len(sizes) + runs * sum(seconds) + options.repetitions * seconds[0],
         peak_bytes=max(int(1.1 * size) for size in sizes) + 340 * 2**20,
         disk_bytes=runs * len(sizes) * options.new_tokens * 20,
     )

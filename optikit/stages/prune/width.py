@@ -147,7 +147,7 @@ def figures(architecture: Architecture, facts: ModelFacts, widths: Widths) -> di
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
     """Estimate forward passes, backward ones where gradients tell importance, and a refit by Gram matrices."""
     written = after(options, facts).weight_bytes
-    passes = 3 if options.importance == "taylor" else 1
+    passes = 2 if options.importance == "taylor" else 1
     return _walking.estimate(
         facts, calibration_tokens, passes=passes, grams=1, seconds_per_weight=3e-7, written_bytes=written
     )

@@ -131,7 +131,7 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     if options.scheme == "llm_int8":
         return Estimate(
             seconds=4 + 1e-8 * facts.linear_elements,
-            peak_bytes=400_000_000 + 8 * facts.linear_elements // max(facts.layers, 1),
+            peak_bytes=315_000_000 + 8 * facts.linear_elements // max(facts.layers, 1),
             disk_bytes=directory_bytes(written, facts.vocab),
             scratch_bytes=written,
         )

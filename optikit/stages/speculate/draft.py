@@ -25,7 +25,7 @@ from optikit.errors import StageFailedError
 from optikit.models import architectures
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.protocol import Estimate, Facts, Job
+from optikit.stages.protocol import Estimate, Facts, Job, directory_bytes
 from optikit.stages.speculate import _prompts
 from optikit.stages.speculate._prompts import PromptOptions
 from optikit.targets import Target
@@ -120,7 +120,8 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     return Estimate(
         seconds=60 + tokens * facts.parameters / 4e10 + trained / 1e11,
         peak_bytes=1_100_000_000 + 4 * facts.parameters + 20 * body + 4 * embedding,
-        disk_bytes=2 * tokens * facts.hidden + 3 * body + 4 * embedding,
+        disk_bytes=int(2.9 * body + 3.06 * embedding) + 2 * directory_bytes(0, facts.vocab),  # bf16, and compiled
+        scratch_bytes=2 * tokens * facts.hidden,
     )
 
 

@@ -18,7 +18,7 @@ from pydantic import Field
 from optikit.errors import StageFailedError
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
+from optikit.stages.protocol import Estimate, Facts, Job, StageOptions, directory_bytes
 from optikit.stages.quantize import gptq as ours
 from optikit.stages.quantize._grid import ignored, quantization_config
 from optikit.targets import Target
@@ -68,10 +68,12 @@ def after(options: Options, facts: ModelFacts) -> ModelFacts:
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
     """Estimate from the shapes: two forward passes, Hessians, and rounding column by column."""
     operations = 8.0 * facts.linear_elements * calibration_tokens
+    written = after(options, facts).weight_bytes
     return Estimate(
-        seconds=40 + operations / 1e11 + facts.linear_elements / 1e6,
-        peak_bytes=1_000_000_000 + 2 * facts.weight_bytes + 8 * calibration_tokens * facts.hidden,
-        disk_bytes=4 * after(options, facts).weight_bytes,
+        seconds=20 + operations / 2e11 + facts.linear_elements / 2e6,
+        peak_bytes=600_000_000 + 3 * facts.weight_bytes // 2 + 4 * calibration_tokens * facts.hidden,
+        disk_bytes=directory_bytes(written, facts.vocab),
+        scratch_bytes=3 * written,
     )
 
 
