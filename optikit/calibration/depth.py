@@ -17,6 +17,7 @@ from optikit.calibration import windows
 from optikit.calibration.arithmetic import compute_dtype
 from optikit.calibration.bounds import BATCH_TOKENS
 from optikit.calibration.ledger import HiddenStates, Ledger
+from optikit.calibration.memory import one_arena, return_memory
 from optikit.calibration.skeleton import Call, Skeleton
 from optikit.calibration.stored import StoredModel
 from optikit.calibration.verify import FIX, same_bytes
@@ -33,6 +34,7 @@ def influences(job: Job, calibration: Calibration) -> list[float]:
         StageFailedError: Unknown architecture, damaged weights, text that is too short.
     """
     torch.set_num_threads(job.threads)
+    one_arena()
     stored = StoredModel(Checkpoint(job.source))
     dtype = compute_dtype(job.device)
     shape = (calibration.samples, calibration.length)
@@ -63,6 +65,7 @@ def _measure(job: Job, calibration: Calibration, stored: StoredModel, ledger: Le
         block = skeleton.fill_block(index)
         digest = hidden(index + 1).write(_outputs(block, calls[index], hidden(index), job.device, changes))
         skeleton.empty_block(index)
+        return_memory()
         ledger.commit({}, [], {str(index): sum(changes)}, digest)
         job.progress(index + 1, stored.layers, "block")
     hidden(stored.layers).path.unlink()

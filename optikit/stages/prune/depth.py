@@ -83,7 +83,7 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     activations = 4 * calibration_tokens * facts.hidden
     return Estimate(
         seconds=10 + 2.5 * facts.linear_elements * calibration_tokens / 3e11,
-        peak_bytes=600_000_000 + 2 * block + 4 * facts.vocab * facts.hidden + activations,
+        peak_bytes=450_000_000 + 2 * block + 4 * facts.vocab * facts.hidden + activations,
         disk_bytes=directory_bytes(after(options, facts).weight_bytes, facts.vocab),
         scratch_bytes=activations,
     )
