@@ -59,7 +59,8 @@ def test_schema_prints_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "model", ["./m", "../m", "/m", "hf:org/name@main", "123", "no", "a: b # c", "été/模型", '"', "-"]
 )
-def test_any_model_name_survives(model: str, tmp_path: Path) -> None:
+def test_any_model_name_survives(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where none of them is there
     init(tmp_path / "r.yaml", model=model)
     assert load(tmp_path / "r.yaml").recipe.model == model
 

@@ -134,7 +134,7 @@ def test_text_that_is_no_text(store: Store, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"not UTF-8: invalid start byte at byte 3 \(0xff\)"):
         text(store, tmp_path, text="a.txt")
     (tmp_path / "b.txt").write_text("  \n")
-    with pytest.raises(RecipeError, match=r"nothing is left of b\.txt"):
+    with pytest.raises(RecipeError, match=r"b\.txt holds no text: it has 3 characters"):
         text(store, tmp_path, text="b.txt")
     (tmp_path / "c.txt").write_text("<doc\n")
     with pytest.raises(RecipeError, match="nothing is left"):
@@ -179,7 +179,7 @@ def test_records_keep_whole_lines_and_take_other_names(store: Store, tmp_path: P
     assert [json.loads(line) for line in (first + last).splitlines()] == PAIRS
     named = text(store, tmp_path, text="pairs", template={"prompt": "{context} {question}", "answer": "{answer}"})
     lines = [json.loads(line) for line in named.path.read_text().splitlines()]
-    assert lines[3] == {"prompt": "CREATE TABLE t3 how many 3?", "answer": "SELECT 3"}
+    assert lines[3] == {"prompt": "CREATE TABLE t3 (a) how many 3?", "answer": "SELECT 3"}
     assert len(lines) == 10
 
 
