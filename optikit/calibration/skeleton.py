@@ -15,9 +15,22 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from optikit.calibration.stored import Linear, StoredModel
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Make parameters, which modules allocate by `torch.empty`, on the meta device.
+
+    `init_empty_weights` moves them there once they have been allocated; what they were lingers until garbage is
+    collected, and of many layers that is as much as the model.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        where = {"device": "meta"} if function is torch.empty else {}
+        return function(*args, **(kwargs or {}) | where)
 
 
 class _Recorded(Exception):  # noqa: N818 - not an error: the recorder has seen what it wants
@@ -47,7 +60,7 @@ class Skeleton:
         # sdpa ignores Gemma 2's soft cap on attention scores.
         capped = getattr(config, "attn_logit_softcapping", None) is not None
         attention = "eager" if capped else "sdpa"
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _EmptyOnMeta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         self._model: nn.Module = model.eval()
         for module in self._model.modules():
