@@ -34,7 +34,7 @@ def influences(job: Job, calibration: Calibration) -> list[float]:
         StageFailedError: Unknown architecture, damaged weights, text that is too short.
     """
     torch.set_num_threads(job.threads)
-    one_arena()
+    one_arena(bounded=job.max_memory_bytes is not None)
     stored = StoredModel(Checkpoint(job.source))
     dtype = compute_dtype(job.device)
     shape = (calibration.samples, calibration.length)

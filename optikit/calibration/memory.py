@@ -13,9 +13,10 @@ from functools import cache
 
 M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3
 """`mallopt` parameters, from glibc's malloc.h."""
-MAPPED = 8 * 2**20
-"""Bytes from which an allocation is a mapping of its own, given back when it is freed. Left to itself, glibc raises the
-bound to 32 MiB, and matrices leave holes in the heap, which a limit on a process's data counts."""
+MAPPED, MAPPED_BOUNDED = 8 * 2**20, 2**20
+"""Bytes from which an allocation is a mapping of its own, given back when it is freed; the second if memory is bounded.
+Left to itself, glibc raises the bound to 32 MiB, and matrices leave holes in the heap, more with every block: their pages
+go back, but a limit on a process's data counts addresses. Mapping what is small costs time instead."""
 
 
 @cache
@@ -26,12 +27,12 @@ def _glibc() -> ctypes.CDLL | None:
     return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
 
 
-def one_arena() -> None:
-    """Let all threads allocate from the main arena, and matrices outside of it."""
+def one_arena(*, bounded: bool) -> None:
+    """Let all threads allocate from the main arena, and matrices outside of it; smaller ones, too, if `bounded`."""
     library = _glibc()
     if library is not None:
         library.mallopt(M_ARENA_MAX, 1)
-        library.mallopt(M_MMAP_THRESHOLD, MAPPED)
+        library.mallopt(M_MMAP_THRESHOLD, MAPPED_BOUNDED if bounded else MAPPED)
 
 
 def settle() -> None:

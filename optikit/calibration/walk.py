@@ -96,7 +96,7 @@ def walk_paired(job: Job, method: PairedMethod[P], *, leave: Callable[[str], boo
 def _walk(job: Job, learn: Learn, leave: Callable[[str], bool], *, name: str, paired: bool) -> Walked:
     calibration = job.calibrated()
     torch.set_num_threads(job.threads)
-    one_arena()
+    one_arena(bounded=job.max_memory_bytes is not None)
     stored = StoredModel(Checkpoint(job.source))
     dtype = compute_dtype(job.device)
     shape = [calibration.samples, calibration.length]
