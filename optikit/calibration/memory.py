@@ -14,9 +14,9 @@ from functools import cache
 M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3
 """`mallopt` parameters, from glibc's malloc.h."""
 MAPPED, MAPPED_BOUNDED = 8 * 2**20, 2**20
-"""Bytes from which an allocation is a mapping of its own, given back when it is freed; the second if memory is bounded.
-Left to itself, glibc raises the bound to 32 MiB, and matrices leave holes in the heap, more with every block: their pages
-go back, but a limit on a process's data counts addresses. Mapping what is small costs time instead."""
+"""Bytes from which an allocation is a mapping of its own, given back when it is freed; the second if bounded.
+Left to itself, glibc raises the bound to 32 MiB, and matrices leave holes in the heap, more with every block: pages
+that go back, but a limit on a process's data counts addresses. Mapping what is small costs time instead."""
 
 
 @cache

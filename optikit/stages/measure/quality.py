@@ -101,7 +101,8 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     compiled = options.runtime != "transformers"
     weights = facts.weight_bytes if compiled else 4 * facts.parameters
     return Estimate(
-        seconds=(3 if compiled else 7) + 2 * facts.parameters * tokens / FLOPS
+        seconds=(3 if compiled else 7)
+        + 2 * facts.parameters * tokens / FLOPS
         + attended / ATTENTION_FLOPS
         + logits * SECONDS_PER_LOGIT,
         peak_bytes=weights
