@@ -28,6 +28,10 @@ def recommend(
         float | None, typer.Option(min=0, help="Most that perplexity may grow: 0.05 is five per cent.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the best stack's recipe here.")] = None,
+    reports: Annotated[
+        list[Path] | None,
+        typer.Option("--report", metavar="DIR", help="Output of an earlier run: measured quality."),
+    ] = None,
     extra: Annotated[Path | None, typer.Option("--targets", metavar="FILE", help="A TOML file of targets.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Use only what is on this machine.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the ranking as JSON.")] = False,
@@ -43,7 +47,7 @@ def recommend(
     row = targets.find(target, extra)
     if row is None:
         raise UsageError(f"unknown target {target!r}", fix=did_you_mean(target, targets.names(extra)))
-    ranked = ranking.candidates(_facts(model, offline=offline), row, goal=for_.value)
+    ranked = ranking.candidates(_facts(model, offline=offline), row, goal=for_.value, reports=tuple(reports or ()))
     good = ranking.within(ranked, max_quality_loss)
     if json:
         typer.echo(json_library.dumps([_plain(one, one in good) for one in ranked], indent=1))

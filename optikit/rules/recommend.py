@@ -2,14 +2,15 @@
 
 Candidates are combinations of a quantize method with its usual options and a compile engine, of those that are
 installed here; each is checked by its stages and by the rules. They are ranked by roofline floors, so the order says
-which one can be faster, not how fast it will be. Expected quality is published figures for the same method on the
-model nearest in size; where there are none, it says so. The recipe that is written measures both.
+which one can be faster, not how fast it will be. Expected quality is what reports of the user's own runs measured, or
+published figures, for the same method on the model nearest in size; where there are none, it says so. The recipe that
+is written measures both.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -25,6 +26,8 @@ from optikit.stages import load, methods
 from optikit.targets import Target
 from optikit.targets.estimate import Floors, floors
 
+Row = Mapping[str, Any]
+"""One figure: method, bits, parameters of the model in 10⁹, ratio, source."""
 Goal = Literal["latency", "throughput", "cost"]
 BATCH: Mapping[Goal, int] = {"latency": 1, "throughput": 16, "cost": 16}
 """Sequences at once that each goal is judged at."""
@@ -38,7 +41,7 @@ FARTHEST = 4.0
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """A published perplexity ratio, and whose."""
+    """A perplexity ratio that was published or measured, and where."""
 
     ratio: float
     source: str
@@ -52,7 +55,7 @@ class Candidate:
         stages: Verb, method and options of each stage.
         floors: What serving its result takes at least.
         gain: Time per token of the untouched model over that of this one, floors of both.
-        quality: Published quality of the method, or None.
+        quality: Published or measured quality of the method, or None.
         problems: Why it can't work; warnings if it can.
     """
 
@@ -76,9 +79,23 @@ class Candidate:
         return " + ".join(words) or "as it is"
 
 
-def candidates(facts: ModelFacts, target: Target, *, goal: Goal = "latency", length: int = 2048) -> list[Candidate]:
-    """Return every candidate, the best legal one first, those that can't work last."""
-    found = [_judge(stages, facts, target, goal, length) for stages in _stacks(facts, target)]
+def candidates(
+    facts: ModelFacts, target: Target, *, goal: Goal = "latency", length: int = 2048, reports: Sequence[Path] = ()
+) -> list[Candidate]:
+    """Return every candidate, the best legal one first, those that can't work last.
+
+    Args:
+        facts: The model.
+        target: Where it will run.
+        goal: What counts.
+        length: Tokens of a sequence.
+        reports: Output directories of earlier runs; what they measured goes before what was published.
+
+    Raises:
+        InputMissingError: One of them has no report.
+    """
+    rows = (*(row for directory in reports for row in measured(directory)), *evidence())
+    found = [_judge(stages, facts, target, goal, length, rows) for stages in _stacks(facts, target)]
     return sorted(found, key=lambda one: (not one.legal, one.floors.fits is False, -one.gain, _loss(one)))
 
 
@@ -128,7 +145,12 @@ def _presets(method: str, facts: ModelFacts) -> Iterator[Mapping[str, Any]]:
 
 
 def _judge(
-    stages: tuple[tuple[str, str, Mapping[str, Any]], ...], facts: ModelFacts, target: Target, goal: Goal, length: int
+    stages: tuple[tuple[str, str, Mapping[str, Any]], ...],
+    facts: ModelFacts,
+    target: Target,
+    goal: Goal,
+    length: int,
+    rows: Sequence[Row],
 ) -> Candidate:
     placed, problems, after = [], [], facts
     for verb, method, chosen in stages:
@@ -155,7 +177,7 @@ def _judge(
         stages=stages,
         floors=served,
         gain=_moved(plain) / _moved(served),
-        quality=_published(stages, facts),
+        quality=_known(stages, facts, rows),
         problems=tuple(problems),
     )
 
@@ -166,20 +188,40 @@ def _moved(found: Floors) -> float:
 
 
 @cache
-def evidence() -> tuple[Mapping[str, Any], ...]:
+def evidence() -> tuple[Row, ...]:
     """Return the published figures."""
     text = resources.files("optikit.rules").joinpath("evidence.toml").read_text(encoding="utf-8")
     return tuple(tomllib.loads(text)["row"])
 
 
-def _published(stages: tuple[tuple[str, str, Mapping[str, Any]], ...], facts: ModelFacts) -> Quality | None:
+def measured(directory: Path) -> Iterator[Row]:
+    """Yield the quality that a run's report has of quantized weights, if nothing else had changed them."""
+    from optikit.report.write import load as load_report
+
+    report = load_report(directory)
+    changed = [step for step in report.steps if step.verb in {"prune", "finetune", "quantize"}]
+    if len(changed) != 1 or changed[0].verb != "quantize" or changed[0].backend != "optikit":
+        return
+    quality = changed[0].measurement.quality if changed[0].measurement else None
+    found = quality.perplexity if quality else None
+    if found is not None and found.ratio is not None:
+        yield {
+            "method": changed[0].method,
+            "bits": changed[0].options.get("bits", 8),
+            "parameters": report.model["parameters"] / 1e9,
+            "ratio": round(found.ratio, 3),
+            "source": f"measured: {directory}, {found.protocol}",
+        }
+
+
+def _known(
+    stages: tuple[tuple[str, str, Mapping[str, Any]], ...], facts: ModelFacts, known: Sequence[Row]
+) -> Quality | None:
     for verb, method, options in stages:
         if verb != "quantize":
             continue
         size = log(facts.parameters / 1e9)
-        rows = [
-            row for row in evidence() if row["method"] == method and row["bits"] == options.get("bits", row["bits"])
-        ]
+        rows = [row for row in known if row["method"] == method and row["bits"] == options.get("bits", row["bits"])]
         near = sorted(rows, key=lambda row: abs(log(row["parameters"]) - size))
         if not near or abs(log(near[0]["parameters"]) - size) > log(FARTHEST):
             return None

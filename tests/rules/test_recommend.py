@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from optikit.cli.recommend import recommend
 from optikit.errors import RecipeError, UsageError
-from optikit.rules.recommend import candidates, evidence, reasons, recipe, within
+from optikit.rules.recommend import candidates, evidence, measured, reasons, recipe, within
 from optikit.stages import VERBS
 from optikit.targets import rows
 
@@ -57,6 +57,21 @@ def test_quality_is_of_the_nearest_size():
     assert by_name["onnxruntime"].quality.ratio == 1.0
     huge = replace(MODEL, linears={"w": (400_000, 400_000)})
     assert all(one.quality is None for one in candidates(huge, CPU) if "4-bit" in one.name)
+
+
+def test_what_own_runs_measured_goes_before_what_was_published():
+    examples = Path(__file__).parents[2] / "examples"
+    (row,) = measured(examples / "smollm2-135m-awq-cpu")
+    assert (row["method"], row["bits"]) == ("awq", 4)
+    assert row["parameters"] == pytest.approx(0.1345, rel=1e-3)
+    assert 1 < row["ratio"] < 1.2
+    assert list(measured(examples / "smollm2-135m-sparsegpt-gptq-cpu")) == [], "pruning is part of that figure"
+    assert list(measured(examples / "smollm2-135m-llmcompressor-gptq-cpu")) == [], "another program's GPTQ"
+    small = replace(MODEL, linears={"w": (10_000, 12_800)})
+    by_name = {one.name: one for one in candidates(small, CPU, reports=[examples / "smollm2-135m-awq-cpu"])}
+    ours = by_name["awq 4-bit + onnxruntime"].quality
+    assert ours.ratio == row["ratio"]
+    assert ours.source.startswith("measured: ")
 
 
 def test_most_loss_rules_out_what_is_published_above_it():
