@@ -5,7 +5,6 @@ DIR/  artifact.json  recipe.yaml  optikit.lock  model/  speculator/  compiled/<e
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from optikit import __version__
 from optikit.errors import CannotCreateError, DiskError
+from optikit.hashing import file_sha256
 from optikit.store.sources import lock_entries
 
 if TYPE_CHECKING:
@@ -94,19 +94,14 @@ def _files(prefix: str, artifact: Artifact) -> Iterator[tuple[str, Path]]:
 def _place(source: Path, dest: Path, older: Path) -> str:
     """Bring a file to `dest` and return its sha256; an identical one in the older output is linked, not copied."""
     dest.parent.mkdir(parents=True, exist_ok=True)
-    digest = _digest(source)
-    if older.is_file() and older.stat().st_size == source.stat().st_size and _digest(older) == digest:
+    digest = file_sha256(source)
+    if older.is_file() and older.stat().st_size == source.stat().st_size and file_sha256(older) == digest:
         os.link(older, dest)
         return digest
     shutil.copyfile(source, dest)
-    if _digest(dest) != digest:
+    if file_sha256(dest) != digest:
         raise OSError(f"{dest.name} differs from its source after copying")
     return digest
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _manifest(plan: Plan, files: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,15 +6,9 @@ natively and hanging have names and exit codes, and the memory of one step is fr
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -22,33 +16,17 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from optikit import environments, host, stages, worker
+from optikit import child, environments, host, stages, worker
 from optikit.backends import promise
-from optikit.errors import (
-    InterruptError,
-    OptikitError,
-    OutOfMemoryError,
-    StageFailedError,
-    StageTimeoutError,
-    TerminatedError,
-)
+from optikit.errors import InterruptError, OptikitError, StageFailedError, TerminatedError
 from optikit.store.store import Artifact, Manifest, Store, cache_key
 
 if TYPE_CHECKING:
     from optikit.plan import Plan, Step
     from optikit.terminal import Progress, Status
 
-POLL_SECONDS = 0.05
-GRACE_SECONDS = 5.0
-"""How long an interrupted step may take to end by itself before it is killed."""
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_")
-"""What torchrun tells its processes: a step that we start is none of them, or gets its own."""
 WRITES_MODEL = ("prune", "finetune", "quantize")
 """Verbs whose result is a model directory."""
-MOST_LOG_BYTES = 64 * 2**20
-"""Beyond this a log is begun anew: a library that prints in a loop must not fill the disk."""
-LOG_TAIL_BYTES = 4096
-"""How much of a dead process's log is searched for a cause."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,16 +194,13 @@ def _response(
     directory: Path, step: Step, timeout: float | None, store: Store, progress: Progress, settings: Settings
 ) -> dict[str, Any]:
     """Do a step in the interpreter that it asks for, and return what its process answered."""
+    observe = partial(progress.update, step.name)
     if step.environment is None:
-        return _child(directory, step, timeout, progress, None)
-
-    def built(done: int, total: int, what: str) -> None:
-        progress.update(step.name, done, total, what)
-
-    using = environments.use(step.environment, store, offline=settings.offline, note=progress.note, progress=built)
+        return child.respond(step.name, directory, timeout=timeout, observe=observe)
+    using = environments.use(step.environment, store, offline=settings.offline, note=progress.note, progress=observe)
     with using as environment:
         try:
-            response = _child(directory, step, timeout, progress, environment)
+            response = child.respond(step.name, directory, timeout=timeout, observe=observe, environment=environment)
         except StageFailedError:
             environment.require(step.name)
             raise
@@ -280,143 +255,3 @@ def _manifest(step: Step, request: Mapping[str, Any], response: Mapping[str, Any
         versions=response["versions"],
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def _environment(threads: int) -> dict[str, str]:
-    """Return the child's environment: no hub access, no secrets, a fixed number of threads."""
-    secret = ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "AWS_", "_KEY")
-    kept = {name: value for name, value in os.environ.items() if not any(word in name.upper() for word in secret)}
-    kept = {name: value for name, value in kept.items() if not name.startswith(("TORCHELASTIC_", *TORCHRUN))}
-    count = str(threads)
-    return kept | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": count,
-        "MKL_NUM_THREADS": count,
-        "PYTHONHASHSEED": "0",
-    }
-
-
-@contextmanager
-def _spawned(
-    directory: Path, request: Mapping[str, Any], environment: environments.Environment | None
-) -> Iterator[subprocess.Popen[bytes]]:
-    python, variables = Path(sys.executable), _environment(request["threads"])
-    if environment is not None:
-        python, variables = environment.python, environment.variables(variables, directory)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request['ranks']}"]
-    command = [str(python), *(launcher if request["ranks"] > 1 else []), "-m", "optikit.worker", str(directory)]
-    with (directory / "log.txt").open("ab") as log:  # appended to, so that it can be begun anew meanwhile
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=variables,
-            start_new_session=True,
-        )
-        try:
-            yield child
-        finally:
-            _stop(child)
-
-
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    """End a child and everything it started: politely, then not."""
-    for number, seconds in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
-        if child.poll() is None:
-            _signal_group(child.pid, number)
-            try:
-                child.wait(seconds)
-            except subprocess.TimeoutExpired:
-                continue
-    _signal_group(child.pid, signal.SIGKILL)  # grandchildren that outlived it
-
-
-def _signal_group(pid: int, number: signal.Signals) -> None:
-    try:
-        os.killpg(pid, number)
-    except ProcessLookupError:
-        return
-
-
-def _child(
-    directory: Path,
-    step: Step,
-    timeout: float | None,
-    progress: Progress,
-    environment: environments.Environment | None,
-) -> dict[str, Any]:
-    request = json.loads((directory / "request.json").read_text(encoding="utf-8"))
-    events = _Events(directory / "events.jsonl")
-    started = time.monotonic()
-    kills = _oom_kills()
-    with _spawned(directory, request, environment) as child:
-        while child.poll() is None:
-            for event in events.new():
-                progress.update(step.name, event["done"], event["total"], event["what"])
-            _bound(directory / "log.txt")
-            if timeout is not None and time.monotonic() - started > timeout:
-                fix = "raise `timeout:` in the recipe, or run again: finished blocks are kept"
-                raise StageTimeoutError(f"{step.name}: took longer than {timeout:g} s", fix=fix)
-            time.sleep(POLL_SECONDS)
-    response = directory / "response.json"
-    if response.exists():
-        loaded: dict[str, Any] = json.loads(response.read_text(encoding="utf-8"))
-        return loaded
-    raise _death(step.name, child.returncode, directory / "log.txt", oom=_oom_kills() > kills)
-
-
-def _bound(log: Path) -> None:
-    """Begin a log anew that has grown too large."""
-    if log.stat().st_size > MOST_LOG_BYTES:
-        os.truncate(log, 0)
-        with log.open("ab") as file:
-            file.write(f"(more than {MOST_LOG_BYTES >> 20} MiB before this were cut off)\n".encode())
-
-
-class _Events:
-    """Reads a JSON Lines file that another process appends to; a half-written last line waits for its end."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-
-    def new(self) -> list[dict[str, Any]]:
-        if not self._path.exists():
-            return []
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            complete = file.read().rpartition(b"\n")[0]
-        self._offset += len(complete) + 1 if complete else 0
-        return [json.loads(line) for line in complete.splitlines()]
-
-
-def _oom_kills() -> int:
-    """Return how often the kernel killed a process of this control group for memory; 0 where it doesn't tell."""
-    path = Path("/sys/fs/cgroup/memory.events")
-    if not path.exists():
-        return 0
-    counts = dict(line.split() for line in path.read_text(encoding="utf-8").splitlines())
-    return int(counts.get("oom_kill", 0))
-
-
-def _death(step: str, returncode: int, log: Path, *, oom: bool) -> OptikitError:
-    """Return the error for a child that died without a response."""
-    if -returncode == signal.SIGKILL:
-        certain = "the kernel ended it for memory" if oom else "something ended it with SIGKILL, most often for memory"
-        fix = "fewer or shorter calibration samples, or a machine with more memory"
-        return OutOfMemoryError(f"{step}: {certain}", fix=fix)
-    if returncode < 0:
-        name = signal.Signals(-returncode).name
-        return StageFailedError(f"{step}: its process crashed with {name}", fix=f"the log has more: {log}")
-    tail = b""
-    if log.exists():
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
-            tail = file.read()
-    if b"MemoryError" in tail:
-        fix = "give the run more memory, or fewer calibration samples"
-        return OutOfMemoryError(f"{step}: its process had no memory left to say so", fix=fix)
-    return StageFailedError(f"{step}: its process ended with exit code {returncode} and no response", fix=f"see {log}")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from optikit.errors import IntegrityError
 from optikit.formats.checkpoint import Entry, locate, save_tensors
+from optikit.hashing import file_sha256
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -74,10 +75,7 @@ class HiddenStates:
 
     def intact(self, sha256: str) -> bool:
         """Return whether the file is there and holds what was written."""
-        if not self.path.exists():
-            return False
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+        return self.path.exists() and file_sha256(self.path) == sha256
 
 
 class Ledger:

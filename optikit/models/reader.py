@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from optikit.errors import IntegrityError, RecipeError
+from optikit.hashing import file_sha256
 from optikit.models import architectures, config, gguf_header, headers, quantization
 from optikit.models.architectures import USUAL_KEYS, Architecture
 from optikit.models.facts import ModelFacts, TensorFacts
@@ -213,10 +213,7 @@ def _window(settings: Mapping[str, Any]) -> int | None:
 
 
 def _sha256(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path) if path.is_file() else ""
 
 
 def _gguf_tensors(architecture: Architecture, header: GgufHeader) -> dict[str, TensorFacts]:

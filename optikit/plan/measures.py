@@ -8,7 +8,7 @@ from typing import Any
 
 from optikit.models.facts import ModelFacts
 from optikit.plan.context import Context, here, tokens_of
-from optikit.plan.model import Step
+from optikit.plan.model import QUALITY, Step
 from optikit.plan.served import served_steps
 from optikit.problems import Problem
 from optikit.recipe.schema import PerplexityOptions, SpeedOptions, TaskOptions
@@ -19,9 +19,6 @@ COMPILED_RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
 
 OPTIONAL = {"openvino": "optikit[openvino]"}
 """Runtimes that are no dependency of optikit, each with what installs it."""
-
-QUALITY = "measure-quality-"
-"""Before the name of the step whose quality a step measures."""
 
 
 def runtime(step: Step) -> str:

@@ -14,6 +14,9 @@ from optikit.stages.protocol import Estimate, StageOptions
 from optikit.store.sources import ModelSource, TextSource
 from optikit.targets import Target
 
+QUALITY = "measure-quality-"
+"""Before the name of the step whose quality a step measures."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Step:

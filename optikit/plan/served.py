@@ -7,7 +7,7 @@ from typing import Any
 
 from optikit.models.facts import ModelFacts
 from optikit.plan.context import Context, here, tokens_of
-from optikit.plan.model import Step
+from optikit.plan.model import QUALITY, Step
 from optikit.problems import Problem
 from optikit.recipe.schema import Evaluate
 
@@ -48,7 +48,7 @@ def served_steps(
     }
     tokens = tokens_of(texts["text"]) if "text" in texts else 0
     yield Step(
-        name=f"measure-quality-{written[-1].name}" if written and wanted.perplexity is not None else ALONE,
+        name=f"{QUALITY}{written[-1].name}" if written and wanted.perplexity is not None else ALONE,
         verb="measure",
         method="served",
         options=options,

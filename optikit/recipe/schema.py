@@ -7,7 +7,7 @@ doesn't know a single method's name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -190,11 +190,19 @@ class Limit(_Frozen):
     """`keep_going`: measure everything, then fail. `stop`: judge after every step, end at the first that fails.
     `rollback`: write the artifact of the last step that passes, measured as it is, instead of the recipe's result."""
 
+    def _limits(self) -> bool:
+        """Tell whether anything is limited at all."""
+        return self.min is not None or self.max is not None
+
     @model_validator(mode="after")
-    def _bounded(self) -> Limit:
-        if self.min is None and self.max is None and not getattr(self, "steps", None):
+    def _bounded(self) -> Self:
+        if not self._limits():
             msg = "a gate needs min or max; write for example {max: 1.1}"
             raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
         if self.min is not None and self.max is not None and self.min > self.max:
             msg = f"min {self.min} is above max {self.max}: nothing can pass; swap them"
             raise ValueError(msg)
@@ -207,6 +215,9 @@ class Gate(Limit):
     steps: Mapping[str, Limit] = {}
     """Limits on what is measured after a step, against the baseline: {prune.sparsegpt: {max: 1.05}}. A step is named by
     verb.method, or as the plan names it, e.g. 1-prune-sparsegpt."""
+
+    def _limits(self) -> bool:
+        return bool(self.steps) or super()._limits()
 
 
 class StageEntry(_Frozen):

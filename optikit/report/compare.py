@@ -282,7 +282,7 @@ def _speed_words(line: Line | None, other: str) -> str:
 
 
 def _size_words(line: Line) -> str:
-    if line.ratio is None or abs(line.ratio - 1) < view.UNCHANGED:
+    if line.ratio is None or abs(line.ratio - 1) < text.UNCHANGED:
         return "is the same size"
     return f"is {text.ratio(line.ratio)} larger" if line.ratio > 1 else f"is {text.ratio(1 / line.ratio)} smaller"
 

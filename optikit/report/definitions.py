@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from optikit.report import tasks, view
+from optikit.report import figures, tasks, view
 from optikit.report.schema import Report
 
 
@@ -156,7 +156,7 @@ DEFINITIONS: dict[str, Definition] = {
 
 def needed(report: Report) -> tuple[str, ...]:
     """Return the keys of the definitions that a report's reader needs, in the order of appearance."""
-    keys = [figure.key for group in view.groups(report) for figure in group.figures]
+    keys = [figure.key for group in figures.groups(report) for figure in group.figures]
     if "perplexity" in keys and not view.measured_only(report):
         keys.insert(keys.index("perplexity") + 1, "perplexity_ratio")
     keys += ["ttft", "tpot", "end_to_end"] if report.served else []

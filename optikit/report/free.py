@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from optikit.report import text, view
+from optikit.report import judged, text
 
 
 def listed(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -43,7 +43,7 @@ def _named(name: str, value: Any) -> str:
     """Write a value of a known name in that name's unit."""
     if name == "step":
         return text.step_words(str(value))
-    return view.gate_number(name, value) if _is_number(value) else worded(value)
+    return judged.number(name, value) if _is_number(value) else worded(value)
 
 
 def worded(value: Any) -> str:

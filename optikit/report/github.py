@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from optikit.report import markdown, text, view
+from optikit.report import judged, markdown, text, view
 from optikit.report.schema import GateResult, Report
 
 Level = Literal["error", "warning", "notice"]
@@ -42,7 +42,7 @@ def commands(report: Report) -> tuple[str, ...]:
     warned = [("optikit", warning) for warning in report.warnings]
     lines = [*_some("error", failed), *_some("warning", [*doubtful, *warned])]
     if not failed and not doubtful:
-        lines.append(command("notice", "optikit", f"{view.headline(report)}. {view.verdict_sentence(report)}"))
+        lines.append(command("notice", "optikit", f"{view.headline(report)}. {judged.sentence(report)}"))
     return tuple(lines)
 
 
@@ -73,10 +73,10 @@ def _data(value: str) -> str:
 
 
 def _said(gate: GateResult) -> str:
-    interval = view.gate_interval(gate)
+    interval = judged.interval(gate)
     reach = f" (95 % interval {interval})" if interval else ""
     reason = f": {gate.reason}" if gate.reason else ""
-    return f"{view.gate_name(gate)} is {view.gate_value(gate)}{reach}, limit {gate.limit}{reason}"
+    return f"{judged.name(gate)} is {judged.value(gate)}{reach}, limit {gate.limit}{reason}"
 
 
 def _some(level: Level, found: list[tuple[str, str]]) -> list[str]:

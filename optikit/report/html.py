@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from optikit.report import free, served, svg, tasks, text, view
+from optikit.report import figures, free, judged, served, svg, tasks, text, view
 from optikit.report import speculation as speculating
 from optikit.report.definitions import DEFINITIONS, needed
 from optikit.report.schema import GateResult, Measurement, Report, StepReport
@@ -70,7 +70,14 @@ class Row:
     perplexity: Cell = Cell()
 
 
-MODULES: Mapping[str, Any] = {"view": view, "tasks": tasks, "served": served, "text": text}
+MODULES: Mapping[str, Any] = {
+    "view": view,
+    "tasks": tasks,
+    "served": served,
+    "text": text,
+    "figures": figures,
+    "judged": judged,
+}
 """What the template calls by name."""
 
 
@@ -136,7 +143,7 @@ def _page(report: Report) -> dict[str, Any]:
 
 def _tiles(report: Report) -> Iterator[Tile]:
     wanted = {"decode": "Decode speed", "size": "Size", "perplexity": "Perplexity", "peak_memory": "Peak memory"}
-    found = {figure.key: figure for group in view.groups(report) for figure in group.figures if figure.key in wanted}
+    found = {figure.key: figure for group in figures.groups(report) for figure in group.figures if figure.key in wanted}
     for key, label in wanted.items():
         figure = found.get(key)
         if figure is None or not (figure.change or view.measured_only(report)):
@@ -159,7 +166,7 @@ def _tiles(report: Report) -> Iterator[Tile]:
 
 
 def _gate(report: Report, gate: GateResult, index: int) -> Gate:
-    value, interval = view.gate_value(gate), view.gate_interval(gate)
+    value, interval = judged.value(gate), judged.interval(gate)
     reach = f", 95 % interval {interval}" if interval else ""
     return Gate(
         result=gate,
@@ -168,10 +175,10 @@ def _gate(report: Report, gate: GateResult, index: int) -> Gate:
         picture=svg.interval(
             gate.value,
             gate.ci95,
-            view.bounds(report, gate.name, gate.step),
+            judged.bounds(report, gate.name, gate.step),
             gate.verdict,
             ident=f"gate{index}",
-            title=f"{view.gate_name(gate)}: {value}{reach}, limit {gate.limit}: {gate.verdict}",
+            title=f"{judged.name(gate)}: {value}{reach}, limit {gate.limit}: {gate.verdict}",
         ),
     )
 
@@ -208,13 +215,13 @@ def _tradeoff(report: Report) -> tuple[Markup, tuple[tuple[str, str, str], ...]]
     if not any(point.kind == "result" and point.ratio is not None for point in points):
         return NOTHING, ()
     before = next((p.speed for p in points if p.kind == "baseline"), None)
-    slowest = view.bounds(report, "decode_speedup")[0]
+    slowest = judged.bounds(report, "decode_speedup")[0]
     limit = slowest * before if slowest is not None and before is not None else None
     rows = tuple(
         (
             svg.shortened(p.label, 40),
             f"{text.number(p.speed)} tok/s",
-            view.UNMEASURED if p.ratio is None else text.ratio(p.ratio, p.ratio_ci95),
+            text.UNMEASURED if p.ratio is None else text.ratio(p.ratio, p.ratio_ci95),
         )
         for p in points
     )
@@ -222,7 +229,7 @@ def _tradeoff(report: Report) -> tuple[Markup, tuple[tuple[str, str, str], ...]]
     picture = svg.tradeoff(
         points,
         speed_limit=(limit, None),
-        ratio_limit=view.bounds(report, "perplexity_ratio"),
+        ratio_limit=judged.bounds(report, "perplexity_ratio"),
         description=f"Decode speed to the right, perplexity relative to the baseline upwards is better. {described}.",
     )
     return picture, rows

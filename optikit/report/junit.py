@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree as ET
 
-from optikit.report import text, view
+from optikit.report import judged, text, view
 from optikit.report.schema import GateResult, Report, StepReport
 
 
@@ -40,9 +40,9 @@ def _timestamp(iso: str) -> str:
 
 
 def _gate(suite: ET.Element, gate: GateResult) -> None:
-    case = ET.SubElement(suite, "testcase", classname="gates", name=view.gate_name(gate), time="0")
-    interval = view.gate_interval(gate)
-    seen = f"{view.gate_value(gate)}{f' ({interval})' if interval else ''}, limit {gate.limit}"
+    case = ET.SubElement(suite, "testcase", classname="gates", name=judged.name(gate), time="0")
+    interval = judged.interval(gate)
+    seen = f"{judged.value(gate)}{f' ({interval})' if interval else ''}, limit {gate.limit}"
     said = text.clean(f"{seen}: {gate.reason}" if gate.reason else seen)
     if gate.verdict == "pass":
         ET.SubElement(case, "system-out").text = said

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from optikit.report import free, served, tasks, text, view
+from optikit.report import figures, free, judged, served, tasks, text, view
 from optikit.report import speculation as speculating
 from optikit.report.schema import Report, StepReport
 
@@ -59,7 +59,7 @@ def _row(cells: Iterable[str]) -> str:
 
 def _blocks(report: Report) -> Iterator[list[str]]:
     yield [f"## {_MARK[report.verdict]} {escape(view.headline(report))}"]
-    yield [f"**{report.verdict}** · {escape(view.verdict_sentence(report))}"]
+    yield [f"**{report.verdict}** · {escape(judged.sentence(report))}"]
     yield [f"Done: {escape(view.what_was_done(report))}"]
     yield from _gates(report)
     yield from _figures(report)
@@ -77,10 +77,10 @@ def _gates(report: Report) -> Iterator[list[str]]:
         return
     rows = (
         (
-            code(view.gate_name(gate)),
+            code(judged.name(gate)),
             escape(gate.limit),
-            escape(view.gate_value(gate)),
-            view.gate_interval(gate) or "–",
+            escape(judged.value(gate)),
+            judged.interval(gate) or "–",
             f"{_MARK[gate.verdict]} {gate.verdict}" + (f": {escape(gate.reason)}" if gate.reason else ""),
         )
         for gate in report.gates
@@ -95,7 +95,7 @@ def _figures(report: Report) -> Iterator[list[str]]:
         return
     rows = [
         (f"**{figure.label}**", figure.baseline or "–", figure.result, figure.change or "–", figure.interval or "–")
-        for group in view.groups(report)
+        for group in figures.groups(report)
         for figure in group.figures
     ]
     yield ["### Before and after"]
@@ -125,7 +125,7 @@ def _tasks(report: Report) -> Iterator[list[str]]:
 
 
 def _measured(report: Report) -> Iterator[list[str]]:
-    rows = [(f"**{figure.label}**", figure.result) for group in view.groups(report) for figure in group.figures]
+    rows = [(f"**{figure.label}**", figure.result) for group in figures.groups(report) for figure in group.figures]
     yield ["### Measured"]
     yield table(("", "Measured"), rows, "lr")
     yield _notes(report)

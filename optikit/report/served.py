@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optikit.report import text, view
+from optikit.report import text
 from optikit.report.schema import Report
 
 HEADER = (
@@ -23,11 +23,11 @@ def rows(report: Report) -> tuple[tuple[str, ...], ...]:
         (
             str(row.concurrency),
             f"{row.requests:,}",
-            view.milliseconds(row.ttft_ms_p50),
-            f"{view.milliseconds(row.ttft_ms_p50_ci95[0])} – {view.milliseconds(row.ttft_ms_p50_ci95[1])}",
-            view.milliseconds(row.tpot_ms_p50),
-            view.milliseconds(row.e2e_ms_p50),
-            view.milliseconds(row.e2e_ms_p95) if row.e2e_ms_p95 is not None else "–",
+            text.milliseconds(row.ttft_ms_p50),
+            f"{text.milliseconds(row.ttft_ms_p50_ci95[0])} – {text.milliseconds(row.ttft_ms_p50_ci95[1])}",
+            text.milliseconds(row.tpot_ms_p50),
+            text.milliseconds(row.e2e_ms_p50),
+            text.milliseconds(row.e2e_ms_p95) if row.e2e_ms_p95 is not None else "–",
             text.number(row.output_tokens_per_s),
         )
         for row in (report.served.speed if report.served else ())

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from optikit.report import text, view
+from optikit.report import figures, judged, text, view
 from optikit.report.schema import Report
 from optikit.terminal import is_terminal, say
 
@@ -44,7 +44,7 @@ def _lines(report: Report, out: Path, width: int) -> Iterator[list[Styled]]:
     yield [("", "")]
     yield [(lead, style), (f"  {said[0]}", "bold")]
     yield from ([(f"{'':{len(lead)}}  {line}", "bold")] for line in said[1:])
-    for line in textwrap.wrap(view.verdict_sentence(report), width - len(lead) - 2):
+    for line in textwrap.wrap(judged.sentence(report), width - len(lead) - 2):
         yield [(f"{'':{len(lead)}}  {line}", "")]
     yield from _gates(report)
     yield from _figures(report)
@@ -64,7 +64,7 @@ def _gates(report: Report) -> Iterator[list[Styled]]:
     yield [("", "")]
     yield _cells(("gate", "limit", "measured", "95 % interval"), (22, 11, 12, 17), "<>>>", "dim")
     for gate in report.gates:
-        values = (view.gate_name(gate), text.clean(gate.limit), view.gate_value(gate), view.gate_interval(gate))
+        values = (judged.name(gate), text.clean(gate.limit), judged.value(gate), judged.interval(gate))
         line = _cells(values, (22, 11, 12, 17), "<>>>")
         yield [*line, (f"   {gate.verdict}", _VERDICT[gate.verdict][1])]
 
@@ -73,7 +73,7 @@ def _figures(report: Report) -> Iterator[list[Styled]]:
     widths, sides = (25, 11, 11, 15, 13), "<>>>>"
     yield [("", "")]
     yield _cells(("", "baseline", "result", "change", "95 % interval"), widths, sides, "dim")
-    for group in view.groups(report):
+    for group in figures.groups(report):
         for figure in group.figures:
             label = figure.label.removesuffix(", median")
             change = "within noise" if figure.change == "no measurable change" else figure.change

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from optikit.report import text, view
+from optikit.report.figures import Tone
 from optikit.report.schema import Flip, Interval, Report, TaskResult
 
 
@@ -20,7 +21,7 @@ class TaskRow:
     interval: str = ""
     flips: str = ""
     p_worse: str = ""
-    tone: view.Tone = ""
+    tone: Tone = ""
 
 
 def rows(report: Report) -> tuple[TaskRow, ...]:
@@ -36,7 +37,7 @@ def rows(report: Report) -> tuple[TaskRow, ...]:
 
 def _task(name: str, before: TaskResult | None, after: TaskResult | None, *, worse: bool) -> TaskRow:
     known = after or before
-    old, new = (text.percent(each.accuracy) if each else view.UNMEASURED for each in (before, after))
+    old, new = (text.percent(each.accuracy) if each else text.UNMEASURED for each in (before, after))
     count = f"{known.items:,}" if known else ""
     row = TaskRow(name=text.clean(name), items=count, baseline=old, result=new)
     if after is None or after.change is None or after.change_ci95 is None:

@@ -11,6 +11,10 @@ import re
 import unicodedata
 from datetime import UTC, datetime
 
+UNMEASURED = "not measured"
+UNCHANGED = 0.005
+"""A ratio without an interval is called unchanged within this distance of 1: half of the last digit printed."""
+
 _ANSI = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]"  # control sequences: colours, cursor movement
     r"|\x1b[\]PX^_].*?(?:\x1b\\|\x07|$)"  # strings: window titles, hyperlinks
@@ -184,3 +188,36 @@ def step_words(name: str) -> str:
     ('quantize gptq', 'measure quality result')
     """
     return clean(re.sub(r"^\d+-", "", name).replace("-", " "))
+
+
+def milliseconds(value: float) -> str:
+    """Write milliseconds."""
+    return f"{number(value)} ms"
+
+
+def per_second(value: float) -> str:
+    """Write a speed in tokens per second."""
+    return f"{number(value)} tok/s"
+
+
+def dollars(value: float) -> str:
+    """Write US dollars."""
+    return f"${number(value)}"
+
+
+def joules(value: float) -> str:
+    """Write an energy in joules."""
+    return f"{number(value)} J"
+
+
+def change(value: float, words: tuple[str, str], ci95: tuple[float, float] | None = None) -> str:
+    """Word a ratio result / baseline by what one above 1 and one below 1 are called: "3.39× smaller" for 0.295.
+
+    >>> change(0.295, ("larger", "smaller")), change(1.001, ("larger", "smaller")), change(1.12, ("", ""))
+    ('3.39× smaller', 'unchanged', '1.12×')
+    """
+    if abs(value - 1) < UNCHANGED and ci95 is None:
+        return "unchanged"
+    if not all(words):
+        return ratio(value, ci95)
+    return f"{ratio(value, ci95)} {words[0]}" if value > 1 else f"{ratio(1 / value)} {words[1]}"

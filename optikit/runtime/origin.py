@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from optikit.errors import UsageError
+from optikit.hashing import file_sha256
 
 SEAL = "artifact.json"
 WEIGHTS = "*.safetensors"
@@ -23,7 +24,7 @@ def weights_digest(directory: Path) -> str:
     """
     names = sorted(path.name for path in directory.glob(WEIGHTS))
     recorded = _recorded(directory)
-    lines = [f"{name} {recorded.get(name) or file_digest(directory / name)}\n" for name in names]
+    lines = [f"{name} {recorded.get(name) or file_sha256(directory / name)}\n" for name in names]
     return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else ""
 
 
@@ -36,12 +37,6 @@ def _recorded(directory: Path) -> dict[str, str]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     return {}
-
-
-def file_digest(path: Path) -> str:
-    """Return the sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_same_weights(made_for: str, model: Path) -> None:
@@ -68,7 +63,7 @@ def require_same_tokenizer(draft: Path, model: Path) -> None:
     """
     if not ((draft / TOKENIZER).is_file() and (model / TOKENIZER).is_file()):
         return
-    theirs, ours = file_digest(draft / TOKENIZER), file_digest(model / TOKENIZER)
+    theirs, ours = file_sha256(draft / TOKENIZER), file_sha256(model / TOKENIZER)
     if theirs != ours:
         message = f"the draft's {TOKENIZER} ({theirs[:12]}) is not that of {model} ({ours[:12]})"
         raise UsageError(message, fix="use a draft made with the model's own tokenizer")

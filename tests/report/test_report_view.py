@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from optikit.report import free, tasks, view
+from optikit.report import figures, free, judged, tasks, view
 from optikit.report.definitions import DEFINITIONS, needed
 from optikit.report.schema import (
     Flip,
@@ -36,14 +36,14 @@ def test_the_headline_says_what_was_not_measured(thin_report):
 def test_noise_is_no_speedup_and_slower_is_said(full_report, ratio, claim):
     report = full_report.model_copy(update={"speedup": Speedup(decode=ratio)})
     assert f"is {claim} and" in view.headline(report)
-    figure = next(f for group in view.groups(report) for f in group.figures if f.key == "decode")
+    figure = next(f for group in figures.groups(report) for f in group.figures if f.key == "decode")
     assert figure.tone == ("same" if ratio.verdict == "no measurable change" else "worse")
 
 
 def test_an_interval_is_turned_the_way_its_ratio_is_worded(full_report):
     slower = Ratio(value=0.5, ci95=(0.4, 0.8), noise_floor=0.02, verdict="slower")
     report = full_report.model_copy(update={"speedup": Speedup(decode=slower)})
-    figure = next(f for group in view.groups(report) for f in group.figures if f.key == "decode")
+    figure = next(f for group in figures.groups(report) for f in group.figures if f.key == "decode")
     assert (figure.change, figure.interval) == ("2.00× slower", "1.25–2.50×")
 
 
@@ -53,19 +53,19 @@ def test_size_that_hardly_moved_is_unchanged(full_report):
 
 
 def test_verdict_sentence_names_the_gates_that_decide(full_report, thin_report):
-    assert view.verdict_sentence(full_report) == "All 3 gates pass."
+    assert judged.sentence(full_report) == "All 3 gates pass."
     failed = GateResult(name="decode_speedup", limit="min 6", value=5.2, ci95=(5.0, 5.4), verdict="fail")
     report = full_report.model_copy(update={"verdict": "fail", "gates": (*full_report.gates, failed)})
-    assert view.verdict_sentence(report) == "1 of 4 gates fails: decode_speedup is 5.20×, limit min 6."
-    assert view.verdict_sentence(thin_report).startswith("The gate is inconclusive: decode_speedup is not measured")
-    assert view.verdict_sentence(full_report.model_copy(update={"gates": ()})) == "No gates were set."
+    assert judged.sentence(report) == "1 of 4 gates fails: decode_speedup is 5.20×, limit min 6."
+    assert judged.sentence(thin_report).startswith("The gate is inconclusive: decode_speedup is not measured")
+    assert judged.sentence(full_report.model_copy(update={"gates": ()})) == "No gates were set."
 
 
 def test_figures_without_a_value_say_so_instead_of_a_number(full_report):
     report = full_report.model_copy(update={"result": Measurement(size_bytes=1, reason="no GPU"), "speedup": Speedup()})
-    figures = {figure.key: figure for group in view.groups(report) for figure in group.figures}
-    assert figures["decode"].result == "not measured"
-    assert figures["decode"].change == ""
+    found = {figure.key: figure for group in figures.groups(report) for figure in group.figures}
+    assert found["decode"].result == "not measured"
+    assert found["decode"].change == ""
     assert "result: no GPU" in view.reasons(report)
 
 
@@ -76,9 +76,9 @@ def test_reasons_come_from_every_place_that_has_one(full_report):
 
 
 def test_bounds_come_from_the_recipe_and_nothing_is_guessed(full_report, thin_report):
-    assert view.bounds(full_report, "perplexity_ratio") == (None, 1.15)
-    assert view.bounds(full_report, "unknown") == (None, None)
-    assert view.bounds(thin_report, "decode_speedup") == (None, None)
+    assert judged.bounds(full_report, "perplexity_ratio") == (None, 1.15)
+    assert judged.bounds(full_report, "unknown") == (None, None)
+    assert judged.bounds(thin_report, "decode_speedup") == (None, None)
 
 
 def test_every_figure_has_a_definition(full_report):
@@ -171,8 +171,8 @@ def test_a_model_measured_as_it_is_has_no_before(full_report):
     report = full_report.model_copy(update={"steps": (), "speedup": Speedup()})
     assert view.measured_only(report)
     assert view.headline(report) == "SmolLM2-135M-Instruct: 193 tok/s, perplexity 20.42, 75.6 MiB"
-    figures = [figure for group in view.groups(report) for figure in group.figures]
-    assert all(figure.baseline == figure.change == "" for figure in figures)
+    found = [figure for group in figures.groups(report) for figure in group.figures]
+    assert all(figure.baseline == figure.change == "" for figure in found)
     assert "perplexity_ratio" not in needed(report)
 
 
@@ -188,4 +188,4 @@ def test_a_model_measured_as_it_is_has_no_before(full_report):
     ],
 )
 def test_a_gate_is_written_in_the_unit_of_its_metric(gate, value, written):
-    assert view.gate_number(gate, value) == written
+    assert judged.number(gate, value) == written

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from optikit.stages import _keeper
 from optikit.stages.compile import _child
 
 if TYPE_CHECKING:
@@ -69,16 +68,9 @@ def asked(serve: Sequence[str], ask: Sequence[str], job: Job, more: Mapping[str,
         StageFailedError: The second failed; its log is quoted. The first one's is server.log beside it.
     """
     job.scratch.mkdir(parents=True, exist_ok=True)
-    with (job.scratch / "server.log").open("wb") as said:
-        server = subprocess.Popen(
-            serve, stdout=said, stderr=subprocess.STDOUT, cwd=job.dest, env=variables(job, more), process_group=0
-        )
-    try:
+    log = job.scratch / "server.log"
+    with _keeper.running(serve, variables=variables(job, more), log=log, directory=job.dest):
         return script("asking the server", ask, job, more)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
 
 
 def drop_links(directory: Path) -> None:

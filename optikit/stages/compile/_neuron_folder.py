@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 from collections.abc import Iterator, Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optikit.errors import IntegrityError
+from optikit.hashing import file_sha256
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import read
 from optikit.stages.compile import _neuron_job, _neuron_readme
@@ -72,7 +72,8 @@ def description(options: Options, facts: ModelFacts, target: Target, source: Pat
         "draft": options.draft,
         "neuron_config": neuron_config(options, family),
         "draft_config": neuron_config(options, family) | {"speculation_length": 0, "on_device_sampling": False},
-        "key": chosen | {"platform": PLATFORMS.get(family, family), "config_sha256": _digest(source / "config.json")},
+        "key": chosen
+        | {"platform": PLATFORMS.get(family, family), "config_sha256": file_sha256(source / "config.json")},
         "need_bytes": need_bytes(options, facts),
         "files": dict(_records(source)),
     }
@@ -104,12 +105,8 @@ def _records(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield size of every file that makes the model, and sha256 of the small ones."""
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix in LINKED and path.name not in NOT_LINKED:
-            small = {"sha256": _digest(path)} if path.suffix == ".json" else {}
+            small = {"sha256": file_sha256(path)} if path.suffix == ".json" else {}
             yield path.name, {"size": path.stat().st_size, **small}
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _scripts(options: Options, facts: ModelFacts, target: Target) -> Iterator[tuple[str, str]]:

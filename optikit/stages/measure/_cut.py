@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
 
 from optikit.errors import InputMissingError
 from optikit.stages.measure import _text
+from optikit.stages.protocol import StageOptions
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -18,6 +21,31 @@ if TYPE_CHECKING:
 
 FEWEST = 2
 """Windows without which nothing says how windows differ."""
+
+
+class CutOptions(StageOptions):
+    """How a text is cut into windows."""
+
+    protocol: Literal["windows", "gptq", "hf", "lmeval"] = "windows"
+    """How the text is cut, see `metrics.protocols`."""
+    window: int = Field(default=512, ge=2)
+    """Tokens per window."""
+    windows: int | None = Field(default=16, ge=2)
+    """Number of windows, from the start of the text; null is all of it."""
+    stride: int = Field(default=512, ge=1)
+    """New tokens per window, where windows overlap."""
+
+    @property
+    def shape(self) -> Shape:
+        """How the text is cut."""
+        from optikit.metrics.protocols import Shape
+
+        return Shape(protocol=self.protocol, window=self.window, windows=self.windows, stride=self.stride)
+
+    def expected(self, tokens: int) -> tuple[int, int]:
+        """Return of how many windows a text of about so many tokens will be, and how many of each are new."""
+        step = self.stride if self.protocol == "hf" else self.window
+        return (self.windows if self.windows is not None else max(1, tokens // step)), step
 
 
 @dataclass(frozen=True, kw_only=True)

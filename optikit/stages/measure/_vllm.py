@@ -17,13 +17,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optikit.errors import OutOfMemoryError, StageFailedError, StageTimeoutError, UnavailableError
-from optikit.stages.measure import _keeper
+from optikit.stages import _keeper
 
 if TYPE_CHECKING:
     from optikit.models.facts import ModelFacts
@@ -112,20 +112,9 @@ def kept(
     command: Sequence[str], variables: Mapping[str, str], *, port: int, log: Path, start_s: float
 ) -> Iterator[int]:
     """Run a server on `port` until the block ends; yields the process id of its group. Errors as `serving`."""
-    with log.open("wb") as said:
-        keeper = subprocess.Popen(
-            [sys.executable, _keeper.__file__, *command],
-            stdin=subprocess.PIPE,
-            stdout=said,
-            stderr=subprocess.STDOUT,
-            env=dict(variables),
-            start_new_session=True,
-        )
-    try:
+    with _keeper.running(command, variables=variables, log=log) as keeper:
         _wait(keeper, port, log, start_s)
         yield keeper.pid
-    finally:
-        _end(keeper)
 
 
 def free_port() -> int:
@@ -178,17 +167,6 @@ def _tail(log: Path) -> str:
         lines = said.read().decode("utf-8", "replace").strip().splitlines()
     told = [line for line in lines if re.search(r"^\w[\w.]*Error\b|^\s+Value error|^ValueError", line)]
     return "\n".join(line[:500] for line in (told or lines)[-LOG_TAIL:])
-
-
-def _end(keeper: subprocess.Popen[bytes]) -> None:
-    """End the server and everything that it started."""
-    if keeper.stdin is not None:
-        keeper.stdin.close()
-    with suppress(subprocess.TimeoutExpired):
-        keeper.wait(2 * _keeper.GRACE_SECONDS)
-    with suppress(ProcessLookupError):
-        os.killpg(keeper.pid, signal.SIGKILL)  # also what outlived a server that crashed
-    keeper.wait()
 
 
 def drafting(url: str) -> dict[str, Any]:

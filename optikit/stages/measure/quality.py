@@ -19,22 +19,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
-
 from optikit.errors import StageFailedError
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
+from optikit.stages.measure._cut import Cut, CutOptions, cut
+from optikit.stages.protocol import Estimate, Facts, Job
 from optikit.targets import Target
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from optikit.metrics.protocols import Shape
     from optikit.metrics.scoring import Scores, Window
     from optikit.runtime.protocol import Decoder
-    from optikit.stages.measure._cut import Cut
 
 SUMMARY = "perplexity, KL divergence and top-1 agreement against the baseline"
 NEEDS: frozenset[Trait] = frozenset()
@@ -57,30 +54,15 @@ MOST_KEPT = 4 * 2**30
 """Bytes of kept logits; a whole test set's would fill a disk."""
 
 
-class Options(StageOptions):
+class Options(CutOptions):
     """What to score, and how."""
 
     runtime: Literal["transformers", "onnxruntime", "openvino"] = "transformers"
     """Runtime that loads the model."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of weights and arithmetic, where the runtime lets one choose."""
-    protocol: Literal["windows", "gptq", "hf", "lmeval"] = "windows"
-    """How the text is cut, see `metrics.protocols`."""
-    window: int = Field(default=512, ge=2)
-    """Tokens per window."""
-    windows: int | None = Field(default=16, ge=2)
-    """Number of windows, from the start of the text; null is all of it."""
-    stride: int = Field(default=512, ge=1)
-    """New tokens per window, where windows overlap."""
     keep_logits: bool = False
     """Keep the logits, so that other models can be compared with this one."""
-
-    @property
-    def shape(self) -> Shape:
-        """How the text is cut."""
-        from optikit.metrics.protocols import Shape
-
-        return Shape(protocol=self.protocol, window=self.window, windows=self.windows, stride=self.stride)
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
@@ -93,8 +75,7 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
     """Estimate: two operations per weight and token, attention over windows, logits; `calibration_tokens` of text."""
-    step = options.stride if options.protocol == "hf" else options.window
-    windows = options.windows if options.windows is not None else max(1, calibration_tokens // step)
+    windows, step = options.expected(calibration_tokens)
     tokens = windows * options.window
     logits = windows * step * facts.vocab
     attended = 4 * options.window * facts.hidden * facts.layers * tokens
@@ -126,7 +107,6 @@ def run(options: Options, job: Job) -> Facts:
         StageFailedError: The model returned NaN, or was compared across protocols or vocabularies.
     """
     from optikit.runtime import load
-    from optikit.stages.measure._cut import cut
 
     made = cut(job.inputs["text"], job.inputs["tokenizer"], options.shape)
     decoder = load(

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -26,7 +26,8 @@ from optikit.errors import IntegrityError, StageFailedError
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
 from optikit.stages.measure import _text, quality
-from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
+from optikit.stages.measure._cut import CutOptions, cut
+from optikit.stages.protocol import Estimate, Facts, Job
 from optikit.targets import Target
 
 if TYPE_CHECKING:
@@ -56,19 +57,11 @@ START_S = 60
 """Seconds that a start takes on two cores that have nothing else to do, about."""
 
 
-class Options(StageOptions):
+class Options(CutOptions):
     """What to ask a server."""
 
     scored: bool = True
     """Measure perplexity."""
-    protocol: Literal["windows", "gptq", "hf", "lmeval"] = "windows"
-    """How the text is cut, see `metrics.protocols`."""
-    window: int = Field(default=512, ge=2)
-    """Tokens per window."""
-    windows: int | None = Field(default=16, ge=2)
-    """Number of windows, from the start of the text; null is all of it."""
-    stride: int = Field(default=512, ge=1)
-    """New tokens per window, where windows overlap."""
     timed: bool = False
     """Measure speed."""
     prompt_tokens: int = Field(default=128, ge=1)
@@ -108,8 +101,7 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
     """Estimate: a start, two operations per weight and token that is read, all weights per token that is written."""
-    step = options.stride if options.protocol == "hf" else options.window
-    windows = options.windows if options.windows is not None else max(1, calibration_tokens // step)
+    windows, _ = options.expected(calibration_tokens)
     read = 2.0 * facts.parameters * windows * options.window / quality.FLOPS if options.scored else 0.0
     answers = options.requests * len(options.concurrency) if options.timed else 0
     written = answers * options.new_tokens * max(facts.weight_bytes / 3e9, 0.005)
@@ -187,11 +179,7 @@ def speculation(directory: Path) -> dict[str, Any]:
 
 def _scored(options: Options, job: Job, client: Client, facts: ModelFacts) -> Facts:
     """Return what `quality` returns, from the server's log-probabilities."""
-    from optikit.metrics.protocols import Shape
-    from optikit.stages.measure._cut import cut
-
-    shape = Shape(protocol=options.protocol, window=options.window, windows=options.windows, stride=options.stride)
-    made = cut(job.inputs["text"], job.inputs["tokenizer"], shape)
+    made = cut(job.inputs["text"], job.inputs["tokenizer"], options.shape)
     about = {"protocol": made.protocol, "vocab": facts.vocab, "runtime": "vllm", "dtype": facts.dtype.lower()}
     about["threads"] = job.threads
     if "baseline" in job.inputs:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from optikit.errors import OutOfMemoryError, StageFailedError, StageTimeoutError
-from optikit.stages.measure import _keeper, _vllm
+from optikit.stages import _keeper
+from optikit.stages.measure import _vllm
 
 SERVER = """
 import http.server, os, subprocess, sys
