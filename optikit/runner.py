@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from optikit import child, environments, host, stages, worker
 from optikit.backends import promise
 from optikit.errors import InterruptError, OptikitError, StageFailedError, TerminatedError
+from optikit.stages.protocol import Emitting
 from optikit.store.store import Artifact, Manifest, Store, cache_key
 
 if TYPE_CHECKING:
@@ -123,14 +124,15 @@ def _one(
     perform = partial(_perform, plan=plan, artifacts=artifacts, store=store, progress=progress, settings=settings)
     stage = stages.load(step.verb, step.method, step.backend)
     finished = replace(step, key=cache_key(finishes=step.key))
-    if hasattr(stage, "finish"):
-        found = store.find(finished.key)
-        if found is not None:
-            return found, "cached"
+    if not isinstance(stage, Emitting):
+        return _kept(step, lambda: perform(step), store, progress, settings)
+    found = store.find(finished.key)
+    if found is not None:
+        return found, "cached"
     artifact, status = _kept(step, lambda: perform(step), store, progress, settings)
     if status != "emitted" or not settings.resume:
         return artifact, status
-    why = stage.absent(step.options)  # type: ignore[attr-defined]  # stages that emit have it
+    why = stage.absent(step.options)
     if why:
         progress.note(f"{step.name} stays emitted: {why}")
         return artifact, status

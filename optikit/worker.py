@@ -158,7 +158,7 @@ def perform(directory: Path) -> dict[str, Any]:
         Exception: Whatever the stage raises; `main` turns it into a response.
     """
     from optikit import stages
-    from optikit.stages.protocol import Calibration, Job
+    from optikit.stages.protocol import Calibration, Emitting, Job
 
     request = json.loads((directory / "request.json").read_text(encoding="utf-8"))
     stage = stages.load(request["verb"], request["method"], request.get("backend", stages.OURS))
@@ -184,7 +184,7 @@ def perform(directory: Path) -> dict[str, Any]:
         **({} if rank() else {"progress": _reporter(directory / "events.jsonl")}),
     )
     started = time.monotonic()
-    do = stage.finish if request.get("finish") else stage.run  # type: ignore[attr-defined]  # only stages that emit
+    do = stage.finish if request.get("finish") and isinstance(stage, Emitting) else stage.run
     facts = do(options, job)
     return {
         "ok": True,

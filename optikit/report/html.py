@@ -72,11 +72,11 @@ class Row:
 
 MODULES: Mapping[str, Any] = {
     "view": view,
+    "figures": figures,
+    "judged": judged,
     "tasks": tasks,
     "served": served,
     "text": text,
-    "figures": figures,
-    "judged": judged,
 }
 """What the template calls by name."""
 

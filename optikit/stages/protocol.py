@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
@@ -142,4 +142,17 @@ class Stage(Protocol):
 
     def run(self, options: Any, job: Job) -> Facts:
         """Read `job.source`, write `job.dest`, return what was found out."""
+        ...
+
+
+@runtime_checkable
+class Emitting(Protocol):
+    """A stage module whose work may be left to another machine, and finished there."""
+
+    def absent(self, options: Any) -> str:
+        """Say why what was emitted can't be finished on this machine; "" where it can."""
+        ...
+
+    def finish(self, options: Any, job: Job) -> Facts:
+        """Finish the folder `job.inputs["emitted"]` in `job.dest`, return what was found out."""
         ...
