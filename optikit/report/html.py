@@ -331,7 +331,7 @@ def _windows(speculation: Mapping[str, Any]) -> Markup:
     if not all(str(m).isdecimal() and isinstance(ms, int | float) and 0 < ms < math.inf for m, ms in found.items()):
         return NOTHING
     times = sorted((int(m), float(ms)) for m, ms in found.items())
-    described = ", ".join(f"{m}: {text.number(ms)} ms" for m, ms in times)
+    described = ", ".join(f"{m}: {text.milliseconds(ms)}" for m, ms in times)
     return svg.windows(times, description=f"Milliseconds by tokens: {described}.")
 
 

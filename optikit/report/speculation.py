@@ -66,7 +66,7 @@ def _times(value: Any) -> str:
 
 
 def _ms(value: Any) -> str:
-    return f"{text.number(_finite(value))} ms"
+    return text.milliseconds(_finite(value))
 
 
 def _finite(value: Any) -> float:
