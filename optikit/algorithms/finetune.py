@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -104,13 +104,18 @@ class _Run:
     """One training: parameters, optimizer, and where it stands."""
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], pruned: Mapping[str, Tensor], settings: Settings, checkpoint: Path
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        pruned: Mapping[str, Tensor],
+        faster: Mapping[str, float],
+        settings: Settings,
+        checkpoint: Path,
     ) -> None:
         self.parameters = parameters
         self.pruned = pruned
         self.settings = settings
         self.checkpoint = checkpoint
-        self.optimizer = _adamw(list(parameters.values()), settings)
+        self.optimizer = _adamw(_groups(parameters, faster), settings)
         self.history = History()
 
     def restore(self) -> None:
@@ -153,7 +158,7 @@ class _Run:
             raise FloatingPointError(f"loss {total} with a gradient of norm {norm} at step {done}")
         learning_rate = rate(done, self.settings)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["multiple"]
         self.optimizer.step()
         with torch.no_grad():
             for name, mask in self.pruned.items():
@@ -162,7 +167,15 @@ class _Run:
         return {"step": float(done), "loss": total, "learning_rate": learning_rate, "gradient_norm": norm}
 
 
-def _adamw(parameters: Sequence[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+def _groups(parameters: Mapping[str, nn.Parameter], faster: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return parameters by their multiple of the learning rate, as optimizers take them."""
+    found: dict[float, list[nn.Parameter]] = {}
+    for name, each in parameters.items():
+        found.setdefault(faster.get(name, 1.0), []).append(each)
+    return [{"params": group, "multiple": multiple} for multiple, group in found.items()]
+
+
+def _adamw(parameters: Sequence[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
     if settings.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
 
@@ -181,6 +194,7 @@ def train(
     *,
     checkpoint: Path,
     pruned: Mapping[str, Tensor] | None = None,
+    faster: Mapping[str, float] | None = None,
     observe: Observer = lambda _: None,
 ) -> History:
     """Train parameters in place.
@@ -192,13 +206,14 @@ def train(
         settings: How.
         checkpoint: File that a killed run's successor continues from.
         pruned: By parameter name, bool of its shape: elements that stay zero.
+        faster: By parameter name, a multiple of the learning rate; 1 where there is none.
         observe: Told about every step.
 
     Raises:
         StageFailedError: A bad number at the very first step: the model or the text is broken. Later, training ends
             with the weights before that step, and the history says why.
     """
-    run = _Run(parameters, pruned or {}, settings, checkpoint)
+    run = _Run(parameters, pruned or {}, faster or {}, settings, checkpoint)
     run.restore()
     every = max(1, settings.steps // CHECKPOINTS)
     for index in range(len(run.history.losses), settings.steps):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -27,7 +27,7 @@ from optikit.calibration.verify import FIX, same_bytes
 from optikit.errors import StageFailedError
 from optikit.formats.checkpoint import Checkpoint, locate, read_entry, save_tensors
 from optikit.formats.directory import write_model
-from optikit.stages.protocol import Calibration, Job
+from optikit.stages.protocol import Job
 
 CHECKPOINT, TRAINED, TENSORBOARD = "training.pt", "trained.safetensors", "tensorboard"
 """What lies in scratch: the newest checkpoint, the weights to be written, and, if tensorboard is installed, its log."""
@@ -148,12 +148,12 @@ def finetune(job: Job, student: Student, settings: Settings, teaching: Teaching 
     torch.set_num_threads(job.threads)
     dtype = compute_dtype(job.device)
     teacher = load(job, job.inputs["teacher"], dtype) if teaching else None
-    text = _text(job, calibration, settings)
+    text = draw(job, settings.steps * settings.batch)
     if teacher is not None and teaching is not None and teaching.prompt:
-        text = _own_words(job, teacher, text, teaching.prompt)
+        text = own_words(job, teacher, text, teaching.prompt)
     loss = _loss(job, student.model, teacher, teaching.temperature if teaching else 1.0)
-    before = _mean(loss, text[-HELD_OUT:])
-    with _live(job, settings) as observe:
+    before = mean_loss(loss, text[-HELD_OUT:])
+    with live(job, settings.steps) as observe:
         history = train(
             student.parameters,
             text[:-HELD_OUT],
@@ -163,25 +163,35 @@ def finetune(job: Job, student: Student, settings: Settings, teaching: Teaching 
             pruned=student.pruned,
             observe=observe,
         )
-    after = _mean(loss, text[-HELD_OUT:])
-    written = _write(job, student.weights())
-    lines = (json.dumps({"step": step, "loss": value}) for step, value in enumerate(history.losses))
-    (job.dest / LOG).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    after = mean_loss(loss, text[-HELD_OUT:])
+    written = write(job, student.weights())
+    keep_log(job, ({"step": step, "loss": value} for step, value in enumerate(history.losses)))
     return {
         "steps": len(history.losses),
         "tokens": len(history.losses) * settings.batch * calibration.length,
         "held_out_loss_before": round(before, 4),
         "held_out_loss_after": round(after, 4),
-        "losses": [round(value, 4) for value in history.losses[:: max(1, len(history.losses) // CURVE)]],
+        "losses": curve(history.losses),
         "stopped": history.stopped,
         **written,
         "compute_dtype": str(dtype).removeprefix("torch."),
     }
 
 
-def _text(job: Job, calibration: Calibration, settings: Settings) -> Tensor:
-    """Return what to train on, shuffled, and after it the held-out windows, which are the end of the text."""
-    wanted = settings.steps * settings.batch
+def draw(job: Job, wanted: int) -> Tensor:
+    """Return windows to train on, shuffled, and after them the held-out ones, which are the end of the text.
+
+    Args:
+        job: Whose calibration text.
+        wanted: Windows to train on.
+
+    Returns:
+        (wanted + HELD_OUT, tokens) int64.
+
+    Raises:
+        StageFailedError: No calibration text, or less than a window of it.
+    """
+    calibration = job.calibrated()
     drawn = windows.draw(
         job.source, calibration.text, samples=wanted + HELD_OUT, length=calibration.length, seed=job.seed
     )
@@ -189,7 +199,7 @@ def _text(job: Job, calibration: Calibration, settings: Settings) -> Tensor:
     return torch.cat([drawn[:wanted][order], drawn[wanted:]])
 
 
-def _own_words(job: Job, teacher: nn.Module, text: Tensor, prompt: int) -> Tensor:
+def own_words(job: Job, teacher: nn.Module, text: Tensor, prompt: int) -> Tensor:
     """Return windows that begin as those of a text and go on as the teacher would: sampled from its predictions."""
     wanted = text.shape[1] - prompt
     config = GenerationConfig(
@@ -229,13 +239,24 @@ def _loss(job: Job, student: nn.Module, teacher: nn.Module | None, temperature: 
     return loss
 
 
-def _mean(loss: Loss, text: Tensor) -> float:
+def mean_loss(loss: Loss, text: Tensor) -> float:
+    """Return the mean loss of windows (n, tokens)."""
     with torch.no_grad():
         return sum(float(loss(window)) for window in torch.split(text, 1)) / len(text)
 
 
+def curve(losses: Sequence[float]) -> list[float]:
+    """Return about `CURVE` of a training's losses, rounded."""
+    return [round(value, 4) for value in losses[:: max(1, len(losses) // CURVE)]]
+
+
+def keep_log(job: Job, steps: Iterable[Mapping[str, Any]]) -> None:
+    """Leave a line of JSON per step beside the weights."""
+    (job.dest / LOG).write_text("".join(json.dumps(step) + "\n" for step in steps), encoding="utf-8")
+
+
 @contextmanager
-def _live(job: Job, settings: Settings) -> Iterator[Observer]:
+def live(job: Job, steps: int) -> Iterator[Observer]:
     """Yield who tells of every step while it runs: the progress, and a log for TensorBoard if that is installed."""
     board: Any = None
     if find_spec("tensorboard"):
@@ -247,7 +268,7 @@ def _live(job: Job, settings: Settings) -> Iterator[Observer]:
         step = int(told["step"])
         for name in ("loss", "learning_rate", "gradient_norm") if board else ():
             board.add_scalar(name, told[name], step)
-        job.progress(step + 1, settings.steps, "step")
+        job.progress(step + 1, steps, "step")
 
     try:
         yield observe
@@ -256,7 +277,7 @@ def _live(job: Job, settings: Settings) -> Iterator[Observer]:
             board.close()
 
 
-def _write(job: Job, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def write(job: Job, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write `job.dest` with new tensors and check it against `job.source`.
 
     Raises:

@@ -27,7 +27,7 @@ from optikit.stages.protocol import Calibration, Job, Stage
 SAMPLES, LENGTH = 6, 48
 WRITTEN_BY_PLAN = {"sparse_unstructured", "sparse_2_4", "sparse_4_8", "narrowed", "shortened", "finetuned"}
 """Traits that a directory doesn't show: the plan carries them."""
-LOGS = {"training.jsonl"}
+LOGS = {"training.jsonl", "heads.start"}
 """What a training leaves beside the model."""
 
 
@@ -65,6 +65,7 @@ ROWS = (
     Row(verb="finetune", method="full", options=TRAINING),
     Row(verb="finetune", method="distill", options=TRAINING),
     Row(verb="finetune", method="lora", options={**TRAINING, "rank": 4}),
+    Row(verb="finetune", method="medusa2", options={**TRAINING, "rank": 4, "heads": 2}),
     Row(verb="quantize", method="rtn", options={"group_size": 32}),
     Row(verb="quantize", method="gptq", options={"group_size": 32}),
     Row(verb="quantize", method="awq", options={"group_size": 32, "steps": 4}),
