@@ -19,9 +19,9 @@ import numpy as np
 from optikit.errors import UsageError
 from optikit.runtime.acceptors import Acceptor
 from optikit.runtime.controls import Processor, Stop
-from optikit.runtime.drafters import EMPTY, Draft, Drafter, Hidden
+from optikit.runtime.drafters import EMPTY, Drafter, Hidden
 from optikit.runtime.limits import check_room
-from optikit.runtime.protocol import Decoder, Logits, Tokens
+from optikit.runtime.protocol import BatchDecoder, Decoder, Logits, Tokens
 
 Finish = Literal["eos", "stop", "length"]
 
@@ -93,35 +93,107 @@ def generate(
             decoder that has none to show.
         ValueError: The target's logits aren't numbers.
     """
-    _check(decoder, drafter, prompt, request)
-    rng = np.random.default_rng(request.seed)
-    text = np.empty(len(prompt) + request.max_new_tokens, np.int64)
-    text[: len(prompt)] = prompt
-    written: list[int] = []
-    drafter.start(prompt)
-    draft = EMPTY
-    logits = _run(decoder, prompt, EMPTY, 0, request.min_window)
+    check(decoder, drafter, prompt, request)
+    row = Row(drafter, acceptor, prompt, request)
     while True:
-        length = len(prompt) + len(written)
-        text[length : length + len(draft.tokens)] = draft.tokens
-        if request.processors:
-            logits = _process(logits, text, length, request.processors)
-        accepted, token = acceptor.accept(draft.tokens, draft.probs, logits, rng)
-        tokens, finish = _append(written, [*draft.tokens[:accepted].tolist(), token], request)
-        kept = min(accepted, len(tokens))
-        yield Step(tuple(tokens), len(draft.tokens), kept, draft.by if length > len(prompt) else "prompt", finish)
-        if finish:
+        window = row.window()
+        step = row.take(decoder.forward(window, row.position, row.rows))
+        yield step
+        if step.finish:
             return
-        text[length : length + len(tokens)] = tokens
-        length += len(tokens)
-        hidden = cast("HiddenDecoder", decoder).hidden(accepted) if drafter.reads_hidden else None
-        drafter.extend(text[length - len(tokens) : length], hidden)
-        left = request.max_new_tokens - len(written)
-        draft = drafter.draft(left - 1, rng) if left > 1 else EMPTY
-        logits = _run(decoder, text[length - 1 : length], draft, length - 1, request.min_window)
+        row.advance(cast("HiddenDecoder", decoder).hidden(step.accepted) if drafter.reads_hidden else None)
 
 
-def _check(decoder: Decoder, drafter: Drafter, prompt: Tokens, request: Request) -> None:
+class Row:
+    """One text while it is written: `window` is to be run at `position`, then `take`, then `advance`, and so on.
+
+    Args:
+        drafter: Guesses; it is told of this text alone until the text ends.
+        acceptor: Decides.
+        prompt: (n,) token ids, n ≥ 1.
+        request: What to write.
+
+    Attributes:
+        position: Where the window starts; 0 is the prompt's.
+        rows: Of how many of its last tokens the logits are wanted.
+    """
+
+    __slots__ = (
+        "_acceptor",
+        "_draft",
+        "_length",
+        "_prompt",
+        "_request",
+        "_rng",
+        "_text",
+        "_written",
+        "drafter",
+        "position",
+        "rows",
+    )
+
+    def __init__(self, drafter: Drafter, acceptor: Acceptor, prompt: Tokens, request: Request) -> None:
+        self.drafter = drafter
+        self._acceptor = acceptor
+        self._request = request
+        self._rng = np.random.default_rng(request.seed)
+        self._prompt = self._length = len(prompt)
+        self._text = np.empty(len(prompt) + request.max_new_tokens, np.int64)
+        self._text[: len(prompt)] = prompt
+        self._written: list[int] = []
+        self._draft = EMPTY
+        self.position = 0
+        self.rows = 1
+        drafter.start(prompt)
+
+    def window(self) -> Tokens:
+        """Return the tokens (m,) to run at `position`: the newest, or the prompt, and the draft behind it.
+
+        A window is filled up to a multiple of `min_window` with its last token; what that predicts is nobody's
+        business. Not only a token alone: kernels that take rows by pairs give the last one of an odd window to the
+        kernel for one.
+        """
+        drafted = len(self._draft.tokens)
+        window = self._text[self.position : self._length + drafted]
+        missing = -len(window) % self._request.min_window
+        self.rows = drafted + 1 + missing
+        return np.append(window, np.repeat(window[-1:], missing)) if missing else window
+
+    def take(self, logits: Logits) -> Step:
+        """Decide on the draft.
+
+        Args:
+            logits: (rows, vocab) of the window.
+        """
+        draft, length = self._draft, self._length
+        drafted = self._text[length : length + len(draft.tokens)]
+        logits = logits[: len(drafted) + 1]
+        if self._request.processors:
+            logits = _process(logits, self._text, length, self._request.processors)
+        accepted, token = self._acceptor.accept(drafted, draft.probs, logits, self._rng)
+        tokens, finish = _append(self._written, [*drafted[:accepted].tolist(), token], self._request)
+        self._length += len(tokens)
+        self._text[length : self._length] = tokens
+        by = draft.by if length > self._prompt else "prompt"
+        return Step(tuple(tokens), len(drafted), min(accepted, len(tokens)), by, finish)
+
+    def advance(self, hidden: Hidden | None) -> None:
+        """Tell the drafter of what was taken, and let it draft.
+
+        Args:
+            hidden: The state that predicted the newest token, for drafters that read it: that of row `accepted` of the
+                logits.
+        """
+        started = self._prompt if self.position == 0 else self.position + 1
+        self.drafter.extend(self._text[started : self._length], hidden)
+        self.position = self._length - 1
+        left = self._request.max_new_tokens - len(self._written)
+        draft = self._draft = self.drafter.draft(left - 1, self._rng) if left > 1 else EMPTY
+        self._text[self._length : self._length + len(draft.tokens)] = draft.tokens
+
+
+def check(decoder: Decoder | BatchDecoder, drafter: Drafter, prompt: Tokens, request: Request) -> None:
+    """Refuse what can't be written; see `generate`."""
     if len(prompt) == 0:
         raise UsageError("the prompt is empty", fix="give at least one token")
     if request.max_new_tokens < 1:
@@ -130,20 +202,6 @@ def _check(decoder: Decoder, drafter: Drafter, prompt: Tokens, request: Request)
     if drafter.reads_hidden and not hasattr(decoder, "hidden"):
         message = f"the drafter reads hidden states, and this {decoder.runtime} decoder doesn't show them"
         raise UsageError(message, fix="use lookup or a draft model, or another runtime")
-
-
-def _run(decoder: Decoder, tokens: Tokens, draft: Draft, position: int, at_least: int) -> Logits:
-    """Run tokens and the draft behind them; return the logits (k + 1, vocab) of the last token and of the draft.
-
-    A window is filled up to a multiple of `at_least` with its last token; what that predicts is nobody's business. Not
-    only a token alone: kernels that take rows by pairs give the last one of an odd window to the kernel for one.
-    """
-    wanted = len(draft.tokens) + 1
-    window = np.concatenate([tokens, draft.tokens]) if wanted > 1 else tokens
-    missing = -len(window) % at_least
-    if missing:
-        window = np.append(window, np.repeat(window[-1:], missing))
-    return decoder.forward(window, position, wanted + missing)[:wanted]
 
 
 def _process(logits: Logits, text: Tokens, length: int, processors: Iterable[Processor]) -> Logits:

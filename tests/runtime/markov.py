@@ -64,3 +64,30 @@ class Scripted:
 
         tokens = np.array(self.guess(self.text, limit, rng)[:limit], np.int64)
         return Draft(tokens, "scripted") if len(tokens) else EMPTY
+
+
+class MarkovBatch:
+    """The same model with a cache for each of several texts; refuses two windows of one text."""
+
+    runtime = "toy"
+
+    def __init__(self, places, **kwargs):
+        self.rows = [MarkovDecoder(**kwargs) for _ in range(places)]
+        self.places, self.vocab, self.max_tokens = places, self.rows[0].vocab, self.rows[0].max_tokens
+        self.forwards = []
+
+    def forward(self, windows):
+        places = [each.place for each in windows]
+        assert len(set(places)) == len(places) > 0
+        assert all(1 <= each.rows <= len(each.tokens) for each in windows)
+        self.forwards.append(places)
+        self.asked = places
+        return [self.rows[place].forward(tokens, position, rows) for place, tokens, position, rows in windows]
+
+    def hidden(self, window, row):
+        return self.rows[self.asked[window]].hidden(row)
+
+    def move(self, source, target):
+        assert source != target
+        self.rows[source], self.rows[target] = self.rows[target], self.rows[source]
+        self.rows[source].cache = []

@@ -45,7 +45,18 @@ def first_two(acceptor, p_rows, q_rows, rng, *, drawn):
     return x, (token if accepted == 1 else y)
 
 
-SERVED = Sampling(temperature=0.8, top_p=0.95)
+class Known(Sampling):
+    """Remembers the distributions of the few rows that a simulation meets: most of its time would go there."""
+
+    def probabilities(self, logits):
+        found = self.__dict__.setdefault("found", {})
+        key = logits.tobytes()
+        if key not in found:
+            found[key] = super().probabilities(logits)
+        return found[key]
+
+
+SERVED = Known(temperature=0.8, top_p=0.95)
 
 
 @pytest.mark.parametrize("draws", [20_000, pytest.param(200_000, marks=pytest.mark.slow)])
@@ -56,7 +67,7 @@ SERVED = Sampling(temperature=0.8, top_p=0.95)
         (SampleMatch(SERVED), True),
         (Rejection(SERVED), True),
         (Rejection(SERVED), False),
-        (Rejection(Sampling()), True),
+        (Rejection(Known()), True),
     ],
     ids=["match-certain", "match-drawn", "rejection-drawn", "rejection-certain", "rejection-drawn-from-all"],
 )

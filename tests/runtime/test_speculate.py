@@ -50,7 +50,9 @@ DRAFTERS = {
     "lookup": PromptLookup,
     "draft": lambda: DraftModel(MarkovDecoder(seed=9), vocab=8, length=3),
     "itself": lambda: DraftModel(MarkovDecoder(), vocab=8, length=3),
-    "heads": lambda: Medusa(lambda hidden: (np.abs(hidden[:3] * 10).astype(np.int64) % 8, np.ones(3, np.float32))),
+    "heads": lambda: Medusa(
+        lambda hidden, newest: ((np.abs(hidden[:3] * 10).astype(np.int64) + newest) % 8, np.ones(3, np.float32))
+    ),
     "lookup-draft": lambda: FirstOf([PromptLookup({3: 6}), DraftModel(MarkovDecoder(seed=9), vocab=8, length=2)]),
 }
 
@@ -198,19 +200,20 @@ def test_heads_need_a_decoder_that_shows_hidden_states():
         write(DRAFTERS["heads"](), [1], decoder=Blind(), max_new_tokens=4)
 
 
-def test_heads_are_given_the_state_that_predicted_the_newest_token():
+def test_heads_are_given_the_newest_token_and_the_state_that_predicted_it():
     decoder = MarkovDecoder()
     seen = []
 
-    def heads(hidden):
-        seen.append(hidden)
+    def heads(hidden, newest):
+        seen.append((hidden, newest))
         return np.array([3, 1, 4]), np.ones(3, np.float32)
 
     text, steps = write(Medusa(heads), [1, 2], decoder=decoder, max_new_tokens=20)
     ends = np.cumsum([len(step.tokens) for step in steps])[: len(seen)]
-    for end, state in zip(ends, seen, strict=True):
+    for end, (state, newest) in zip(ends, seen, strict=True):
         expected = MarkovDecoder().row([1, 2, *text[: end - 1]]) @ decoder.basis
         np.testing.assert_allclose(state, expected, rtol=1e-5)
+        assert newest == text[end - 1]
 
 
 def test_numbers_that_are_none_stop_the_loop():
