@@ -30,11 +30,11 @@ class Model:
     def encode(self, prompt: str | list[int]) -> list[int]:
         return prompt if isinstance(prompt, list) else self.tokenizer.encode(prompt, add_special_tokens=False).ids
 
-    def write(self, prompt: str | list[int], count: int) -> Iterator[tuple[int, str]]:
+    def write(self, prompt: str | list[int], count: int) -> Iterator[tuple[int, int, str]]:
         tokens = self.encode(prompt)
         with self.lock:
             for token in self.decoder.greedy(np.array(tokens, np.int64), count):
-                yield len(tokens), self.tokenizer.decode([token]) or "?"
+                yield len(tokens), token, self.tokenizer.decode([token]) or "?"
 
     def echo(self, prompt: str | list[int], *, numbered: bool = False) -> dict[str, Any]:
         """Tell log-probabilities as the standard has it; `numbered` as vLLM does, with the likeliest tokens."""
@@ -107,11 +107,12 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         prompted = count = 0
-        for before, text in self.server.model.write(body["prompt"], body["max_tokens"]):
+        for before, token, text in self.server.model.write(body["prompt"], body["max_tokens"]):
             prompted, count = before, count + 1
             if count == 3 and self.server.fault == "cut":
                 return
-            self.event({"choices": [{"text": text}]})
+            told = {"token_ids": [token]} if body.get("return_token_ids") else {}
+            self.event({"choices": [{"text": text, **told}]})
         if "stream_options" in body:
             self.event({"choices": [], "usage": {"prompt_tokens": prompted, "completion_tokens": count}})
         self.wfile.write(b"data: [DONE]\n\n")

@@ -24,7 +24,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 BATCH = 32
-"""Texts written at once."""
+"""Most texts written at once."""
+ROOM = 8192
+"""Most positions of the cache at once, padding included: long prompts are written in smaller batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,7 @@ def write(
     ends: frozenset[int],
     folder: Path,
     batch: int = BATCH,
+    room: int = ROOM,
     observe: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> OwnText:
     """Let a model continue prompts greedily.
@@ -90,23 +93,36 @@ def write(
         new_tokens: Most tokens to write per prompt.
         ends: Tokens that end a text; the one that does is part of it.
         folder: Where finished batches are kept.
-        batch: Prompts at once; those of similar length share a batch.
+        batch: Most prompts at once; those of similar length share a batch.
+        room: Most positions of the cache at once; a prompt that is longer is written alone.
         observe: Told (done, total) prompts.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    ordered = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    parts = []
-    for number, start in enumerate(range(0, len(ordered), batch)):
-        observe(start, len(ordered))
-        indices = ordered[start : start + batch]
+    parts: list[dict[str, Tensor]] = []
+    done = 0
+    for number, indices in enumerate(_batches([len(prompt) + new_tokens for prompt in prompts], batch, room)):
+        observe(done, len(prompts))
+        done += len(indices)
         path = folder / f"own-{number:05d}.safetensors"
         part = _read(path)
         if part is None:
             part = _joined(indices, _continue(model, [prompts[i] for i in indices], new_tokens, ends))
             _keep(part, path)
         parts.append(part)
-    observe(len(ordered), len(ordered))
+    observe(done, len(prompts))
     return OwnText(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+
+def _batches(lengths: Sequence[int], most: int, room: int) -> Iterator[list[int]]:
+    """Yield indices of texts to write at once, shortest first: at most `most`, padded at most `room` positions."""
+    found: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if found and (len(found) == most or (len(found) + 1) * lengths[index] > room):
+            yield found
+            found = []
+        found.append(index)
+    if found:
+        yield found
 
 
 def _joined(numbers: Sequence[int], texts: Sequence[tuple[int, list[int], Tensor]]) -> dict[str, Tensor]:

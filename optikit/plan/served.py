@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from optikit.models.facts import ModelFacts
 from optikit.plan.context import Context, here, tokens_of
 from optikit.plan.model import QUALITY, Step
 from optikit.problems import Problem
-from optikit.recipe.schema import Evaluate
+from optikit.recipe.schema import Evaluate, SpeedOptions
 
 ALONE = "measure-served"
 """Its name where it takes the place of no quality step: nothing is scored, or no stage has changed the weights."""
@@ -18,7 +19,7 @@ ALONE = "measure-served"
 def served_steps(
     context: Context, steps: Sequence[Step], written: Sequence[Step], baseline: str, before: Sequence[Step]
 ) -> Iterator[Step]:
-    """Yield the step that serves what the stages wrote last, with what they made for drafting.
+    """Yield the step that serves what the stages wrote last, with what they made for drafting, and times it.
 
     Args:
         context: The recipe, resolved.
@@ -47,7 +48,7 @@ def served_steps(
         "host": here(),
     }
     tokens = tokens_of(texts["text"]) if "text" in texts else 0
-    yield Step(
+    served = Step(
         name=f"{QUALITY}{written[-1].name}" if written and wanted.perplexity is not None else ALONE,
         verb="measure",
         method="served",
@@ -60,6 +61,39 @@ def served_steps(
         estimate=stage.estimate(options, facts, context.target, tokens),
         before=facts,
         after=facts,
+    )
+    yield served
+    if wanted.speed is not None and written:
+        yield _speed(context, wanted.speed, served, baseline)
+
+
+def _speed(context: Context, wanted: SpeedOptions, served: Step, baseline: str) -> Step:
+    """Return the step that times the result and the untouched model in turns, each on a server of its own."""
+    stage = context.stage("measure", "served_speed")
+    drafting = {"speculator": "speculator"} if "speculator" in served.inputs else {}
+    arms = [
+        {"name": "baseline", "role": "baseline", "runtime": "vllm"},
+        {"name": "result", "role": "result", "runtime": "vllm", **drafting},
+    ]
+    options = stage.Options.model_validate({"arms": arms, **wanted.model_dump(exclude={"prompts"})})
+    prompts = context.texts["prompts" if wanted.prompts else "perplexity"]
+    inputs = {"baseline": baseline, "result": served.source, "tokenizer": baseline}
+    inputs |= {"speculator": served.inputs["speculator"]} if drafting else {}
+    parts: dict[str, Any] = {
+        "parent": context.model.digest,
+        "inputs": inputs,
+        "prompts": prompts.digest,
+        "host": here(),
+    }
+    return replace(
+        served,
+        name="measure-speed",
+        method="served_speed",
+        options=options,
+        key=context.key("measure", "served_speed", options, **parts),
+        inputs=inputs,
+        files={"prompts": str(prompts.path)},
+        estimate=stage.estimate(options, context.facts, context.target, 0),
     )
 
 

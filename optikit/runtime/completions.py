@@ -136,6 +136,24 @@ class Client:
             output_tokens=written if isinstance(written, int) and written > 0 else None,
         )
 
+    def tokens(self, model: str, prompt: Sequence[int], new_tokens: int) -> Iterator[int]:
+        """Yield exactly `new_tokens` greedy tokens after a prompt, each when it comes; the end of a text is ignored.
+
+        Only servers that tell numbers of tokens, as vLLM does. Errors as `stream`.
+        """
+        request = {"model": model, "prompt": list(prompt), "max_tokens": new_tokens, "temperature": 0, "stream": True}
+        request |= {"ignore_eos": True, "return_token_ids": True}
+        count = 0
+        with _Exchange(self, "POST", "/completions", request) as answer:
+            for event in answer.events():
+                for choice in event.get("choices") or ():
+                    for token in choice.get("token_ids") or ():
+                        count += 1
+                        yield int(token)
+        if count != new_tokens:
+            message = f"{self.url} told {count} tokens of {new_tokens}"
+            raise UnavailableError(message, fix="ask a server that takes `return_token_ids` and `ignore_eos`")
+
     def prompt_logprobs(self, model: str, prompt: str) -> Echo | None:
         """Return ln p of every token of a prompt but the first; None where the server doesn't echo them."""
         request = {"model": model, "prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}

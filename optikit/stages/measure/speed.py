@@ -42,8 +42,12 @@ ENVIRONMENT: str | None = None
 
 SAMPLES = "samples.jsonl"
 MANIFEST = "artifact.json"
-BYTES_PER_SECOND = {"transformers": 3.6e9, "onnxruntime": 7e9, "openvino": 7e9}
+BYTES_PER_SECOND = {"transformers": 3.6e9, "onnxruntime": 7e9, "openvino": 7e9, "vllm": 3e9}
 """Weights that two CPU cores read per second while decoding, by runtime."""
+START_S = {"transformers": 8, "onnxruntime": 8, "openvino": 8, "vllm": 60}
+"""Seconds until a model is loaded, its libraries imported."""
+OVERHEAD = {"transformers": 340 * 2**20, "onnxruntime": 340 * 2**20, "openvino": 340 * 2**20, "vllm": 2_500_000_000}
+"""Bytes beside the weights: libraries, activations; a server's cache of a GiB."""
 PREFILL_FLOPS = 60e9
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -57,8 +61,8 @@ class ArmOptions(BaseModel):
     """Its name in the result; also the name of its log."""
     role: str
     """Which input directory it loads."""
-    runtime: Literal["transformers", "onnxruntime", "openvino"]
-    """Runtime that loads it."""
+    runtime: Literal["transformers", "onnxruntime", "openvino", "vllm"]
+    """Runtime that loads it; `vllm` starts a server."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of weights and arithmetic, where the runtime lets one choose."""
     speculator: str = ""
@@ -107,10 +111,13 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     sizes = [_weight_bytes(arm, facts) for arm in options.arms]
     prefill = 2 * facts.parameters * options.prompt_tokens / PREFILL_FLOPS
     rates = [BYTES_PER_SECOND[arm.runtime] for arm in options.arms]
+    peaks = [int(1.1 * size) + OVERHEAD[arm.runtime] for arm, size in zip(options.arms, sizes, strict=True)]
     seconds = [prefill + options.new_tokens * size / rate for size, rate in zip(sizes, rates, strict=True)]
     return Estimate(
-        seconds=8 * len(sizes) + runs * sum(seconds) + options.repetitions * seconds[0],
-        peak_bytes=max(int(1.1 * size) for size in sizes) + 340 * 2**20,
+        seconds=sum(START_S[arm.runtime] for arm in options.arms)
+        + runs * sum(seconds)
+        + options.repetitions * seconds[0],
+        peak_bytes=max(peaks),
         disk_bytes=runs * len(sizes) * options.new_tokens * 20,
     )
 
@@ -190,6 +197,7 @@ def _load(process: Arm, arm: ArmOptions, options: Options, job: Job) -> dict[str
         threads=job.threads,
         max_tokens=options.prompt_tokens + options.new_tokens,
         speculator=str(_speculator(job, arm)) if arm.speculator else None,
+        **({"log": str(job.scratch / f"{arm.name}.server.log")} if arm.runtime == "vllm" else {}),
     )
     if arm.dtype not in ("auto", loaded["dtype"]):
         message = f"{arm.name}: asked for {arm.dtype}, but {loaded['runtime']} loaded {loaded['dtype']}"

@@ -6,17 +6,20 @@ A server over our own runtime stands here for vLLM, which tests/environments/tes
 from __future__ import annotations
 
 import json
+import os
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from optikit.errors import IntegrityError, StageFailedError
+from optikit.errors import IntegrityError, StageFailedError, UnavailableError
 from optikit.models.reader import read
 from optikit.plan.served import served_options
 from optikit.recipe.schema import Evaluate
 from optikit.runtime.completions import Client
-from optikit.stages.measure import quality, served
+from optikit.stages.measure import _vllm, quality, served
+from optikit.stages.measure._served_decoder import ServedDecoder
 from optikit.stages.protocol import Job
 from tests.completions_server import Model, serving
 
@@ -69,6 +72,26 @@ def test_it_times_prompts_of_exactly_so_many_tokens(model, tiny_onnx, prose, tmp
     ]
 
 
+def test_an_arm_gets_the_tokens_that_the_server_writes(model, tiny_llama, monkeypatch, tmp_path):
+    """The server of our own runtime in the place of vLLM: what the arm yields is what that runtime decodes."""
+    prompt = np.arange(3, 12)
+    with serving(model) as server:
+        started = nullcontext((server.url, os.getpgid(0)))
+        monkeypatch.setattr(_vllm, "serving", lambda _how, **_: started)
+        decoder = ServedDecoder(tiny_llama, threads=1, max_tokens=32, log=tmp_path / "log")
+        assert list(decoder.greedy(prompt, 7)) == list(model.decoder.greedy(prompt, 7))
+    assert (decoder.runtime, decoder.dtype) == ("vllm", "bfloat16")
+    assert decoder.peak_mib() > 50
+
+
+def test_a_server_that_tells_no_numbers_of_tokens_is_refused(model, monkeypatch):
+    with serving(model) as server:
+        client = Client(server.url, timeout_s=30)
+        monkeypatch.setattr(model, "write", lambda *_: iter([(2, 5, "a")]))
+        with pytest.raises(UnavailableError, match="told 1 tokens of 4"):
+            list(client.tokens("tiny", [1, 2], 4))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -95,10 +118,10 @@ def test_prompts_that_do_not_fit_are_refused(facts, target):
 def test_a_speculator_says_how_the_server_drafts(tmp_path):
     written = {"servers": {"vllm": {"speculative_config": {"method": "medusa", "model": "speculator/vllm"}}}}
     (tmp_path / "speculator.json").write_text(json.dumps(written))
-    assert served.speculation(tmp_path) == {"method": "medusa", "model": str(tmp_path / "vllm")}
+    assert _vllm.speculation(tmp_path) == {"method": "medusa", "model": str(tmp_path / "vllm")}
     (tmp_path / "speculator.json").write_text("{}")
     with pytest.raises(IntegrityError, match="doesn't say how vLLM drafts"):
-        served.speculation(tmp_path)
+        _vllm.speculation(tmp_path)
 
 
 def test_the_recipe_decides_what_is_asked():
