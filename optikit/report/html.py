@@ -123,10 +123,9 @@ def _page(report: Report) -> dict[str, Any]:
         ),
         "kl": _divergence(report),
         "attribution": free.table(report.attribution),
-        "speculation": speculating.listed(speculation, drawn=True),
-        "acceptance": _acceptance(speculation),
-        "windows": _windows(speculation),
-        "gains": _gains(speculation),
+        "speculation": speculating.grouped(speculation, drawn=True),
+        "speculation_sentence": speculating.sentence(speculation),
+        "speculation_pictures": tuple(_speculation_pictures(speculation)),
         "definitions": tuple(DEFINITIONS[key] for key in needed(report) if key in DEFINITIONS),
         "environment": tuple(
             (title, free.listed(values))
@@ -313,6 +312,16 @@ def _bins(histogram: tuple[tuple[float, float, int], ...]) -> Iterator[tuple[str
     total = sum(count for _, _, count in histogram) or 1
     for low, high, count in histogram:
         yield f"{text.number(low, 2)} – {text.number(high, 2)}", f"{count:,}", text.percent(count / total)
+
+
+def _speculation_pictures(speculation: Mapping[str, Any]) -> Iterator[tuple[Markup, str]]:
+    """Yield (picture, caption) of what can be drawn."""
+    drawn = (
+        (_gains(speculation), "What acceptance is worth: every prompt judged on, by its tokens per forward pass"),
+        (_acceptance(speculation), "How often a draft token is kept, by its position in the draft"),
+        (_windows(speculation), "What checking costs: time of a forward pass, in multiples of one token's"),
+    )
+    yield from (each for each in drawn if each[0])
 
 
 def _acceptance(speculation: Mapping[str, Any]) -> Markup:

@@ -19,14 +19,46 @@ DRAWN = frozenset({"acceptance_by_position", "window_ms", "by_prompt"})
 """Figures that are pictures where there can be any."""
 
 
-def listed(given: Mapping[str, Any], *, drawn: bool) -> tuple[tuple[str, str], ...]:
-    """Return (name, value) of every figure; one that isn't known, or isn't what it should be, is told as it stands.
+Rows = tuple[tuple[str, str], ...]
+
+
+def grouped(given: Mapping[str, Any], *, drawn: bool) -> tuple[tuple[str, Rows], ...]:
+    """Return (name, value) of every figure, by what it is about.
+
+    One that isn't known, or isn't what it should be, is told as it stands.
 
     Args:
         given: `speculation` of a report.
         drawn: Whether `DRAWN` are pictures and not told in words.
     """
-    return tuple(row for key, value in given.items() if not (drawn and key in DRAWN) for row in _told(str(key), value))
+    told = {str(key): value for key, value in given.items() if not (drawn and key in DRAWN)}
+    keys = {title: [key for key in group if key in told] for title, group in GROUPS.items()}
+    keys[FURTHER] = [key for key in told if key not in WORDS]
+    return tuple(
+        (title, tuple(row for key in names for row in _told(key, told[key]))) for title, names in keys.items() if names
+    )
+
+
+def listed(given: Mapping[str, Any], *, drawn: bool) -> Rows:
+    """Return the rows of `grouped`, one after the other."""
+    return tuple(row for _, rows in grouped(given, drawn=drawn) for row in rows)
+
+
+def sentence(given: Mapping[str, Any]) -> str:
+    """Say what speculation brought; nothing where that isn't known."""
+    if given.get("chosen") == "off":
+        return "Measured here, no drafter pays: the model decodes without one."
+    try:
+        found = given["speedup"]
+        value, (low, high) = _finite(found["value"]), map(_finite, found["ci95"])
+        gain = f"{text.ratio(value)} ({text.ratio_interval(value, (low, high))})"
+        said = f"Tokens come {gain} as fast as from the same graph without drafts; {_times(given['predicted_speedup'])}"
+        ties, unlike = int(given["explained_ties"]), int(given["unexplained"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return ""
+    same = "texts part from plain decoding at near-ties only" if ties else "every text is that of plain decoding"
+    same = f"{text.plural(unlike, 'text')} part from plain decoding, and nothing explains it" if unlike else same
+    return f"{said} was predicted; {same}."
 
 
 def _told(key: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -113,33 +145,44 @@ def _prompts(rows: Any) -> str:
     return f"the best {_times(best['speedup'])} at an acceptance length of {text.number(best['acceptance_length'])}"
 
 
-WORDS: Mapping[str, tuple[str, Callable[[Any], Shown]]] = {
-    "method": ("method asked for", _drafter),
-    "chosen": ("method chosen by measuring", _drafter),
-    "lossless": ("lossless", free.worded),
-    "lengths": ("prompt lookup: tokens drafted after a match", _lengths),
-    "gate": ("n-grams of earlier answers: least confidence", _percent),
-    "ahead": ("heads or draft model: most tokens drafted", free.worded),
-    "ahead_gate": ("heads or draft model: least confidence", _percent),
-    "speedup": ("speed-up of decoding, measured", free.worded),
-    "predicted_speedup": ("speed-up of decoding, predicted", _times),
-    "speedup_without_loops": ("speed-up on texts that don't repeat themselves", free.worded),
-    "speedup_end_to_end": ("speed-up, the prompt's run included", free.worded),
-    "latency_ms": ("time per answer", _latency),
-    "looping": ("answers that repeat themselves", _percent),
-    "acceptance_length": ("acceptance length: tokens per forward pass", free.worded),
-    "acceptance_by_position": ("acceptance rate by draft position", _percents),
-    "drafting_steps": ("forward passes that checked a draft", _percent),
-    "by_drafter": ("acceptance rate", _accepted),
-    "by_prompt": ("speed-up by prompt", _prompts),
-    "prompts": ("prompts judged on", free.worded),
-    "exact_match": ("answers identical to plain decoding", _percent),
-    "explained_ties": ("answers that part at a near-tie of logits", free.worded),
-    "unexplained": ("answers that part anywhere else", free.worded),
-    "largest_tie_margin": ("largest margin of such a tie, logits", free.worded),
-    "kernel_noise": ("largest difference between the engine's kernels, logits", free.worded),
-    "predicted_alone": ("speed-up predicted for one drafter alone", _alone),
-    "drafting_ms": ("cost of heads or draft model", _costs),
-    "window_ms": ("verification cost T(m): time of a forward pass of m tokens", _windows),
+GROUPS: Mapping[str, Mapping[str, tuple[str, Callable[[Any], Shown]]]] = {
+    "What it brings": {
+        "speedup": ("speed-up of decoding, measured", free.worded),
+        "predicted_speedup": ("speed-up of decoding, predicted", _times),
+        "speedup_without_loops": ("speed-up on texts that don't repeat themselves", free.worded),
+        "speedup_end_to_end": ("speed-up, the prompt's run included", free.worded),
+        "latency_ms": ("time per answer", _latency),
+        "looping": ("answers that repeat themselves", _percent),
+        "acceptance_length": ("acceptance length: tokens per forward pass", free.worded),
+        "acceptance_by_position": ("acceptance rate by draft position", _percents),
+        "by_prompt": ("speed-up by prompt", _prompts),
+    },
+    "What drafts": {
+        "method": ("method asked for", _drafter),
+        "chosen": ("method chosen by measuring", _drafter),
+        "lengths": ("prompt lookup: tokens drafted after a match", _lengths),
+        "gate": ("n-grams of earlier answers: least confidence", _percent),
+        "ahead": ("heads or draft model: most tokens drafted", free.worded),
+        "ahead_gate": ("heads or draft model: least confidence", _percent),
+        "by_drafter": ("acceptance rate", _accepted),
+        "drafting_steps": ("forward passes that checked a draft", _percent),
+    },
+    "Whether texts stay the same": {
+        "lossless": ("lossless", free.worded),
+        "prompts": ("prompts judged on", free.worded),
+        "exact_match": ("answers identical to plain decoding", _percent),
+        "explained_ties": ("answers that part at a near-tie of logits", free.worded),
+        "unexplained": ("answers that part anywhere else", free.worded),
+        "largest_tie_margin": ("largest margin of such a tie, logits", free.worded),
+        "kernel_noise": ("largest difference between the engine's kernels, logits", free.worded),
+    },
+    "Why this drafter": {
+        "predicted_alone": ("speed-up predicted for one drafter alone", _alone),
+        "drafting_ms": ("cost of heads or draft model", _costs),
+        "window_ms": ("verification cost T(m): time of a forward pass of m tokens", _windows),
+    },
 }
-"""Name of each figure, and how its value is written."""
+"""Name of each figure, and how its value is written, by what it is about."""
+WORDS = {key: words for group in GROUPS.values() for key, words in group.items()}
+FURTHER = "Further figures"
+"""Group of figures that nobody gave a name."""

@@ -434,10 +434,9 @@ def gains(points: Sequence[tuple[float, float, float]], *, description: str) -> 
             _line(frame.left, y(value), frame.right, y(value), "one" if value == 1 else "grid"),
             _text(f"{value:.10g}×", frame.left - 8, y(value) + 4.5, "axis", "end"),
         ]
-    line = " ".join(f"{x(length):.1f},{y(predicted):.1f}" for length, _, predicted in points)
-    drawn.append(element("polyline", points=line, class_="path"))
     for length, measured, predicted in points:
         drawn += [
+            _line(x(length), y(predicted), x(length), y(measured), "path"),
             element("circle", cx=x(length), cy=y(predicted), r=3.5, class_="mark baseline"),
             element("circle", cx=x(length), cy=y(measured), r=4.5, class_="mark result"),
         ]

@@ -46,6 +46,32 @@ def test_pictures_are_not_told_again():
     assert not any("T(m)" in name or "position" in name or "by prompt" in name for name in names)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"explained_ties": 3, "unexplained": 0},
+            "1.90× was predicted; texts part from plain decoding at near-ties only.",
+        ),
+        ({"explained_ties": 0, "unexplained": 0}, "every text is that of plain decoding."),
+        ({"explained_ties": 3, "unexplained": 2}, "2 texts part from plain decoding, and nothing explains it."),
+        ({"chosen": "off"}, "no drafter pays"),
+        ({"explained_ties": 0, "unexplained": "x"}, None),
+        ({"speedup": None}, None),
+    ],
+)
+def test_one_sentence_says_what_it_brought(changes, said):
+    found = speculation.sentence({**FOUND, **changes})
+    assert found == "" if said is None else said in found
+
+
+def test_every_figure_is_in_one_group_only():
+    keys = [key for group in speculation.GROUPS.values() for key in group]
+    assert len(keys) == len(set(keys)) == len(speculation.WORDS)
+    (further,) = [rows for title, rows in speculation.grouped({**FOUND, "new": 3}, drawn=True) if "Further" in title]
+    assert further == (("new", "3"),)
+
+
 @pytest.mark.parametrize("nonsense", ["words", 3, [1], {"a": "b"}, True, float("nan"), [["x"]], {"value": {}}])
 def test_nonsense_is_told_as_it_stands(nonsense):
     for key in (*speculation.WORDS, "other"):
