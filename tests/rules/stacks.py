@@ -25,6 +25,7 @@ TRAITS = {
     "depth": "shortened",
     "width": "narrowed",
     "lora": "finetuned",
+    "medusa2": "finetuned",
     "medusa": "medusa_heads",
     "draft": "draft_model",
     "lookup": "prompt_lookup",
