@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from optikit.algorithms import awq, gptq, int8, rtn, smoothquant
+from optikit.algorithms import awq, gptq, int8, nf4, rtn, smoothquant
 from optikit.algorithms.grid import Grid, Quantized, dequantize, fit, pruned_mask
 from optikit.calibration import ranks
 from optikit.calibration.gram import Gram
 from optikit.calibration.method import Applied, Feeder, Group
 from optikit.formats import awq as awq_format
 from optikit.formats import compressed_tensors, llm_int8
+from optikit.formats import nf4 as nf4_format
 
 SAMPLE_TOKENS = 512
 """At least so many tokens' inputs are kept, where there are as many, to see how they round."""
@@ -157,6 +158,32 @@ class LlmInt8:
             codes = int8.quantize(weight, scales)
             tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in llm_int8.pack(codes, scales).items()}
             weights.append(int8.dequantize(codes, scales))
+        return Applied(weights=tuple(weights), tensors=tensors)
+
+
+@dataclass(frozen=True)
+class Nf4:
+    """Round weights to NF4, for bitsandbytes to serve.
+
+    Attributes:
+        double_quant: Quantize the constants of blocks, too.
+        dtype: What a server computes in, as torch names it.
+    """
+
+    double_quant: bool
+    dtype: str
+
+    def apply(self, group: Group) -> Applied:
+        """Round every linear of a group."""
+        weights: list[Tensor] = []
+        tensors: dict[str, Tensor] = {}
+        for name, weight in zip(group.names, group.weights, strict=True):
+            codes, extremes = nf4.quantize(weight)
+            constants = nf4.quantize_constants(extremes) if self.double_quant else extremes
+            packed = nf4_format.pack(codes, constants, (weight.shape[0], weight.shape[1]), self.dtype)
+            tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.items()}
+            read = nf4.dequantize_constants(constants) if isinstance(constants, nf4.Constants) else extremes
+            weights.append(nf4.dequantize(codes, read).view_as(weight))
         return Applied(weights=tuple(weights), tensors=tensors)
 
 

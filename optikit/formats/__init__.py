@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from optikit.errors import IntegrityError
-from optikit.formats import awq, compressed_tensors, gptq, llm_int8
+from optikit.formats import awq, compressed_tensors, gptq, llm_int8, nf4
 from optikit.formats.checkpoint import Checkpoint
 from optikit.models import architectures
 
@@ -30,12 +30,19 @@ class _Packing:
         suffixes: Tensors of a packed linear.
         mark: The one of them that no dense linear has.
         unpack: Tensors by suffix, and bits → weight (out, in) float32.
+        optional: Tensors that some packed linears have besides.
     """
 
     dialect: tuple[str, str, str]
     suffixes: tuple[str, ...]
     mark: str
     unpack: Callable[[Mapping[str, Tensor], int], Tensor]
+    optional: tuple[str, ...] = ()
+
+    def split(self, name: str) -> tuple[str, str]:
+        """Return the linear and the suffix that a tensor's name is made of; ("", "") where it has no such suffix."""
+        found = next((s for s in (*self.suffixes, *self.optional) if name.endswith(f".{s}")), "")
+        return (name.removesuffix(f".{found}"), found) if found else ("", "")
 
 
 def _gptq(tensors: Mapping[str, Tensor], bits: int) -> Tensor:
@@ -50,17 +57,24 @@ def _llm_int8(tensors: Mapping[str, Tensor], _: int) -> Tensor:
     return llm_int8.dequantize(tensors)
 
 
+def _nf4(tensors: Mapping[str, Tensor], _: int) -> Tensor:
+    return nf4.dequantize(tensors)
+
+
 def _int_quantized(tensors: Mapping[str, Tensor], _: int) -> Tensor:
     return compressed_tensors.dequantize(tensors)
 
 
-PACKINGS: Mapping[str, _Packing] = {
-    "gptq": _Packing(("checkpoint_format", "gptq", "gptq"), gptq.SUFFIXES, "qweight", _gptq),
-    "awq": _Packing(("version", "gemm", "gemm"), awq.SUFFIXES, "qweight", _awq),
-    "compressed-tensors": _Packing(
-        ("format", "int-quantized", ""), compressed_tensors.SUFFIXES, "weight_scale", _int_quantized
+PACKINGS: Mapping[str, tuple[_Packing, ...]] = {
+    "gptq": (_Packing(("checkpoint_format", "gptq", "gptq"), gptq.SUFFIXES, "qweight", _gptq),),
+    "awq": (_Packing(("version", "gemm", "gemm"), awq.SUFFIXES, "qweight", _awq),),
+    "compressed-tensors": (
+        _Packing(("format", "int-quantized", ""), compressed_tensors.SUFFIXES, "weight_scale", _int_quantized),
     ),
-    "bitsandbytes": _Packing(("load_in_8bit", "True", "False"), llm_int8.SUFFIXES, "SCB", _llm_int8),
+    "bitsandbytes": (
+        _Packing(("load_in_8bit", "True", "False"), llm_int8.SUFFIXES, "SCB", _llm_int8),
+        _Packing(("bnb_4bit_quant_type", "nf4", "fp4"), nf4.SUFFIXES, "weight.absmax", _nf4, nf4.NESTED_SUFFIXES),
+    ),
 }
 """Packings that can be read, by `quant_method`."""
 
@@ -74,12 +88,13 @@ def _packing(settings: Mapping[str, Any], directory: Path) -> _Packing | None:
     if not settings:
         return None
     method = settings.get("quant_method")
-    found = PACKINGS.get(str(method))
-    if found is not None:
-        key, wanted, absent = found.dialect
+    rows = PACKINGS.get(str(method), ())
+    for row in rows:
+        key, wanted, absent = row.dialect
         if str(settings.get(key, absent)) == wanted:
-            return found
-        method = f"{method} with {key} {settings.get(key)!r}"
+            return row
+    told = [f"{key} {settings.get(key)!r}" for key, *_ in (row.dialect for row in rows)]
+    method = f"{method} with {', '.join(told)}" if told else method
     raise IntegrityError(f"{directory} is packed as {method!r}", fix=f"formats that can be read: {', '.join(PACKINGS)}")
 
 
@@ -96,11 +111,12 @@ def dequantized_state(directory: Path) -> Iterator[tuple[str, Tensor]]:
     settings: Mapping[str, Any] = config.get("quantization_config") or {}
     packing = _packing(settings, directory)
     for name in checkpoint:
-        layer, _, kind = name.rpartition(".")
-        if packing is None or kind not in packing.suffixes or f"{layer}.{packing.mark}" not in checkpoint:
+        layer, kind = packing.split(name) if packing else ("", "")
+        if packing is None or f"{layer}.{packing.mark}" not in checkpoint:
             yield name, checkpoint.read(name)
         elif kind == packing.mark:
-            tensors = {suffix: checkpoint.read(f"{layer}.{suffix}") for suffix in packing.suffixes}
+            there = (*packing.suffixes, *(s for s in packing.optional if f"{layer}.{s}" in checkpoint))
+            tensors = {suffix: checkpoint.read(f"{layer}.{suffix}") for suffix in there}
             weight = packing.unpack(tensors, int(settings.get("bits", 0)))
             yield f"{layer}.weight", weight.T.contiguous() if _transposed(config) else weight
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ MOST_HEADER_BYTES = 100_000_000
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MOST_DIMENSIONS = 64
+MOST_VALUE_BYTES = 4096
+"""Of a tensor that is read while planning."""
 
 
 def read_header(path: Path) -> dict[str, TensorFacts]:
@@ -66,6 +68,27 @@ def read_directory(directory: Path) -> Mapping[str, TensorFacts]:
         if found.get(name) != shard:
             raise IntegrityError(f"{directory}: {INDEX} promises {name!r} in {shard}, which lacks it", fix=FIX)
     return tensors
+
+
+def read_values(directory: Path, names: Collection[str]) -> dict[str, bytes]:
+    """Return the bytes of a few small tensors of a directory that `read_directory` accepts, by name.
+
+    Raises:
+        IntegrityError: One is larger than what a loader keeps beside a weight.
+    """
+    found: dict[str, bytes] = {}
+    single = (directory / SINGLE).is_file()
+    for shard in [SINGLE] if single else sorted(set(_index(directory / INDEX).values())):
+        with (directory / shard).open("rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            rows = parse_object(file.read(length))
+            for name in sorted(rows.keys() & set(names)):
+                begin, end = rows[name]["data_offsets"]
+                if end - begin > MOST_VALUE_BYTES:
+                    raise IntegrityError(f"{directory / shard}: {name!r} has {end - begin} bytes", fix=FIX)
+                file.seek(8 + length + begin)
+                found[name] = file.read(end - begin)
+    return found
 
 
 def _length(prefix: bytes, size: int) -> int:

@@ -6,6 +6,7 @@ Layouts, with `in` and `out` the layer's features:
     awq, gemm            qweight int32 (in, out · bits / 32)     scales (groups, out)
     compressed-tensors   weight int8 (out, in)                   weight_scale (out, 1)     format int-quantized
     bitsandbytes, int8   weight int8 (out, in)                   SCB (out)
+    bitsandbytes, nf4    weight uint8 (out · in / 2, 1)          weight.quant_state… JSON, with the shape
 
 A linear that was left alone has a plain `weight` in every one of them.
 """
@@ -17,8 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from optikit.errors import RecipeError
+from optikit.errors import IntegrityError, RecipeError
 from optikit.models.facts import TensorFacts, Trait
+from optikit.models.headers import read_values
+from optikit.models.strict_json import parse_object
+
+NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
+"""Suffix of the tensor of an nf4 linear that holds JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +84,7 @@ def _known(settings: Mapping[str, Any]) -> Scheme | None:
         return Scheme(trait="int4_awq", bits=4, packed="out")
     if method == "compressed-tensors" and _is_w8a8(settings):
         return Scheme(trait="int8_w8a8")
-    if method == "bitsandbytes" and settings.get("load_in_8bit") is True:
-        return Scheme(trait="int8_llm")
-    return None
+    return _bitsandbytes(settings) if method == "bitsandbytes" else None
 
 
 def _is_w8a8(settings: Mapping[str, Any]) -> bool:
@@ -91,8 +95,47 @@ def _is_w8a8(settings: Mapping[str, Any]) -> bool:
     return all(isinstance(part, dict) and part.get("num_bits") == 8 and part.get("type") == "int" for part in parts)
 
 
+def _bitsandbytes(settings: Mapping[str, Any]) -> Scheme | None:
+    if settings.get("load_in_8bit") is True:
+        return Scheme(trait="int8_llm")
+    kind, storage = settings.get("bnb_4bit_quant_type"), settings.get("bnb_4bit_quant_storage", "uint8")
+    is_nf4 = settings.get("load_in_4bit") is True and (kind, storage) == ("nf4", "uint8")
+    return Scheme(trait="nf4") if is_nf4 else None
+
+
+def stated_shapes(directory: Path, tensors: Mapping[str, TensorFacts]) -> dict[str, tuple[int, int]]:
+    """Return (out_features, in_features) of the linears whose packing states it beside the weight: those of nf4.
+
+    Args:
+        directory: A model directory.
+        tensors: Its headers.
+
+    Raises:
+        IntegrityError: A statement can't be read, or isn't that of its weight.
+    """
+    names = {name.removesuffix(NF4_STATE) for name in tensors if name.endswith(f".{NF4_STATE}")}
+    stated = read_values(directory, {name + NF4_STATE for name in names})
+    return {name.removesuffix("."): _shape(name, stated[name + NF4_STATE], tensors, directory) for name in names}
+
+
+def _shape(name: str, stated: bytes, tensors: Mapping[str, TensorFacts], directory: Path) -> tuple[int, int]:
+    weight = tensors.get(f"{name}weight")
+    try:
+        shape = parse_object(stated)["shape"]
+        rows, columns = (size for size in shape if type(size) is int and size > 0)
+    except (ValueError, KeyError, TypeError) as error:
+        message = f"{directory}: {name}{NF4_STATE} tells no shape"
+        raise IntegrityError(message, fix="quantize it again") from error
+    if weight is None or weight.bytes != -(-rows * columns // 2):
+        held = "is missing" if weight is None else f"has {weight.bytes} bytes"
+        message = f"{directory}: {name}weight {held}, and 4-bit weights of {rows}x{columns} are stated"
+        raise IntegrityError(message, fix="quantize it again")
+    return rows, columns
+
+
 def _describe(settings: Any) -> str:
     if not isinstance(settings, dict):
         return "its quantization_config"
-    told = (f"{key} {settings[key]}" for key in ("quant_method", "bits", "version", "format") if key in settings)
+    keys = ("quant_method", "bits", "version", "format", "bnb_4bit_quant_type")
+    told = (f"{key} {settings[key]}" for key in keys if key in settings)
     return f"quantization ({', '.join(told)})"

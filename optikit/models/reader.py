@@ -64,7 +64,9 @@ def read(directory: Path) -> ModelFacts:
     scheme = quantization.scheme(settings, where)
     tensors = headers.read_directory(directory)
     figures = _figures(architecture.keys, settings, where)
-    linears = _linears(architecture, scheme, _prefixed(architecture, tensors), figures["layers"], directory)
+    stated = quantization.stated_shapes(directory, tensors) if scheme.trait == "nf4" else {}
+    named = _prefixed(architecture, tensors)
+    linears = _linears(architecture, scheme, named, figures["layers"], directory, stated)
     _check_embedding(architecture, tensors, figures, directory)
     return _facts(
         architecture,
@@ -157,10 +159,13 @@ def _linears(
     tensors: Mapping[str, TensorFacts],
     layers: int,
     where: Path,
+    stated: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> dict[str, tuple[int, int]]:
     found = {}
+    prefix = architecture.blocks.partition(".")[0] + "."
     for name in architecture.names(layers):
-        shape = scheme.shape(name, tensors, transposed=architecture.transposed)
+        told = stated.get(name, stated.get(name.removeprefix(prefix)))
+        shape = told or scheme.shape(name, tensors, transposed=architecture.transposed)
         if shape is None:
             raise IntegrityError(f"{where} has no weights for {name}", fix=_INCOMPLETE)
         found[name] = shape
@@ -199,8 +204,9 @@ def _facts(
 
 def _main_dtype(tensors: Mapping[str, TensorFacts]) -> str:
     weights: Counter[str] = Counter()
-    for tensor in tensors.values():
-        weights[tensor.dtype] += tensor.bytes
+    for name, tensor in tensors.items():
+        if ".weight." not in name:  # what is kept beside a packed weight
+            weights[tensor.dtype] += tensor.bytes
     floats = {dtype: size for dtype, size in weights.items() if "F" in dtype}
     return max(floats or weights, key=lambda dtype: weights[dtype], default="F32")
 

@@ -11,14 +11,16 @@ import torch
 from safetensors.torch import save_file
 
 from optikit import formats
+from optikit.algorithms.nf4 import LEVELS
 from optikit.errors import IntegrityError
-from optikit.formats import awq, compressed_tensors, gptq, llm_int8
+from optikit.formats import awq, compressed_tensors, gptq, llm_int8, nf4
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "gptq": {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq"},
     "awq": {"quant_method": "awq", "bits": 4, "version": "gemm"},
     "compressed-tensors": {"quant_method": "compressed-tensors", "format": "int-quantized"},
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
 }
 CODES = torch.arange(16 * 32, dtype=torch.int32).reshape(16, 32) * 7 % 16
 SCALES = (torch.arange(16 * 2).reshape(16, 2) + 1).half() / 64
@@ -32,6 +34,11 @@ def packed(method: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         slow = [[codes[o, i].item() * scales[o, 0].item() for i in range(32)] for o in range(16)]
         pack = compressed_tensors.pack if method == "compressed-tensors" else llm_int8.pack
         return pack(codes, scales), torch.tensor(slow)
+    if method == "nf4":
+        extremes = torch.arange(8) / 4.0
+        blocks = [[LEVELS[CODES[o, i].item()] * extremes[(o * 32 + i) // 64].item() for i in range(32)]
+                  for o in range(16)]  # fmt: skip
+        return nf4.pack(CODES.to(torch.uint8).view(-1), extremes, (16, 32), "bfloat16"), torch.tensor(blocks)
     slow = [[(CODES[o, i].item() - ZEROS[o, i // 16].item()) * SCALES[o, i // 16].item() for i in range(32)]
             for o in range(16)]  # fmt: skip
     codes = CODES.to(torch.uint8)
@@ -74,6 +81,7 @@ def test_transposed_families_get_their_layout_back(tmp_path, method):
         ("awq", "version", "gemv"),
         ("compressed-tensors", "format", "dense"),
         ("bitsandbytes", "load_in_8bit", False),
+        ("nf4", "bnb_4bit_quant_type", "fp4"),
     ],
 )
 def test_other_dialects_are_refused_by_name(tmp_path, method, key, value):

@@ -118,7 +118,18 @@ def w8a8(name: str, weight: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, A
     }
 
 
+def nf4(name: str, weight: np.ndarray[Any, Any], shape: Any = None) -> dict[str, np.ndarray[Any, Any]]:
+    state = json.dumps({"quant_type": "nf4", "blocksize": 64, "shape": shape or list(weight.shape)})
+    return {
+        f"{name}.weight": np.zeros((weight.size // 2, 1), np.uint8),
+        f"{name}.weight.absmax": np.zeros(weight.size // 64, np.float32),
+        f"{name}.weight.quant_map": np.zeros(16, np.float32),
+        f"{name}.weight.quant_state.bitsandbytes__nf4": np.frombuffer(state.encode(), np.uint8),
+    }
+
+
 INT8 = {"num_bits": 8, "type": "int"}
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 W8A8 = {
     "quant_method": "compressed-tensors",
     "format": "int-quantized",
@@ -130,6 +141,7 @@ QUANTIZED = {
     "awq": (awq, {"quant_method": "awq", "bits": 4, "version": "gemm"}, "int4_awq"),
     "w8a8": (w8a8, W8A8, "int8_w8a8"),
     "int8": (w8a8, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "int8_llm"),
+    "nf4": (nf4, NF4, "nf4"),
 }
 
 
@@ -146,11 +158,20 @@ def test_facts_of_a_quantized_directory(name: str, copy: Path) -> None:
     assert facts.weight_bytes < dense.weight_bytes
 
 
+@pytest.mark.parametrize("shape", [[4, 4], [0, 64], [64], "64x64", [64, 64, 1]])
+def test_a_packed_weight_whose_stated_shape_is_not_its_own_is_refused(shape: Any, copy: Path) -> None:
+    _pack(copy, lambda name, weight: nf4(name, weight, shape))
+    edit(copy, lambda config: config.update(quantization_config=NF4))
+    with pytest.raises(IntegrityError, match=r"quant_state|stated"):
+        read(copy)
+
+
 UNKNOWN: list[Any] = [
     {"quant_method": "gptq", "bits": 3},
     {"quant_method": "awq", "bits": 4, "version": "gemv"},
     {"quant_method": "aqlm"},
     {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    NF4 | {"bnb_4bit_quant_storage": "bfloat16"},
     {"quant_method": "compressed-tensors", "format": "pack-quantized"},
     W8A8 | {"config_groups": {"group_0": {"weights": INT8 | {"num_bits": 4}, "input_activations": INT8}}},
     W8A8 | {"config_groups": {"group_0": {"weights": INT8, "input_activations": None}}},

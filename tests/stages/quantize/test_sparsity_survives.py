@@ -41,6 +41,7 @@ def pruned(request, tiny_llama, prose, tmp_path_factory) -> Path:
         ("int8", {"group_size": 32}),
         ("int8", {"scheme": "w8a8"}),
         ("int8", {"scheme": "llm_int8"}),
+        ("nf4", {}),
     ],
     ids=str,
 )
