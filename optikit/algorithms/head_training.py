@@ -54,10 +54,17 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What heads learn from: hidden (n, hidden) of any float dtype, targets (n, heads) int64 of `make_targets`."""
+    """What heads learn from.
+
+    Attributes:
+        hidden: (n, hidden) of any float dtype.
+        targets: (n, heads) int64 of `make_targets`.
+        before: (n, heads) int64 of `make_before`; sequential heads need it.
+    """
 
     hidden: Tensor
     targets: Tensor
+    before: Tensor | None = None
 
     def useful(self) -> Tensor:
         """Return the indices of rows that at least one head can learn from."""
@@ -178,7 +185,8 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         hidden, targets = self.rows.hidden[batch].float(), self.rows.targets[batch]
         total = 0.0
-        for part in losses(self.heads, hidden, targets, decay=self.settings.decay):
+        before = None if self.rows.before is None else self.rows.before[batch]
+        for part in losses(self.heads, hidden, targets, before, decay=self.settings.decay):
             if part.requires_grad:
                 part.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
             total += float(part.detach())
@@ -198,7 +206,7 @@ class _Run:
 
     def close_epoch(self) -> None:
         """Validate, and keep the heads if they are the best so far."""
-        found = accuracy(self.heads, self.validation.hidden, self.validation.targets)
+        found = accuracy(self.heads, self.validation.hidden, self.validation.targets, self.validation.before)
         self.history.losses.append(self.epoch_loss / self.per_epoch)
         self.history.validation.append(found)
         if found.tokens_per_step > self.best_value:

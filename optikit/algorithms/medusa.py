@@ -1,13 +1,16 @@
 """Medusa heads: small networks that guess, from one hidden state, the tokens after the next one.
 
-Paper   Cai et al. 2024, arXiv:2401.10774, sections 2.1 and 2.2 (Medusa-1: the model itself stays as it is)
+Paper   Cai et al. 2024, arXiv:2401.10774, sections 2.1 and 2.2 (Medusa-1: the model itself stays as it is); heads that
+        see the tokens drafted before them: Ankner et al. 2024, arXiv:2402.05109 (Hydra)
 Cost    one (hidden, hidden) layer per head; the output layer costs more than all of it, so heads may share the model's,
         cut to the tokens that are worth drafting
 Differs biases start at zero, too, so that a head begins as an exact copy of the model's own; targets never cross the
-        border of a document; several layers per head are several, not one applied often
+        border of a document; several layers per head are several, not one applied often; the skip connection
+        around a sequential head's first layer keeps the state as it is, and what embeddings add to it starts at zero
 
 The hidden state at position t is what the model's output head reads there, after the final norm. The model's own head
-predicts token t + 1 from it, head k (from 0) token t + 2 + k.
+predicts token t + 1 from it, head k (from 0) token t + 2 + k. Sequential heads see the tokens between, too: head k
+those from t + 1, which is known when heads are asked, to t + 1 + k, which the heads before it have drafted.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ DECAY = 0.8
 
 
 class ResBlock(nn.Module):
-    """x + SiLU(W x + b), zero at the start.
+    """x + SiLU(W x + b), zero at the start; with more to read, x + s + SiLU(W x + b + r).
 
     Args:
         hidden: Width.
@@ -37,13 +40,25 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (..., hidden)."""
-        return x + nn.functional.silu(self.linear(x))
+    def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
+        """Return (..., hidden) from x (..., hidden) and, if any, s and r as `more` (..., 2 · hidden)."""
+        if more is None:
+            return x + nn.functional.silu(self.linear(x))
+        beside, inside = more.chunk(2, dim=-1)
+        return x + beside + nn.functional.silu(self.linear(x) + inside)
+
+
+def _to_unit(rows: Tensor) -> float:
+    """Return the factor that gives rows a root mean square of 1."""
+    norm = float(torch.linalg.vector_norm(rows.detach(), dtype=torch.float32))
+    return rows.numel() ** 0.5 / norm if norm else 1.0
 
 
 class MedusaHeads(nn.Module):
-    """K heads over one hidden state.
+    """K heads over one hidden state and, if they are sequential, over the tokens drafted before each.
+
+    A sequential head reads those tokens' embeddings in its first residual block, by a linear map that is zero at the
+    start. They are scaled, all alike, to a root mean square of 1: models differ a lot in how small they are.
 
     Args:
         output: (vocab, hidden): rows of the model's output head.
@@ -51,12 +66,21 @@ class MedusaHeads(nn.Module):
         layers: Residual blocks per head.
         shared: All heads read out through `output`, which isn't trained. Else each trains a copy of it.
         token_ids: (drafted,) int64, ascending: the tokens that heads can draft; None is the whole vocabulary.
+        embedding: (vocab, width): the model's input embeddings, which aren't trained; makes the heads sequential.
     """
 
     token_ids: Tensor | None
+    embedding: Tensor | None
 
     def __init__(
-        self, output: Tensor, *, heads: int, layers: int = 1, shared: bool = True, token_ids: Tensor | None = None
+        self,
+        output: Tensor,
+        *,
+        heads: int,
+        layers: int = 1,
+        shared: bool = True,
+        token_ids: Tensor | None = None,
+        embedding: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.vocab, hidden = output.shape
@@ -66,25 +90,66 @@ class MedusaHeads(nn.Module):
         copies = 1 if shared else heads
         self.outputs = nn.ParameterList(nn.Parameter(rows.clone(), requires_grad=not shared) for _ in range(copies))
         self.register_buffer("token_ids", token_ids)
+        self.register_buffer("embedding", None if embedding is None else embedding.detach(), persistent=False)
+        widths = [] if embedding is None else [embedding.shape[1] * (head + 1) for head in range(heads)]
+        self.inputs = nn.ModuleList(nn.Linear(width, 2 * hidden, bias=False) for width in widths)
+        for each in self.inputs.parameters():
+            nn.init.zeros_(each)
+        self.scale = 1.0 if embedding is None else _to_unit(embedding)
 
     @property
     def heads(self) -> int:
         """Number of heads."""
         return len(self.blocks)
 
+    @property
+    def sequential(self) -> bool:
+        """Whether each head sees the tokens drafted before it."""
+        return self.embedding is not None
+
     def linears(self, head: int) -> list[tuple[Tensor, Tensor]]:
         """Return weight (hidden, hidden) and bias (hidden,) of each residual layer of a head."""
         linears = [each for each in self.blocks[head].modules() if isinstance(each, nn.Linear)]
         return [(each.weight, each.bias) for each in linears]
 
-    def logits(self, head: int, hidden: Tensor) -> Tensor:
-        """Return one head's logits (n, drafted) from hidden states (n, hidden)."""
-        output = self.outputs[0 if self.shared else head]
-        return nn.functional.linear(self.blocks[head](hidden), output)
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """Return the embeddings (..., width) of tokens, scaled as sequential heads see them.
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return the logits (n, heads, drafted) of all heads from hidden states (n, hidden)."""
-        return torch.stack([self.logits(head, hidden) for head in range(self.heads)], dim=1)
+        Raises:
+            ValueError: The heads aren't sequential.
+        """
+        if self.embedding is None:
+            raise ValueError("heads that aren't sequential have no embeddings")
+        return nn.functional.embedding(tokens, self.embedding).float() * self.scale
+
+    def logits(self, head: int, hidden: Tensor, before: Tensor | None = None) -> Tensor:
+        """Return one head's logits.
+
+        Args:
+            head: Which.
+            hidden: (n, hidden): states at positions t.
+            before: (n, head + 1 or more): the tokens at t + 1, t + 2 …; sequential heads need them.
+
+        Returns:
+            (n, drafted).
+
+        Raises:
+            ValueError: A sequential head without the tokens before it.
+        """
+        more = None
+        if self.sequential:
+            if before is None:
+                raise ValueError("sequential heads need the tokens before them")
+            more = self.inputs[head](self.embedded(before[:, : head + 1]).flatten(1))
+        first, *others = self.blocks[head]
+        state = first(hidden, more)
+        for block in others:
+            state = block(state)
+        return nn.functional.linear(state, self.outputs[0 if self.shared else head])
+
+    def forward(self, hidden: Tensor, before: Tensor | None = None) -> Tensor:
+        """Return the logits (n, heads, drafted) of all heads from states (n, hidden), tokens before (n, heads)."""
+        return torch.stack([self.logits(head, hidden, before) for head in range(self.heads)], dim=1)
 
     def to_output_rows(self, targets: Tensor) -> Tensor:
         """Return the row of the output layers that stands for each token, `IGNORED` where none does."""
@@ -95,11 +160,22 @@ class MedusaHeads(nn.Module):
         return torch.where(targets == IGNORED, IGNORED, row[targets.clamp(min=0)])
 
     @torch.inference_mode()
-    def guess(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each head's likeliest token (n, heads) and its probability, from hidden states (n, hidden)."""
-        best = self(hidden).softmax(-1).max(-1)
-        tokens = best.indices if self.token_ids is None else self.token_ids[best.indices]
-        return tokens, best.values
+    def guess(self, hidden: Tensor, newest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return each head's likeliest token and its probability, both (n, heads).
+
+        Args:
+            hidden: (n, hidden): states at positions t.
+            newest: (n,): the tokens at t + 1, after which sequential heads go on, each with what those before it
+                found likeliest; other heads don't look at them.
+        """
+        tokens = hidden.new_empty((len(hidden), 0), dtype=torch.int64) if newest is None else newest[:, None]
+        probs = []
+        for head in range(self.heads):
+            best = self.logits(head, hidden, tokens).softmax(-1).max(-1)
+            found = best.indices if self.token_ids is None else self.token_ids[best.indices]
+            tokens = torch.cat([tokens, found[:, None]], dim=1)
+            probs.append(best.values)
+        return tokens[:, -self.heads :], torch.stack(probs, dim=1)
 
 
 def make_targets(tokens: Tensor, documents: Tensor, wanted: Tensor, heads: int) -> Tensor:
@@ -122,13 +198,27 @@ def make_targets(tokens: Tensor, documents: Tensor, wanted: Tensor, heads: int) 
     return out
 
 
-def losses(heads: MedusaHeads, hidden: Tensor, targets: Tensor, *, decay: float = DECAY) -> Iterator[Tensor]:
+def make_before(tokens: Tensor, heads: int) -> Tensor:
+    """Return the token right before each of `make_targets`, (n, K): token t + 1 + k; the last one where there is none.
+
+    Args:
+        tokens: (n,) int64, n ≥ 1: as there. A target lies in its position's document, and so does what is before it.
+        heads: K.
+    """
+    places = torch.arange(len(tokens))[:, None] + torch.arange(1, heads + 1)
+    return tokens[places.clamp(max=len(tokens) - 1)]
+
+
+def losses(
+    heads: MedusaHeads, hidden: Tensor, targets: Tensor, before: Tensor | None = None, *, decay: float = DECAY
+) -> Iterator[Tensor]:
     """Yield λ_k · cross-entropy of each head, one at a time: the logits of one head are large enough.
 
     Args:
         heads: The heads.
         hidden: (n, hidden).
         targets: (n, heads) from `make_targets`.
+        before: (n, heads) from `make_before`: sequential heads learn behind true tokens.
         decay: λ_k = decay^k, k from 1.
 
     Yields:
@@ -137,7 +227,7 @@ def losses(heads: MedusaHeads, hidden: Tensor, targets: Tensor, *, decay: float 
     rows = heads.to_output_rows(targets)
     for head in range(heads.heads):
         seen = rows[:, head] != IGNORED
-        logits = heads.logits(head, hidden[seen]).float()
+        logits = heads.logits(head, hidden[seen], None if before is None else before[seen]).float()
         total = nn.functional.cross_entropy(logits, rows[seen, head], reduction="sum")
         yield decay ** (head + 1) * total / seen.sum().clamp(min=1)
 
@@ -147,6 +237,7 @@ def gradient_norms(heads: MedusaHeads) -> tuple[float, ...]:
     norms = []
     for head, block in enumerate(heads.blocks):
         own = [*block.parameters(), *([] if heads.shared else [heads.outputs[head]])]
+        own += heads.inputs[head].parameters() if heads.sequential else []
         squares = [each.grad.square().sum() for each in own if each.grad is not None]
         norms.append(float(torch.stack(squares).sum().sqrt()) if squares else 0.0)
     return tuple(norms)
@@ -157,7 +248,8 @@ class Accuracy:
     """How well heads guess, over positions whose K targets are all known.
 
     Attributes:
-        top1: Share of positions at which each head's likeliest token is right.
+        top1: Share of positions at which each head's likeliest token is right; sequential heads are asked behind true
+            tokens, wherever those before them were wrong.
         top5: Share at which the right token is among the five likeliest.
         chain: Share at which heads 0 … k are all right: what a chain of drafts accepts.
         positions: Number of positions.
@@ -175,14 +267,24 @@ class Accuracy:
 
 
 @torch.inference_mode()
-def accuracy(heads: MedusaHeads, hidden: Tensor, targets: Tensor, *, batch: int = 1024) -> Accuracy:
-    """Measure heads on hidden (n, hidden), targets (n, heads); tokens outside the draft vocabulary count as wrong."""
+def accuracy(
+    heads: MedusaHeads, hidden: Tensor, targets: Tensor, before: Tensor | None = None, *, batch: int = 1024
+) -> Accuracy:
+    """Measure heads; tokens outside the draft vocabulary count as wrong.
+
+    Args:
+        heads: The heads.
+        hidden: (n, hidden).
+        targets: (n, heads) from `make_targets`.
+        before: (n, heads) from `make_before`, for sequential heads.
+        batch: Positions at once.
+    """
     known = torch.nonzero((targets != IGNORED).all(dim=1)).flatten()
     top = min(5, heads.outputs[0].shape[0])
     hits = []
     for part in torch.split(known, batch):
         rows = heads.to_output_rows(targets[part])
-        best = heads(hidden[part].float()).topk(top, dim=-1).indices
+        best = heads(hidden[part].float(), None if before is None else before[part]).topk(top, dim=-1).indices
         hits.append(best == rows[..., None])
     found = torch.cat(hits) if hits else torch.zeros(0, heads.heads, top, dtype=torch.bool)
     first = found[..., 0]

@@ -96,8 +96,11 @@ def head_set(heads: MedusaHeads, lm_head: Tensor) -> HeadSet:
         lm_head: (vocab, hidden): the model's own output layer.
 
     Raises:
-        UsageError: Output layers of their own, cut to a draft vocabulary.
+        UsageError: Output layers of their own, cut to a draft vocabulary; or heads that see drafted tokens.
     """
+    if heads.sequential:
+        message = "heads that see the tokens drafted before theirs fit no server's layout"
+        raise UsageError(message, fix="train heads with sequential: false")
     return HeadSet(
         blocks=tuple(tuple(heads.linears(head)) for head in range(heads.heads)),
         outputs=() if heads.shared else tuple(heads.outputs),

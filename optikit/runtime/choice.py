@@ -53,7 +53,8 @@ def foresee(speculator: Speculator, decoder: Decoder, written: Written) -> Writt
         written: The text.
     """
     if speculator.heads is not None:
-        guesses = [speculator.heads(state) for state in _states(decoder, written)]
+        states = _states(decoder, written)
+        guesses = [speculator.heads(*each) for each in zip(states, written.text.tolist(), strict=True)]
     elif speculator.draft is not None:
         guesses = list(_continued(speculator.draft, written, AHEAD))
     else:

@@ -103,8 +103,8 @@ FREE = DraftCosts()
 def measure_drafting(speculator: Speculator, context: Tokens, *, rounds: int = 30) -> DraftCosts:
     """Measure what asking the speculator's heads or draft model costs, behind a context (n,)."""
     if speculator.heads is not None:
-        heads, state = speculator.heads, np.ones(speculator.heads.width, np.float32)
-        return DraftCosts(name=speculator.method, ask_ms=_median_ms(lambda: heads(state), rounds))
+        heads, state, newest = speculator.heads, np.ones(speculator.heads.width, np.float32), int(context[-1])
+        return DraftCosts(name=speculator.method, ask_ms=_median_ms(lambda: heads(state, newest), rounds))
     if speculator.draft is not None:
         draft, token = speculator.draft, context[-1:]
         draft.forward(context, 0, 1)

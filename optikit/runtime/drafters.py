@@ -24,8 +24,9 @@ from optikit.runtime.acceptors import Probabilities, Sampling
 from optikit.runtime.protocol import Decoder, Logits, Tokens
 
 Hidden = NDArray[np.float32]
-Heads = Callable[[Hidden], tuple[Tokens, Probabilities]]
-"""From a hidden state (hidden,) to the likeliest token of each head and its probability, both (heads,)."""
+Heads = Callable[[Hidden, int], tuple[Tokens, Probabilities]]
+"""From a hidden state (hidden,), and the token that was predicted from it, to the likeliest token of each head and its
+probability, both (heads,)."""
 
 NOTHING = np.empty(0, np.int64)
 LOOKUP_LENGTHS: Mapping[int, int] = {3: 8, 2: 4}
@@ -227,7 +228,8 @@ class Medusa:
     """Heads on the target's last hidden state, one per token ahead; Cai et al., arXiv:2401.10774.
 
     Args:
-        heads: Head i guesses the token i + 2 places behind the state it reads: the model's own head has the first.
+        heads: Head i guesses the token i + 2 places behind the state it reads: the model's own head has the first. That
+            is the newest token of the text, which sequential heads look at, too.
         length: Most tokens to draft; None is one per head.
         gate: Cuts the chain where the product of the heads' probabilities falls below this.
     """
@@ -240,20 +242,22 @@ class Medusa:
         self._length = length
         self._gate = gate
         self._hidden: Hidden | None = None
+        self._newest = 0
 
     def start(self, _prompt: Tokens, /) -> None:
         """Forget the last state."""
         self._hidden = None
 
-    def extend(self, _tokens: Tokens, hidden: Hidden | None, /) -> None:
-        """Keep the newest state."""
+    def extend(self, tokens: Tokens, hidden: Hidden | None, /) -> None:
+        """Keep the newest state and the newest token, which was predicted from it."""
         self._hidden = hidden
+        self._newest = int(tokens[-1])
 
     def draft(self, limit: int, _rng: np.random.Generator, /) -> Draft:
         """Return the heads' likeliest tokens as one chain."""
         if self._hidden is None:
             return EMPTY
-        tokens, probs = self._heads(self._hidden)
+        tokens, probs = self._heads(self._hidden, self._newest)
         sure = int((np.cumprod(probs) >= self._gate).sum())
         kept = tokens[: min(limit, sure, len(tokens) if self._length is None else self._length)]
         return Draft(kept, self.name) if len(kept) else EMPTY

@@ -9,10 +9,10 @@ from torch import nn
 
 from optikit.algorithms import head_training, medusa
 from optikit.algorithms.head_training import Rows, Settings, train
-from optikit.algorithms.medusa import IGNORED, MedusaHeads, make_targets
+from optikit.algorithms.medusa import IGNORED, MedusaHeads, make_before, make_targets
 from optikit.errors import StageFailedError
 
-VOCAB, HIDDEN = 16, 24
+VOCAB, HIDDEN, WIDTH = 16, 24, 10
 
 
 def build(seed=0, **options):
@@ -24,19 +24,25 @@ def shaken(**options):
     """Heads whose weights are not zero any more."""
     heads = build(**options)
     with torch.no_grad():
-        for each in heads.blocks.parameters():
+        for each in (*heads.blocks.parameters(), *heads.inputs.parameters()):
             each.normal_(0, 0.3)
     return heads
 
 
+def table(size=0.02):
+    """Input embeddings, of another width than the states and as small as some models have them."""
+    return torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(5)) * size
+
+
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_new_heads_repeat_the_models_own(shared, layers):
-    heads = build(shared=shared, layers=layers)
-    hidden = torch.randn(5, HIDDEN)
+@pytest.mark.parametrize("embedding", [None, table()], ids=["parallel", "sequential"])
+def test_new_heads_repeat_the_models_own(shared, layers, embedding):
+    heads = build(shared=shared, layers=layers, embedding=embedding)
+    hidden, before = torch.randn(5, HIDDEN), torch.randint(0, VOCAB, (5, 3))
     own = hidden @ heads.outputs[0].T
     for head in range(3):
-        assert torch.equal(heads(hidden)[:, head], own)
+        assert torch.equal(heads(hidden, before)[:, head], own)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -51,6 +57,61 @@ def test_heads_compute_what_the_paper_writes(shared):
         torch.testing.assert_close(heads(hidden)[:, k], expected)
     first, second = heads.blocks[0]
     assert not torch.equal(first.linear.weight, second.linear.weight)
+
+
+@pytest.mark.parametrize("size", [0.02, 5.0])
+@pytest.mark.parametrize("shared", [True, False])
+def test_sequential_heads_compute_what_is_written(shared, size):
+    """One position, one head and one token at a time."""
+    embedding = table(size)
+    unit = embedding / embedding.square().mean().sqrt()
+    heads = shaken(layers=2, shared=shared, embedding=embedding)
+    hidden, before = torch.randn(5, HIDDEN), torch.randint(0, VOCAB, (5, 3))
+    found = heads(hidden, before)
+    for t in range(5):
+        for k in range(3):
+            first, second = (block.linear for block in heads.blocks[k])
+            beside, inside = torch.zeros(HIDDEN), first.bias.clone()
+            for j in range(k + 1):
+                both = heads.inputs[k].weight[:, j * WIDTH : (j + 1) * WIDTH] @ unit[before[t, j]]
+                beside += both[:HIDDEN]
+                inside += both[HIDDEN:]
+            x = hidden[t] + beside + nn.functional.silu(first.weight @ hidden[t] + inside)
+            x = x + nn.functional.silu(second.weight @ x + second.bias)
+            torch.testing.assert_close(found[t, k], heads.outputs[0 if shared else k] @ x)
+
+
+def test_a_sequential_head_sees_no_token_that_is_drafted_after_it():
+    heads = shaken(embedding=table())
+    hidden, before = torch.randn(1, HIDDEN), torch.zeros(1, 3, dtype=torch.int64)
+    first = heads(hidden, before)[0]
+    for place in range(3):
+        changed = before.clone()
+        changed[0, place] = 7
+        differs = (heads(hidden, changed)[0] != first).any(-1)
+        assert differs.tolist() == [head >= place for head in range(3)]
+
+
+@pytest.mark.parametrize("token_ids", [None, torch.tensor([1, 4, 9, 11])])
+def test_sequential_heads_guess_behind_their_own_drafts(token_ids):
+    heads = shaken(embedding=table(), token_ids=token_ids)
+    hidden, newest = torch.randn(6, HIDDEN), torch.randint(0, VOCAB, (6,))
+    tokens, probs = heads.guess(hidden, newest)
+    for t in range(6):
+        text = [int(newest[t])]
+        for k in range(3):
+            best = heads.logits(k, hidden[t : t + 1], torch.tensor([text]))[0].softmax(0).max(0)
+            text.append(int(best.indices if token_ids is None else token_ids[best.indices]))
+            assert float(probs[t, k]) == pytest.approx(float(best.values.detach()), rel=1e-5)
+        assert tokens[t].tolist() == text[1:]
+
+
+def test_sequential_heads_do_not_guess_what_came_before():
+    heads = build(embedding=table())
+    with pytest.raises(ValueError, match="need the tokens before them"):
+        heads(torch.randn(2, HIDDEN))
+    with pytest.raises(ValueError, match="have no embeddings"):
+        build().embedded(torch.tensor([1]))
 
 
 def test_shared_heads_do_not_train_the_output_layer():
@@ -71,11 +132,14 @@ def test_targets_equal_the_obvious_loop(lengths, heads, seed):
     tokens = rng.integers(0, VOCAB, len(documents))
     wanted = rng.random(len(documents)) < 0.7
     found = make_targets(*map(torch.from_numpy, (tokens, documents, wanted)), heads)
+    before = make_before(torch.from_numpy(tokens), heads)
+    assert before.shape == found.shape
     for t in range(len(tokens)):
         for k in range(heads):
             ahead = t + 2 + k
             right = ahead < len(tokens) and documents[ahead] == documents[t] and wanted[ahead]
             assert found[t, k] == (tokens[ahead] if right else IGNORED)
+            assert not right or before[t, : k + 1].tolist() == tokens[t + 1 : ahead].tolist()
 
 
 @pytest.mark.parametrize("token_ids", [None, torch.tensor([1, 4, 9, 11])])
@@ -95,14 +159,29 @@ def test_losses_are_weighted_cross_entropies(token_ids):
         assert float(loss.detach()) == pytest.approx(0.8 ** (k + 1) * np.mean(values), rel=1e-5)
 
 
-def test_every_head_learns_from_its_own_loss_alone():
-    heads = shaken(shared=False)
-    hidden, targets = torch.randn(20, HIDDEN), torch.randint(0, VOCAB, (20, 3))
-    for k, loss in enumerate(medusa.losses(heads, hidden, targets)):
+@pytest.mark.parametrize("embedding", [None, table()], ids=["parallel", "sequential"])
+def test_every_head_learns_from_its_own_loss_alone(embedding):
+    heads = shaken(shared=False, embedding=embedding)
+    hidden, targets, before = torch.randn(20, HIDDEN), *torch.randint(0, VOCAB, (2, 20, 3))
+    for k, loss in enumerate(medusa.losses(heads, hidden, targets, before)):
         heads.zero_grad()
         loss.backward()
         norms = medusa.gradient_norms(heads)
         assert [norm > 0 for norm in norms] == [head == k for head in range(3)]
+        own = {name: each.grad.square().sum() for name, each in heads.named_parameters() if each.grad is not None}
+        mine = [square for name, square in own.items() if name.split(".")[1] == str(k)]
+        assert norms[k] == pytest.approx(float(sum(mine)) ** 0.5, rel=1e-5)
+
+
+def test_the_losses_of_sequential_heads_are_behind_true_tokens():
+    heads = shaken(embedding=table())
+    hidden, targets, before = torch.randn(20, HIDDEN), *torch.randint(0, VOCAB, (2, 20, 3))
+    targets[::3, 1] = IGNORED
+    for k, loss in enumerate(medusa.losses(heads, hidden, targets, before)):
+        seen = [t for t in range(20) if targets[t, k] != IGNORED]
+        scores = heads(hidden, before)[:, k].log_softmax(-1)
+        expected = -np.mean([float(scores[t, targets[t, k]].detach()) for t in seen])
+        assert float(loss.detach()) == pytest.approx(0.8 ** (k + 1) * expected, rel=1e-5)
 
 
 def test_a_head_without_targets_costs_nothing():
@@ -170,7 +249,7 @@ def lesson(seed=0, count=1500, noise=0.1):
     output[torch.from_numpy(follows)] = 4 * torch.linalg.pinv(states).T  # the model's own head: the next token
     documents = torch.arange(count) // 50
     targets = make_targets(tokens, documents, torch.ones(count, dtype=torch.bool), 3)
-    return output, Rows(hidden=states[tokens].to(torch.bfloat16), targets=targets)
+    return output, Rows(hidden=states[tokens].to(torch.bfloat16), targets=targets, before=make_before(tokens, 3))
 
 
 QUICK = Settings(epochs=6, batch=64, learning_rate=5e-3, warmup=5, checkpoint_every=7)
@@ -195,6 +274,24 @@ def test_heads_learn_what_can_be_known(tmp_path, shared, optimizer):
     assert history.losses[-1] < history.losses[0]
     assert len(told) == history.steps
     assert all(told[0][f"gradient_norm_{head}"] > 0 for head in range(3))
+
+
+def test_heads_that_see_drafts_guess_what_depends_on_them(tmp_path):
+    """Three in ten tokens are a surprise: from the state alone they add up, behind known tokens they don't."""
+    output, rows = lesson(count=3000, noise=0.3)
+    _, validation = lesson(seed=1, noise=0.3)
+    chosen = Settings(epochs=8, batch=64, learning_rate=5e-3, warmup=5)
+    found = {}
+    for name, embedding in (("parallel", None), ("sequential", table())):
+        heads = MedusaHeads(output, heads=3, embedding=embedding)
+        history = train(heads, rows, validation, chosen, folder=tmp_path / name)
+        found[name] = history.validation[history.best]
+    sure = 0.7 + 0.3 / VOCAB
+    for k in range(3):
+        assert found["parallel"].top1[k] < sure ** (k + 2) + 0.07
+        assert found["sequential"].top1[k] > sure - 0.07
+        assert found["sequential"].chain[k] > sure ** (k + 1) - 0.07
+    assert found["sequential"].tokens_per_step > found["parallel"].tokens_per_step + 0.2
 
 
 class _KilledError(Exception):
@@ -224,6 +321,23 @@ def test_a_killed_training_ends_with_the_same_heads(tmp_path, after):
     finished = MedusaHeads(output, heads=3)
     assert train(finished, rows, validation, QUICK, folder=tmp_path / "killed") == expected
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), finished.parameters(), strict=True))
+
+
+def test_a_killed_training_of_sequential_heads_ends_with_the_same(tmp_path):
+    output, rows = lesson(count=400)
+    whole, again = (MedusaHeads(output, heads=3, embedding=table()) for _ in range(2))
+    expected = train(whole, rows, rows, QUICK, folder=tmp_path / "whole")
+
+    def kill(told):
+        if told["step"] == 17:
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        train(again, rows, rows, QUICK, folder=tmp_path / "killed", observe=kill)
+    again = MedusaHeads(output, heads=3, embedding=table())
+    assert train(again, rows, rows, QUICK, folder=tmp_path / "killed") == expected
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+    assert all(each.abs().max() > 0 for each in again.inputs.parameters())
 
 
 def test_bad_numbers_end_training_with_the_last_good_heads(tmp_path):

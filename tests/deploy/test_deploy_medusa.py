@@ -194,6 +194,12 @@ def test_heads_with_a_part_of_the_vocabulary():
         medusa.head_set(MedusaHeads(lm_head, heads=2, shared=False, token_ids=part), lm_head)
 
 
+def test_heads_that_see_drafted_tokens_fit_no_layout():
+    lm_head = torch.randn(VOCAB, HIDDEN)
+    with pytest.raises(UsageError, match="fit no server's layout"):
+        medusa.head_set(MedusaHeads(lm_head, heads=2, embedding=lm_head), lm_head)
+
+
 def test_support_has_rows_with_real_versions():
     from packaging.specifiers import SpecifierSet
 
@@ -202,6 +208,6 @@ def test_support_has_rows_with_real_versions():
     for row in rows:
         SpecifierSet(row.versions)
         assert row.source
-    assert {row.what for row in rows} == {*medusa.LAYOUTS, "sagemaker", "draft", "lookup"}
+    assert {row.what for row in rows} == {*medusa.LAYOUTS, "sequential", "sagemaker", "draft", "lookup"}
     assert "0.33.0" not in SpecifierSet(support.loads_in("vllm")["vllm"])
     assert "0.32.0" in SpecifierSet(support.loads_in("v1")["vllm"])

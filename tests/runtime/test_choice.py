@@ -11,6 +11,7 @@ from optikit.runtime.acceptors import Greedy
 from optikit.runtime.choice import (
     Written,
     best_window,
+    foresee,
     predict,
     replay,
     tune,
@@ -51,8 +52,18 @@ def written(prompt, count, **kwargs):
     return Written(np.array(prompt, np.int64), text, np.stack(rows) @ decoder.basis)
 
 
-def heads(hidden):
-    return (np.abs(hidden[:3] * 10).astype(np.int64) % 8), np.full(3, 0.7, np.float32)
+def heads(hidden, newest):
+    return (np.abs(hidden[:3] * 10).astype(np.int64) + newest) % 8, np.full(3, 0.7, np.float32)
+
+
+def knowing(hidden, newest):
+    """Heads that are right whenever the newest token is: the state says which token came before it."""
+    decoder = MarkovDecoder()
+    far = np.abs(decoder.table - hidden @ np.linalg.inv(decoder.basis)).sum(-1)
+    text = [int(far.argmin() % far.shape[1]), newest]
+    for _ in range(3):
+        text.append(int(decoder.row(text).argmax()))
+    return np.array(text[2:]), np.full(3, 0.7, np.float32)
 
 
 @settings(max_examples=80)
@@ -73,6 +84,16 @@ def test_replays_take_the_steps_of_the_loop(seed, count, name):
     steps = run(made(), prompt, count)
     found = replay(made(), written(prompt, count))
     assert found == steps[1:]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_foreseen_is_what_heads_say_in_the_loop(seed):
+    speculator = Speculator(method="medusa", ahead=3, ahead_gate=0.4, heads=knowing)
+    prompt = np.random.default_rng(seed).integers(0, 8, 4).tolist()
+    steps = run(speculator.drafter(), prompt, 40)
+    told = foresee(speculator, MarkovDecoder(), replace(written(prompt, 40), hidden=None))
+    assert [step.accepted for step in steps[1:-1]] == [2] * (len(steps) - 2)
+    assert replay(speculator.drafter(told.foreseen), told) == steps[1:]
 
 
 @pytest.mark.parametrize("min_window", [1, 2])

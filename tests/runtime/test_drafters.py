@@ -160,16 +160,17 @@ def test_heads_draft_as_far_as_they_are_sure():
     state = np.ones(4, np.float32)
     seen = []
 
-    def heads(hidden):
-        seen.append(hidden)
+    def heads(hidden, newest):
+        seen.append((hidden, newest))
         return ids(5, 6, 7), np.array([0.9, 0.8, 0.5], np.float32)
 
     drafter = Medusa(heads, gate=0.5)
     drafter.start(ids(1))
     assert drafter.draft(3, RNG) is EMPTY
-    drafter.extend(ids(2), state)
+    drafter.extend(ids(2, 4), state)
     assert drafter.draft(8, RNG).tokens.tolist() == [5, 6]
-    assert seen[0] is state
+    assert seen[0][0] is state
+    assert seen[0][1] == 4
     assert drafter.draft(1, RNG).tokens.tolist() == [5]
     assert Medusa(heads, gate=0.95).reads_hidden
     sure = Medusa(heads, gate=0.95)
@@ -186,5 +187,5 @@ def test_the_first_drafter_with_an_answer_is_taken():
     draft = both.draft(4, RNG)
     assert (draft.by, draft.tokens.tolist()) == ("lookup", [3, 1])
     assert not both.reads_hidden
-    assert FirstOf([lookup, Medusa(lambda _: (ids(), ids()))]).reads_hidden
+    assert FirstOf([lookup, Medusa(lambda _state, _newest: (ids(), ids()))]).reads_hidden
     assert FirstOf([Silent(), Silent()]).draft(4, RNG) is EMPTY

@@ -1,12 +1,16 @@
 """Medusa-1: small heads on the model's last hidden state guess the tokens after the next one; the model stays as it is.
 
-Paper   Cai et al. 2024, arXiv:2401.10774 (Medusa-1, section 2.2.1; self-distillation, section 2.3.2)
+Paper   Cai et al. 2024, arXiv:2401.10774 (Medusa-1, section 2.2.1; self-distillation, section 2.3.2); `sequential`:
+        Ankner et al. 2024, arXiv:2402.05109 (Hydra)
 Helps   domains whose texts are predictable: there the first head is right more often than not
 Hurts   open-ended prose, above all from little text: where measuring shows no gain the heads aren't asked
 Cost    writing `tokens` tokens with the model in batches, then minutes of training; 2 bytes per token and unit of width
 Differs heads share the model's output layer, cut to the tokens that it writes most; they are trained on what the final,
         quantized weights write by themselves, greedily; a chain, no tree: on a CPU every checked token costs time; what
         repeats is looked up first, and heads are asked where nothing repeats, if that pays
+
+Sequential heads see the tokens drafted before theirs, and the newest one: more of their drafts are right, above all the
+later ones, and a draft costs about twice the time, since one head waits for the other. Only this tool's loop runs them.
 
 The text stays the model's own: every draft token is checked. What the heads bring is measured on the compiled model,
 and chosen there.
@@ -44,6 +48,7 @@ ENVIRONMENT: str | None = None
 DRAFT_VOCAB = 8192
 """Tokens that heads draft by default: an output layer of 49,152 rows costs as much as a fifth of SmolLM2-135M."""
 LOG = "training.jsonl"
+Layout = Literal["v1", "vllm", "nxdi"]
 
 
 class Options(PromptOptions):
@@ -56,6 +61,9 @@ class Options(PromptOptions):
     share_lm_head: bool = True
     """Read out through the model's own output layer; false trains a copy of it for each head, which is larger, slower
     and somewhat better."""
+    sequential: bool = False
+    """Each head also sees the newest token and those drafted before its own (Hydra): better drafts for more time, and
+    no server's layout can express them."""
     draft_vocab: int | None = Field(default=None, ge=16)
     """Tokens that heads can draft: those that the model writes most often. Empty is 8192, or the whole vocabulary where
     heads don't share the output layer."""
@@ -67,43 +75,64 @@ class Options(PromptOptions):
     """AdamW's, after a warm-up of 40 steps."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """`adamw8bit` keeps its moments in 8 bits."""
-    layouts: tuple[Literal["v1", "vllm", "nxdi"], ...] = ("v1", "vllm")
+    layouts: tuple[Layout, ...] | None = None
     """Servers' layouts to write beside the heads: v1 for TGI, TensorRT-LLM and vLLM 0.32, vllm for vLLM before 0.33,
-    nxdi for NxD Inference. v1 and nxdi hold a copy of the output layer for every head."""
+    nxdi for NxD Inference. v1 and nxdi hold a copy of the output layer for every head. Empty is v1 and vllm, or none
+    with `sequential`."""
 
     def drafted(self, vocab: int) -> int:
         """Return how many tokens heads can draft."""
         chosen = self.draft_vocab or (DRAFT_VOCAB if self.share_lm_head else vocab)
         return min(chosen, vocab)
 
+    @property
+    def written_layouts(self) -> tuple[Layout, ...]:
+        """Servers' layouts that are written."""
+        if self.layouts is None:
+            return () if self.sequential else ("v1", "vllm")
+        return self.layouts
+
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
     """Yield why this model can't get heads."""
     yield from _prompts.check(options, facts)
-    if not options.share_lm_head and options.layouts and options.drafted(facts.vocab) < facts.vocab:
+    layouts = options.written_layouts
+    if options.sequential and layouts:
+        message = (
+            f"heads that see the tokens drafted before theirs fit no server's layout, and layouts is {list(layouts)}"
+        )
+        fix = "leave layouts out, or set sequential: false"
+        yield Problem(code="sequential-layouts", message=message, fix=fix, loc=("layouts",))
+    if not options.share_lm_head and layouts and options.drafted(facts.vocab) < facts.vocab:
         message = f"heads with output layers of their own for {options.draft_vocab} tokens fit no server's layout"
         fix = "leave draft_vocab out, set share_lm_head: true, or layouts: []"
         yield Problem(code="head-vocabulary", message=message, fix=fix, loc=("draft_vocab",))
-    if "nxdi" in options.layouts and options.layers != 1:
+    if "nxdi" in layouts and options.layers != 1:
         message = f"NxD Inference builds Medusa heads of one layer, and layers is {options.layers}"
         yield Problem(code="nxdi-layers", message=message, fix="set layers: 1", loc=("layers",))
 
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
     """Estimate from SmolLM2-135M on two cores: a token written in a batch costs a forward, a trained one its heads'."""
-    head = facts.hidden * (options.layers * facts.hidden + options.drafted(facts.vocab))
+    seen = facts.hidden * (options.heads + 1) if options.sequential else 0
+    head = facts.hidden * (options.layers * facts.hidden + seen + options.drafted(facts.vocab))
     epochs = min(options.epochs, 6)
     trained = 6 * options.heads * head * options.tokens * epochs
     return Estimate(
         seconds=20 + options.tokens * facts.parameters / 4e10 + trained / 1e11,
         peak_bytes=900_000_000 + 4 * facts.parameters + 2 * options.tokens * facts.hidden,
-        disk_bytes=int(2 * options.tokens * facts.hidden) + _layout_bytes(options, facts),
+        disk_bytes=2 * options.tokens * facts.hidden + _table_bytes(options, facts) + _layout_bytes(options, facts),
     )
+
+
+def _table_bytes(options: Options, facts: ModelFacts) -> int:
+    """Return the size of the embeddings that sequential heads look tokens up in."""
+    return facts.vocab * (facts.hidden + 4) if options.sequential else 0
 
 
 def _layout_bytes(options: Options, facts: ModelFacts) -> int:
     copies = {"v1": options.heads, "nxdi": options.heads, "vllm": 1 if options.share_lm_head else options.heads}
-    return sum(2 * copies[name] * facts.vocab * facts.hidden for name in options.layouts)
+    return sum(2 * copies[name] * facts.vocab * facts.hidden for name in options.written_layouts)
 
 
 def after(options: Options, facts: ModelFacts) -> ModelFacts:
@@ -129,7 +158,8 @@ def run(options: Options, job: Job) -> Facts:
     model, _, text = _own_text.written(options, job, options.tokens)
     learning, held = own_text.divide(text, 0.1)
     lm_head = model.get_output_embeddings().weight.detach().float()
-    heads = _heads(options, lm_head, learning.tokens[learning.wanted], job.seed)
+    embedding = model.get_input_embeddings().weight.detach() if options.sequential else None
+    heads = _heads(options, lm_head, embedding, learning.tokens[learning.wanted], job.seed)
     settings = head_training.Settings(
         epochs=options.epochs, learning_rate=options.learning_rate, optimizer=options.optimizer, seed=job.seed
     )
@@ -137,8 +167,8 @@ def run(options: Options, job: Job) -> Facts:
     with exact_products(compute_dtype(job.device)):
         history = head_training.train(
             heads,
-            _rows(learning, options.heads),
-            _rows(held, options.heads),
+            _rows(learning, heads),
+            _rows(held, heads),
             settings,
             folder=job.scratch / "heads",
             observe=log,
@@ -156,7 +186,7 @@ def run(options: Options, job: Job) -> Facts:
     }
 
 
-def _heads(options: Options, lm_head: Tensor, written: Tensor, seed: int) -> MedusaHeads:
+def _heads(options: Options, lm_head: Tensor, embedding: Tensor | None, written: Tensor, seed: int) -> MedusaHeads:
     import torch
 
     from optikit.algorithms.medusa import MedusaHeads, draft_vocabulary
@@ -164,14 +194,25 @@ def _heads(options: Options, lm_head: Tensor, written: Tensor, seed: int) -> Med
     torch.manual_seed(seed)
     vocab, drafted = len(lm_head), options.drafted(len(lm_head))
     ids = None if drafted == vocab else draft_vocabulary(written, drafted, vocab=vocab)
-    return MedusaHeads(lm_head, heads=options.heads, layers=options.layers, shared=options.share_lm_head, token_ids=ids)
+    return MedusaHeads(
+        lm_head,
+        heads=options.heads,
+        layers=options.layers,
+        shared=options.share_lm_head,
+        token_ids=ids,
+        embedding=embedding,
+    )
 
 
-def _rows(text: OwnText, heads: int) -> Any:
+def _rows(text: OwnText, heads: MedusaHeads) -> Any:
     from optikit.algorithms.head_training import Rows
-    from optikit.algorithms.medusa import make_targets
+    from optikit.algorithms.medusa import make_before, make_targets
 
-    return Rows(hidden=text.hidden, targets=make_targets(text.tokens, text.documents, text.wanted, heads))
+    return Rows(
+        hidden=text.hidden,
+        targets=make_targets(text.tokens, text.documents, text.wanted, heads.heads),
+        before=make_before(text.tokens, heads.heads) if heads.sequential else None,
+    )
 
 
 class _Log:
@@ -224,7 +265,6 @@ def _told(history: History) -> dict[str, Any]:
 
 def _write(options: Options, job: Job, heads: MedusaHeads, lm_head: Tensor) -> None:
     """Write heads.safetensors, speculator.json, and a directory per layout."""
-    import torch
     from safetensors.torch import save_file
 
     from optikit.deploy import medusa, speculation
@@ -233,27 +273,44 @@ def _write(options: Options, job: Job, heads: MedusaHeads, lm_head: Tensor) -> N
     from optikit.runtime.speculator import SPECULATOR, Speculator
 
     vocab, width = lm_head.shape
-    ids = torch.arange(vocab) if heads.token_ids is None else heads.token_ids
-    tensors = {"token_ids": ids}
-    for head in range(heads.heads):
-        for layer, (weight, bias) in enumerate(heads.linears(head)):
-            tensors |= {f"{head}.{layer}.weight": weight, f"{head}.{layer}.bias": bias}
-    outputs = {"output": heads.outputs[0]} if heads.shared else {f"output.{i}": o for i, o in enumerate(heads.outputs)}
-    tensors |= {name: each.to(torch.float16) for name, each in outputs.items()}
-    own = {name: each.detach().contiguous() for name, each in tensors.items()}
+    own = {name: each.detach().contiguous() for name, each in tensors(heads).items()}
     digest = weights_digest(job.source)
     save_file(own, job.dest / HEADS, metadata={"format": "pt", "vocab": str(vocab), "base_sha256": digest})
-    if options.layouts:
+    layouts = options.written_layouts
+    if layouts:
         _write_layouts(options, job, medusa.head_set(heads, lm_head))
     speculator = Speculator(
         method="medusa", lengths={3: 8, 2: 4}, ahead=heads.heads, ahead_gate=0.4, min_window=2 if options.exact else 1
     )
-    servers = {
-        "vllm": {"speculative_config": speculation.vllm("medusa", tokens=options.heads, directory="speculator/vllm")}
-    }
+    served = speculation.vllm("medusa", tokens=options.heads, directory="speculator/vllm")
+    servers = {"vllm": {"speculative_config": served}} if "vllm" in layouts else {}
     base = {"vocab": vocab, "width": width, "weights_sha256": digest}
     found = speculator.as_json() | {"base": base, "servers": servers, "loads_in": _loads_in(options)}
     (job.dest / SPECULATOR).write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+def tensors(heads: MedusaHeads) -> dict[str, Tensor]:
+    """Return what heads.safetensors holds; `optikit.runtime.heads` says what each is."""
+    import torch
+
+    found = {"token_ids": torch.arange(heads.vocab) if heads.token_ids is None else heads.token_ids}
+    for head in range(heads.heads):
+        for layer, (weight, bias) in enumerate(heads.linears(head)):
+            found |= {f"{head}.{layer}.weight": weight, f"{head}.{layer}.bias": bias}
+    outputs = {"output": heads.outputs[0]} if heads.shared else {f"output.{i}": o for i, o in enumerate(heads.outputs)}
+    found |= {name: each.to(torch.float16) for name, each in outputs.items()}
+    return found | (_seen(heads) if heads.sequential else {})
+
+
+def _seen(heads: MedusaHeads) -> dict[str, Tensor]:
+    """Return what sequential heads need beside the others' tensors; the embeddings in 8 bits, each with a scale."""
+    import torch
+
+    rows = heads.embedded(torch.arange(heads.vocab))
+    scales = rows.abs().amax(1).clamp(min=1e-12) / 127
+    codes = (rows / scales[:, None]).round().to(torch.int8)
+    inputs = {f"input.{head}": each for head, each in enumerate(heads.inputs.parameters())}
+    return {**inputs, "embedding": codes, "embedding.scales": scales}
 
 
 def _write_layouts(options: Options, job: Job, heads: HeadSet) -> None:
@@ -261,7 +318,7 @@ def _write_layouts(options: Options, job: Job, heads: HeadSet) -> None:
 
     from optikit.deploy import medusa
 
-    for name in options.layouts:
+    for name in options.written_layouts:
         dest = job.dest / name
         if name == "v1":
             medusa.write_v1(heads, dest, base="../../model", tokenizer=job.source, dtype=torch.bfloat16)
@@ -272,7 +329,8 @@ def _write_layouts(options: Options, job: Job, heads: HeadSet) -> None:
 
 
 def _loads_in(options: Options) -> dict[str, dict[str, str]]:
-    """Return which servers load which of the layouts that were written."""
+    """Return which servers load which of the layouts that were written; sequential heads are this tool's own."""
     from optikit.deploy import support
 
-    return {name: support.loads_in(name) for name in options.layouts}
+    names = ("sequential",) if options.sequential else options.written_layouts
+    return {name: support.loads_in(name) for name in names}

@@ -16,6 +16,7 @@ from optikit.models.reader import read
 from optikit.runtime import speculator
 from optikit.runtime.heads import HeadSession
 from optikit.runtime.origin import weights_digest
+from optikit.runtime.text import Talker
 from optikit.runtime.torch_decoder import TorchDecoder
 from optikit.stages.measure import speculation
 from optikit.stages.protocol import Job
@@ -118,7 +119,7 @@ def test_the_session_guesses_what_the_tensors_say(made):
     agreed = 0
     for seed in range(30):
         state = torch.randn(64, generator=torch.Generator().manual_seed(seed))
-        tokens, probs = heads(state.numpy())
+        tokens, probs = heads(state.numpy(), 0)
         for head in range(2):
             x = state + torch.nn.functional.silu(found[f"{head}.0.weight"] @ state + found[f"{head}.0.bias"])
             best = (found["output"].float() @ x).softmax(0).max(0)
@@ -181,6 +182,40 @@ def test_a_run_measures_lookup_and_heads_and_chooses(made, tiny_gptq, tiny_onnx_
     assert forced["unexplained"] == 0
 
 
+@pytest.fixture(scope="module")
+def sequential(tiny_gptq, prompts, tmp_path_factory):
+    """(directory, facts) of the stage with heads that see the tokens drafted before theirs."""
+    work = tmp_path_factory.mktemp("sequential")
+    return work / "dest", perform(tiny_gptq, prompts, work, sequential=True, epochs=6)
+
+
+def test_sequential_heads_are_for_this_runtime_alone(sequential):
+    directory, facts = sequential
+    written = json.loads((directory / "speculator.json").read_text())
+    assert set(written["loads_in"]) == set(facts["loads_in"]) == {"sequential"}
+    assert set(facts["loads_in"]["sequential"]) == {"optikit"}
+    assert written["servers"] == {}
+    assert not (directory / "v1").exists()
+    assert not (directory / "vllm").exists()
+    found = load_file(directory / "heads.safetensors")
+    assert found["embedding"].shape == (260, 64)
+    assert all(found[f"input.{head}"].abs().max() > 0 for head in range(2))
+
+
+def test_sequential_heads_draft_what_is_accepted_and_change_no_text(sequential, tiny_gptq, prompts):
+    decoder = TorchDecoder(tiny_gptq, dtype="float32", threads=1)
+    only = replace(speculator.read(sequential[0]), lengths={}, ahead_gate=0.0)
+    assert only.heads.sequential
+    speculating = speculator.speculating(decoder, only)
+    talker = Talker(decoder, tiny_gptq)
+    for line in prompts.read_text().splitlines()[:4]:
+        prompt = talker.encode(json.loads(line)["prompt"], chat=True)
+        assert list(speculating.greedy(prompt, 40)) == list(decoder.greedy(prompt, 40))
+    _, drafted, accepted = speculating.statistics.by["medusa"]
+    assert accepted > 0.1 * drafted
+    assert sequential[1]["validation"]["top1"][1] > 0.3
+
+
 def test_heads_of_another_model_are_refused(made, tiny_onnx, tmp_path):
     from optikit import runtime
     from tests.conftest import build_tiny_llama
@@ -233,6 +268,10 @@ def test_bad_numbers_in_the_model_stop_the_training(tiny_llama, prompts, tmp_pat
         ({"share_lm_head": False, "draft_vocab": 64}, ["head-vocabulary"]),
         ({"share_lm_head": False, "draft_vocab": 64, "layouts": ()}, []),
         ({"layouts": ("nxdi",), "layers": 2}, ["nxdi-layers"]),
+        ({"sequential": True}, []),
+        ({"sequential": True, "layouts": ()}, []),
+        ({"sequential": True, "layouts": ("vllm",)}, ["sequential-layouts"]),
+        ({"sequential": True, "share_lm_head": False, "draft_vocab": 64}, []),
         ({"template": "{context} {question}"}, []),
         ({"template": "{0.__class__}"}, ["bad-template"]),
         ({"template": "{context"}, ["bad-template"]),
