@@ -27,6 +27,7 @@ from optikit import formats, host
 from optikit.errors import InputMissingError, IntegrityError, UsageError
 from optikit.runtime.limits import check_call, check_room
 from optikit.runtime.protocol import Logits, Tokens
+from optikit.runtime.torch_batch import TorchBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -160,12 +161,12 @@ class TorchDecoder:
         # Nothing of the checkpoint's sampling settings, and no end-of-text: `greedy` has a fixed length.
         self._model.generation_config = GenerationConfig()
         self._cache = DynamicCache()
-        self._states = torch.empty(0)
+        self._seen = self._states = torch.empty(0)
         self._model.get_output_embeddings().register_forward_pre_hook(self._keep_states)
         gc.collect()
 
     def _keep_states(self, _head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        self._states = inputs[0][0]
+        self._seen = inputs[0]  # of any forward of the model: a batch on it has its own
 
     @property
     def model(self) -> Any:
@@ -181,6 +182,7 @@ class TorchDecoder:
             self._cache.crop(position - filled)
         inputs = torch.from_numpy(tokens)[None]
         output = self._model(inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=rows or 0)
+        self._states = self._seen[0]
         logits: Logits = output.logits[0].float().numpy()
         return logits
 
@@ -188,6 +190,14 @@ class TorchDecoder:
         """Return what the output head read for a row of the last `forward`; see `speculate.HiddenDecoder`."""
         state: NDArray[np.float32] = self._states[row].float().numpy()
         return state
+
+    def batched(self, places: int) -> TorchBatch:
+        """Return caches for several texts at once, on the same weights.
+
+        Raises:
+            UsageError: The model has layers that can't be rolled back.
+        """
+        return TorchBatch(self._model, places=places, max_tokens=self.max_tokens)
 
     def greedy(self, prompt: Tokens, new_tokens: int) -> Iterator[int]:
         """Yield `new_tokens` greedy tokens after `prompt`; see `protocol.Decoder.greedy`."""
