@@ -251,14 +251,14 @@ class _Run:
             return found
         if quality.perplexity is not None:
             ratio = quality.perplexity
-            found["perplexity_ratio"] = Value(value=ratio.ratio, ci95=ratio.ratio_ci95, reason=quality.reason)
+            reason = quality.reason if ratio.ratio is None else ""
+            found["perplexity_ratio"] = Value(value=ratio.ratio, ci95=ratio.ratio_ci95, reason=reason)
         apart = quality.kl_divergence
         found["kl_divergence_mean"] = (
             Value(value=apart.mean, ci95=apart.mean_ci95) if apart else Value(reason=quality.reason)
         )
-        found["top1_agreement"] = Value(
-            value=quality.top1_agreement, ci95=quality.top1_agreement_ci95, reason=quality.reason
-        )
+        reason = quality.reason if quality.top1_agreement is None else ""
+        found["top1_agreement"] = Value(value=quality.top1_agreement, ci95=quality.top1_agreement_ci95, reason=reason)
         return found | dict(_task_values(quality))
 
     def _speed_values(self) -> dict[str, Value]:

@@ -24,10 +24,11 @@ from pydantic import Field
 from optikit.errors import StageFailedError
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.measure import _text, quality
+from optikit.stages.measure import _text, quality, speed
 from optikit.stages.measure._cut import CutOptions, cut
 from optikit.stages.protocol import Estimate, Facts, Job
 from optikit.targets import Target
+from optikit.worker import SERVERS_PEAK
 
 if TYPE_CHECKING:
     from optikit.metrics.scoring import Scores, Window
@@ -51,8 +52,6 @@ HEAD_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 NO_DIVERGENCE = "no divergence: the server tells the log-probabilities of the text's tokens and of the likeliest ones"
 WHERE = "127.0.0.1, served by vLLM for this measurement"
 """In place of the address, whose port is another every time."""
-START_S = 60
-"""Seconds that a start takes on two cores that have nothing else to do, about."""
 
 
 class Options(CutOptions):
@@ -104,8 +103,8 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     answers = options.requests * len(options.concurrency) if options.timed else 0
     written = answers * options.new_tokens * max(facts.weight_bytes / 3e9, 0.005)
     return Estimate(
-        seconds=START_S + read + written,
-        peak_bytes=2_500_000_000 + 2 * facts.weight_bytes,
+        seconds=speed.COSTS["vllm"].start_s + read + written,
+        peak_bytes=speed.COSTS["vllm"].overhead + 2 * facts.weight_bytes,
         disk_bytes=1_000_000 + 20 * windows * options.window,
     )
 
@@ -154,7 +153,7 @@ def run(options: Options, job: Job) -> Facts:
             found |= _timed(options, job, client)
         if how.speculation is not None:
             found["drafting"] = {"speculative_config": how.speculation, **_vllm.drafting(url)}
-        found["server_peak_memory_mib"] = memory.group_peak_mib(group)
+        found[SERVERS_PEAK] = memory.group_peak_mib(group)
     shutil.copyfile(job.scratch / LOG, job.dest / LOG)
     return found | {"files": sorted(path.name for path in job.dest.iterdir())}
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -30,6 +30,7 @@ from optikit.stages.measure._arms import Arm
 from optikit.stages.measure._session import AGAIN, Rounds, Sample, conduct, joules_per_token, select, write_samples
 from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
 from optikit.targets import Target
+from optikit.worker import SERVERS_PEAK
 
 if TYPE_CHECKING:
     from optikit.metrics.speed import Summary
@@ -42,12 +43,28 @@ ENVIRONMENT: str | None = None
 
 SAMPLES = "samples.jsonl"
 MANIFEST = "artifact.json"
-BYTES_PER_SECOND = {"transformers": 3.6e9, "onnxruntime": 7e9, "openvino": 7e9, "vllm": 3e9}
-"""Weights that two CPU cores read per second while decoding, by runtime."""
-START_S = {"transformers": 8, "onnxruntime": 8, "openvino": 8, "vllm": 60}
-"""Seconds until a model is loaded, its libraries imported."""
-OVERHEAD = {"transformers": 340 * 2**20, "onnxruntime": 340 * 2**20, "openvino": 340 * 2**20, "vllm": 2_500_000_000}
-"""Bytes beside the weights: libraries, activations; a server's cache of a GiB."""
+
+
+class _Costs(NamedTuple):
+    """What a runtime takes on two CPU cores.
+
+    Attributes:
+        bytes_per_second: Weights that it reads per second while decoding.
+        start_s: Seconds until a model is loaded, its libraries imported.
+        overhead: Bytes beside the weights; a server's cache of a GiB among them.
+    """
+
+    bytes_per_second: float
+    start_s: float
+    overhead: int
+
+
+COSTS: Mapping[str, _Costs] = {
+    "transformers": _Costs(3.6e9, 8, 340 * 2**20),
+    "onnxruntime": _Costs(7e9, 8, 340 * 2**20),
+    "openvino": _Costs(7e9, 8, 340 * 2**20),
+    "vllm": _Costs(5e9, 45, 3_500_000_000),
+}
 PREFILL_FLOPS = 60e9
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -110,14 +127,15 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     runs = options.warmup + options.repetitions
     sizes = [_weight_bytes(arm, facts) for arm in options.arms]
     prefill = 2 * facts.parameters * options.prompt_tokens / PREFILL_FLOPS
-    rates = [BYTES_PER_SECOND[arm.runtime] for arm in options.arms]
-    peaks = [int(1.1 * size) + OVERHEAD[arm.runtime] for arm, size in zip(options.arms, sizes, strict=True)]
-    seconds = [prefill + options.new_tokens * size / rate for size, rate in zip(sizes, rates, strict=True)]
+    costs = [COSTS[arm.runtime] for arm in options.arms]
+    seconds = [
+        prefill + options.new_tokens * size / each.bytes_per_second for size, each in zip(sizes, costs, strict=True)
+    ]
+    peaks = [int(1.1 * size) + each.overhead for size, each in zip(sizes, costs, strict=True)]
+    served = [peak for peak, arm in zip(peaks, options.arms, strict=True) if arm.runtime == "vllm"]
     return Estimate(
-        seconds=sum(START_S[arm.runtime] for arm in options.arms)
-        + runs * sum(seconds)
-        + options.repetitions * seconds[0],
-        peak_bytes=max(peaks),
+        seconds=sum(each.start_s for each in costs) + runs * sum(seconds) + options.repetitions * seconds[0],
+        peak_bytes=max(sum(served), *peaks),
         disk_bytes=runs * len(sizes) * options.new_tokens * 20,
     )
 
@@ -164,9 +182,13 @@ def run(options: Options, job: Job) -> Facts:
     write_samples(samples, job.dest / SAMPLES)
     counted = ", ".join(counter.name for counter in meter.counters)
     energies = {name: {"joules_per_output_token": joules_per_token(samples, name)} for name in arms}
+    servers = {arm.name for arm in options.arms if arm.runtime == "vllm"}
+    held = {SERVERS_PEAK: sum(peaks[name]["peak_memory_mib"] for name in servers)} if servers else {}
     told = {"energy_source": counted, "energy_reason": meter.reason}
     about = {name: loaded[name] | peaks[name] | energies[name] | told for name in arms}
-    return _facts(samples, options, about, job.seed) | {"host": host, "prompts": len(prompts), "files": [SAMPLES]}
+    return (
+        _facts(samples, options, about, job.seed) | held | {"host": host, "prompts": len(prompts), "files": [SAMPLES]}
+    )
 
 
 def _start(arm: ArmOptions, options: Options, job: Job) -> Arm:
