@@ -25,8 +25,9 @@ from optikit.errors import UnavailableError
 MARKER = "optikit.json"
 OPTIKIT = Path(__file__).parent.parent
 """Source of optikit, which goes into an environment without its dependencies."""
-CHECK_SECONDS = 300.0
-"""How long a health check may take; the first import of a large library compiles it, too."""
+CHECK_SECONDS = 1800.0
+"""How long a health check may take: the first import of a large library compiles it, too, and on a machine that is
+busy with other things half a minute of that has been seen to take twelve."""
 State = Literal["ready", "missing", "incomplete", "broken"]
 
 _PROBE = """

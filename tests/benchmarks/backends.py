@@ -108,7 +108,7 @@ def page(rows: list[tuple[str, ...]], overrides: list[str]) -> Iterator[str]:
     yield "# Backends: the same recipe, done by different libraries\n"
     yield f"    python tests/benchmarks/backends.py --out examples/backends{sets}\n"
     yield f"Recipes: {names}{changed}, quantizing"
-    yield "SmolLM2-135M. Both backends of a recipe see the same calibration windows. Seconds and peak memory"
+    yield "SmolLM2-135M. Every backend sees the same calibration windows. Seconds and peak memory"
     yield "are of the quantizing step's process; perplexity is on the held-out text, its ratio against the model that"
     yield "was quantized. *Read differently* counts the weights for which the library's own reader and the next stage's"
     yield "disagree in any bit.\n"

@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_llama(tmp_path_factory.mktemp("model"), hidden=128, intermediate=256)
 
 
-@pytest.mark.parametrize(("method", "backend"), [("awq", "autoawq"), ("gptq", "llm-compressor")])
+@pytest.mark.parametrize(("method", "backend"), [("awq", "autoawq"), ("gptq", "llm-compressor"), ("gptq", "gptqmodel")])
 def test_two_versions_of_transformers_in_one_recipe(model: Path, prose: Path, tmp_path: Path, method, backend) -> None:
     recipe = {
         "model": str(model),

@@ -73,12 +73,14 @@ ROWS = (
     Row(verb="quantize", method="int8", options={"group_size": 32}),
     Row(verb="quantize", method="int8", options={"scheme": "w8a8"}, variant="w8a8"),
     Row(verb="quantize", method="int8", options={"scheme": "llm_int8"}, variant="llm-int8"),
+    Row(verb="quantize", method="nf4"),
 )
 """Speculation and compilation write other things than a changed checkpoint; their tests are their own."""
 
 FOREIGN = (
     Row(verb="quantize", method="awq", options={"group_size": 32, "clip": False}, backend="autoawq"),
     Row(verb="quantize", method="gptq", options={"group_size": 32}, backend="llm-compressor"),
+    Row(verb="quantize", method="gptq", options={"group_size": 32}, backend="gptqmodel"),
 )
 """Libraries run in environments of their own: tests/environments runs them, here they are held to all that planning
 asks for."""
