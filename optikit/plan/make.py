@@ -272,7 +272,7 @@ def _engine_steps(context: Context, steps: Sequence[Step]) -> tuple[Step, ...]:
 
 def _stage_step(context: Context, stage: Stage, index: int, facts: ModelFacts, before: Sequence[Step]) -> Step:
     entry = context.recipe.stages[index]
-    parent, teacher = _parent(before), before[0].key if before and before[0].verb == "acquire" else ""
+    parent = _parent(before)
     wanted = context.recipe.calibration if _calibrated(stage, entry) else None
     calibration, digest, tokens = None, "", 0
     if wanted is not None:
@@ -281,7 +281,6 @@ def _stage_step(context: Context, stage: Stage, index: int, facts: ModelFacts, b
         digest = f"{text.digest}:{wanted.samples}x{wanted.length}"
         tokens = wanted.samples * wanted.length
     prompts, draft = stage_prompts(context, index), context.drafts.get(index)
-    inputs = {"teacher": teacher} if hasattr(entry.options, "teacher") else {}
     return Step(
         name=step_name(index, entry),
         verb=entry.verb,
@@ -303,7 +302,7 @@ def _stage_step(context: Context, stage: Stage, index: int, facts: ModelFacts, b
             isa=host.isa() if stage.CALIBRATED or prompts else (),
         ),
         source=parent,
-        inputs=inputs,
+        inputs=_inputs(stage, entry, before),
         files=({"prompts": str(prompts.path)} if prompts else {}) | ({"draft": str(draft.path)} if draft else {}),
         calibration=calibration,
         environment=stage.ENVIRONMENT,
@@ -311,6 +310,20 @@ def _stage_step(context: Context, stage: Stage, index: int, facts: ModelFacts, b
         before=facts,
         after=stage.after(entry.options, facts),
     )
+
+
+def _inputs(stage: Stage, entry: StageEntry, before: Sequence[Step]) -> dict[str, str]:
+    """Return the keys of what a stage reads besides its model, by role.
+
+    They are no part of its own key: they lie on its model's way, and that decides its model's key.
+    """
+    found = {}
+    if hasattr(entry.options, "teacher"):
+        found["teacher"] = before[0].key if before and before[0].verb == "acquire" else ""
+    for role, wanted in getattr(stage, "READS", {}).items():
+        keys = [step.key for step in before if (step.verb, step.method) == wanted]
+        found |= {role: keys[-1]} if keys else {}
+    return found
 
 
 def _stack(context: Context, steps: Sequence[Step], *, offline: bool) -> rules.Stack:

@@ -124,6 +124,36 @@ def test_a_distilled_model_learns_from_the_model_before_any_stage(make: Make) ->
     assert [step.verb for step in before.steps] == ["finetune", "prune"]
 
 
+def test_heads_read_what_a_model_was_trained_with_and_the_training_is_measured(make: Make, prose: Path) -> None:
+    joint: dict[str, Any] = {"finetune": {"method": "medusa2", "heads": 2}}
+    rest: list[dict[str, Any]] = [
+        {"quantize": {"method": "gptq", "group_size": 32}},
+        {"speculate": {"method": "medusa", "heads": 2, "prompts": str(prose)}},
+        {"compile": {"engine": "onnxruntime"}},
+    ]
+    gates = {"perplexity_ratio": {"max": 1.1}}
+    plan = make(stages=[joint, *rest], gates=gates)
+    training, quantize, heads, _ = plan.steps
+    assert (quantize.source, heads.source) == (training.key, quantize.key)
+    assert (heads.inputs, training.inputs, quantize.inputs) == ({"start": training.key}, {}, {})
+    assert "finetuned" in training.after.traits
+    assert "measure-quality-1-finetune-medusa2" in [step.name for step in plan.measures]
+    assert plan.warnings == ()
+    assert make(stages=rest, gates=gates).steps[1].inputs == {}
+    codes = {problem.code for problem in make(stages=[joint, *rest[:1]]).warnings}
+    assert {"medusa-joint-gate", "medusa-joint-unused"} <= codes
+
+
+@pytest.mark.parametrize("position", [1, 2])
+def test_a_model_is_trained_with_heads_before_it_is_quantized_and_before_zeros(make: Make, position: int) -> None:
+    joint: dict[str, Any] = {"finetune": {"method": "medusa2"}}
+    before: list[dict[str, Any]] = [{"prune": {"method": "magnitude"}}, {"quantize": {"method": "gptq"}}]
+    with pytest.raises(RecipeError) as refused:
+        make(stages=[*before[position - 1 : position], joint])
+    expected = {1: "prune-lora-fills-zeros", 2: "order-finetune-after-quantize"}[position]
+    assert expected in {problem.code for problem in refused.value.problems}
+
+
 def test_attribution_compiles_the_model_before_each_stage_once_and_times_them_in_one_chain(make: Make) -> None:
     stages = [
         {"prune": {"method": "magnitude"}},

@@ -48,6 +48,8 @@ ENVIRONMENT: str | None = None
 DRAFT_VOCAB = 8192
 """Tokens that heads draft by default: an output layer of 49,152 rows costs as much as a fifth of SmolLM2-135M."""
 LOG = "training.jsonl"
+READS = {"start": ("finetune", "medusa2")}
+"""Earlier steps whose artifact it reads, too, where a recipe has them: by role, verb and method."""
 Layout = Literal["v1", "vllm", "nxdi"]
 
 
@@ -160,6 +162,7 @@ def run(options: Options, job: Job) -> Facts:
     lm_head = model.get_output_embeddings().weight.detach().float()
     embedding = model.get_input_embeddings().weight.detach() if options.sequential else None
     heads = _heads(options, lm_head, embedding, learning.tokens[learning.wanted], job.seed)
+    started = _start(heads, job)
     settings = head_training.Settings(
         epochs=options.epochs, learning_rate=options.learning_rate, optimizer=options.optimizer, seed=job.seed
     )
@@ -181,6 +184,7 @@ def run(options: Options, job: Job) -> Facts:
         "own_texts": text.texts,
         "draft_vocab": options.drafted(len(lm_head)),
         "draft_vocab_coverage": covered,
+        "started_from": started,
         **_told(history),
         "loads_in": _loads_in(options),
     }
@@ -202,6 +206,16 @@ def _heads(options: Options, lm_head: Tensor, embedding: Tensor | None, written:
         token_ids=ids,
         embedding=embedding,
     )
+
+
+def _start(heads: MedusaHeads, job: Job) -> str:
+    """Give heads what was trained with the model before its last stages, if it fits; return what they start from."""
+    from optikit.formats.heads_start import start
+
+    if "start" not in job.inputs:
+        return "zero"
+    why = start(heads, job.inputs["start"])
+    return f"zero: heads were trained with the model, but {why}" if why else "heads trained with the model"
 
 
 def _rows(text: OwnText, heads: MedusaHeads) -> Any:
@@ -306,11 +320,14 @@ def _seen(heads: MedusaHeads) -> dict[str, Tensor]:
     """Return what sequential heads need beside the others' tensors; the embeddings in 8 bits, each with a scale."""
     import torch
 
-    rows = heads.embedded(torch.arange(heads.vocab))
-    scales = rows.abs().amax(1).clamp(min=1e-12) / 127
-    codes = (rows / scales[:, None]).round().to(torch.int8)
-    inputs = {f"input.{head}": each for head, each in enumerate(heads.inputs.parameters())}
-    return {**inputs, "embedding": codes, "embedding.scales": scales}
+    found = {f"input.{head}": each for head, each in enumerate(heads.inputs.parameters())}
+    parts = []
+    for some in torch.split(torch.arange(heads.vocab), 4096):  # all of it in float32 can be larger than the model
+        rows = heads.embedded(some)
+        scales = rows.abs().amax(1).clamp(min=1e-12) / 127
+        parts.append(((rows / scales[:, None]).round().to(torch.int8), scales))
+    codes, every = (torch.cat(each) for each in zip(*parts, strict=True))
+    return {**found, "embedding": codes, "embedding.scales": every}
 
 
 def _write_layouts(options: Options, job: Job, heads: HeadSet) -> None:
