@@ -141,11 +141,9 @@ class MedusaHeads(nn.Module):
             if before is None:
                 raise ValueError("sequential heads need the tokens before them")
             more = self.inputs[head](self.embedded(before[:, : head + 1]).flatten(1))
-        first, *others = self.blocks[head]
-        state = first(hidden, more)
-        for block in others:
-            state = block(state)
-        return nn.functional.linear(state, self.outputs[0 if self.shared else head])
+        for block in self.blocks[head].children():
+            hidden, more = block(hidden, more), None
+        return nn.functional.linear(hidden, self.outputs[0 if self.shared else head])
 
     def forward(self, hidden: Tensor, before: Tensor | None = None) -> Tensor:
         """Return the logits (n, heads, drafted) of all heads from states (n, hidden), tokens before (n, heads)."""

@@ -141,13 +141,15 @@ def _heads(placed: Placed) -> dict[str, Any]:
     """Return the weights of one Medusa head, and all heads' share of the model.
 
     A head is residual blocks of hidden² + hidden weights, and its own output layer unless that is shared (Cai et al.,
-    arXiv:2401.10774, eq. 1): 150 M for a 7 B Mistral with vocabulary 32,000.
+    arXiv:2401.10774, eq. 1): 150 M for a 7 B Mistral with vocabulary 32,000. Sequential heads differ in how many tokens
+    they see, each of which takes another 2 · hidden²; their mean is meant.
     """
     facts, options = placed.before, placed.options
     if placed.method != "medusa" or facts is None or not isinstance(options.get("heads"), int):
         return {}
     blocks = options.get("layers", 1) * (facts.hidden**2 + facts.hidden)
-    one = blocks + (0 if options.get("share_lm_head") else facts.vocab * facts.hidden)
+    seen = (options["heads"] + 1) * facts.hidden**2 if options.get("sequential") else 0
+    one = blocks + seen + (0 if options.get("share_lm_head") else facts.vocab * facts.hidden)
     return {"head_parameters": one, "heads_percent": round(100 * options["heads"] * one / facts.parameters)}
 
 
