@@ -131,6 +131,25 @@ def test_what_is_not_what_was_promised_fails_by_name(source, prose, tmp_path, mo
         make("awq", {"group_size": 32}, source, prose, tmp_path)
 
 
+def test_scales_that_were_applied_twice_are_noticed(source, prose, tmp_path, monkeypatch):
+    """What AutoAWQ does on a CPU: linears behind a norm are multiplied by their scales once more than it is divided."""
+    from optikit.formats import directory
+
+    honest = directory.write_model
+    norm = "model.layers.1.post_attention_layernorm.weight"
+
+    def doubled(origin, dest, entries, **more):
+        honest(origin, dest, entries, **more)
+        tensors = load_file(dest / "model.safetensors")
+        scale = torch.linspace(0.3, 3.0, len(tensors[norm]))
+        tensors[norm] = (tensors[norm] * scale).to(tensors[norm].dtype)
+        save_file(tensors, dest / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr("optikit.calibration.scaled.write_model", doubled)
+    with pytest.raises(StageFailedError, match=r"model\.layers\.1\.mlp\..*_proj is off by"):
+        make("awq", {"group_size": 32}, source, prose, tmp_path)
+
+
 def test_ties_name_the_value_channel_that_an_attention_output_copies(tiny_llama):
     stored = StoredModel(Checkpoint(tiny_llama))
     (out,) = stored.groups(0, lambda _: False)[1]

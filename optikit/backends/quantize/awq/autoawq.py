@@ -4,7 +4,8 @@ Paper   Lin et al. 2023, arXiv:2306.00978
 Helps   to compare with, or to get, exactly what AutoAWQ makes
 Hurts   time: it runs every block again for each of twenty scales, where `backend: optikit` asks Gram matrices
 Cost    forty forward passes per block and a search that is O(30·out·in·tokens); the whole model in memory
-Differs windows are ours, not pile-val; all linears of the blocks are quantized
+Differs windows are ours, not pile-val; all linears of the blocks are quantized; on a CPU its search gets the
+        copy of the weights that it means to restore (`_mended`)
 """
 
 from __future__ import annotations
@@ -148,25 +149,39 @@ def _quantized(options: Options, job: Job) -> Path:
         apply_clip=options.clip,
         duo_scaling=options.duo_scaling,
         n_parallel_calib_samples=options.parallel_samples,
-        quantizer_cls=_reporting(AwqQuantizer, job.progress),
+        quantizer_cls=_mended(AwqQuantizer, job.progress),
     )
     made = job.scratch / "made"
     model.save_quantized(str(made))
     return made
 
 
-def _reporting(base: Any, progress: Callable[[int, int, str], None]) -> Any:
-    """Return AutoAWQ's quantizer, telling after every block how far it is."""
+def _mended(base: Any, progress: Callable[[int, int, str], None]) -> Any:
+    """Return AutoAWQ's quantizer, right on a CPU, and telling after every block how far it is.
 
-    class Reporting(base):  # type: ignore[misc]  # known only in the environment that has AutoAWQ
+    Its search keeps `{k: v.cpu() for k, v in module.state_dict().items()}` to restore the weights after each trial. On
+    a GPU that is a copy; on a CPU it is the weights themselves, which the first trial scales: every linear behind a
+    norm is then scaled twice and the norm once (awq/quantize/quantizer.py, _compute_best_scale; SmolLM2-135M came out
+    with 8000 times its perplexity).
+    """
+
+    class Mended(base):  # type: ignore[misc]  # known only in the environment that has AutoAWQ
         done = 0
+
+        def _compute_best_scale(self, x: Any, w_mean: Any, x_mean: Any, module: Any, *others: Any, **more: Any) -> Any:
+            alias = module.state_dict
+            module.state_dict = lambda: {name: tensor.clone() for name, tensor in alias().items()}
+            try:
+                return super()._compute_best_scale(x, w_mean, x_mean, module, *others, **more)
+            finally:
+                del module.state_dict  # the class's own is seen again
 
         def _apply_quant(self, module: Any, named_linears: Any) -> None:
             super()._apply_quant(module, named_linears)
             self.done += 1
             progress(self.done, len(self.modules), "blocks")
 
-    return Reporting
+    return Mended
 
 
 def _differing(written: Any, name: str, options: Options) -> int:
