@@ -24,10 +24,9 @@ from optikit.formats.checkpoint import Checkpoint
 from optikit.formats.directory import write_model
 from optikit.stages.protocol import Job
 
-
 LARGEST_ERROR = 0.4
-"""Error of a rounded weight relative to its norm, its scales undone, above which more than rounding happened: 4 bits are
-near 0.13. Scales that are applied twice, as AutoAWQ does on a CPU, are 0.5 and more."""
+"""Error of a rounded weight relative to its norm, its scales undone, above which more than rounding happened: 4 bits
+are near 0.13. Scales that are applied twice, as AutoAWQ does on a CPU, are 0.5 and more."""
 
 
 @dataclass(frozen=True)
