@@ -60,7 +60,7 @@ class Options(TrainingOptions):
     """Residual layers per head."""
     alone: float = Field(default=0.5, ge=0, le=0.95)
     """Share of the tokens on which only the heads learn, before both do: their gradients are large at first and would
-    spoil the model. Half, because the paper trains as long alone as together."""
+    spoil the model. The paper's authors train as long alone as together."""
     aim: Literal["own", "text"] = "own"
     """What the model is held to: its own predictions before training, or the next token of the text, from which it
     learns the text besides."""
