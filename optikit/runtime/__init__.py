@@ -3,6 +3,7 @@
     from optikit import runtime
     decoder = runtime.load(Path("out/compiled/onnxruntime"))
     for token in decoder.greedy(np.array(tokenizer.encode("Once upon a time")), 64): ...
+    for number, step in batched.write(decoder, prompts, requests, batch=8): ...
 
 What isn't needed isn't imported: a compiled directory is served without torch.
 """

@@ -1,8 +1,8 @@
 """The decoding loop for several texts at once: each as if it were alone, all of them in one forward.
 
-    decoder = runtime.load(directory, runtime="transformers").batched(4)
-    drafters = [PromptLookup() for _ in range(4)]
-    for number, step in generate_batch(decoder, drafters, Greedy(), prompts, requests): ...
+    decoder = runtime.load(directory)
+    for number, step in write(decoder, prompts, [Request(max_new_tokens=64) for _ in prompts], batch=8):
+        texts[number] += step.tokens
 
 Texts share nothing but the forward: each has its own length, draft, seed, end and cache, and is what `generate` writes
 with its prompt and request, whatever else is in the batch. A text that ends makes room for the next prompt at once.
@@ -13,13 +13,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple, Protocol, cast
 
 from optikit.errors import UsageError
-from optikit.runtime.acceptors import Acceptor
+from optikit.runtime.acceptors import Acceptor, Greedy
 from optikit.runtime.drafters import Drafter, Hidden
-from optikit.runtime.protocol import BatchDecoder, Tokens, Window
-from optikit.runtime.speculate import Request, Row, Step, check
+from optikit.runtime.protocol import BatchDecoder, Decoder, Tokens, Window
+from optikit.runtime.speculate import Request, Row, Statistics, Step, check, generate
+from optikit.runtime.speculator import SpeculatingDecoder, Speculator
 
 
 class HiddenBatchDecoder(BatchDecoder, Protocol):
@@ -35,6 +37,61 @@ class _Running(NamedTuple):
 
     number: int
     row: Row
+
+
+def write(
+    decoder: Decoder,
+    prompts: Sequence[Tokens],
+    requests: Sequence[Request],
+    *,
+    batch: int = 1,
+    acceptor: Acceptor | None = None,
+) -> Iterator[tuple[int, Step]]:
+    """Write texts with a loaded decoder, and with the speculator that was loaded with it, if one was.
+
+    Args:
+        decoder: What `runtime.load` returned.
+        prompts: (n,) token ids each, n ≥ 1.
+        requests: What to write after each prompt.
+        batch: Texts at once; 1 writes them one after the other.
+        acceptor: Decides; None is greedy.
+
+    Yields:
+        The number of a prompt, and a step of its text.
+
+    Raises:
+        UsageError: What `generate_batch` refuses, or several texts at once of a decoder that holds one.
+    """
+    target, speculator, statistics = decoder, Speculator(method="off"), Statistics()
+    if isinstance(decoder, SpeculatingDecoder):
+        target, speculator, statistics = decoder.target, decoder.speculator, decoder.statistics
+    if speculator.min_window == 2:
+        requests = [replace(each, min_window=2) for each in requests]
+    acceptor = Greedy() if acceptor is None else acceptor
+    if batch == 1:
+        steps = _one_by_one(target, speculator.drafter(), acceptor, prompts, requests)
+    else:
+        drafters = speculator.drafters(max(1, min(batch, len(prompts))))
+        steps = generate_batch(_batched(target, len(drafters)), drafters, acceptor, prompts, requests)
+    for number, step in steps:
+        statistics.add(step)
+        yield number, step
+
+
+def _one_by_one(
+    decoder: Decoder, drafter: Drafter, acceptor: Acceptor, prompts: Sequence[Tokens], requests: Sequence[Request]
+) -> Iterator[tuple[int, Step]]:
+    for number, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
+        for step in generate(decoder, drafter, acceptor, prompt, request):
+            yield number, step
+
+
+def _batched(decoder: Decoder, places: int) -> BatchDecoder:
+    if not hasattr(decoder, "batched"):
+        message = f"this {decoder.runtime} decoder writes one text at a time"
+        raise UsageError(message, fix="use a batch of 1, or the onnxruntime or transformers runtime")
+    found: BatchDecoder = decoder.batched(places)
+    return found
 
 
 def generate_batch(

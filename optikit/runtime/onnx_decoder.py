@@ -17,12 +17,13 @@ don't depend on m beyond that, so a loop that must repeat itself token by token 
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -35,6 +36,9 @@ from optikit import host
 from optikit.errors import InputMissingError, IntegrityError, UsageError
 from optikit.runtime.limits import check_call, check_room
 from optikit.runtime.protocol import Logits, Tokens
+
+if TYPE_CHECKING:
+    from optikit.runtime.onnx_batch import OnnxBatch
 
 CONFIG = "genai_config.json"
 HEAD = "/lm_head/MatMul"
@@ -108,7 +112,12 @@ def read_layout(directory: Path) -> Layout:
     return layout
 
 
-def _read_graph(layout: Layout) -> onnx.ModelProto:
+def read_graph(layout: Layout) -> onnx.ModelProto:
+    """Return the graph of a layout, without its weights.
+
+    Raises:
+        IntegrityError: The file is damaged.
+    """
     try:
         return onnx.load(str(layout.graph), load_external_data=False)
     except DecodeError as error:
@@ -125,11 +134,21 @@ def stored_dtype(graph: onnx.GraphProto) -> str:
     return f"int{bits.most_common(1)[0][0]}" if bits else "float32"
 
 
-def _slice_before_head(graph: onnx.GraphProto, where: Path) -> None:
-    """Let the head see only the rows from input FIRST_ROW on, and show them as output STATES."""
+def find_head(graph: onnx.GraphProto, where: Path) -> int:
+    """Return the index of the output head's node.
+
+    Raises:
+        IntegrityError: There is none.
+    """
     position = next((i for i, node in enumerate(graph.node) if node.name.startswith(HEAD)), None)
     if position is None:
         raise IntegrityError(f"{where} has no node {HEAD}", fix="compile the model with onnxruntime-genai's builder")
+    return position
+
+
+def _slice_before_head(graph: onnx.GraphProto, where: Path) -> None:
+    """Let the head see only the rows from input FIRST_ROW on, and show them as output STATES."""
+    position = find_head(graph, where)
     head = graph.node[position]
     ends = onnx.helper.make_tensor(f"{FIRST_ROW}_end", onnx.TensorProto.INT64, [1], [np.iinfo(np.int64).max])
     axis = onnx.helper.make_tensor(f"{FIRST_ROW}_axis", onnx.TensorProto.INT64, [1], [1])
@@ -140,6 +159,11 @@ def _slice_before_head(graph: onnx.GraphProto, where: Path) -> None:
     )
     head.input[0] = rows.output[0]
     graph.node.insert(position, rows)
+    show_states(graph)
+
+
+def show_states(graph: onnx.GraphProto) -> None:
+    """Make what the head reads an output, and say that there are as many rows of logits."""
     graph.output.append(onnx.helper.make_tensor_value_info(STATES, onnx.TensorProto.FLOAT, [1, "rows", None]))
     for output in graph.output:
         if output.name == "logits":
@@ -153,6 +177,11 @@ def _pass_lengths(graph: onnx.GraphProto, mask: str) -> None:
             node.input[5], node.input[6] = LAST, LENGTH
     for name in (LAST, LENGTH):
         graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT32, [1]))
+    drop_unread(graph, mask)
+
+
+def drop_unread(graph: onnx.GraphProto, mask: str) -> None:
+    """Take out nodes that nobody reads, and the mask if they were the only ones to read it."""
     needed = {each.name for each in graph.output}
     live = []
     for node in reversed(graph.node):
@@ -173,7 +202,14 @@ def _reads(node: onnx.NodeProto) -> Iterator[str]:
             yield from _reads(inner)
 
 
-def _open(model: onnx.ModelProto, layout: Layout, threads: int, *, spinning: bool) -> onnxruntime.InferenceSession:
+def open_session(
+    model: onnx.ModelProto, layout: Layout, threads: int, *, spinning: bool
+) -> onnxruntime.InferenceSession:
+    """Load a graph, changed in memory, with the weights that lie beside it.
+
+    Raises:
+        IntegrityError: onnxruntime can't.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -278,7 +314,7 @@ class OnnxDecoder:
         spinning: bool = True,
     ) -> None:
         layout = read_layout(directory)
-        model = _read_graph(layout)
+        model = read_graph(layout)
         self.dtype = stored_dtype(model.graph)
         if dtype not in ("auto", self.dtype):
             raise UsageError(
@@ -294,15 +330,24 @@ class OnnxDecoder:
         _slice_before_head(model.graph, layout.graph)
         _pass_lengths(model.graph, layout.inputs["attention_mask"])
         self._layout = layout
-        self._session = _open(model, layout, self.threads, spinning=spinning)
-        shape = (1, layout.kv_heads, self.max_tokens, layout.head_dim)
-        self._cache = [np.zeros(shape, np.float32) for _ in layout.cache_names]
+        self._session = open_session(model, layout, self.threads, spinning=spinning)
         self._mask = np.ones((1, self.max_tokens), np.int64)
+        self._begin_cache()
+
+    def _begin_cache(self) -> None:
+        shape = (1, self._layout.kv_heads, self.max_tokens, self._layout.head_dim)
+        self._cache = [np.zeros(shape, np.float32) for _ in self._layout.cache_names]
         self._calls: dict[int, _Call] = {}
         self._last_row = np.empty((1, 1, self.vocab), np.float32)
-        self._last_state = np.empty((1, 1, layout.hidden), np.float32)
+        self._last_state = np.empty((1, 1, self._layout.hidden), np.float32)
         self._states = self._last_state
         self._filled = 0
+
+    def sibling(self) -> OnnxDecoder:
+        """Return a decoder with a cache of its own on the same session: what drafts for several texts need."""
+        own = copy.copy(self)
+        own._begin_cache()  # noqa: SLF001 - it is one of these
+        return own
 
     def forward(self, tokens: Tokens, position: int, rows: int | None = None) -> Logits:
         """Run `tokens` (m,) at `position`; see `protocol.Decoder.forward`."""
@@ -327,6 +372,16 @@ class OnnxDecoder:
     def width(self) -> int:
         """Width of the hidden states."""
         return self._layout.hidden
+
+    def batched(self, places: int) -> OnnxBatch:
+        """Return caches for several texts at once, on a second session of the same graph, which reads the weights anew.
+
+        Raises:
+            UsageError: The graph has attention that can't be had once per text.
+        """
+        from optikit.runtime.onnx_batch import OnnxBatch
+
+        return OnnxBatch(self._layout, places=places, max_tokens=self.max_tokens, threads=self.threads)
 
     def greedy(self, prompt: Tokens, new_tokens: int) -> Iterator[int]:
         """Yield `new_tokens` greedy tokens after `prompt`; see `protocol.Decoder.greedy`."""

@@ -94,6 +94,21 @@ class Speculator:
             return PromptLookup(self.lengths)
         return FirstOf(parts) if len(parts) > 1 else parts[0] if parts else Silent()
 
+    def drafters(self, count: int) -> list[Drafter]:
+        """Return new drafters for texts that are written at once; a draft model gets a cache for each.
+
+        Raises:
+            UsageError: The draft model can't be given another cache.
+        """
+        speculators = [self]
+        if self.draft is not None and count > 1:
+            another = getattr(self.draft, "sibling", None)
+            if another is None:
+                message = f"this {self.draft.runtime} draft model writes ahead of one text at a time"
+                raise UsageError(message, fix="write one text at a time, or use an onnxruntime draft")
+            speculators += [replace(self, draft=another()) for _ in range(count - 1)]
+        return [(speculators[i] if i < len(speculators) else self).drafter() for i in range(count)]
+
     def _model(self, foreseen: Foreseen | None) -> Drafter | None:
         """Return the drafter that has weights."""
         if self.ahead == 0:
@@ -199,11 +214,14 @@ class SpeculatingDecoder:
     """A decoder whose `greedy` speculates; see `protocol.Decoder`.
 
     Attributes:
+        target: The decoder that it checks drafts with.
+        speculator: What drafts.
         statistics: Of all texts so far.
     """
 
     def __init__(self, decoder: Decoder, speculator: Speculator) -> None:
-        self._decoder = decoder
+        self.target = decoder
+        self.speculator = speculator
         self._drafter = speculator.drafter()
         self._min_window = speculator.min_window
         self.statistics = Statistics()
@@ -215,12 +233,12 @@ class SpeculatingDecoder:
 
     def forward(self, tokens: Tokens, position: int, rows: int | None = None) -> Logits:
         """Run `tokens` (m,) at `position`; see `protocol.Decoder.forward`."""
-        return self._decoder.forward(tokens, position, rows)
+        return self.target.forward(tokens, position, rows)
 
     def greedy(self, prompt: Tokens, new_tokens: int) -> Iterator[int]:
         """Yield `new_tokens` greedy tokens after `prompt`; see `protocol.Decoder.greedy`."""
         request = Request(max_new_tokens=new_tokens, min_window=self._min_window)
-        for step in generate(self._decoder, self._drafter, Greedy(), prompt, request):
+        for step in generate(self.target, self._drafter, Greedy(), prompt, request):
             self.statistics.add(step)
             yield from step.tokens
 

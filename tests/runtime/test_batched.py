@@ -1,5 +1,7 @@
 """Several texts at once: each is what it would be alone, whatever the others do, and none waits without need."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,10 +9,11 @@ from hypothesis import strategies as st
 
 from optikit.errors import UsageError
 from optikit.runtime.acceptors import Greedy, Rejection, SampleMatch, Sampling, Typical
-from optikit.runtime.batched import generate_batch
+from optikit.runtime.batched import generate_batch, write
 from optikit.runtime.controls import RepetitionPenalty, StopStrings
 from optikit.runtime.drafters import DraftModel, FirstOf, Medusa, PromptLookup, Silent
 from optikit.runtime.speculate import Request, generate
+from optikit.runtime.speculator import SpeculatingDecoder, Speculator
 from tests.runtime.markov import MarkovBatch, MarkovDecoder, Scripted
 
 SAMPLED = Sampling(temperature=0.8, top_p=0.95)
@@ -148,6 +151,53 @@ def test_requests_without_meaning_are_refused_before_anything_is_written(drafter
     assert decoder.forwards == []
     with pytest.raises(UsageError, match="1 prompts and 2 requests"):
         together([np.array([1])], [Request(max_new_tokens=1)] * 2, [Silent()], decoder=decoder)
+
+
+class Holder(MarkovDecoder):
+    """A decoder that can hold several texts, as those of `runtime.load`."""
+
+    def batched(self, places):
+        self.batch = MarkovBatch(places)
+        return self.batch
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_a_loaded_decoder_writes_with_its_speculator(batch):
+    decoder = Holder()
+    speculating = SpeculatingDecoder(decoder, Speculator(method="lookup", lengths={2: 4, 1: 2}, min_window=2))
+    prompts = [np.arange(1, 3 + i) for i in range(4)]
+    for loaded in (decoder, speculating):
+        texts = [[] for _ in prompts]
+        for number, step in write(loaded, prompts, [Request(max_new_tokens=20)] * 4, batch=batch):
+            texts[number] += step.tokens
+        assert texts == [list(MarkovDecoder().greedy(prompt, 20)) for prompt in prompts]
+    assert speculating.statistics.acceptance_length > 1.05
+    if batch > 1:
+        assert decoder.batch.places == min(batch, 4)
+        assert min(min(each.windows) for each in decoder.batch.rows) == 2
+
+
+class Drafting(MarkovDecoder):
+    """A draft model that can be given another cache."""
+
+    def sibling(self):
+        return Drafting(seed=9)
+
+
+def test_drafts_for_several_texts_have_a_cache_each():
+    speculator = Speculator(method="draft", ahead=3, ahead_gate=0.0, draft=Drafting(seed=9))
+    prompts = [np.arange(1, 3 + i) for i in range(4)]
+    speculating = SpeculatingDecoder(Holder(), speculator)
+    texts = [[] for _ in prompts]
+    for number, step in write(speculating, prompts, [Request(max_new_tokens=20)] * 4, batch=3):
+        texts[number] += step.tokens
+    assert texts == [list(MarkovDecoder().greedy(prompt, 20)) for prompt in prompts]
+    assert sum(speculating.statistics.drafted) > 20
+    blind = SpeculatingDecoder(Holder(), replace(speculator, draft=MarkovDecoder(seed=9)))
+    with pytest.raises(UsageError, match="writes ahead of one text at a time"):
+        next(write(blind, prompts, [Request(max_new_tokens=2)] * 4, batch=2))
+    with pytest.raises(UsageError, match="this toy decoder writes one text at a time"):
+        next(write(MarkovDecoder(), prompts, [Request(max_new_tokens=2)] * 4, batch=2))
 
 
 def test_numbers_that_are_none_stop_the_loop():
