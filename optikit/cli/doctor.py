@@ -33,11 +33,12 @@ def doctor(
     if json:
         typer.echo(json_library.dumps([asdict(finding) for finding in findings], indent=1))
     else:
-        typer.echo("\n".join(line for finding in findings for line in _lines(finding)))
+        width = max(len(finding.what) for finding in findings)
+        typer.echo("\n".join(line for finding in findings for line in _lines(finding, width)))
     if any(finding.status == "fail" for finding in findings):
         raise typer.Exit(int(Exit.UNAVAILABLE))
 
 
-def _lines(finding: Finding) -> list[str]:
-    lines = [f"{finding.status:4}  {finding.what:12}  {finding.detail}"]
-    return [*lines, f"      {'':12}  fix: {finding.fix}"] if finding.fix else lines
+def _lines(finding: Finding, width: int) -> list[str]:
+    lines = [f"{finding.status:4}  {finding.what:{width}}  {finding.detail}"]
+    return [*lines, f"      {'':{width}}  fix: {finding.fix}"] if finding.fix else lines

@@ -65,14 +65,18 @@ def check(names: Names = None, as_json: AsJson = False) -> None:
     from optikit.errors import UnavailableError
     from optikit.store.store import Store
 
-    found = {}
+    found, missing = {}, []
     for environment in _environments(Store.default(), names):
-        if environment.state() != "missing":
+        if environment.state() == "missing":
+            missing.append(environment.definition.name)
+        else:
             found[environment.definition.name] = environment.troubles()
     if as_json:
         print(json.dumps(found, indent=1))
     for name, troubles in found.items() if not as_json else ():
         print("\n".join(f"{name}  {trouble}" for trouble in troubles or ["as locked"]))
+    for name in missing if not as_json else ():
+        print(f"{name}  not built; the first step that needs it builds it, or `optikit env build {name}`")
     broken = [name for name, troubles in found.items() if troubles]
     if broken:
         fix = f"optikit env build --rebuild {' '.join(broken)}"
