@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from optikit import stages, targets
+from optikit import targets
 from optikit.algorithms.finetune import Settings, cross_entropy, divergence, rate, train
 from optikit.errors import StageFailedError
 from optikit.formats.checkpoint import Checkpoint
 from optikit.models.reader import read
-from optikit.stages.protocol import Calibration, Job
+from tests.stages.finetune.conftest import LENGTH, Killed, digests, perform
 
-LENGTH = 64
 EIGHT = {"batch": 4, "tokens": 8 * 4 * LENGTH, "learning_rate": 3e-3}
-
-
-def perform(verb: str, method: str, source: Path, place: Path, prose: Path, **given: Any) -> dict[str, Any]:
-    """Run a stage on `source` into `place`/model."""
-    changes = {key: given.pop(key) for key in ("progress", "teacher") if key in given}
-    for name in ("model", "scratch"):
-        (place / name).mkdir(parents=True, exist_ok=True)
-    stage = stages.load(verb, method)
-    job = Job(
-        source=source,
-        dest=place / "model",
-        scratch=place / "scratch",
-        inputs={"teacher": changes.pop("teacher", source)},
-        calibration=Calibration(text=prose, samples=6, length=given.pop("length", LENGTH)),
-        **changes,
-    )
-    return stage.run(stage.Options(**given), job)
 
 
 def sentences(seed: int, count: int) -> str:
@@ -60,10 +40,6 @@ def loss_on(directory: Path, text: str) -> float:
         return float(sum(cross_entropy(model(input_ids=window).logits, window) for window in windows.split(1))) / len(
             windows
         )
-
-
-def digests(directory: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +82,6 @@ def test_it_recovers_what_depth_pruning_lost(method, options, teacher, shortened
     assert whole < without
     assert recovered < without - 0.3 * (without - whole)
     assert len((tmp_path / "model" / "training.jsonl").read_text().splitlines()) == found["steps"] == 8
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in a stage catches it."""
 
 
 def test_killed_while_the_teacher_writes_the_bytes_are_the_same(teacher, shortened, text, tmp_path):
@@ -206,6 +178,20 @@ def test_the_loop_resumes_at_every_step_to_the_same_weights(optimizer, tmp_path)
         resumed = toy()
         assert run(resumed, f"{last}.pt") == history
         assert torch.equal(resumed, whole)
+
+
+def test_some_parameters_may_learn_faster(tmp_path):
+    """AdamW's first step moves every element by the learning rate, whatever its gradient."""
+    slow, fast = toy(64), toy(64)
+    before = slow.detach().clone()
+    once = Settings(steps=1, batch=1, learning_rate=0.01, warmup=0)
+
+    def loss(_):
+        return (slow + 5 * fast).pow(2).mean()
+
+    train({"a": slow, "b": fast}, WINDOWS, loss, once, checkpoint=tmp_path / "x.pt", faster={"b": 4.0})
+    torch.testing.assert_close((slow - before).abs(), torch.full((64,), 0.01), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close((fast - before).abs(), torch.full((64,), 0.04), rtol=1e-3, atol=1e-5)
 
 
 def test_divergence_is_that_of_the_definition():
