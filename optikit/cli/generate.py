@@ -1,7 +1,8 @@
-"""`optikit generate DIR --prompt TEXT`."""
+"""`optikit generate DIR --prompt TEXT`, or `--prompts FILE --batch N`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,13 +10,24 @@ import typer
 
 if TYPE_CHECKING:
     from optikit.runtime.protocol import Decoder
+    from optikit.runtime.text import Talker
 
 
 def generate(
     directory: Annotated[
         Path, typer.Argument(help="Output of `optikit run`, a compiled directory or a model.", show_default=False)
     ],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to say to the model.", show_default=False)],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="What to say to the model.", show_default=False)
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of prompts instead: lines, or JSON Lines with a `prompt` field. Prints answers as JSON Lines.",
+            show_default=False,
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Answers to a file of prompts that are written at once.")] = 1,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
     chat: Annotated[
         bool, typer.Option("--chat/--no-chat", help="Use the model's chat template, if it has one.")
@@ -23,15 +35,29 @@ def generate(
     stats: Annotated[bool, typer.Option("--stats", help="Print the speed to stderr.")] = False,
 ) -> None:
     """Generate text, greedily, from what a run wrote: the compiled artifact where there is one."""
-    import sys
-
     from optikit import runtime
+    from optikit.errors import UsageError
 
+    if (prompt is None) == (prompts is None):
+        raise UsageError("nothing to answer, or too much", fix="give either --prompt or --prompts")
+    if prompts is None and batch > 1:
+        raise UsageError(f"--batch {batch} has one prompt to answer", fix="give a file of prompts with --prompts")
+    asked = _read_prompts(prompts) if prompts is not None else ()
     _, place = runtime.find(directory)
     decoder = runtime.load(directory)
     from optikit.runtime.text import Talker
 
     talker = Talker(decoder, place)
+    if prompt is None:
+        _answer_all(decoder, talker, asked, max_tokens=max_tokens, chat=chat, batch=batch, stats=stats)
+        return
+    _answer(decoder, talker, prompt, max_tokens=max_tokens, chat=chat, stats=stats)
+
+
+def _answer(decoder: Decoder, talker: Talker, prompt: str, *, max_tokens: int, chat: bool, stats: bool) -> None:
+    """Stream one answer."""
+    import sys
+
     tokens = talker.encode(prompt, chat=chat)
     times = []
     for chunk in talker.answer(tokens, max_tokens):
@@ -43,11 +69,61 @@ def generate(
         typer.echo(_speed(decoder, times), err=True)
 
 
-def _speed(decoder: Decoder, times: list[int]) -> str:
-    """Say how fast the tokens after the first came: the first one's time is mostly the prompt's."""
+def _answer_all(
+    decoder: Decoder, talker: Talker, prompts: Sequence[str], *, max_tokens: int, chat: bool, batch: int, stats: bool
+) -> None:
+    """Print answers as JSON Lines, in the order of their prompts."""
+    import json
+    import time
+
+    tokens = [talker.encode(each, chat=chat) for each in prompts]
+    begun, written = time.perf_counter(), 0
+    for prompt, answer in zip(prompts, talker.answers(tokens, max_tokens, batch=batch), strict=True):
+        written += answer.tokens
+        line = {"prompt": prompt, "text": answer.text, "tokens": answer.tokens, "finish": answer.finish}
+        typer.echo(json.dumps(line, ensure_ascii=False))
+    if stats:
+        seconds = time.perf_counter() - begun
+        per_second = f"{written / seconds:.1f} tokens/s with their prompts, {batch} at once"
+        typer.echo(f"{written} tokens in {len(prompts)} answers, {per_second} ({_where(decoder)})", err=True)
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """Read prompts: the `prompt` field of JSON Lines, or the lines of a text that aren't empty.
+
+    Raises:
+        InputMissingError: There is no such file.
+        UsageError: It holds no prompts, or a record without one.
+    """
+    from optikit import records
+    from optikit.errors import InputMissingError, UsageError
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputMissingError(f"{path} can't be read: {error.strerror}", fix="give a file of prompts") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8: {error}", fix="give a text file of prompts") from error
+    entries = list(records.parse(text))
+    prompts = [(number, records.filled(entry, "{prompt}")) for number, entry in entries]
+    for number, prompt in prompts:
+        if not prompt:
+            raise UsageError(f"{path}: record {number} has no `prompt`", fix='write {"prompt": "…"}')
+    found = [prompt for _, prompt in prompts if prompt] or [line for line in text.splitlines() if line.strip()]
+    if not found:
+        raise UsageError(f"{path} holds no prompts", fix='write one per line, or {"prompt": "…"} per line')
+    return found
+
+
+def _where(decoder: Decoder) -> str:
     counted = getattr(decoder, "statistics", None)
     speculating = f", {counted.acceptance_length:.2f} tokens per step" if counted is not None else ""
-    where = f"{decoder.runtime}, {decoder.dtype}, {decoder.threads} threads{speculating}"
+    return f"{decoder.runtime}, {decoder.dtype}, {decoder.threads} threads{speculating}"
+
+
+def _speed(decoder: Decoder, times: list[int]) -> str:
+    """Say how fast the tokens after the first came: the first one's time is mostly the prompt's."""
+    where = _where(decoder)
     if len(times) < 2:
         return f"{len(times)} tokens, too few to time ({where})"
     per_second = (len(times) - 1) / (times[-1] - times[0]) * 1e9

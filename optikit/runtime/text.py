@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 
 from optikit.errors import InputMissingError, UsageError
+from optikit.runtime.batched import write
 from optikit.runtime.limits import check_room
 from optikit.runtime.protocol import Decoder, Tokens
+from optikit.runtime.speculate import Finish, Request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,15 @@ class Chunk:
 
     text: str
     at_ns: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A whole answer: its text, the number of its tokens without an end of text, and why it ends."""
+
+    text: str
+    tokens: int
+    finish: Finish
 
 
 class Talker:
@@ -77,6 +88,37 @@ class Talker:
             if token in self.ends:
                 return
             yield Chunk(text=decoded.step(self._tokenizer.backend_tokenizer, token) or "", at_ns=at)
+
+    def answers(self, prompts: Sequence[Tokens], max_tokens: int, *, batch: int = 1) -> Iterator[Answer]:
+        """Yield the greedy continuations of prompts, in their order, each as soon as it and those before it are whole.
+
+        Args:
+            prompts: (n,) token ids each.
+            max_tokens: Most tokens of an answer; fewer where the cache ends.
+            batch: Answers written at once.
+
+        Raises:
+            UsageError: A prompt leaves no room, or the decoder writes one answer at a time.
+        """
+        room = self._decoder.max_tokens
+        for tokens in prompts:
+            check_room(len(tokens) + 1, room)
+        requests = [Request(max_new_tokens=min(max_tokens, room - len(each)), eos=self.ends) for each in prompts]
+        written: list[list[int]] = [[] for _ in prompts]
+        ended: dict[int, Finish] = {}
+        told = 0
+        for number, step in write(self._decoder, prompts, requests, batch=batch):
+            written[number] += step.tokens
+            if step.finish:
+                ended[number] = step.finish
+            while told in ended:
+                yield self._answer(written[told], ended[told])
+                told += 1
+
+    def _answer(self, tokens: list[int], finish: Finish) -> Answer:
+        kept = tokens[:-1] if finish == "eos" else tokens
+        text = self._tokenizer.backend_tokenizer.decode(kept, skip_special_tokens=True)
+        return Answer(text=text, tokens=len(kept), finish=finish)
 
 
 def end_tokens(directory: Path) -> frozenset[int]:

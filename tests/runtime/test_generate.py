@@ -80,6 +80,65 @@ def test_no_prompt_and_no_tokenizer(tiny_llama, tmp_path):
         Talker(Scripted([]), tmp_path)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_answers_come_in_the_order_of_their_prompts(tiny_llama, batch):
+    decoder = runtime.load(tiny_llama, dtype="float32", threads=1)
+    talker = Talker(decoder, tiny_llama)
+    prompts = [talker.encode(each, chat=False) for each in ("stone", "a", "the river", "st", "light and")]
+    wanted = [list(talker.answer(each, 9)) for each in prompts]
+    talker.ends = frozenset({*talker.ends, next(decoder.greedy(prompts[1], 1))})  # one ends at once, others go on
+    found = list(talker.answers(prompts, 9, batch=batch))
+    assert (found[1].text, found[1].tokens, found[1].finish) == ("", 0, "eos")
+    for answer, chunks in zip(found, wanted, strict=True):
+        assert answer.finish == "eos" or answer.tokens == 9
+        assert "".join(chunk.text for chunk in chunks).startswith(answer.text.rstrip("\N{REPLACEMENT CHARACTER}"))
+    assert [each.tokens for each in found].count(9) >= 2
+    with pytest.raises(UsageError, match="513 tokens don't fit"):
+        next(talker.answers([np.zeros(512, np.int64)], 4))
+
+
+def test_a_decoder_for_one_text_says_so(tiny_llama):
+    talker = Talker(Scripted([5, 6]), tiny_llama)
+    with pytest.raises(UsageError, match="this script decoder writes one text at a time"):
+        next(talker.answers([np.array([5])], 4, batch=2))
+
+
+@pytest.mark.parametrize(
+    "lines", ["stone\n\na river\nst\n", '{"prompt": "stone"}\n{"prompt": "a river"}\n{"prompt": "st"}\n']
+)
+def test_a_file_of_prompts_is_answered_line_by_line(tiny_onnx, tmp_path, lines):
+    (tmp_path / "prompts").write_text(lines)
+    given = [str(tiny_onnx), "--prompts", str(tmp_path / "prompts"), "--max-tokens", "6", "--stats"]
+    result = CliRunner().invoke(app, [*given, "--batch", "2"])
+    assert result.exit_code == 0, result.output
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [each["prompt"] for each in answers] == ["stone", "a river", "st"]
+    assert "in 3 answers" in result.stderr
+    for each in answers:
+        alone = CliRunner().invoke(app, [str(tiny_onnx), "--prompt", each["prompt"], "--max-tokens", "6"])
+        assert alone.stdout.rstrip("\n\N{REPLACEMENT CHARACTER}") == each["text"].rstrip("\n\N{REPLACEMENT CHARACTER}")
+        assert each["finish"] in ("eos", "length")
+
+
+@pytest.mark.parametrize(
+    ("given", "text", "told"),
+    [
+        ([], "", "nothing to answer"),
+        (["--prompt", "a", "--prompts", "prompts"], "a", "or too much"),
+        (["--prompt", "a", "--batch", "2"], "", "has one prompt to answer"),
+        (["--prompts", "prompts"], "\n \n", "holds no prompts"),
+        (["--prompts", "prompts"], '{"prompt": "a"}\n{"text": "b"}', "record 2 has no `prompt`"),
+        (["--prompts", "absent"], "", "absent can't be read"),
+    ],
+)
+def test_prompts_that_are_none(tiny_onnx, tmp_path, monkeypatch, given, text, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts").write_text(text)
+    result = CliRunner().invoke(app, [str(tiny_onnx), *given])
+    assert isinstance(result.exception, UsageError | InputMissingError)
+    assert told in str(result.exception)
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 def test_the_command_prints_the_text_of_greedy_decoding(tiny_onnx, tiny_llama, tmp_path, compiled):
     shutil.copytree(tiny_llama, tmp_path / "out" / "model")
