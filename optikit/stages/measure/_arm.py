@@ -56,6 +56,7 @@ def _served(request: dict[str, Any]) -> ServedDecoder:
         threads=request["threads"],
         max_tokens=request["max_tokens"],
         log=Path(request["log"]),
+        hang_s=request["hang_s"],
         speculator=Path(request["speculator"]) if request["speculator"] else None,
     )
 

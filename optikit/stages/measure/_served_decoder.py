@@ -16,9 +16,6 @@ from optikit.runtime.completions import Client
 from optikit.runtime.protocol import Tokens
 from optikit.stages.measure import _vllm
 
-START_S = 1800.0
-HANG_S = 900.0
-
 
 class ServedDecoder:
     """Decodes greedily through a server of its own.
@@ -28,6 +25,7 @@ class ServedDecoder:
         threads: CPU threads of the server.
         max_tokens: Longest sequence, prompt and answer together.
         log: File for what the server prints.
+        hang_s: Seconds that it may take until it answers, and without a byte.
         speculator: What a `speculate` stage wrote, for the server to draft with.
 
     Raises:
@@ -38,7 +36,14 @@ class ServedDecoder:
     runtime = "vllm"
 
     def __init__(
-        self, directory: Path, *, threads: int, max_tokens: int, log: Path, speculator: Path | None = None
+        self,
+        directory: Path,
+        *,
+        threads: int,
+        max_tokens: int,
+        log: Path,
+        hang_s: float,
+        speculator: Path | None = None,
     ) -> None:
         facts = read(directory)
         how = _vllm.Serving(
@@ -54,8 +59,8 @@ class ServedDecoder:
         self.vocab = facts.vocab
         self.max_tokens = max_tokens
         self._server = ExitStack()
-        url, self._group = self._server.enter_context(_vllm.serving(how, log=log, start_s=START_S))
-        self._client = Client(url, timeout_s=HANG_S)
+        url, self._group = self._server.enter_context(_vllm.serving(how, log=log, start_s=hang_s))
+        self._client = Client(url, timeout_s=hang_s)
 
     def greedy(self, prompt: Tokens, new_tokens: int) -> Iterator[int]:
         """Yield exactly `new_tokens` greedy tokens after `prompt` (n,), each as soon as the server tells it."""

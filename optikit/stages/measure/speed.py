@@ -209,6 +209,12 @@ def _speculator(job: Job, arm: ArmOptions) -> Path:
     return merged
 
 
+def _for_a_server(arm: ArmOptions, options: Options, job: Job) -> dict[str, Any]:
+    if arm.runtime != "vllm":
+        return {}
+    return {"log": str(job.scratch / f"{arm.name}.server.log"), "hang_s": options.hang_s}
+
+
 def _load(process: Arm, arm: ArmOptions, options: Options, job: Job) -> dict[str, Any]:
     """Load an arm's model; return what was really loaded, and how long that took."""
     loaded = process.ask(
@@ -219,7 +225,7 @@ def _load(process: Arm, arm: ArmOptions, options: Options, job: Job) -> dict[str
         threads=job.threads,
         max_tokens=options.prompt_tokens + options.new_tokens,
         speculator=str(_speculator(job, arm)) if arm.speculator else None,
-        **({"log": str(job.scratch / f"{arm.name}.server.log")} if arm.runtime == "vllm" else {}),
+        **_for_a_server(arm, options, job),
     )
     if arm.dtype not in ("auto", loaded["dtype"]):
         message = f"{arm.name}: asked for {arm.dtype}, but {loaded['runtime']} loaded {loaded['dtype']}"

@@ -10,7 +10,8 @@ Differs heads share the model's output layer, cut to the tokens that it writes m
         repeats is looked up first, and heads are asked where nothing repeats, if that pays
 
 Sequential heads see the tokens drafted before theirs, and the newest one: more of their drafts are right, above all the
-later ones, and a draft costs about twice the time, since one head waits for the other. Only this tool's loop runs them.
+later ones, and a draft costs a third more (1.7 ms instead of 1.3, three heads, measured on SmolLM2-135M), since one
+head waits for the other. Only this tool's loop runs them.
 
 The text stays the model's own: every draft token is checked. What the heads bring is measured on the compiled model,
 and chosen there.

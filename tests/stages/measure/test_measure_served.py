@@ -78,7 +78,7 @@ def test_an_arm_gets_the_tokens_that_the_server_writes(model, tiny_llama, monkey
     with serving(model) as server:
         started = nullcontext((server.url, os.getpgid(0)))
         monkeypatch.setattr(_vllm, "serving", lambda _how, **_: started)
-        decoder = ServedDecoder(tiny_llama, threads=1, max_tokens=32, log=tmp_path / "log")
+        decoder = ServedDecoder(tiny_llama, threads=1, max_tokens=32, log=tmp_path / "log", hang_s=30)
         assert list(decoder.greedy(prompt, 7)) == list(model.decoder.greedy(prompt, 7))
     assert (decoder.runtime, decoder.dtype) == ("vllm", "bfloat16")
     assert decoder.peak_mib() > 50
