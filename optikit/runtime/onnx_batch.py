@@ -25,8 +25,8 @@ from onnx import TensorProto, helper
 
 from optikit.errors import UsageError
 from optikit.runtime.limits import check_call
-from optikit.runtime.onnx_decoder import (
-    CHUNK,
+from optikit.runtime.onnx_decoder import CHUNK
+from optikit.runtime.onnx_session import (
     LAST,
     LENGTH,
     STATES,
