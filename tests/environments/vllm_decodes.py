@@ -1,8 +1,9 @@
 """Run by vLLM's own python: `python vllm_decodes.py JOBS.json` prints what it decodes, as one line of JSON.
 
 A job is {"directory": …, "prompts": [[…], …], "count": n, "speculative_config": {…} or null}; its answer is {"tokens":
-[[…], …], "margins": [[…], …], "accepted": n}. A margin is by how much, in nats, the chosen token was likelier than the
-next. All jobs share one process, because importing vLLM takes longer than any of them.
+[[…], …], "margins": [[…], …], "accepted": n, "drafts": n, "by_position": [n, …]}. A margin is by how much, in nats, the
+chosen token was likelier than the next; drafts are steps that drafted, of which by_position kept the token at each
+position. All jobs share one process, because importing vLLM takes longer than any of them.
 """
 
 import gc
@@ -17,7 +18,7 @@ def decode(job):
     model = LLM(
         model=job["directory"],
         enforce_eager=True,
-        max_model_len=256,
+        max_model_len=job.get("context", 256),
         max_num_seqs=4,
         speculative_config=job["speculative_config"],
         enable_prefix_caching=False,
@@ -28,7 +29,7 @@ def decode(job):
     settings = SamplingParams(temperature=0, max_tokens=job["count"], ignore_eos=True, logprobs=2)
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
     answers = [answer.outputs[0] for answer in model.generate(prompts, settings)]
-    counters = {each.name: getattr(each, "value", 0) for each in model.get_metrics()}
+    counters = {each.name: getattr(each, "value", getattr(each, "values", 0)) for each in model.get_metrics()}
     margins = []
     for answer in answers:
         best = [sorted((each.logprob for each in step.values()), reverse=True) for step in answer.logprobs]
@@ -37,6 +38,8 @@ def decode(job):
         "tokens": [list(answer.token_ids) for answer in answers],
         "margins": margins,
         "accepted": counters.get("vllm:spec_decode_num_accepted_tokens", 0),
+        "drafts": counters.get("vllm:spec_decode_num_drafts", 0),
+        "by_position": counters.get("vllm:spec_decode_num_accepted_tokens_per_pos", []),
     }
 
 
