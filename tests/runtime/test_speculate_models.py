@@ -1,12 +1,8 @@
 """Speculation on real models: token for token what transformers' own generate writes; sampled as it samples alone."""
 
-from functools import cache
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-import yaml
 from tokenizers import Tokenizer
 
 from optikit import runtime
@@ -182,29 +178,13 @@ class Remembering:
 @pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.parametrize("acceptor", [SampleMatch(SERVED), Rejection(SERVED)], ids=["match", "rejection"])
-def test_smollm2_is_sampled_as_it_samples_alone(tmp_path_factory, acceptor):
-    target = Remembering(TorchDecoder(smollm2(tmp_path_factory), dtype="float32"))
+def test_smollm2_is_sampled_as_it_samples_alone(smollm2, acceptor):
+    target = Remembering(TorchDecoder(smollm2, dtype="float32"))
     text = "The capital of Italy is Rome. The capital of France is Paris. The capital of Italy is"
-    prompt = np.array(Tokenizer.from_file(str(smollm2(tmp_path_factory) / "tokenizer.json")).encode(text).ids)
+    prompt = np.array(Tokenizer.from_file(str(smollm2 / "tokenizer.json")).encode(text).ids)
     expected = exact_marginals(target, prompt, ())
     draws = 10_000
     counts, kept = first_tokens(target, PromptLookup({2: 2, 1: 2}), acceptor, prompt, draws, ())
     for place in range(2):
         assert_drawn_from(counts[place], expected[place])
     assert kept > 0
-
-
-@cache
-def smollm2(tmp_path_factory):
-    """Fetch the model of the shipped recipes and unpack it to a Hugging Face directory."""
-    from optikit.stages.acquire import gguf
-    from optikit.stages.protocol import Job
-    from optikit.store.sources import resolve_model
-    from optikit.store.store import Store
-
-    spec = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "quickstart.yaml").read_text())["model"]
-    found = resolve_model(spec, Store.default(), base=Path(), offline=False, note=print)
-    work = tmp_path_factory.mktemp("smollm2")
-    (work / "dest").mkdir()
-    gguf.run(gguf.Options(), Job(source=found.path, dest=work / "dest", scratch=work / "scratch"))
-    return work / "dest"
