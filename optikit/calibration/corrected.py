@@ -31,7 +31,7 @@ class Corrected:
     def apply(self, group: Group, statistic: PairedGram) -> Applied:
         """Correct the group's weights and apply the technique to them. Zeros of a pruned weight stay."""
         weight = torch.cat(group.weights)
-        moved = corrected(weight, statistic.mean(), statistic.lacking(), damp=self.damp)
+        moved = corrected(weight, statistic.mean(), statistic.lacking(), damp=self.damp, tokens=statistic.tokens)
         alive = pruned_mask(weight)
         if alive is not None:
             moved = moved * alive

@@ -96,7 +96,7 @@ class CorrectedGptq:
         """Correct the group's weights, then quantize them."""
         weight = torch.cat(group.weights)
         hessian = statistic.mean()
-        target = corrected(weight, hessian, statistic.lacking(), damp=self.damp)
+        target = corrected(weight, hessian, statistic.lacking(), damp=self.damp, tokens=statistic.tokens)
         return self.gptq.quantize(group, target, hessian)
 
 

@@ -193,8 +193,20 @@ def test_correction_is_least_squares():
     weight = layer(6, 24, seed=13)[0].double()
     wanted = dense @ weight.T
     hessian, lacking = x.T @ x / 512, (wanted - x @ weight.T).T @ x / 512
-    new = corrected(weight, hessian, lacking, damp=1e-12)
+    new = corrected(weight, hessian, lacking, damp=1e-12, tokens=512)
     assert torch.allclose(new, torch.linalg.lstsq(x, wanted).solution.T, atol=1e-6)
-    assert torch.allclose(corrected(weight, hessian, lacking, damp=1e6), weight, atol=1e-5)
+    assert torch.allclose(corrected(weight, hessian, lacking, damp=1e6, tokens=512), weight, atol=1e-5)
     indefinite = hessian - 1e3 * torch.eye(24)
-    assert torch.equal(corrected(weight, indefinite, lacking, damp=0.01), weight)
+    assert torch.equal(corrected(weight, indefinite, lacking, damp=0.01, tokens=512), weight)
+
+
+@pytest.mark.parametrize("tokens", [24, 48, 120])
+def test_correction_from_few_tokens_is_held_back(tokens):
+    """What is lacking here is noise alone: whatever is corrected is wrong on other inputs."""
+    x, noise = inputs(tokens, 24, seed=15), torch.randn(tokens, 6, generator=torch.Generator().manual_seed(16))
+    weight = layer(6, 24, seed=15)[0]
+    hessian, lacking = x.T @ x / tokens, noise.T @ x / tokens
+    held, free = (corrected(weight, hessian, lacking, damp=0.05, tokens=each) for each in (tokens, 24 * 10))
+    others = inputs(512, 24, seed=17)
+    wrong_held, wrong_free = (((others @ (each - weight).T) ** 2).mean() for each in (held, free))
+    assert 0 < wrong_held < wrong_free

@@ -100,7 +100,7 @@ def test_equals_the_whole_model_with_hooks(tiny_llama, prose, tmp_path, correct)
             inputs = now.inputs(full[0], tokens)
             if isinstance(gram, PairedGram):
                 gram.see(Seen(inputs=inputs, dense_inputs=dense.inputs(full[0], tokens), behind=behind))
-                target = corrected(target, gram.mean(), gram.lacking(), damp=0.1)
+                target = corrected(target, gram.mean(), gram.lacking(), damp=0.1, tokens=gram.tokens)
             else:
                 gram.update(inputs)
             new = gptq.quantize(target, gram.mean(), grid, damp=0.01).quantized

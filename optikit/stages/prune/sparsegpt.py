@@ -35,7 +35,8 @@ class Options(PatternOptions):
     correct: bool = True
     """Aim at the dense model's outputs, making up for what the layers before have lost. Doubles the forward passes."""
     correct_damp: float = Field(default=0.05, gt=0, le=10)
-    """What holds a weight back from being corrected: added to the Hessian's diagonal, as a fraction of its mean."""
+    """What holds a weight back from being corrected: added to the Hessian's diagonal, as a fraction of its mean; more
+    than that where there are fewer than ten calibration tokens for each input channel."""
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
