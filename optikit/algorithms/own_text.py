@@ -23,8 +23,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DynamicCache
 
-from optikit.calibration.memory import one_arena, return_memory
-
 BATCH = 32
 """Most texts written at once."""
 ROOM = 8192
@@ -100,7 +98,6 @@ def write(
         observe: Told (done, total) prompts.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    one_arena(bounded=True)  # a cache that grows by a token leaves holes of every size
     parts: list[dict[str, Tensor]] = []
     done = 0
     for number, indices in enumerate(_batches([len(prompt) + new_tokens for prompt in prompts], batch, room)):
@@ -111,7 +108,6 @@ def write(
         if part is None:
             part = _joined(indices, _continue(model, [prompts[i] for i in indices], new_tokens, ends))
             _keep(part, path)
-            return_memory()
         parts.append(part)
     observe(done, len(prompts))
     return OwnText(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})

@@ -107,10 +107,11 @@ def page(rows: list[tuple[str, ...]], overrides: list[str]) -> Iterator[str]:
     names = ", ".join(f"`recipes/{name}.yaml`" for name in ARMS)
     yield "# Backends: the same recipe, done by different libraries\n"
     yield f"    python tests/benchmarks/backends.py --out examples/backends{sets}\n"
-    yield f"Recipes: {names}{changed}, quantizing SmolLM2-135M. Every backend sees the same calibration windows: 8192"
-    yield "tokens for GPTQ, 1024 for AWQ. Seconds and peak memory are of the quantizing step's process; perplexity is"
-    yield "on the held-out text, its ratio against the model that was quantized. *Read differently* counts the weights"
-    yield "for which the library's own reader and the next stage's disagree in any bit.\n"
+    yield f"Recipes: {names}{changed}, quantizing SmolLM2-135M."
+    yield "Every backend of a method sees the same calibration windows. Seconds and peak memory are of the quantizing"
+    yield "step's process; perplexity is on the held-out text, its ratio against the model that was quantized. *Read"
+    yield "differently* counts the weights for which the library's own reader and the next stage's disagree in any"
+    yield "bit.\n"
     yield f"| {' | '.join(HEAD)} |"
     yield "|" + "---|" * len(HEAD)
     for cells in rows:

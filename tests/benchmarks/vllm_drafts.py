@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from optikit import host, runtime
-from optikit.runtime.speculator import SPECULATOR, SpeculatingDecoder, read
+from optikit.runtime.heads import HEADS, HeadSession
+from optikit.runtime.onnx_decoder import OnnxDecoder
+from optikit.runtime.speculator import COMPILED_DRAFT, SPECULATOR, Method, SpeculatingDecoder, Speculator
 
 DECODES = Path(__file__).parents[1] / "environments" / "vllm_decodes.py"
-OWN = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 
 
 def passages(text: Path, tokenizer: Tokenizer, count: int, length: int) -> list[list[int]]:
@@ -47,22 +41,21 @@ def passages(text: Path, tokenizer: Tokenizer, count: int, length: int) -> list[
     return long[:: len(long) // count][:count]
 
 
-def ours(out: Path, prompts: list[list[int]], count: int, tokens: int) -> dict[str, Any]:
+def ours(out: Path, method: Method, prompts: list[list[int]], count: int, tokens: int) -> dict[str, Any]:
     """Decode with the run's own heads or draft alone, `tokens` at every step."""
-    found = runtime.load(out)
-    target = found.target if isinstance(found, SpeculatingDecoder) else found
-    made = json.loads((out / "speculator" / SPECULATOR).read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory() as work:
-        for each in (out / "speculator").iterdir():
-            if each.name not in ("choice.json", "recall.safetensors"):
-                (Path(work) / each.name).symlink_to(each.absolute())
-        speculator = replace(read(Path(work)), lengths={}, gate=0.4, ahead=tokens, ahead_gate=0.0, table=None)
-        decoder = SpeculatingDecoder(target, speculator)
-        texts = [list(decoder.greedy(np.array(prompt, np.int64), count)) for prompt in prompts]
+    beside = out / "speculator"
+    speculator = Speculator(
+        method=method,
+        ahead=tokens,
+        ahead_gate=0.0,
+        heads=HeadSession(beside / HEADS) if method == "medusa" else None,
+        draft=OnnxDecoder(beside / COMPILED_DRAFT, threads=1, spinning=False) if method == "draft" else None,
+    )
+    decoder = SpeculatingDecoder(runtime.load(out, speculator=None), speculator)
+    for prompt in prompts:
+        deque(decoder.greedy(np.array(prompt, np.int64), count), maxlen=0)
     statistics = decoder.statistics
     return {
-        "method": made["method"],
-        "tokens": texts,
         "acceptance_length": statistics.acceptance_length,
         "by_position": list(statistics.acceptance_by_position),
     }
@@ -74,7 +67,7 @@ def theirs(jobs: list[dict[str, Any]], python: Path) -> list[dict[str, Any]]:
         path = Path(work) / "jobs.json"
         path.write_text(json.dumps(jobs), encoding="utf-8")
         command = [str(python), "-P", str(DECODES), str(path)]
-        done = subprocess.run(command, env=os.environ | OWN, cwd=work, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     found: list[dict[str, Any]] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -102,24 +95,16 @@ def compared(out: Path, args: argparse.Namespace) -> dict[str, Any]:
     config["model"] = str((out / config["model"]).absolute())
     shared = {"directory": str((out / "model").absolute()), "prompts": prompts, "count": args.count, "context": 512}
     plain, drafted = theirs([{**shared, "speculative_config": each} for each in (None, config)], args.vllm_python)
-    own = ours(out, prompts, args.count, config["num_speculative_tokens"])
     rates = [kept / drafted["drafts"] for kept in drafted["by_position"]]
     parted = partings(plain, drafted)
-    shared_tokens = [_common(*pair) for pair in zip(own["tokens"], plain["tokens"], strict=True)]
     return {
         "method": made["method"],
         "prompts": len(prompts),
-        "optikit": {name: own[name] for name in ("acceptance_length", "by_position")},
+        "optikit": ours(out, made["method"], prompts, args.count, config["num_speculative_tokens"]),
         "vllm": {"acceptance_length": 1 + drafted["accepted"] / drafted["drafts"], "by_position": rates},
         "vllm_same_texts": sum(each is None for each in parted),
         "vllm_parted_margins": [each for each in parted if each is not None],
-        "same_first_tokens": float(np.mean(shared_tokens)),
     }
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """Return how many tokens two texts share from the start."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
 
 
 def main() -> None:

@@ -8,13 +8,22 @@ position. All jobs share one process, because importing vLLM takes longer than a
 
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 
-from vllm import LLM, SamplingParams
+OWN = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 
 
 def decode(job):
+    from vllm import LLM, SamplingParams  # reads the environment when it is imported
+
     model = LLM(
         model=job["directory"],
         enforce_eager=True,
@@ -44,6 +53,7 @@ def decode(job):
 
 
 if __name__ == "__main__":
+    os.environ |= OWN
     found = []
     for job in json.loads(Path(sys.argv[1]).read_text()):
         try:

@@ -29,6 +29,7 @@ def written(options: PromptOptions, job: Job, tokens: int) -> tuple[Any, list[li
     """
     from optikit.algorithms import own_text
     from optikit.calibration.arithmetic import compute_dtype
+    from optikit.calibration.memory import one_arena, return_memory
     from optikit.runtime.text import Talker
     from optikit.runtime.torch_decoder import TorchDecoder
 
@@ -54,6 +55,12 @@ def written(options: PromptOptions, job: Job, tokens: int) -> tuple[Any, list[li
             f"{FEWEST} are needed to learn from"
         )
         raise InputMissingError(message, fix="give more prompts, or lower `judged`")
+
+    def observe(done: int, total: int) -> None:
+        return_memory()
+        job.progress(done, total, "prompt")
+
+    one_arena(bounded=True)  # a cache that grows token by token leaves holes of every size
     used = fitting[: max(FEWEST, -(-tokens // options.new_tokens))]
     text = own_text.write(
         decoder.model,
@@ -61,6 +68,6 @@ def written(options: PromptOptions, job: Job, tokens: int) -> tuple[Any, list[li
         new_tokens=options.new_tokens,
         ends=talker.ends,
         folder=job.scratch / "own-text",
-        observe=lambda done, total: job.progress(done, total, "prompt"),
+        observe=observe,
     )
     return decoder.model, used, text

@@ -81,7 +81,7 @@ class Options(PromptOptions):
     """Tokens to draft per step, where nothing else is chosen by measuring; servers are told this."""
     precision: Literal["int4", "int8", "fp32"] = "int8"
     """Weights of the draft where it runs here, rounded to nearest; its directory for servers keeps its own. A distilled
-    draft of SmolLM2-135M guesses 27 % of tokens in bfloat16 and in int8, and 14 % in int4, which is hardly faster."""
+    draft of SmolLM2-135M guesses 27 % of tokens in bfloat16 and in int8; in int4 14 %, in 6.1 instead of 7.1 ms."""
 
     @model_validator(mode="after")
     def _one(self) -> Options:
