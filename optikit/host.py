@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +62,16 @@ def describe() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
+
+
+def versions(libraries: tuple[str, ...]) -> dict[str, str]:
+    """Return the installed versions of distributions; those that aren't installed are left out."""
+    return {name: found for name in libraries if (found := _version(name))}
+
+
+@functools.cache
+def _version(library: str) -> str | None:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None

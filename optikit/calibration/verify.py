@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optikit.algorithms.grid import Grid, pruned_mask
-from optikit.calibration.stored import StoredModel
+from optikit.calibration.source_model import StoredModel
 from optikit.errors import StageFailedError
 from optikit.formats import gptq
 from optikit.formats.checkpoint import COPY_BYTES, Checkpoint, Entry

@@ -114,7 +114,7 @@ def _told(error: OptikitError) -> str:
     from optikit.errors import RecipeError
 
     if isinstance(error, RecipeError) and error.problems:
-        from optikit.recipe.render import render_problems
+        from optikit.recipe.render_problems import render_problems
 
         return f"{render_problems(error.problems, colour=sys.stderr.isatty())}\n{error.message}\n"
     fix = f"fix: {error.fix}\n" if error.fix else ""

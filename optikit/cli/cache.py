@@ -26,7 +26,7 @@ def list_(as_json: AsJson = False) -> None:
     from datetime import UTC, datetime
 
     from optikit.cli._table import table
-    from optikit.store import housekeeping
+    from optikit.store import maintenance
     from optikit.store.files import in_units
     from optikit.store.store import Store
 
@@ -35,11 +35,11 @@ def list_(as_json: AsJson = False) -> None:
         {
             "kind": entry.kind,
             "name": entry.name,
-            "what": housekeeping.describe(store, entry),
+            "what": maintenance.describe(store, entry),
             "size_bytes": entry.size_bytes,
             "used": datetime.fromtimestamp(entry.used, UTC).isoformat(timespec="seconds"),
         }
-        for entry in housekeeping.entries(store)
+        for entry in maintenance.entries(store)
     ]
     total = sum(int(str(row["size_bytes"])) for row in rows)
     if as_json:
@@ -75,7 +75,8 @@ def gc(
     import json
 
     from optikit.errors import UsageError
-    from optikit.recipe.size import parse_size
+    from optikit.recipe.schema import parse_size
+    from optikit.store import maintenance
     from optikit.store.files import in_units
     from optikit.store.store import Store
 
@@ -84,7 +85,7 @@ def gc(
     except ValueError as error:
         raise UsageError(f"--max-size: {error}") from error
     store = Store.default()
-    done = store.gc(_named(store, keep or []), limit, dry_run=dry_run)
+    done = maintenance.gc(store, _named(store, keep or []), limit, dry_run=dry_run)
     if as_json:
         removed = [{"kind": one.kind, "name": one.name, "size_bytes": one.size_bytes} for one in done.removed]
         result = {"dry_run": dry_run, "removed": removed}
@@ -101,9 +102,9 @@ def gc(
 def _named(store: Store, beginnings: list[str]) -> set[str]:
     """Return the full names of the entries that the given texts are the beginnings of."""
     from optikit.errors import InputMissingError
-    from optikit.store import housekeeping
+    from optikit.store import maintenance
 
-    names = [entry.name for entry in housekeeping.entries(store)]
+    names = [entry.name for entry in maintenance.entries(store)]
     for beginning in beginnings:
         if not any(name.startswith(beginning) for name in names):
             raise InputMissingError(f"--keep {beginning}: no such entry", fix="`optikit cache list` lists them")
@@ -116,11 +117,12 @@ def check(as_json: AsJson = False) -> None:
     import json
 
     from optikit.errors import IntegrityError
-    from optikit.report.text import clean
+    from optikit.store import maintenance
     from optikit.store.store import Store
+    from optikit.text import clean
 
     store = Store.default()
-    found = store.fsck()
+    found = maintenance.fsck(store)
     if as_json:
         damage = {name: [{"path": one.path, "what": one.what} for one in rows] for name, rows in found.items()}
         print(json.dumps({"ok": not found, "entries": len(store.keys()), "damage": damage}, indent=1))

@@ -13,8 +13,8 @@ from pathlib import Path
 def write_report(error: Exception) -> Path:
     """Write what happened to a file in the store's directory and return its path."""
     from optikit import __version__
+    from optikit.host import versions
     from optikit.store.store import Store
-    from optikit.worker import versions
 
     now = datetime.now(UTC)
     content = {

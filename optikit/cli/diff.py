@@ -44,8 +44,9 @@ def diff(
 
 
 def _runs(a: Path, b: Path) -> tuple[Run, Run]:
+    from optikit import text
     from optikit.errors import OptikitError
-    from optikit.report import compare, text, write
+    from optikit.report import compare, write
     from optikit.store.store import Store
 
     reports = (write.load(a), write.load(b))
@@ -65,12 +66,12 @@ def _show(a: Run, b: Run, found: Comparison) -> None:
     import textwrap
 
     from optikit.cli._table import table
-    from optikit.report import compare, view
+    from optikit.report import compare, wording
 
     typer.echo(textwrap.fill(found.sentence, 80, break_on_hyphens=False, break_long_words=False))
     typer.echo("")
-    typer.echo(f"A  {a.name}: {view.what_was_done(a.report)}")
-    typer.echo(f"B  {b.name}: {view.what_was_done(b.report)}")
+    typer.echo(f"A  {a.name}: {wording.what_was_done(a.report)}")
+    typer.echo(f"B  {b.name}: {wording.what_was_done(b.report)}")
     typer.echo("")
     for line in table([compare.HEADER, *compare.rows(found)]):
         typer.echo(line)

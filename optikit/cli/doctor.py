@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from optikit.targets.health import Finding
+    from optikit.app.doctor import Finding
 
 
 def doctor(
@@ -21,8 +21,8 @@ def doctor(
     import json as json_library
     from dataclasses import asdict
 
+    from optikit.app.doctor import examine
     from optikit.errors import Exit
-    from optikit.targets.health import examine
 
     if calibrate:
         from optikit.targets.probe import measure

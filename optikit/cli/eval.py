@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from optikit.evaluation.results import Report
     from optikit.recipe.schema import Evaluate, Gate
-    from optikit.report.schema import Report
 
 
 def eval_(
@@ -49,10 +49,10 @@ def eval_(
 
     wanted, gates, base = _wanted(recipe, text=text, prompts=prompts, tasks=task or [], new_tokens=new_tokens)
     if subject.startswith(("http://", "https://")):
-        from optikit import served
+        from optikit.app import eval_server
 
-        report: Report = served.measure(
-            served.Request(
+        report: Report = eval_server.measure(
+            eval_server.Request(
                 url=subject,
                 out=out,
                 wanted=wanted,
@@ -68,10 +68,12 @@ def eval_(
             )
         )
     else:
-        from optikit import measure
+        from optikit.app import eval_model
 
         here: dict[str, Any] = {"base": base, "offline": offline, "progress": progress}
-        report = measure.measure(measure.Request(subject=Path(subject), out=out, wanted=wanted, gates=gates, **here))
+        report = eval_model.measure(
+            eval_model.Request(subject=Path(subject), out=out, wanted=wanted, gates=gates, **here)
+        )
     if json:
         typer.echo(report.model_dump_json(indent=1))
     raise typer.Exit(code_of(report.verdict, strict=False))

@@ -50,7 +50,7 @@ def _near(fix: str) -> str:
 
 def _names() -> Iterator[str]:
     from optikit.rules import rules
-    from optikit.stages import OURS, backends, registry
+    from optikit.stages import OURS, backend_names, registry
     from optikit.targets import names
 
     yield from rules()
@@ -59,7 +59,7 @@ def _names() -> Iterator[str]:
     for verb, methods in registry().items():
         yield from methods
         yield from (f"{verb}.{method}" for method in methods)
-        yield from (f"{method}.{name}" for method in methods for name in backends(verb, method) if name != OURS)
+        yield from (f"{method}.{name}" for method in methods for name in backend_names(verb, method) if name != OURS)
 
 
 def _listed() -> list[str]:
@@ -148,11 +148,11 @@ def _exit_code(what: str) -> str:
 
 def _stages(what: str) -> Iterator[str]:
     """Yield what is told of a stage and of the libraries that can do it, or of one of these: `awq.autoawq`."""
-    from optikit.stages import OURS, backends, registry
+    from optikit.stages import OURS, backend_names, registry
 
     for verb, methods in registry().items():
         for method in methods:
-            others = [name for name in backends(verb, method) if name != OURS]
+            others = [name for name in backend_names(verb, method) if name != OURS]
             if what in {method, f"{verb}.{method}"}:
                 yield _stage_text(verb, method, OURS)
                 yield _others(verb, method, others)
@@ -163,8 +163,7 @@ def _stages(what: str) -> Iterator[str]:
 
 def _others(verb: str, method: str, names: list[str]) -> str:
     """Say which libraries can do a method instead of ours, and which can't; "" where there are none."""
-    from optikit.backends import REFUSED
-    from optikit.stages import load
+    from optikit.stages import REFUSED, load
 
     lines = [f"  {name:16} {load(verb, method, name).SUMMARY}; `optikit explain {method}.{name}`" for name in names]
     refused = ((name, why) for (a, b, name), why in REFUSED.items() if (a, b) == (verb, method))

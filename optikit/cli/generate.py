@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from optikit.runtime.protocol import Decoder
-    from optikit.runtime.text import Talker
+    from optikit.runtime.decoder import Decoder
+    from optikit.runtime.generate import Talker
 
 
 def generate(
@@ -45,7 +45,7 @@ def generate(
     asked = _read_prompts(prompts) if prompts is not None else ()
     _, place = runtime.find(directory)
     decoder = runtime.load(directory)
-    from optikit.runtime.text import Talker
+    from optikit.runtime.generate import Talker
 
     talker = Talker(decoder, place)
     if prompt is None:

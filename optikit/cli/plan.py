@@ -89,7 +89,7 @@ def _repaired(text: str, recipe: Path, error: RecipeError, planned: Callable[[st
     """Print the nearest recipe that plans as a diff on stdout and return it; None if no small change helps."""
     from optikit.errors import OptikitError, RecipeError
     from optikit.problems import Problem
-    from optikit.rules.nearest import repair
+    from optikit.rules.repair import repair
 
     def attempt(source: str) -> tuple[Problem, ...]:
         try:

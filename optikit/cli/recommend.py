@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from optikit.rules.recommend import Candidate
+    from optikit.app.recommend import Candidate
 
 
 class For(StrEnum):
@@ -40,9 +40,9 @@ def recommend(
     import json as json_library
 
     from optikit import targets
+    from optikit.app import recommend as ranking
     from optikit.errors import RecipeError, UsageError
     from optikit.problems import did_you_mean
-    from optikit.rules import recommend as ranking
 
     row = targets.find(target, extra)
     if row is None:
@@ -73,7 +73,7 @@ def _facts(model: str, *, offline: bool) -> Any:
 
 
 def _shown(ranked: list[Candidate], good: list[Candidate]) -> list[str]:
-    from optikit.rules.recommend import reasons
+    from optikit.app.recommend import reasons
 
     lines = []
     for place, one in enumerate(good, start=1):

@@ -59,7 +59,7 @@ def run(
 
     Finished steps are kept in the store: running again continues where it stopped, or does nothing.
     """
-    from optikit.run import Request, run_recipe
+    from optikit.app.run import Request, run_recipe
 
     report = run_recipe(
         Request(

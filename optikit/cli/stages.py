@@ -29,10 +29,10 @@ def _all() -> list[tuple[str, str]]:
 
 
 def _row(verb: str, method: str) -> dict[str, Any]:
-    from optikit.stages import OURS, backends, load
+    from optikit.stages import OURS, backend_names, load
 
     stage = load(verb, method)
-    others = {name: load(verb, method, name) for name in backends(verb, method) if name != OURS}
+    others = {name: load(verb, method, name) for name in backend_names(verb, method) if name != OURS}
     return {
         "verb": verb,
         "method": method,

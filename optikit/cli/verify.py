@@ -21,9 +21,9 @@ def verify(
     import json
 
     from optikit.errors import InputMissingError, IntegrityError
-    from optikit.report.text import clean
     from optikit.store.files import in_units
     from optikit.store.manifest import NAME, damages, is_beside, load
+    from optikit.text import clean
 
     if not directory.is_dir():
         raise InputMissingError(f"{directory} is not a directory", fix="name an output directory of `optikit run`")

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optikit.environments import indexes
+from optikit.environments.build_errors import failure
 from optikit.environments.definition import find
 from optikit.environments.environment import MARKER, Environment, locate
-from optikit.environments.faults import failure
 from optikit.errors import StageFailedError, UnavailableError
-from optikit.worker import write_json
+from optikit.fileio import write_json
 
 if TYPE_CHECKING:
     from optikit.store.store import Store

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from optikit.errors import IntegrityError, RecipeError
-from optikit.hashing import file_sha256
+from optikit.fileio import file_sha256
 from optikit.models import architectures, config, gguf_header, headers, quantization
 from optikit.models.architectures import USUAL_KEYS, Architecture
 from optikit.models.facts import ModelFacts, TensorFacts

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from optikit import environments, host, stages
+from optikit.host import versions
 from optikit.models.facts import ModelFacts
-from optikit.provenance import source_digest
 from optikit.recipe.schema import Recipe
-from optikit.stages.protocol import Stage, StageOptions
+from optikit.stage import Stage, StageOptions
+from optikit.store.code_digest import source_digest
 from optikit.store.sources import ModelSource, TextSource
 from optikit.store.store import cache_key
 from optikit.targets import Target
-from optikit.worker import versions
 
 KEY_SCHEMA = 1
 """Raised when the meaning of a cache key changes."""

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from optikit import __version__, stages
 from optikit.errors import InputMissingError, IntegrityError
+from optikit.host import versions
 from optikit.plan.model import Plan, Step
-from optikit.provenance import source_digest
-from optikit.worker import versions
+from optikit.store.code_digest import source_digest
 
 if TYPE_CHECKING:
     from optikit.recipe.load import LoadedRecipe

@@ -7,23 +7,23 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optikit import gates, host, rules, targets
+from optikit import host, rules, targets
 from optikit.deploy.draft import problems as draft_problems
 from optikit.errors import RecipeError
+from optikit.host import versions
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import read, read_gguf
+from optikit.plan import check_gates
+from optikit.plan.check_texts import problems as text_problems
 from optikit.plan.context import Context
-from optikit.plan.measures import measure_steps, runtime_problems, scored_steps, stage_prompts
+from optikit.plan.measure_served import problems as served_problems
+from optikit.plan.measure_steps import measure_steps, runtime_problems, scored_steps, stage_prompts
 from optikit.plan.model import Plan, Step
-from optikit.plan.served import problems as served_problems
-from optikit.plan.texts import problems as text_problems
 from optikit.problems import Problem
-from optikit.recipe.schema import Recipe, StageEntry, Text, as_written, step_name
-from optikit.recipe.size import parse_size
-from optikit.stages.protocol import Stage
+from optikit.recipe.schema import Recipe, StageEntry, Text, as_written, parse_size, step_name
+from optikit.stage import Stage
 from optikit.store.sources import resolve_model, resolve_text
 from optikit.targets import Target
-from optikit.worker import versions
 
 if TYPE_CHECKING:
     from optikit.recipe.load import LoadedRecipe
@@ -360,7 +360,7 @@ def _fitting_drafts(context: Context, planned: Mapping[str, Step]) -> Iterator[M
 
 def _unjudged(loaded: LoadedRecipe, context: Context, measures: Sequence[Step]) -> Iterator[Problem]:
     """Yield why gates have nothing to judge; one on a step is shown where the step is named."""
-    for problem in gates.unmeasurable(context.recipe, target=context.target, scored=scored_steps(measures)):
+    for problem in check_gates.unmeasurable(context.recipe, target=context.target, scored=scored_steps(measures)):
         yield problem.at(loaded.marks.key(problem.loc)) if problem.loc[2:3] == ("steps",) else problem
 
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from optikit import gates
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
+from optikit.recipe import limits
 from optikit.recipe.schema import Recipe
-from optikit.stages.protocol import Estimate, StageOptions
+from optikit.stage import Estimate, StageOptions
 from optikit.store.sources import ModelSource, TextSource
 from optikit.targets import Target
 
@@ -78,7 +78,7 @@ class Plan:
     @property
     def order(self) -> tuple[Step, ...]:
         """Steps as they are executed: measured in the end, or as soon as possible where a gate may stop the run."""
-        if not any(each.limit.on_fail == "stop" for each in gates.asked(self.recipe.gates)):
+        if not any(each.limit.on_fail == "stop" for each in limits.asked(self.recipe.gates)):
             return (*self.steps, *self.measures)
         ordered: list[Step] = []
         waiting, made = list(self.measures), {""}

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 from optikit import stages
-from optikit.recipe.check import method_key
 from optikit.recipe.schema import GATE_METRICS, Recipe
+from optikit.recipe.validate import method_key
 
 Schema = dict[str, Any]
 
@@ -101,7 +101,7 @@ def _method(verb: str, method: str) -> dict[str, Schema]:
     own = stages.load(verb, method).Options
     if "backend" in own.model_fields:
         return _written(verb, method, stages.OURS, prefix, {"type": "string"})
-    others = [name for name in stages.backends(verb, method) if name != stages.OURS]
+    others = [name for name in stages.backend_names(verb, method) if name != stages.OURS]
     if not others:
         return _written(verb, method, stages.OURS, prefix, {"const": stages.OURS})
     definitions = _written(verb, method, stages.OURS, f"{prefix}-{stages.OURS}", {"const": stages.OURS})

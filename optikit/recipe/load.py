@@ -17,10 +17,10 @@ from optikit.errors import InputMissingError, RecipeError
 from optikit.problems import Mark, Problem
 from optikit.recipe import overrides as set_
 from optikit.recipe import variables
-from optikit.recipe.check import check
-from optikit.recipe.complaints import shown
 from optikit.recipe.node import Marks, Node, plain
 from optikit.recipe.schema import Recipe
+from optikit.recipe.validate import check
+from optikit.recipe.validation_messages import shown
 from optikit.recipe.yaml12 import MAX_CHARACTERS, compose
 
 MAX_BASES = 8

@@ -6,14 +6,14 @@ doesn't know a single method's name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from optikit import records
-from optikit.recipe.size import parse_size
-from optikit.stages.protocol import StageOptions
+from optikit.stage import StageOptions
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -291,3 +291,22 @@ def as_written(entry: StageEntry) -> dict[str, Any]:
     key = "engine" if entry.verb == "compile" else "method"
     backend = {} if entry.backend == "optikit" else {"backend": entry.backend}
     return {entry.verb: {key: entry.method, **backend, **entry.options.model_dump(mode="json")}}
+
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that a text means.
+
+    Raises:
+        ValueError: If it isn't a number with a unit.
+
+    >>> parse_size("2GiB"), parse_size("1.5 MB")
+    (2147483648, 1500000)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in UNITS:
+        msg = f"{text!r} is not a size; write for example 2GiB or 500MB"
+        raise ValueError(msg)
+    return int(float(match[1]) * UNITS[match[2].upper()])

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from optikit import text
 from optikit.errors import OptikitError
-from optikit.report import markdown, text, view
-from optikit.report.schema import Interval, Perplexity, Ratio, Report, Speed
+from optikit.evaluation.results import Interval, Perplexity, Ratio, Report, Speed
+from optikit.report import markdown, wording
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -112,7 +113,7 @@ def _perplexity(a: Run, b: Run) -> Line | None:
     if reason := _scored_differently(a, b, one, other):
         return replace(line, outcome="not compared", how=reason)
     if a.nll is not None and b.nll is not None and a.nll.shape == b.nll.shape:
-        from optikit.metrics import statistics
+        from optikit.evaluation import statistics
 
         ratio, ci95 = statistics.perplexity_ratio(a.nll, b.nll)
         how = f"paired over {text.plural(len(a.nll), 'window')}, bootstrap"
@@ -327,8 +328,8 @@ def as_markdown(a: Run, b: Run, comparison: Comparison) -> str:
     lines = [
         f"**{markdown.escape(comparison.sentence)}**",
         "",
-        f"A: {markdown.code(a.name)}, {markdown.escape(view.what_was_done(a.report))}.",
-        f"B: {markdown.code(b.name)}, {markdown.escape(view.what_was_done(b.report))}.",
+        f"A: {markdown.code(a.name)}, {markdown.escape(wording.what_was_done(a.report))}.",
+        f"B: {markdown.code(b.name)}, {markdown.escape(wording.what_was_done(b.report))}.",
         "",
         *markdown.table(HEADER, cells, "lrrrrl"),
         "",
@@ -340,7 +341,7 @@ def as_markdown(a: Run, b: Run, comparison: Comparison) -> str:
 def as_json(a: Run, b: Run, comparison: Comparison) -> dict[str, Any]:
     """Return the comparison as JSON values."""
     sides = {
-        side: {"name": run.name, "verdict": run.report.verdict, "model": view.model_name(run.report)}
+        side: {"name": run.name, "verdict": run.report.verdict, "model": wording.model_name(run.report)}
         for side, run in (("a", a), ("b", b))
     }
     return {

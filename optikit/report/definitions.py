@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from optikit.report import figures, tasks, view
-from optikit.report.schema import Report
+from optikit.evaluation.results import Report
+from optikit.report import figures, task_table, wording
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,10 +157,10 @@ DEFINITIONS: dict[str, Definition] = {
 def needed(report: Report) -> tuple[str, ...]:
     """Return the keys of the definitions that a report's reader needs, in the order of appearance."""
     keys = [figure.key for group in figures.groups(report) for figure in group.figures]
-    if "perplexity" in keys and not view.measured_only(report):
+    if "perplexity" in keys and not wording.measured_only(report):
         keys.insert(keys.index("perplexity") + 1, "perplexity_ratio")
     keys += ["ttft", "tpot", "end_to_end"] if report.served else []
-    shown = tasks.rows(report)
+    shown = task_table.rows(report)
     keys += ["task_accuracy"] if shown else []
     keys += ["flips", "mcnemar"] if any(row.flips for row in shown) else []
     keys += ["speedup"] if report.speedup.decode or report.speedup.prefill else []

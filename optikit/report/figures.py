@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from optikit.report import text
-from optikit.report.schema import Interval, Measurement, Quality, Report, Speed
-from optikit.report.view import measured_only
+from optikit import text
+from optikit.evaluation.results import Interval, Measurement, Quality, Report, Speed
+from optikit.report.wording import measured_only
 
 Tone = Literal["better", "worse", "same", ""]
 

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from optikit.report import judged, markdown, text, view
-from optikit.report.schema import GateResult, Report
+from optikit import text
+from optikit.evaluation.results import GateResult, Report
+from optikit.report import gate_words, markdown, wording
 
 Level = Literal["error", "warning", "notice"]
 
@@ -42,7 +43,7 @@ def commands(report: Report) -> tuple[str, ...]:
     warned = [("optikit", warning) for warning in report.warnings]
     lines = [*_some("error", failed), *_some("warning", [*doubtful, *warned])]
     if not failed and not doubtful:
-        lines.append(command("notice", "optikit", f"{view.headline(report)}. {judged.sentence(report)}"))
+        lines.append(command("notice", "optikit", f"{wording.headline(report)}. {gate_words.sentence(report)}"))
     return tuple(lines)
 
 
@@ -73,10 +74,10 @@ def _data(value: str) -> str:
 
 
 def _said(gate: GateResult) -> str:
-    interval = judged.interval(gate)
+    interval = gate_words.interval(gate)
     reach = f" (95 % interval {interval})" if interval else ""
     reason = f": {gate.reason}" if gate.reason else ""
-    return f"{judged.name(gate)} is {judged.value(gate)}{reach}, limit {gate.limit}{reason}"
+    return f"{gate_words.name(gate)} is {gate_words.value(gate)}{reach}, limit {gate.limit}{reason}"
 
 
 def _some(level: Level, found: list[tuple[str, str]]) -> list[str]:

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from optikit.report import figures, free, judged, served, svg, tasks, text, view
-from optikit.report import speculation as speculating
+from optikit import text
+from optikit.evaluation.results import GateResult, Measurement, Report, StepReport
+from optikit.report import figures, gate_words, server_table, svg, task_table, wording
+from optikit.report import speculation_table as speculating
 from optikit.report.definitions import DEFINITIONS, needed
-from optikit.report.schema import GateResult, Measurement, Report, StepReport
+from optikit.report.values import listed, table
 
 if TYPE_CHECKING:
     import jinja2
@@ -71,11 +73,11 @@ class Row:
 
 
 MODULES: Mapping[str, Any] = {
-    "view": view,
+    "view": wording,
     "figures": figures,
-    "judged": judged,
-    "tasks": tasks,
-    "served": served,
+    "judged": gate_words,
+    "tasks": task_table,
+    "served": server_table,
     "text": text,
 }
 """What the template calls by name."""
@@ -111,24 +113,22 @@ def _page(report: Report) -> dict[str, Any]:
     """Return everything the template shows that takes more than a field's name."""
     speculation = report.speculation or {}
     return {
-        "headline": view.headline(report),
+        "headline": wording.headline(report),
         "tiles": tuple(_tiles(report)),
         "gates": tuple(_gate(report, gate, i) for i, gate in enumerate(report.gates)),
         "tradeoff": _tradeoff(report),
         "rows": tuple(_rows(report)),
         "details": tuple(
-            (view.step_label(s), free.listed(s.options), free.listed(s.facts))
-            for s in report.steps
-            if s.options or s.facts
+            (wording.step_label(s), listed(s.options), listed(s.facts)) for s in report.steps if s.options or s.facts
         ),
         "kl": _divergence(report),
-        "attribution": free.table(report.attribution),
+        "attribution": table(report.attribution),
         "speculation": speculating.grouped(speculation, drawn=True),
         "speculation_sentence": speculating.sentence(speculation),
         "speculation_pictures": tuple(_speculation_pictures(speculation)),
         "definitions": tuple(DEFINITIONS[key] for key in needed(report) if key in DEFINITIONS),
         "environment": tuple(
-            (title, free.listed(values))
+            (title, listed(values))
             for title, values in (
                 ("Machine", report.host),
                 ("Target", report.target),
@@ -145,9 +145,9 @@ def _tiles(report: Report) -> Iterator[Tile]:
     found = {figure.key: figure for group in figures.groups(report) for figure in group.figures if figure.key in wanted}
     for key, label in wanted.items():
         figure = found.get(key)
-        if figure is None or not (figure.change or view.measured_only(report)):
+        if figure is None or not (figure.change or wording.measured_only(report)):
             continue
-        if view.measured_only(report):
+        if wording.measured_only(report):
             value, _, unit = figure.result.partition(" ")
             yield Tile(label=label, value=value, word=unit, interval="", before="", after="", tone="")
             continue
@@ -165,7 +165,7 @@ def _tiles(report: Report) -> Iterator[Tile]:
 
 
 def _gate(report: Report, gate: GateResult, index: int) -> Gate:
-    value, interval = judged.value(gate), judged.interval(gate)
+    value, interval = gate_words.value(gate), gate_words.interval(gate)
     reach = f", 95 % interval {interval}" if interval else ""
     return Gate(
         result=gate,
@@ -174,10 +174,10 @@ def _gate(report: Report, gate: GateResult, index: int) -> Gate:
         picture=svg.interval(
             gate.value,
             gate.ci95,
-            judged.bounds(report, gate.name, gate.step),
+            gate_words.bounds(report, gate.name, gate.step),
             gate.verdict,
             ident=f"gate{index}",
-            title=f"{judged.name(gate)}: {value}{reach}, limit {gate.limit}: {gate.verdict}",
+            title=f"{gate_words.name(gate)}: {value}{reach}, limit {gate.limit}: {gate.verdict}",
         ),
     )
 
@@ -200,7 +200,7 @@ def _points(report: Report) -> Iterator[svg.Point]:
         ratio, ci95 = _ratio(step.measurement)
         if step.measurement and step.measurement.speed and step.measurement != report.result:
             speed = step.measurement.speed.decode_tokens_per_s
-            yield svg.Point(label=view.step_label(step), speed=speed, ratio=ratio, ratio_ci95=ci95)
+            yield svg.Point(label=wording.step_label(step), speed=speed, ratio=ratio, ratio_ci95=ci95)
     ratio, ci95 = _ratio(report.result)
     if after:
         speed, decode = after.decode_tokens_per_s, report.speedup.decode
@@ -214,7 +214,7 @@ def _tradeoff(report: Report) -> tuple[Markup, tuple[tuple[str, str, str], ...]]
     if not any(point.kind == "result" and point.ratio is not None for point in points):
         return NOTHING, ()
     before = next((p.speed for p in points if p.kind == "baseline"), None)
-    slowest = judged.bounds(report, "decode_speedup")[0]
+    slowest = gate_words.bounds(report, "decode_speedup")[0]
     limit = slowest * before if slowest is not None and before is not None else None
     rows = tuple(
         (
@@ -228,7 +228,7 @@ def _tradeoff(report: Report) -> tuple[Markup, tuple[tuple[str, str, str], ...]]
     picture = svg.tradeoff(
         points,
         speed_limit=(limit, None),
-        ratio_limit=judged.bounds(report, "perplexity_ratio"),
+        ratio_limit=gate_words.bounds(report, "perplexity_ratio"),
         description=f"Decode speed to the right, perplexity relative to the baseline upwards is better. {described}.",
     )
     return picture, rows
@@ -236,13 +236,13 @@ def _tradeoff(report: Report) -> tuple[Markup, tuple[tuple[str, str, str], ...]]
 
 def _rows(report: Report) -> Iterator[Row]:
     """Yield the waterfall: the baseline, every step, every measuring step; nothing where nothing was changed."""
-    if view.measured_only(report):
+    if wording.measured_only(report):
         return
     steps = (*report.steps, *report.measures)
     seconds = sum(step.seconds for step in steps)
     memory = max((step.peak_memory_mib for step in steps), default=0.0)
     first_size = report.baseline.size_bytes or 0
-    largest = max((first_size, *map(view.size_after, report.steps)))
+    largest = max((first_size, *map(wording.size_after, report.steps)))
     ratios = [_ratio(step.measurement)[0] or 1.0 for step in report.steps] + [_ratio(report.result)[0] or 1.0]
     sized = _sized(first_size, largest, "base")
     known = report.result.quality is not None and report.result.quality.perplexity is not None
@@ -255,12 +255,12 @@ def _rows(report: Report) -> Iterator[Row]:
         if i == len(report.steps) - 1 and ratio is None:
             ratio = _ratio(report.result)[0]
         yield Row(
-            label=view.step_label(step),
+            label=wording.step_label(step),
             status=step.status,
             kind="step" if changes else "measure",
             time=_timed(step, start, seconds, f"t{i}"),
             memory=_remembered(step, memory, f"m{i}"),
-            size=_sized(view.size_after(step), largest, f"s{i}") if changes else Cell(),
+            size=_sized(wording.size_after(step), largest, f"s{i}") if changes else Cell(),
             perplexity=_compared(ratio, max(ratios), f"p{i}") if changes and ratio is not None else Cell(),
         )
         start += step.seconds

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from xml.etree import ElementTree as ET
 
-from optikit.report import judged, text, view
-from optikit.report.schema import GateResult, Report, StepReport
+from optikit import text
+from optikit.evaluation.results import GateResult, Report, StepReport
+from optikit.report import gate_words, wording
 
 
 def render(report: Report) -> str:
     """Return the XML document, declaration included."""
-    suite = ET.Element("testsuite", name=view.model_name(report), timestamp=_timestamp(report.created))
+    suite = ET.Element("testsuite", name=wording.model_name(report), timestamp=_timestamp(report.created))
     for gate in report.gates:
         _gate(suite, gate)
     for step in (*report.steps, *report.measures):
@@ -40,9 +41,9 @@ def _timestamp(iso: str) -> str:
 
 
 def _gate(suite: ET.Element, gate: GateResult) -> None:
-    case = ET.SubElement(suite, "testcase", classname="gates", name=judged.name(gate), time="0")
-    interval = judged.interval(gate)
-    seen = f"{judged.value(gate)}{f' ({interval})' if interval else ''}, limit {gate.limit}"
+    case = ET.SubElement(suite, "testcase", classname="gates", name=gate_words.name(gate), time="0")
+    interval = gate_words.interval(gate)
+    seen = f"{gate_words.value(gate)}{f' ({interval})' if interval else ''}, limit {gate.limit}"
     said = text.clean(f"{seen}: {gate.reason}" if gate.reason else seen)
     if gate.verdict == "pass":
         ET.SubElement(case, "system-out").text = said
@@ -52,7 +53,7 @@ def _gate(suite: ET.Element, gate: GateResult) -> None:
 
 
 def _step(suite: ET.Element, step: StepReport) -> None:
-    name = view.step_label(step)
+    name = wording.step_label(step)
     case = ET.SubElement(suite, "testcase", classname="steps", name=name, time=f"{step.seconds:.3f}")
     if step.status == "emitted":
         ET.SubElement(case, "skipped", message="emitted: its files are written, running them needs the device")

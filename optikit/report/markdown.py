@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from optikit.report import figures, free, judged, served, tasks, text, view
-from optikit.report import speculation as speculating
-from optikit.report.schema import Report, StepReport
+from optikit import text
+from optikit.evaluation.results import Report, StepReport
+from optikit.report import figures, gate_words, server_table, task_table, values, wording
+from optikit.report import speculation_table as speculating
 
 _ACTIVE = re.compile(r"([\\`*_{}\[\]|~$<>&]|^[-+#]|(?<=^\d)[.)](?=\s))")
 _LINKED = re.compile(r"@|(?:#|GH-)(?=\d)|:(?=//)|\bwww(?=\.)")
@@ -58,9 +59,9 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _blocks(report: Report) -> Iterator[list[str]]:
-    yield [f"## {_MARK[report.verdict]} {escape(view.headline(report))}"]
-    yield [f"**{report.verdict}** · {escape(judged.sentence(report))}"]
-    yield [f"Done: {escape(view.what_was_done(report))}"]
+    yield [f"## {_MARK[report.verdict]} {escape(wording.headline(report))}"]
+    yield [f"**{report.verdict}** · {escape(gate_words.sentence(report))}"]
+    yield [f"Done: {escape(wording.what_was_done(report))}"]
     yield from _gates(report)
     yield from _figures(report)
     yield from _tasks(report)
@@ -77,10 +78,10 @@ def _gates(report: Report) -> Iterator[list[str]]:
         return
     rows = (
         (
-            code(judged.name(gate)),
+            code(gate_words.name(gate)),
             escape(gate.limit),
-            escape(judged.value(gate)),
-            judged.interval(gate) or "–",
+            escape(gate_words.value(gate)),
+            gate_words.interval(gate) or "–",
             f"{_MARK[gate.verdict]} {gate.verdict}" + (f": {escape(gate.reason)}" if gate.reason else ""),
         )
         for gate in report.gates
@@ -90,7 +91,7 @@ def _gates(report: Report) -> Iterator[list[str]]:
 
 
 def _figures(report: Report) -> Iterator[list[str]]:
-    if view.measured_only(report):
+    if wording.measured_only(report):
         yield from _measured(report)
         return
     rows = [
@@ -106,17 +107,17 @@ def _figures(report: Report) -> Iterator[list[str]]:
 
 
 def _tasks(report: Report) -> Iterator[list[str]]:
-    shown = tasks.rows(report)
+    shown = task_table.rows(report)
     if not shown:
         return
     yield ["### Tasks"]
-    if sentence := tasks.sentence(report):
+    if sentence := task_table.sentence(report):
         yield [escape(sentence)]
     header = ("Task", "Items", "Baseline", "Result", "Change", "95 % interval", "Flips", "p, worse")
     cells = ([r.items, r.baseline, r.result, r.change, r.interval, r.flips, r.p_worse] for r in shown)
     rows = ((escape(row.name), *(cell or "–" for cell in own)) for row, own in zip(shown, cells, strict=True))
     yield table(header, rows, "lrrrrrrr")
-    flips = tasks.flips(report)
+    flips = task_table.flips(report)
     if flips:
         examples = ((escape(task), f.change, code(f.prompt), code(f.baseline), code(f.result)) for task, f in flips)
         yield ["<details><summary>Items that flipped</summary>"]
@@ -132,16 +133,16 @@ def _measured(report: Report) -> Iterator[list[str]]:
 
 
 def _notes(report: Report) -> list[str]:
-    missing = (f"Missing: {reason}." for reason in view.reasons(report))
-    return [f"- {escape(note)}" for note in (view.compared(report), *view.conditions(report), *missing)]
+    missing = (f"Missing: {reason}." for reason in wording.reasons(report))
+    return [f"- {escape(note)}" for note in (wording.compared(report), *wording.conditions(report), *missing)]
 
 
 def _served(report: Report) -> Iterator[list[str]]:
-    rows = served.rows(report)
+    rows = server_table.rows(report)
     if rows:
         yield ["### By number of requests at a time"]
-        yield table(served.HEADER, rows, "r" * len(served.HEADER))
-        yield [f"- {escape(line)}" for line in served.conditions(report)]
+        yield table(server_table.HEADER, rows, "r" * len(server_table.HEADER))
+        yield [f"- {escape(line)}" for line in server_table.conditions(report)]
 
 
 def _others(report: Report) -> list[str]:
@@ -166,16 +167,16 @@ def _steps(report: Report) -> Iterator[list[str]]:
 
 def _step(step: StepReport) -> tuple[str, ...]:
     return (
-        escape(view.step_label(step)),
+        escape(wording.step_label(step)),
         step.status,
         text.duration(step.seconds),
         text.memory(step.peak_memory_mib),
-        "–" if step.verb == "measure" else text.size(view.size_after(step)),
+        "–" if step.verb == "measure" else text.size(wording.size_after(step)),
     )
 
 
 def _attribution(report: Report) -> Iterator[list[str]]:
-    header, rows = free.table(report.attribution)
+    header, rows = values.table(report.attribution)
     if rows:
         yield ["### What each step brought"]
         yield table(map(escape, header), (map(escape, row) for row in rows), "l" + "r" * (len(header) - 1))

@@ -8,9 +8,10 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from optikit.report import figures, judged, text, view
-from optikit.report.schema import Report
-from optikit.terminal import is_terminal, say
+from optikit import text
+from optikit.evaluation.results import Report
+from optikit.progress import is_terminal, say
+from optikit.report import figures, gate_words, wording
 
 WIDTH = 80
 Styled = tuple[str, str]
@@ -40,16 +41,16 @@ def show(report: Report, out: Path) -> None:
 def _lines(report: Report, out: Path, width: int) -> Iterator[list[Styled]]:
     mark, style = _VERDICT[report.verdict]
     lead = f"{mark} {report.verdict}"
-    said = textwrap.wrap(view.headline(report), width - len(lead) - 2, break_on_hyphens=False) or [""]
+    said = textwrap.wrap(wording.headline(report), width - len(lead) - 2, break_on_hyphens=False) or [""]
     yield [("", "")]
     yield [(lead, style), (f"  {said[0]}", "bold")]
     yield from ([(f"{'':{len(lead)}}  {line}", "bold")] for line in said[1:])
-    for line in textwrap.wrap(judged.sentence(report), width - len(lead) - 2):
+    for line in textwrap.wrap(gate_words.sentence(report), width - len(lead) - 2):
         yield [(f"{'':{len(lead)}}  {line}", "")]
     yield from _gates(report)
     yield from _figures(report)
     yield [("", "")]
-    missing = [f"not measured: {reason}" for reason in view.reasons(report)]
+    missing = [f"not measured: {reason}" for reason in wording.reasons(report)]
     for remark in (*missing, *(text.clean(warning) for warning in report.warnings)):
         wrapped = textwrap.wrap(remark, width - 2)
         yield from ([("! " if i == 0 else "  ", "yellow"), (line, "")] for i, line in enumerate(wrapped))
@@ -64,7 +65,7 @@ def _gates(report: Report) -> Iterator[list[Styled]]:
     yield [("", "")]
     yield _cells(("gate", "limit", "measured", "95 % interval"), (22, 11, 12, 17), "<>>>", "dim")
     for gate in report.gates:
-        values = (judged.name(gate), text.clean(gate.limit), judged.value(gate), judged.interval(gate))
+        values = (gate_words.name(gate), text.clean(gate.limit), gate_words.value(gate), gate_words.interval(gate))
         line = _cells(values, (22, 11, 12, 17), "<>>>")
         yield [*line, (f"   {gate.verdict}", _VERDICT[gate.verdict][1])]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from optikit.report import text
-from optikit.report.schema import Interval
+from optikit import text
+from optikit.evaluation.results import Interval
 
 Bounds = tuple[float | None, float | None]
 """Lower and upper limit; None is no limit."""

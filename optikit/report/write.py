@@ -11,9 +11,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from optikit import text
 from optikit.errors import CannotCreateError, DiskError, InputMissingError, IntegrityError
-from optikit.report import html, markdown, text
-from optikit.report.schema import Report
+from optikit.evaluation.results import Report
+from optikit.report import html, markdown
 
 JSON = "report.json"
 

@@ -18,7 +18,7 @@ from optikit.problems import Level, Loc, Problem
 from optikit.rules import stack as view
 from optikit.rules.conditions import Condition, fields, holds, lookup, parse
 from optikit.rules.stack import Scope, Stack
-from optikit.rules.words import unknown
+from optikit.rules.vocabulary import unknown
 
 _PLACES = re.compile(r"\{([\w.-]+)\}")
 Range = Literal["pair", "stage", "environment", "stack"]

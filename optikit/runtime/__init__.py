@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from optikit.errors import InputMissingError, UsageError
 
 if TYPE_CHECKING:
-    from optikit.runtime.protocol import Decoder
+    from optikit.runtime.decoder import Decoder
 
 MARKS = {"onnxruntime": "genai_config.json", "openvino": "openvino_model.xml", "transformers": "config.json"}
 """The file by which a directory of each runtime is known, in the order of preference."""
@@ -82,7 +82,7 @@ def load(
     decoder = _load(name, place, dtype=dtype, threads=threads, max_tokens=max_tokens)
     if speculator is None:
         return decoder
-    from optikit.runtime.speculator import read, speculating
+    from optikit.runtime.speculation.speculator import read, speculating
 
     return speculating(decoder, read(speculator), _weights(directory, place))
 
@@ -94,13 +94,13 @@ def _weights(directory: Path, place: Path) -> Path | None:
 
 def _load(name: str, place: Path, *, dtype: str, threads: int | None, max_tokens: int | None) -> Decoder:
     if name == "onnxruntime":
-        from optikit.runtime.onnx_decoder import OnnxDecoder
+        from optikit.runtime.decoders.onnxruntime import OnnxDecoder
 
         return OnnxDecoder(place, dtype=dtype, threads=threads, max_tokens=max_tokens)
     if name == "openvino":
-        from optikit.runtime.openvino_decoder import OpenVinoDecoder
+        from optikit.runtime.decoders.openvino import OpenVinoDecoder
 
         return OpenVinoDecoder(place, dtype=dtype, threads=threads, max_tokens=max_tokens)
-    from optikit.runtime.torch_decoder import TorchDecoder
+    from optikit.runtime.decoders.transformers import TorchDecoder
 
     return TorchDecoder(place, dtype=dtype, threads=threads, max_tokens=max_tokens)

@@ -1,7 +1,7 @@
 """Stages: one technique per file, found by listing the directory; what the user types is the file name.
 
-`registry()` is that listing; `backends()` lists the libraries that can do the same work as ours. A stage module is a
-plain module that fits `protocol.Stage`; there is nothing to register and no base class.
+`registry()` is that listing; `backend_names()` lists the libraries that can do the same work as ours. A stage module is
+a plain module that fits `stage.Stage`; there is nothing to register and no base class.
 """
 
 from __future__ import annotations
@@ -16,14 +16,31 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from optikit.stages.protocol import Stage
+    from optikit.stage import Stage
 
 VERBS = ("prune", "finetune", "quantize", "speculate", "compile")
 """The public verbs, in the usual order: each later one builds on final output of the earlier. Only finetune may also
 come before prune."""
 
+BACKENDS = Path(__file__).parent / "backends"
+
 OURS = "optikit"
 """The backend that does every stage unless the recipe names another."""
+
+REFUSED: Mapping[tuple[str, str, str], str] = MappingProxyType(
+    {
+        ("quantize", "gptq", "auto-gptq"): (
+            "auto-gptq 0.7.1 quantizes with CUDA only, and its environment computes on the CPU (there it loads `gptq` "
+            "directories)"
+        ),
+        ("quantize", "awq", "llm-compressor"): (
+            "llm-compressor 0.14 does AWQ on an accelerator only, and its environment computes on the CPU"
+        ),
+    }
+)
+"""Libraries that have a method and can't do it here: (verb, method, backend) → why. Source: their own errors, "Load
+pretrained model to do quantization requires CUDA available" and "Cannot access accelerator device when none is
+available"."""
 
 INTERNAL_VERBS = ("acquire", "measure")
 """Steps that the plan adds itself: turning a source into a model directory, and measuring artifacts."""
@@ -43,18 +60,18 @@ def registry() -> Mapping[str, tuple[str, ...]]:
 
 
 @cache
-def backends(verb: str, method: str) -> tuple[str, ...]:
-    """Names of those who can do a method: optikit, and the modules in `optikit/backends/VERB/METHOD/`."""
-    directory = Path(__file__).parent.parent / "backends" / verb / method
-    found = sorted(m.name for m in pkgutil.iter_modules([str(directory)]) if not m.name.startswith("_"))
-    return (OURS, *(name.replace("_", "-") for name in found))
+def backend_names(verb: str, method: str) -> tuple[str, ...]:
+    """Names of those who can do a method: optikit, and the modules `METHOD_NAME` in `optikit/stages/backends/`."""
+    start = method.replace("-", "_") + "_"
+    found = sorted(m.name for m in pkgutil.iter_modules([str(BACKENDS)]) if m.name.startswith(start))
+    return (OURS, *(name.removeprefix(start).replace("_", "-") for name in found if verb == "quantize"))
 
 
 def module(verb: str, method: str, backend: str = OURS) -> str:
     """Return the full name of a stage's module; a stage may also know its backends itself, as an option."""
-    if backend == OURS or backend not in backends(verb, method):
+    if backend == OURS or backend not in backend_names(verb, method):
         return f"optikit.stages.{verb}.{method.replace('-', '_')}"
-    return f"optikit.backends.{verb}.{method}.{backend.replace('-', '_')}"
+    return f"optikit.stages.backends.{method}_{backend}".replace("-", "_")
 
 
 def load(verb: str, method: str, backend: str = OURS) -> Stage:

@@ -13,7 +13,7 @@ from io import BufferedReader
 from pathlib import Path
 
 from optikit.errors import CannotCreateError, DiskError, IntegrityError, RefusedError
-from optikit.store import faults
+from optikit.store import fault_points
 
 CHUNK = 1 << 20
 GC_FIX = "free some space, for example with `optikit cache gc`, and run again"
@@ -145,7 +145,7 @@ def write_whole(path: Path, content: bytes) -> None:
         with partial.open("wb") as file:
             file.write(content[:half])
             file.flush()
-            faults.reach("mid_write")
+            fault_points.reach("mid_write")
             file.write(content[half:])
             file.flush()
             os.fsync(file.fileno())
@@ -168,7 +168,7 @@ def copy(source: Path, dest: Path, *, digest: str) -> None:
         while chunk := reading.read(CHUNK):
             seen.update(chunk)
             writing.write(chunk)
-            faults.reach("mid_write")
+            fault_points.reach("mid_write")
         writing.flush()
         os.fsync(writing.fileno())
     if seen.hexdigest() != digest:

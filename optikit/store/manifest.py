@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from optikit.errors import IntegrityError, RefusedError
-from optikit.store import faults, files
+from optikit.store import fault_points, files
 from optikit.store.keys import is_key
 
 NAME = "artifact.json"
@@ -118,7 +118,7 @@ def seal(directory: Path, manifest: Manifest, *, digest: Callable[[Path], str] =
     files.sync_tree(directory)
     created = manifest.created or datetime.now(UTC).isoformat(timespec="seconds")
     sealed = replace(manifest, files=records, created=created)
-    faults.reach("before_manifest")
+    fault_points.reach("before_manifest")
     text = json.dumps(asdict(sealed), indent=1, sort_keys=True, allow_nan=False)
     files.write_whole(directory / NAME, text.encode())
     return sealed

@@ -23,16 +23,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from optikit.errors import CannotCreateError, IntegrityError, LockedError, RefusedError
-from optikit.store import faults, files
+from optikit.store import fault_points, files
 from optikit.store.digests import Digests
 from optikit.store.keys import cache_key, is_key, valid
 from optikit.store.manifest import NAME, Artifact, Damage, Manifest, damages, load, seal
-
-if TYPE_CHECKING:
-    from optikit.store.housekeeping import Collected
 
 __all__ = ["Artifact", "Damage", "Manifest", "Store", "cache_key"]
 
@@ -186,11 +183,11 @@ class Store:
         valid(key)
         try:
             with files.disk_errors(self.root, f"storing {key[:12]}"):
-                faults.reach("before_write")
+                fault_points.reach("before_write")
                 sealed = seal(directory, replace(manifest, key=key), digest=self._digests.of)
-                faults.reach("before_rename")
+                fault_points.reach("before_rename")
                 artifact = self._publish(directory, Artifact(key, self.artifact_path(key), sealed))
-                faults.reach("after_rename")
+                fault_points.reach("after_rename")
         finally:
             files.remove_tree(directory)
         files.remove_tree(self.root / "scratch" / key)
@@ -284,20 +281,6 @@ class Store:
             with suppress(OSError):
                 holder.unlink()
             lock.release()
-
-    # ------------------------------------------------------------------ keeping house
-
-    def fsck(self) -> dict[str, list[Damage]]:
-        """Read every byte again; set aside what is damaged, and return it by key (or sha256 of a download)."""
-        from optikit.store import housekeeping
-
-        return housekeeping.fsck(self)
-
-    def gc(self, keep: set[str], max_bytes: int | None = None, *, dry_run: bool = False) -> Collected:
-        """Remove rubbish, then what was used longest ago until the rest fits; see `housekeeping.gc`."""
-        from optikit.store import housekeeping
-
-        return housekeeping.gc(self, keep, max_bytes, dry_run=dry_run)
 
     def _sweep(self) -> None:
         """Remove what dead processes of this machine left in tmp/."""

@@ -7,7 +7,6 @@ can beat, and is labelled so. What the target's row leaves open stays None.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from optikit.models.facts import ModelFacts
@@ -118,35 +117,6 @@ def price_per_million(usd_per_hour: float | None, tokens_per_s: float | None) ->
     if usd_per_hour is None or not tokens_per_s:
         return None
     return usd_per_hour / 3600 / tokens_per_s * 1e6
-
-
-def tokens_per_step(acceptance: Sequence[float]) -> float:
-    """Return the expected tokens of a speculation step from conditional acceptance by position (Leviathan 2023, eq. 1).
-
-    >>> tokens_per_step([0.5, 0.5])
-    1.75
-    >>> tokens_per_step([])
-    1.0
-    """
-    expected, path = 1.0, 1.0
-    for probability in acceptance:
-        path *= probability
-        expected += path
-    return expected
-
-
-def speculation_speedup(acceptance: Sequence[float], *, draft_cost: float, verify_cost: float) -> float:
-    """Return the speed-up of speculation (Leviathan et al., arXiv:2211.17192, theorem 3.8), verification priced.
-
-    Args:
-        acceptance: Probability that the i-th draft token is accepted, given that those before it were.
-        draft_cost: Time of drafting one token, over that of one decoding step.
-        verify_cost: Time of a forward of len(acceptance) + 1 tokens, over that of one decoding step.
-
-    >>> round(speculation_speedup([0.8] * 4, draft_cost=0.14, verify_cost=1.12), 2)
-    2.0
-    """
-    return tokens_per_step(acceptance) / (len(acceptance) * draft_cost + verify_cost)
 
 
 def told(found: Floors, target: Target) -> list[str]:

@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from optikit.algorithms import head_training, medusa
-from optikit.algorithms.head_training import Rows, Settings, train
+from optikit.algorithms import medusa
 from optikit.algorithms.medusa import IGNORED, MedusaHeads, make_before, make_targets
 from optikit.errors import StageFailedError
+from optikit.training import medusa_heads
+from optikit.training.medusa_heads import Rows, Settings, train
 
 VOCAB, HIDDEN, WIDTH = 16, 24, 10
 
@@ -392,7 +393,7 @@ def test_nothing_to_learn_from_is_said(tmp_path, empty):
 
 def test_the_learning_rate_rises_and_falls():
     chosen = Settings(warmup=10, learning_rate=2.0)
-    rates = [head_training.rate(step, 200, chosen) for step in range(200)]
+    rates = [medusa_heads.rate(step, 200, chosen) for step in range(200)]
     assert rates[9] == max(rates) == 2.0
     assert rates[:10] == sorted(rates[:10])
     assert rates[10:] == sorted(rates[10:], reverse=True)

@@ -41,7 +41,7 @@ import json, sys, time
 from pathlib import Path
 request = json.loads(sys.argv[1])
 from optikit import stages
-from optikit.stages.protocol import Calibration, Job
+from optikit.stage import Calibration, Job
 stage = stages.load("quantize", request["method"])
 calibration = Calibration(text=Path(request["text"]), samples=request["samples"], length=request["length"])
 paths = {name: Path(request[name]) for name in ("source", "dest", "scratch")}

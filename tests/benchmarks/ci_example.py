@@ -10,10 +10,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from optikit import gates
+from optikit.evaluation.results import Report
 from optikit.recipe.schema import Gate
-from optikit.report import github, junit, markdown, write
-from optikit.report.schema import Report
+from optikit.report import github, judge, junit, markdown, write
 
 ROOT = Path(__file__).parents[2]
 PLACE = ROOT / "examples" / "ci"
@@ -26,15 +25,15 @@ def judged() -> Report:
     report = write.load(ROOT / "examples" / "quickstart")
     quality, decode = report.result.quality, report.speedup.decode
     values = {
-        "perplexity_ratio": gates.Value(value=quality.perplexity.ratio, ci95=quality.perplexity.ratio_ci95)
+        "perplexity_ratio": judge.Value(value=quality.perplexity.ratio, ci95=quality.perplexity.ratio_ci95)
         if quality and quality.perplexity
-        else gates.Value(),
-        "decode_speedup": gates.Value(value=decode.value, ci95=decode.ci95) if decode else gates.Value(),
-        "size_ratio": gates.Value(value=(report.result.size_bytes or 0) / (report.baseline.size_bytes or 1)),
+        else judge.Value(),
+        "decode_speedup": judge.Value(value=decode.value, ci95=decode.ci95) if decode else judge.Value(),
+        "size_ratio": judge.Value(value=(report.result.size_bytes or 0) / (report.baseline.size_bytes or 1)),
     }
-    results = gates.judge(GATES, values)
+    results = judge.judge(GATES, values)
     limits = {name: gate.model_dump(mode="json") for name, gate in GATES.items()}
-    changed = {"gates": results, "verdict": gates.overall(results), "recipe": report.recipe | {"gates": limits}}
+    changed = {"gates": results, "verdict": judge.overall(results), "recipe": report.recipe | {"gates": limits}}
     return report.model_copy(update=changed)
 
 

@@ -164,7 +164,7 @@ def tokens_per_s(answer: dict[str, Any]) -> float:
 def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Run all rounds; return every sample with versions and host."""
     from optikit import host
-    from optikit.stages.measure._arms import Arm
+    from optikit.evaluation.speed_client import Arm
 
     texts, specs = prompts(given), wanted_arms(given)
     samples: dict[str, list[dict[str, Any]]] = {name: [] for name in specs}

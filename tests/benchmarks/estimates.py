@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from optikit.report import markdown, text, view, write
-from optikit.report.schema import Report, StepReport
+from optikit import text
+from optikit.evaluation.results import Report, StepReport
+from optikit.report import markdown, wording, write
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "examples" / "estimates.md"
@@ -49,7 +50,7 @@ def rows(name: str, report: Report) -> Iterator[Row]:
             continue
         yield Row(
             run=name,
-            step=view.step_label(step),
+            step=wording.step_label(step),
             time=(step.estimate_seconds, step.seconds),
             memory=(step.estimate_peak_memory_mib * MIB, step.peak_memory_mib * MIB),
             size=_size(step),

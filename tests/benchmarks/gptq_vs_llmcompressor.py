@@ -26,10 +26,10 @@ import torch
 from safetensors.torch import load_file
 
 from optikit import host
-from optikit.calibration import windows
+from optikit.calibration import calibration_set
+from optikit.evaluation.perplexity import token_nll
 from optikit.formats import load_state
-from optikit.metrics.perplexity import token_nll
-from optikit.stages.protocol import Calibration
+from optikit.stage import Calibration
 from optikit.store.sources import cut
 
 HERE = Path(__file__).parent
@@ -43,7 +43,7 @@ OURS = """
 import json, sys
 from pathlib import Path
 from optikit import stages
-from optikit.stages.protocol import Calibration, Job
+from optikit.stage import Calibration, Job
 request = json.loads(Path(sys.argv[1]).read_text())
 stage = stages.load("quantize", request["method"])
 options = stage.Options.model_validate(request["options"])
@@ -146,7 +146,7 @@ def main() -> None:
         (args.work / f"{name}.txt").write_text(cut(text, part, ("<doc", "</doc")), encoding="utf-8")
 
     calibration = Calibration(text=args.work / "calibration.txt", samples=args.samples, length=args.length)
-    tokens = windows.draw(
+    tokens = calibration_set.draw(
         args.model, calibration.text, samples=calibration.samples, length=calibration.length, seed=0
     ).numpy()
     rows: dict[str, dict[str, float]] = {}

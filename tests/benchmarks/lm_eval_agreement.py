@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from optikit import host
+from optikit.stage import Job
 from optikit.stages.measure import quality, tasks
-from optikit.stages.protocol import Job
 from optikit.store.sources import cut
 
 HERE = Path(__file__).parent

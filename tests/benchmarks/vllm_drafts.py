@@ -25,9 +25,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from optikit import host, runtime
-from optikit.runtime.heads import HEADS, HeadSession
-from optikit.runtime.onnx_decoder import OnnxDecoder
-from optikit.runtime.speculator import COMPILED_DRAFT, SPECULATOR, Method, SpeculatingDecoder, Speculator
+from optikit.runtime.decoders.onnxruntime import OnnxDecoder
+from optikit.runtime.speculation.medusa_session import HEADS, HeadSession
+from optikit.runtime.speculation.speculator import COMPILED_DRAFT, SPECULATOR, Method, SpeculatingDecoder, Speculator
 
 DECODES = Path(__file__).parents[1] / "environments" / "vllm_decodes.py"
 

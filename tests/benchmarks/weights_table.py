@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from optikit.report.schema import Report, StepReport
+from optikit.evaluation.results import Report, StepReport
 from optikit.report.write import JSON, load
 
 ROOT = Path(__file__).parents[2]

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from optikit.algorithms import width
+from optikit.calibration.empty_model import Skeleton
 from optikit.calibration.gradients import gradients
-from optikit.calibration.narrow import Coupling, _parts
-from optikit.calibration.skeleton import Skeleton
-from optikit.calibration.stored import StoredModel
+from optikit.calibration.methods.width import Coupling, _parts
+from optikit.calibration.source_model import StoredModel
 from optikit.formats.checkpoint import Checkpoint
 
 

@@ -13,7 +13,7 @@ from optikit import stages
 from optikit.algorithms.grid import Grid
 from optikit.calibration.verify import verify_packed
 from optikit.errors import StageFailedError
-from optikit.stages.protocol import Job
+from optikit.stage import Job
 
 GRID = Grid(bits=4, group_size=32, sym=True)
 LINEAR = "model.layers.1.mlp.up_proj"

@@ -51,7 +51,7 @@ def test_a_misspelt_verb_is_answered_with_the_right_one() -> None:
 
 
 def test_planning_needs_no_torch() -> None:
-    found = modules_after("import optikit.plan, optikit.recipe.load, optikit.runner, optikit.output")
+    found = modules_after("import optikit.plan, optikit.recipe.load, optikit.execution.execute, optikit.app.output_dir")
     assert found.isdisjoint({"torch", "transformers", "onnxruntime", "rich"})
 
 

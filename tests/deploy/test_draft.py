@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from optikit.deploy import draft, speculation
+from optikit.deploy import draft, vllm
 from optikit.errors import UsageError
 from optikit.models.reader import read
 
@@ -84,20 +84,20 @@ VLLM_KEYS = {
 
 
 def test_vllm_is_told_in_its_own_words():
-    medusa = speculation.vllm("medusa", tokens=3, directory="/m/heads")
+    medusa = vllm.vllm("medusa", tokens=3, directory="/m/heads")
     assert medusa == {"method": "medusa", "model": "/m/heads", "num_speculative_tokens": 3}
-    drafted = speculation.vllm("draft", tokens=4, directory="/m/draft", parallel=2)
+    drafted = vllm.vllm("draft", tokens=4, directory="/m/draft", parallel=2)
     assert (drafted["method"], drafted["draft_tensor_parallel_size"]) == ("draft_model", 2)
-    lookup = speculation.vllm("lookup", tokens=8)
+    lookup = vllm.vllm("lookup", tokens=8)
     assert (lookup["method"], lookup["prompt_lookup_max"], lookup["prompt_lookup_min"]) == ("ngram", 3, 2)
-    assert speculation.vllm("lookup", tokens=8, longest_match=1)["prompt_lookup_min"] == 1
+    assert vllm.vllm("lookup", tokens=8, longest_match=1)["prompt_lookup_min"] == 1
     assert {*medusa, *drafted, *lookup} <= VLLM_KEYS
     with pytest.raises(UsageError, match="no speculation by 'eagle'"):
-        speculation.vllm("eagle", tokens=1)
+        vllm.vllm("eagle", tokens=1)
 
 
 def test_lmi_gets_one_line_of_json():
-    text = speculation.lmi_properties("/opt/ml/model", speculation.vllm("lookup", tokens=8))
+    text = vllm.lmi_properties("/opt/ml/model", vllm.vllm("lookup", tokens=8))
     line = next(line for line in text.splitlines() if line.startswith("option.speculative_config="))
     assert json.loads(line.partition("=")[2])["method"] == "ngram"
 
@@ -111,9 +111,9 @@ def test_transformers_takes_the_arguments_it_is_given(tiny_llama):
     plain = target.generate(prompt, **settings)
     seen = []
     target.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
-    looked_up = target.generate(prompt, **settings, **speculation.transformers_arguments("lookup", tokens=4))
+    looked_up = target.generate(prompt, **settings, **vllm.transformers_arguments("lookup", tokens=4))
     assert torch.equal(looked_up, plain)
     assert max(seen[1:]) == 5
-    assert speculation.transformers_arguments("draft", tokens=4) == {}
+    assert vllm.transformers_arguments("draft", tokens=4) == {}
     with pytest.raises(UsageError, match="no speculation by 'medusa'"):
-        speculation.transformers_arguments("medusa", tokens=4)
+        vllm.transformers_arguments("medusa", tokens=4)

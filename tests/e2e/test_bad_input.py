@@ -129,7 +129,7 @@ def _until_walking(process: subprocess.Popen[str]) -> None:
 
 def _worker_of(process: subprocess.Popen[str]) -> psutil.Process:
     children = psutil.Process(process.pid).children()
-    return next(child for child in children if "optikit.worker" in child.cmdline())
+    return next(child for child in children if "optikit.execution.worker" in child.cmdline())
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import pytest
 
 from optikit import environments
 from optikit.environments import definition as definitions
+from optikit.environments.build_errors import failure
 from optikit.environments.environment import MARKER
-from optikit.environments.faults import failure
 from optikit.environments.housekeeping import collect
 from optikit.errors import IntegrityError, StageFailedError, UnavailableError, UsageError
 from optikit.store.store import Store
@@ -60,9 +60,8 @@ def test_its_python_sees_optikit_and_nothing_else_of_ours(
 ) -> None:
     define(root, [wheel(wheels, "alpha")])
     made = build(store, root, wheels)
-    code = (
-        "import optikit.errors, optikit.worker, importlib.util as u; print(u.find_spec('torch'), u.find_spec('yaml'))"
-    )
+    code = "import optikit.errors, optikit.execution.worker, importlib.util as u"
+    code += "; print(u.find_spec('torch'), u.find_spec('yaml'))"
     variables = made.variables({"PYTHONHOME": "/nowhere", "PATH": "/usr/bin:/bin"}, tmp_path)
     said = subprocess.run([made.python, "-c", code], env=variables, capture_output=True, text=True, check=False)
     assert said.stdout.split() == ["None", "None"], said.stderr

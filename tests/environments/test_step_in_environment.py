@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 
-from optikit import child, environments, runner, terminal
+from optikit import environments
+from optikit import progress as showing
 from optikit.environments import definition as definitions
 from optikit.errors import OutOfMemoryError, StageFailedError, StageTimeoutError, UnavailableError
+from optikit.execution import execute, supervise
 from optikit.store.store import Store
 from tests.environments.wheelhouse import define, installed, wheel
 
 STAGE = """
-from optikit.stages.protocol import StageOptions
+from optikit.stage import StageOptions
 SUMMARY, NEEDS, CALIBRATED, LIBRARIES, ENVIRONMENT = "", frozenset(), False, ("alpha",), "tiny"
 class Options(StageOptions):
     bits: int = 4
@@ -65,8 +67,8 @@ def step(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
         }
         (tmp_path / "request.json").write_text(json.dumps(request))
         what: Any = SimpleNamespace(name="1-quantize-foreign", environment="tiny")
-        store, progress = Store(home / "home"), terminal.make("none")
-        return runner._response(tmp_path, what, timeout, store, progress, runner.Settings(offline=True))
+        store, progress = Store(home / "home"), showing.make("none")
+        return execute._response(tmp_path, what, timeout, store, progress, execute.Settings(offline=True))
 
     return do
 
@@ -109,7 +111,7 @@ def test_an_environment_removed_while_it_is_used_is_why_the_step_failed(step, ho
 
 
 def test_a_log_that_would_fill_the_disk_is_cut(step, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(child, "MOST_LOG_BYTES", 2**20)
+    monkeypatch.setattr(supervise, "MOST_LOG_BYTES", 2**20)
     said = "import os, time\n    for _ in range(200): os.write(1, b'x' * 2**20); time.sleep(0.005)\n    return {}"
     assert step(said)["ok"]
     kept = (tmp_path / "log.txt").stat().st_size

@@ -18,8 +18,8 @@ import torch
 import yaml
 
 from optikit import environments, runtime, stages
-from optikit.deploy import draft, medusa, speculation
-from optikit.stages.protocol import Calibration, Job
+from optikit.deploy import draft, medusa, vllm
+from optikit.stage import Calibration, Job
 from optikit.store.store import Store
 from tests.conftest import build_tiny_llama
 
@@ -64,8 +64,8 @@ def found(model: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) ->
     medusa.write_vllm(medusa.head_set(heads, head), work / "heads", dtype=torch.bfloat16)
     draft.write_draft(model, work / "draft", tokens=3, context=512)
     drafting = {
-        "medusa": speculation.vllm("medusa", tokens=2, directory=str(work / "heads")),
-        "draft": speculation.vllm("draft", tokens=3, directory=str(work / "draft")),
+        "medusa": vllm.vllm("medusa", tokens=2, directory=str(work / "heads")),
+        "draft": vllm.vllm("draft", tokens=3, directory=str(work / "draft")),
     }
     rows = {name: (path, None) for name, path in directories.items()}
     rows |= {"dense": (model, None)} | {name: (model, config) for name, config in drafting.items()}

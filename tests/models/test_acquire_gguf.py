@@ -9,8 +9,8 @@ import pytest
 
 from optikit.errors import StageFailedError
 from optikit.models.reader import read, read_gguf
+from optikit.stage import Job
 from optikit.stages.acquire import gguf as stage
-from optikit.stages.protocol import Job
 from optikit.targets import find
 from tests.models import gguf_files
 

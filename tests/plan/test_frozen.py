@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from optikit.app.run import Request, run_recipe
 from optikit.errors import InputMissingError, IntegrityError, UsageError
 from optikit.plan import frozen, make_plan
 from optikit.recipe.load import load
-from optikit.run import Request, run_recipe
 from optikit.store.store import Store
 
 RECIPE = """\

@@ -178,7 +178,7 @@ def test_attribution_compiles_the_model_before_each_stage_once_and_times_them_in
 def test_a_runtime_that_only_measuring_needs_is_missed_at_plan_time(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("optikit.plan.measures.find_spec", lambda _: None)
+    monkeypatch.setattr("optikit.plan.measure_steps.find_spec", lambda _: None)
     stages = [{"compile": {"engine": "openvino", "weight_format": "int8"}}]
     with pytest.raises(RecipeError) as caught:
         make(stages=stages)

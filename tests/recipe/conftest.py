@@ -9,7 +9,7 @@ import pytest
 
 from optikit.errors import RecipeError
 from optikit.recipe.load import load
-from optikit.recipe.render import render_problems
+from optikit.recipe.render_problems import render_problems
 
 Told = Callable[..., str]
 

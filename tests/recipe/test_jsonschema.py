@@ -52,7 +52,7 @@ def test_every_key_stage_and_option_is_described() -> None:
     assert all("description" in inner for inner in SCHEMA["properties"].values())
     for verb, methods in stages.registry().items():
         for method in methods:
-            others = stages.backends(verb, method)
+            others = stages.backend_names(verb, method)
             for backend in others:
                 name = f"{verb}-{method}-{backend}" if len(others) > 1 else f"{verb}-{method}"
                 written, stage = SCHEMA["definitions"][name], stages.load(verb, method, backend)

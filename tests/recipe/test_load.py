@@ -16,7 +16,7 @@ from optikit.problems import Problem
 from optikit.recipe import overrides, variables
 from optikit.recipe.load import LoadedRecipe, load, loads
 from optikit.recipe.node import plain
-from optikit.recipe.render import render_problems, visible
+from optikit.recipe.render_problems import render_problems, visible
 from optikit.recipe.schema import as_written
 from optikit.recipe.yaml12 import compose, resolve
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from optikit.report.schema import (
+from optikit.evaluation.results import (
     Cost,
     Divergence,
     GateResult,

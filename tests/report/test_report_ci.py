@@ -8,8 +8,8 @@ from xml.etree import ElementTree as ET
 from hypothesis import given
 from hypothesis import strategies as st
 
+from optikit.evaluation.results import GateResult
 from optikit.report import github, junit
-from optikit.report.schema import GateResult
 
 
 def cases(report):

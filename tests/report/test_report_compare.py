@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from optikit.evaluation.results import Ratio
 from optikit.report import compare, write
 from optikit.report.compare import Run
-from optikit.report.schema import Ratio
 
 
 def with_perplexity(report, **changed):

@@ -58,7 +58,7 @@ def test_hostile_names_add_no_columns_rows_or_blocks(named_report, hostile_words
 
 @given(st.text())
 def test_escaped_words_are_read_back_as_they_were(value):
-    from optikit.report import text
+    from optikit import text
 
     html = MarkdownIt("gfm-like", {"linkify": False, "html": True}).render(f"x {markdown.escape(value)}")
     shown = html.removeprefix("<p>x").removesuffix("</p>\n").strip()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from optikit.report import speculation
+from optikit.report import speculation_table
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FOUND = {
@@ -24,7 +24,7 @@ FOUND = {
 
 
 def test_names_and_units():
-    told = dict(speculation.listed(FOUND, drawn=False))
+    told = dict(speculation_table.listed(FOUND, drawn=False))
     assert told == {
         "method asked for": "Medusa heads",
         "prompt lookup: tokens drafted after a match": "12 after 10 tokens, 3 after 2 tokens",
@@ -41,7 +41,7 @@ def test_names_and_units():
 
 
 def test_pictures_are_not_told_again():
-    names = {name for name, _ in speculation.listed(FOUND, drawn=True)}
+    names = {name for name, _ in speculation_table.listed(FOUND, drawn=True)}
     assert len(names) == len(FOUND) - 3
     assert not any("T(m)" in name or "position" in name or "by prompt" in name for name in names)
 
@@ -61,25 +61,27 @@ def test_pictures_are_not_told_again():
     ],
 )
 def test_one_sentence_says_what_it_brought(changes, said):
-    found = speculation.sentence({**FOUND, **changes})
+    found = speculation_table.sentence({**FOUND, **changes})
     assert found == "" if said is None else said in found
 
 
 def test_every_figure_is_in_one_group_only():
-    keys = [key for group in speculation.GROUPS.values() for key in group]
-    assert len(keys) == len(set(keys)) == len(speculation.WORDS)
-    (further,) = [rows for title, rows in speculation.grouped({**FOUND, "new": 3}, drawn=True) if "Further" in title]
+    keys = [key for group in speculation_table.GROUPS.values() for key in group]
+    assert len(keys) == len(set(keys)) == len(speculation_table.WORDS)
+    (further,) = [
+        rows for title, rows in speculation_table.grouped({**FOUND, "new": 3}, drawn=True) if "Further" in title
+    ]
     assert further == (("new", "3"),)
 
 
 @pytest.mark.parametrize("nonsense", ["words", 3, [1], {"a": "b"}, True, float("nan"), [["x"]], {"value": {}}])
 def test_nonsense_is_told_as_it_stands(nonsense):
-    for key in (*speculation.WORDS, "other"):
-        rows = speculation.listed({key: nonsense}, drawn=False)
+    for key in (*speculation_table.WORDS, "other"):
+        rows = speculation_table.listed({key: nonsense}, drawn=False)
         assert all(isinstance(part, str) for row in rows for part in row)
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m-gptq-medusa-cpu", "smollm2-135m-lookup-cpu"])
 def test_every_figure_of_a_recorded_run_has_a_name(name):
     found = json.loads((EXAMPLES / name / "report.json").read_text(encoding="utf-8"))["speculation"]
-    assert set(found) <= set(speculation.WORDS)
+    assert set(found) <= set(speculation_table.WORDS)

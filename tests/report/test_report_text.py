@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optikit.report import compare, github, markdown, svg, text, view
+from optikit import text
+from optikit.report import compare, github, markdown, svg, wording
 
 
-@pytest.mark.parametrize("module", [compare, github, markdown, svg, text, view])
+@pytest.mark.parametrize("module", [compare, github, markdown, svg, text, wording])
 def test_examples_in_docstrings_hold(module):
     assert doctest.testmod(module).failed == 0
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from optikit import runtime
 from optikit.cli.generate import generate
 from optikit.errors import InputMissingError, UsageError
-from optikit.runtime.text import Talker
+from optikit.runtime.generate import Talker
 
 app = typer.Typer()
 app.command()(generate)

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from optikit import stages, targets
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import read
-from optikit.stages.protocol import Calibration, Job, Stage
+from optikit.stage import Calibration, Job, Stage
 
 SAMPLES, LENGTH = 6, 48
 WRITTEN_BY_PLAN = {"sparse_unstructured", "sparse_2_4", "sparse_4_8", "narrowed", "shortened", "finetuned"}
@@ -128,7 +128,7 @@ def results(source: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_every_stage_has_a_row():
     on_disk = {(verb, method) for verb in ("prune", "finetune", "quantize") for method in stages.methods(verb)}
     assert on_disk == {(row.verb, row.method) for row in ROWS}
-    libraries = {(*each, name) for each in on_disk for name in stages.backends(*each) if name != stages.OURS}
+    libraries = {(*each, name) for each in on_disk for name in stages.backend_names(*each) if name != stages.OURS}
     assert libraries == {(row.verb, row.method, row.backend) for row in FOREIGN}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from optikit import formats, stages, targets
 from optikit.models import architectures
 from optikit.models.reader import read
-from optikit.stages.protocol import Calibration, Job
+from optikit.stage import Calibration, Job
 
 COMMON = {
     "vocab_size": 260,

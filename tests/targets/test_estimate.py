@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from optikit.runtime.speculation.tuning import speculation_speedup, tokens_per_step
 from optikit.targets import Target, rows
 from optikit.targets.estimate import (
     cache_bytes,
@@ -16,8 +17,6 @@ from optikit.targets.estimate import (
     prefill_floor,
     prefill_operations,
     price_per_million,
-    speculation_speedup,
-    tokens_per_step,
     told,
 )
 from optikit.targets.neuron import llama2_7b

@@ -19,7 +19,7 @@ from typing import Any
 from optikit.errors import StageFailedError
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.protocol import Estimate, Facts, Job, StageOptions, directory_bytes
+from optikit.stage import Estimate, Facts, Job, StageOptions, directory_bytes
 from optikit.targets import Target
 
 SUMMARY = "dequantize a gguf file to a bf16 model directory"

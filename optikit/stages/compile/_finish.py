@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optikit.stages import _keeper
-from optikit.stages.compile import _child
+from optikit.process import program, server
 
 if TYPE_CHECKING:
-    from optikit.stages.protocol import Job
+    from optikit.stage import Job
 
 EMITTED = "emitted"
 """Which of a job's inputs is the folder."""
@@ -56,7 +55,7 @@ def script(what: str, command: Sequence[str], job: Job, more: Mapping[str, str] 
         done = subprocess.run(
             command, stdout=kept, stderr=subprocess.STDOUT, cwd=job.dest, env=variables(job, more), check=False
         )
-    _child.require_success(what, done.returncode, log)
+    program.require_success(what, done.returncode, log)
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1] if lines else ""
 
@@ -69,7 +68,7 @@ def asked(serve: Sequence[str], ask: Sequence[str], job: Job, more: Mapping[str,
     """
     job.scratch.mkdir(parents=True, exist_ok=True)
     log = job.scratch / "server.log"
-    with _keeper.running(serve, variables=variables(job, more), log=log, directory=job.dest):
+    with server.running(serve, variables=variables(job, more), log=log, directory=job.dest):
         return script("asking the server", ask, job, more)
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optikit.errors import IntegrityError
-from optikit.hashing import file_sha256
+from optikit.fileio import file_sha256
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import read
+from optikit.stage import Facts, Job
 from optikit.stages.compile import _neuron_job, _neuron_readme
+from optikit.stages.compile._neuron_options import PLATFORMS, Options, instance_family, need_bytes
 from optikit.stages.compile._overlay import overlay
-from optikit.stages.compile.neuron import PLATFORMS, Options, instance_family
-from optikit.stages.protocol import Facts, Job
 
 if TYPE_CHECKING:
     from optikit.targets import Target
@@ -92,13 +92,6 @@ def neuron_config(options: Options, family: str) -> dict[str, Any]:
         "continuous_batching": options.batch_size > 1,
         "speculation_length": options.speculation_length,
     }
-
-
-def need_bytes(options: Options, facts: ModelFacts) -> int:
-    """Return bytes of weights and cache on all cores together; int8 and fp8 of NxD Inference take one per weight."""
-    size = 4 if options.dtype == "float32" else 2
-    weights = facts.parameters * (1 if options.quantization_dtype else size)
-    return weights + facts.kv_cache_bytes(options.sequence_length, batch=options.batch_size, element_bytes=size)
 
 
 def _records(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:

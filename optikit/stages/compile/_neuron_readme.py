@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from optikit.models.facts import ModelFacts
-    from optikit.stages.compile.neuron import Options
+    from optikit.stages.compile._neuron_options import Options
     from optikit.targets import Target
 
 WHAT = {
@@ -53,7 +53,7 @@ def _parts(options: Options, facts: ModelFacts, target: Target, files: list[str]
 
 
 def _table(options: Options, facts: ModelFacts, target: Target) -> str:
-    from optikit.stages.compile._neuron_folder import need_bytes
+    from optikit.stages.compile._neuron_options import need_bytes
 
     rows = {
         "batch size": options.batch_size,

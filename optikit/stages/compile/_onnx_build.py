@@ -8,10 +8,10 @@ import subprocess
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, cast
 
-from optikit.stages.compile._child import environment, program, require_success, trial
+from optikit.process.program import environment, program, require_success, trial
 
 if TYPE_CHECKING:
-    from optikit.stages.protocol import Job
+    from optikit.stage import Job
 
 BUILDER = "onnxruntime_genai.models.builder"
 TRIAL = "optikit.stages.compile._onnx_trial"

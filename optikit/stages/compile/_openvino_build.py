@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from optikit.errors import StageFailedError
 from optikit.models.reader import read
-from optikit.stages.compile._child import trial
+from optikit.process.program import trial
 
 if TYPE_CHECKING:
-    from optikit.stages.compile.openvino import Options
-    from optikit.stages.protocol import Calibration, Job
+    from optikit.stage import Calibration, Job
+    from optikit.stages.compile._openvino_options import Options
 
 TRIAL = "optikit.stages.compile._openvino_trial"
 MODEL = "openvino_model.xml"
@@ -49,7 +49,7 @@ def quantization(options: Options, job: Job) -> Any:
         return None
     from optimum.intel import OVWeightQuantizationConfig
 
-    from optikit.stages.compile.openvino import calibrated, group
+    from optikit.stages.compile._openvino_options import calibrated, group
 
     if options.weight_format == "int8":
         return OVWeightQuantizationConfig(bits=8, sym=False)

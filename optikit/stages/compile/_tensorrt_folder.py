@@ -13,8 +13,8 @@ from optikit.stages.compile import _onnx_build, _tensorrt_run
 
 if TYPE_CHECKING:
     from optikit.models.facts import ModelFacts
-    from optikit.stages.compile.tensorrt import Options
-    from optikit.stages.protocol import Facts, Job
+    from optikit.stage import Facts, Job
+    from optikit.stages.compile._tensorrt_options import Options
     from optikit.targets import Target
 
 REQUIREMENTS = ("onnxruntime>=1.24", "onnxruntime-genai==0.18.*", "onnxruntime-ep-nv-tensorrt-rtx")

@@ -9,9 +9,9 @@ from typing import Any
 from optikit.errors import IntegrityError
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import read
+from optikit.stage import Facts, Job
 from optikit.stages.compile._overlay import overlay
-from optikit.stages.compile.tensorrt_llm import Options
-from optikit.stages.protocol import Facts, Job
+from optikit.stages.compile._trtllm_options import Options
 from optikit.targets import Target
 
 IMAGE = "nvcr.io/nvidia/tensorrt-llm/release"

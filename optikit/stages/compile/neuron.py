@@ -15,13 +15,11 @@ Note    `optimum-neuron` compiles Llama-like models and serves them through its 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
-
-from pydantic import Field
 
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
+from optikit.stage import Estimate, Facts, Job
+from optikit.stages.compile._neuron_options import PLATFORMS, Options, instance_family
 from optikit.targets import Target
 
 SUMMARY = "job folder for AWS Inferentia and Trainium: scripts and configuration, compiled on the instance"
@@ -31,46 +29,10 @@ LIBRARIES = ("neuronx-cc", "optimum-neuron")
 ENVIRONMENT: str | None = None
 TARGETED = True
 
-Backend = Literal["optimum-neuron", "nxd-inference", "vllm-neuron"]
 
-PLATFORMS = {"inf2": "trn1", "trn1": "trn1", "trn1n": "trn1", "trn2": "trn2"}
-"""Instance families that optimum-neuron 0.4.5 compiles for → platform (optimum/neuron/utils/instance.py)."""
 NXD_MODEL_TYPES = frozenset({"llama", "mixtral", "dbrx"})
 """What `inference_demo --model-type` takes (neuronx_distributed_inference/inference_demo.py)."""
 WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-
-
-class Options(StageOptions):
-    """Options of `compile: {engine: neuron}`."""
-
-    backend: Backend = "optimum-neuron"
-    """Library that compiles and serves."""
-    batch_size: int = Field(default=1, ge=1, le=1024)
-    """Sequences per step; compiled in."""
-    sequence_length: int = Field(default=2048, ge=16, le=1_048_576)
-    """Longest sequence in tokens, prompt and answer together; compiled in."""
-    tensor_parallel: int = Field(default=1, ge=1, le=64)
-    """Neuron cores that share the model, as the SDK counts them."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Dtype of weights and arithmetic."""
-    on_device_sampling: bool = True
-    """Choose tokens on the device; speculation with optimum-neuron needs it off."""
-    speculation_length: int = Field(default=0, ge=0, le=31)
-    """Tokens that are checked at once; 0 is no speculation."""
-    draft: str = ""
-    """Draft model for speculation: directory or hub id, as the instance sees it."""
-    speculation: Literal["vanilla", "fused"] = "vanilla"
-    """`vanilla`: draft and model are two programs; `fused`: one program drafts and checks (nxd-inference)."""
-    quantization_dtype: Literal["int8", "f8e4m3", "f8e5m2"] | None = None
-    """Weights that nxd-inference quantizes to, per channel, before it compiles; None leaves them as they are."""
-    quantized_checkpoints_path: str | None = None
-    """Directory on the instance for those weights."""
-    async_mode: bool = False
-    """Prepare the next step while the device works on this one (nxd-inference)."""
-    cache: str = "/var/tmp/neuron-compile-cache"  # noqa: S108 - the SDK's own default, on the instance
-    """Compile cache on the instance: a directory, or s3://BUCKET/PREFIX to share it between instances."""
-    sdk: str | None = None
-    """Neuron SDK on the instance, e.g. `2.31`: what is in maintenance there is warned about."""
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
@@ -121,11 +83,6 @@ def _check_speculation(options: Options) -> Iterator[Problem]:
     elif options.speculation_length and options.batch_size > 1:
         message = f"a draft is checked for one sequence at a time, and batch_size is {options.batch_size}"
         yield Problem(code="speculation-batch", message=message, fix="set batch_size: 1", loc=("batch_size",))
-
-
-def instance_family(target: Target) -> str:
-    """Return the instance family of a target: `inf2` for `inf2.48xlarge` or `ml.inf2.48xlarge`."""
-    return target.name.removeprefix("ml.").split(".")[0]
 
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:

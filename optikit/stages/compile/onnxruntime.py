@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.protocol import Estimate, Facts, Job, StageOptions, directory_bytes
+from optikit.stage import Estimate, Facts, Job, StageOptions, directory_bytes
 from optikit.targets import Target
 
 SUMMARY = "ONNX Runtime graph for CPUs: int4 or int8 from gptq and awq weights, float32 from dense ones"

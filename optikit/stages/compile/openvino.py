@@ -17,13 +17,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal
-
-from pydantic import Field
 
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
+from optikit.stage import Estimate, Facts, Job
+from optikit.stages.compile._openvino_options import Options, calibrated, group
 from optikit.targets import Target
 
 SUMMARY = "OpenVINO IR for CPUs: int8 or int4 weights by NNCF, with AWQ and scale estimation if asked for"
@@ -37,37 +35,6 @@ MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"}
 """Families of architectures.toml that optimum-intel 2.2 exports."""
 TRIAL_TOKENS = 8
 """Tokens that a compiled artifact has to decode before it is accepted."""
-
-
-class Options(StageOptions):
-    """Options of `compile: {engine: openvino}`."""
-
-    weight_format: Literal["int8", "int4", "float"] = "int8"
-    """Weights of the linears and the embedding; `float` keeps the checkpoint's own."""
-    group_size: int | None = Field(default=None, ge=-1, le=1024)
-    """Weights that share a scale in int4; has to divide the linears' input widths, -1 is a whole row. None takes the
-    largest of 128, 64, 32 that does."""
-    sym: bool = False
-    """Round to a grid around zero in int4, without zero points."""
-    ratio: float = Field(default=1.0, gt=0, le=1)
-    """Share of the weights that becomes int4; the most sensitive rest becomes int8."""
-    awq: bool = False
-    """Scale weights by the activations they meet before rounding them to int4."""
-    scale_estimation: bool = False
-    """Fit the scales of int4 groups to the layer's output on calibration text."""
-
-
-def calibrated(options: Options) -> bool:
-    """Return whether these options look at calibration text."""
-    return options.awq or options.scale_estimation
-
-
-def group(options: Options, facts: ModelFacts) -> int:
-    """Return the group size that int4 weights get; a whole row where no usual one divides all widths."""
-    if options.group_size is not None:
-        return options.group_size
-    widths = {columns for _, columns in facts.linears.values()}
-    return next((size for size in (128, 64, 32) if all(width % size == 0 for width in widths)), -1)
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal
 
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
+from optikit.stage import Estimate, Facts, Job
+from optikit.stages.compile._tensorrt_options import Options
 from optikit.targets import Target
 
 SUMMARY = "ONNX graph for TensorRT on NVIDIA GPUs: built and checked here, made an engine of on the GPU"
@@ -31,13 +31,6 @@ TARGETED = True
 ENGINE = "tensorrt"
 LEAST_CAPABILITY = 80
 """TensorRT for RTX runs on Ampere and newer."""
-
-
-class Options(StageOptions):
-    """Options of `compile: {engine: tensorrt}`."""
-
-    precision: Literal["fp16", "bf16"] = "fp16"
-    """Dtype of weights and arithmetic; 4-bit graphs of this builder have operators that TensorRT doesn't know."""
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:

@@ -10,10 +10,10 @@ from pydantic import Field
 from optikit.models import architectures
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stages.protocol import Estimate, Job, StageOptions, directory_bytes
+from optikit.stage import Estimate, Job, StageOptions, directory_bytes
 
 if TYPE_CHECKING:
-    from optikit.algorithms.finetune import Settings
+    from optikit.training.loop import Settings
 
 LOGIT_COPIES = 6
 """Float32 copies of one window's logits that a loss and its gradient hold."""
@@ -50,7 +50,7 @@ def settings_of(options: TrainingOptions, job: Job) -> Settings:
     Raises:
         StageFailedError: There is no calibration text to train on.
     """
-    from optikit.algorithms.finetune import Settings
+    from optikit.training.loop import Settings
 
     return Settings(
         steps=max(1, options.tokens // (options.batch * job.calibrated().length)),

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
+from optikit.stage import Estimate, Facts, Job
 from optikit.stages.finetune._training import (
     WholeOptions,
     after_training,
@@ -24,7 +25,6 @@ from optikit.stages.finetune._training import (
     estimate_training,
     settings_of,
 )
-from optikit.stages.protocol import Estimate, Facts, Job
 from optikit.targets import Target
 
 SUMMARY = "distill: train all weights towards the unpruned model's predictions"
@@ -67,7 +67,7 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 
 def run(options: Options, job: Job) -> Facts:
     """Train towards the teacher's predictions."""
-    from optikit.calibration.finetuning import Teaching, finetune, whole
+    from optikit.training.finetune import Teaching, finetune, whole
 
     teaching = Teaching(temperature=options.temperature, prompt=PROMPT if options.text == "own" else 0)
     return finetune(job, whole(job, embeddings=options.embeddings), settings_of(options, job), teaching)

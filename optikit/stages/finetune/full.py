@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
+from optikit.stage import Estimate, Facts, Job
 from optikit.stages.finetune._training import (
     WholeOptions,
     after_training,
@@ -20,7 +21,6 @@ from optikit.stages.finetune._training import (
     estimate_training,
     settings_of,
 )
-from optikit.stages.protocol import Estimate, Facts, Job
 from optikit.targets import Target
 
 SUMMARY = "full: train all weights on text, zeros stay zeros"
@@ -52,6 +52,6 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 
 def run(options: Options, job: Job) -> Facts:
     """Train on the calibration text."""
-    from optikit.calibration.finetuning import finetune, whole
+    from optikit.training.finetune import finetune, whole
 
     return finetune(job, whole(job, embeddings=options.embeddings), settings_of(options, job))

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
+from optikit.stage import Estimate, Facts, Job
 from optikit.stages.finetune._training import (
     TrainingOptions,
     after_training,
@@ -23,7 +24,6 @@ from optikit.stages.finetune._training import (
     estimate_training,
     settings_of,
 )
-from optikit.stages.protocol import Estimate, Facts, Job
 from optikit.targets import Target
 
 SUMMARY = "LoRA: train low-rank updates of all linears on text, merged at the end"
@@ -66,6 +66,6 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 
 def run(options: Options, job: Job) -> Facts:
     """Train adapters on the calibration text and merge them."""
-    from optikit.calibration.finetuning import adapted, finetune
+    from optikit.training.finetune import adapted, finetune
 
     return finetune(job, adapted(job, rank=options.rank, alpha=options.alpha), settings_of(options, job))

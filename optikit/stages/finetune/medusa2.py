@@ -22,6 +22,7 @@ from pydantic import Field
 
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
+from optikit.stage import Estimate, Facts, Job
 from optikit.stages.finetune._training import (
     LOGIT_COPIES,
     MOST_TOKENS,
@@ -31,7 +32,6 @@ from optikit.stages.finetune._training import (
     estimate_training,
     settings_of,
 )
-from optikit.stages.protocol import Estimate, Facts, Job
 from optikit.targets import Target
 
 SUMMARY = "Medusa-2: train low-rank updates and Medusa heads together, before quantization"
@@ -108,8 +108,8 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 
 def run(options: Options, job: Job) -> Facts:
     """Train heads alone, then adapters and heads; merge the adapters."""
-    from optikit.calibration.finetuning import adapted
-    from optikit.calibration.joint import Course, train_jointly
+    from optikit.training.finetune import adapted
+    from optikit.training.joint_medusa import Course, train_jointly
 
     course = Course(
         heads=options.heads,

@@ -20,18 +20,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from optikit.errors import StageFailedError
+from optikit.evaluation.windows import Cut, CutOptions, cut
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.measure._cut import Cut, CutOptions, cut
-from optikit.stages.protocol import Estimate, Facts, Job
+from optikit.stage import Estimate, Facts, Job
 from optikit.targets import Target
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from optikit.metrics.scoring import Scores, Window
-    from optikit.runtime.protocol import Decoder
+    from optikit.evaluation.scoring import Scores, Window
+    from optikit.runtime.decoder import Decoder
 
 SUMMARY = "perplexity, KL divergence and top-1 agreement against the baseline"
 NEEDS: frozenset[Trait] = frozenset()
@@ -149,7 +149,7 @@ def _compared_windows(windows: Sequence[Window], vocab: int) -> int:
 
 def _score(options: Options, job: Job, decoder: Decoder, windows: Sequence[Window]) -> Scores:
 
-    from optikit.metrics.scoring import NotFiniteError, score
+    from optikit.evaluation.scoring import NotFiniteError, score
 
     kept = job.inputs["baseline"] / LOGITS if "baseline" in job.inputs else None
     try:
@@ -182,8 +182,8 @@ def told(about: dict[str, Any], scores: Scores, made: Cut, job: Job) -> Facts:
     """Return the facts of a model whose windows were scored, by whatever runtime, and kept in `job.dest`."""
     import numpy as np
 
-    from optikit.metrics import perplexity, statistics
-    from optikit.report.schema import Perplexity, Quality
+    from optikit.evaluation import perplexity, statistics
+    from optikit.evaluation.results import Perplexity, Quality
 
     nll = scores.known
     found: dict[str, Any] = {"ratio": None, "ratio_ci95": None}
@@ -216,7 +216,7 @@ def _per_word(nll: NDArray[np.float64], made: Cut) -> dict[str, float]:
     """Return perplexity per word and per byte where the protocol counts words; without what overflows."""
     import math
 
-    from optikit.metrics import perplexity
+    from optikit.evaluation import perplexity
 
     if made.words is None:
         return {}
@@ -229,8 +229,8 @@ def _compared(scores: Scores, base: NDArray[np.float64], job: Job) -> tuple[dict
     """Return the fields of `Quality` that compare with the baseline, and the full statistic set."""
     import numpy as np
 
-    from optikit.metrics import divergence, statistics
-    from optikit.report.schema import Divergence
+    from optikit.evaluation import divergence, statistics
+    from optikit.evaluation.results import Divergence
 
     agree = scores.top1 == np.load(job.inputs["baseline"] / TOP1, allow_pickle=False)
     shares = statistics.block_means(np.where(np.isnan(scores.nll), np.nan, agree))

@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from optikit.errors import StageFailedError
+from optikit.evaluation import texts
+from optikit.evaluation.windows import CutOptions, cut
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.measure import _text, quality, speed
-from optikit.stages.measure._cut import CutOptions, cut
-from optikit.stages.protocol import Estimate, Facts, Job
+from optikit.stage import SERVERS_PEAK, Estimate, Facts, Job
+from optikit.stages.measure import quality, speed
 from optikit.targets import Target
-from optikit.worker import SERVERS_PEAK
 
 if TYPE_CHECKING:
-    from optikit.metrics.scoring import Scores, Window
-    from optikit.runtime.completions import Client
+    from optikit.evaluation.scoring import Scores, Window
+    from optikit.runtime.completions_client import Client
 
 SUMMARY = "perplexity and speed of a model directory as vLLM serves it on this machine"
 NEEDS: frozenset[Trait] = frozenset()
@@ -125,34 +125,34 @@ def run(options: Options, job: Job) -> Facts:
         StageTimeoutError: It doesn't answer in time.
         UnavailableError: It drops a connection, or answers with an error.
     """
-    from optikit.metrics import memory
     from optikit.models.reader import read
-    from optikit.runtime.completions import Client
-    from optikit.stages.measure import _vllm
+    from optikit.process import memory
+    from optikit.runtime import vllm_server
+    from optikit.runtime.completions_client import Client
 
     facts = read(job.source)
     job.scratch.mkdir(parents=True, exist_ok=True)
     requests = max(options.concurrency) if options.timed else 1
     most = min(options.most_tokens, facts.max_positions)
-    how = _vllm.Serving(
+    how = vllm_server.Serving(
         directory=job.source,
         max_tokens=most,
         requests=requests,
         threads=job.threads,
-        cache_gib=_vllm.cache_gib(facts, requests * most),
-        speculation=_vllm.speculation(job.inputs["speculator"]) if "speculator" in job.inputs else None,
+        cache_gib=vllm_server.cache_gib(facts, requests * most),
+        speculation=vllm_server.speculation(job.inputs["speculator"]) if "speculator" in job.inputs else None,
     )
     found: dict[str, Any] = {"runtime": "vllm"}
     job.progress(0, 1, "server started")
     with ExitStack() as stack:
-        url, group = stack.enter_context(_vllm.serving(how, log=job.scratch / LOG, start_s=options.start_s))
+        url, group = stack.enter_context(vllm_server.serving(how, log=job.scratch / LOG, start_s=options.start_s))
         client = Client(url, timeout_s=options.hang_s)
         if options.scored:
             found |= _scored(options, job, client, facts)
         if options.timed:
             found |= _timed(options, job, client)
         if how.speculation is not None:
-            found["drafting"] = {"speculative_config": how.speculation, **_vllm.drafting(url)}
+            found["drafting"] = {"speculative_config": how.speculation, **vllm_server.drafting(url)}
         found[SERVERS_PEAK] = memory.group_peak_mib(group)
     shutil.copyfile(job.scratch / LOG, job.dest / LOG)
     return found | {"files": sorted(path.name for path in job.dest.iterdir())}
@@ -176,8 +176,8 @@ def _scored(options: Options, job: Job, client: Client, facts: ModelFacts) -> Fa
 def _scores(windows: Sequence[Window], client: Client, job: Job) -> Scores:
     import numpy as np
 
-    from optikit.metrics.scoring import Scores
-    from optikit.stages.measure._vllm import NAME
+    from optikit.evaluation.scoring import Scores
+    from optikit.runtime.vllm_server import NAME
 
     shape = (len(windows), max(window.scored for window in windows))
     nll, top1 = np.full(shape, np.nan), np.full(shape, -1, np.int32)
@@ -194,12 +194,12 @@ def _scores(windows: Sequence[Window], client: Client, job: Job) -> Scores:
 
 
 def _timed(options: Options, job: Job, client: Client) -> Facts:
-    from optikit.stages.measure._clients import Load, time_server
-    from optikit.stages.measure._vllm import NAME
+    from optikit.evaluation.load_test import Load, time_server
+    from optikit.runtime.vllm_server import NAME
 
-    prompts = _text.prompts(
+    prompts = texts.prompts(
         job.inputs["prompts"],
-        _text.tokenizer(job.inputs["tokenizer"]),
+        texts.tokenizer(job.inputs["tokenizer"]),
         length=options.prompt_tokens,
         wanted=options.requests,
         seed=job.seed,

@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from optikit.errors import InputMissingError
+from optikit.evaluation import lossless, texts
+from optikit.evaluation.paired_decoding import Pair, Writer
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.measure import _identity, _text
-from optikit.stages.measure._writing import Pair, Writer
-from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
+from optikit.stage import Estimate, Facts, Job, StageOptions
 from optikit.targets import Target
 
 if TYPE_CHECKING:
-    from optikit.runtime.choice import Written
-    from optikit.runtime.costs import DraftCosts, WindowCosts
-    from optikit.runtime.protocol import Decoder, Tokens
-    from optikit.runtime.speculator import Speculator
-    from optikit.runtime.text import Talker
+    from optikit.runtime.decoder import Decoder, Tokens
+    from optikit.runtime.generate import Talker
+    from optikit.runtime.speculation.cost_model import DraftCosts, WindowCosts
+    from optikit.runtime.speculation.speculator import Speculator
+    from optikit.runtime.speculation.tuning import Written
 
 SUMMARY = "window costs, acceptance, choice of drafter, speed-up and identity of speculation"
 NEEDS: frozenset[Trait] = frozenset()
@@ -48,7 +48,7 @@ class Options(StageOptions):
 
     runtime: Literal["transformers", "onnxruntime", "openvino"]
     """Runtime that loads the model."""
-    prompts: int = Field(default=40, ge=_text.FEWEST_PROMPTS)
+    prompts: int = Field(default=40, ge=texts.FEWEST_PROMPTS)
     """Most prompts to use, half of them to choose, half to judge."""
     judged_part: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
     """Share of the file that these are drawn from; the remembered ones come from the rest."""
@@ -93,9 +93,10 @@ def run(options: Options, job: Job) -> Facts:
         InputMissingError: Too few prompts that fit the context.
         StageFailedError: A speculated text differs from the plain one, and not for a tie.
     """
-    from optikit.runtime import choice, load, speculator
-    from optikit.runtime.costs import measure_drafting, measure_windows
-    from optikit.runtime.text import Talker
+    from optikit.runtime import load
+    from optikit.runtime.generate import Talker
+    from optikit.runtime.speculation import speculator, tuning
+    from optikit.runtime.speculation.cost_model import measure_drafting, measure_windows
 
     decoder = load(job.source, runtime=options.runtime, threads=job.threads)
     talker = Talker(decoder, job.inputs["tokenizer"])
@@ -108,11 +109,11 @@ def run(options: Options, job: Job) -> Facts:
     costs = measure_windows(decoder, context)
     drafting = measure_drafting(given, context)
     remembered = _texts(writer, spare, job, 0, total)
-    texts = [choice.foresee(given, decoder, each) for each in _texts(writer, used[::2], job, len(spare), total)]
+    texts = [tuning.foresee(given, decoder, each) for each in _texts(writer, used[::2], job, len(spare), total)]
     trial = _tuned(given, remembered, texts, costs, drafting) if options.tune else given
-    noise = _identity.kernel_noise(decoder, texts)
+    noise = lossless.kernel_noise(decoder, texts)
     pairs = _pairs(writer, trial, used[1::2], job, total)
-    found = _measured(pairs, costs, drafting, trial, job.seed) | _identity.compare(writer, trial, pairs, noise)
+    found = _measured(pairs, costs, drafting, trial, job.seed) | lossless.compare(writer, trial, pairs, noise)
     chosen = _named(trial if _pays(found) else replace(trial, method="off"))
     told = {name: found[name] for name in ("speedup", "predicted_speedup")}
     files = speculator.write_choice(chosen, job.dest, told)
@@ -135,9 +136,9 @@ def run(options: Options, job: Job) -> Facts:
 def _prompts(options: Options, job: Job, talker: Talker, decoder: Decoder) -> tuple[list[Tokens], list[Tokens]]:
     """Return the prompts to choose and judge on, and some to remember, as tokens, in an order that the seed decides."""
     path = job.inputs["prompts"]
-    divided = _text.divided(
+    divided = texts.divided(
         path,
-        _text.tokenizer(job.inputs["tokenizer"]),
+        texts.tokenizer(job.inputs["tokenizer"]),
         lambda prompt: talker.encode(prompt, chat=options.chat),
         judged=options.prompts,
         template=options.template,
@@ -147,8 +148,8 @@ def _prompts(options: Options, job: Job, talker: Talker, decoder: Decoder) -> tu
     )
     room = decoder.max_tokens - options.new_tokens
     used, spare = ([tokens for tokens in part if len(tokens) <= room] for part in (divided.judged, divided.others))
-    if len(used) < _text.FEWEST_PROMPTS:
-        message = f"{path} has {len(used)} prompts of at most {room} tokens; {_text.FEWEST_PROMPTS} are needed"
+    if len(used) < texts.FEWEST_PROMPTS:
+        message = f"{path} has {len(used)} prompts of at most {room} tokens; {texts.FEWEST_PROMPTS} are needed"
         raise InputMissingError(message, fix="give more prompts: half of them choose, the other half judge")
     return used, spare[: options.remember]
 
@@ -172,16 +173,16 @@ def _parameters(speculator: Speculator) -> dict[str, Any]:
 
 def _alone(given: Speculator, texts: Sequence[Written], costs: WindowCosts, drafting: DraftCosts) -> dict[str, float]:
     """Return what each drafter would bring alone, predicted on the prompts that choose, tuned for it."""
-    from optikit.runtime import choice
+    from optikit.runtime.speculation import tuning
 
     found = {}
     alone = {"lookup": replace(given, ahead=0)}
     if given.ahead:
         alone[given.method] = replace(given, lengths={})
     for name, each in alone.items():
-        matches: tuple[int, ...] = choice.MATCHES if name == "lookup" else ()
-        tuned = choice.tune(each, texts, costs, drafting=drafting, matches=matches)
-        found[name] = choice.price(tuned, texts, costs, drafting).speedup
+        matches: tuple[int, ...] = tuning.MATCHES if name == "lookup" else ()
+        tuned = tuning.tune(each, texts, costs, drafting=drafting, matches=matches)
+        found[name] = tuning.price(tuned, texts, costs, drafting).speedup
     return found
 
 
@@ -194,7 +195,7 @@ def _context(prompts: Sequence[Tokens]) -> Tokens:
 
 def _texts(writer: Writer, prompts: Sequence[Tokens], job: Job, done: int, total: int) -> list[Written]:
     """Return what the model writes for prompts."""
-    from optikit.runtime.choice import Written
+    from optikit.runtime.speculation.tuning import Written
 
     found = []
     for number, prompt in enumerate(prompts, done):
@@ -221,15 +222,15 @@ def _tuned(
     drafting: DraftCosts,
 ) -> Speculator:
     """Return the speculator with the best prediction; as it was given where none beats plain decoding."""
-    from optikit.runtime import choice
+    from optikit.runtime.speculation import tuning
 
-    found = choice.tune_with_recall(given, remembered, texts, costs, drafting)
+    found = tuning.tune_with_recall(given, remembered, texts, costs, drafting)
     return found if found.drafts else given
 
 
 def _pays(found: dict[str, Any]) -> bool:
     """Return whether speculation is worth having here, both by prediction and by measurement."""
-    from optikit.runtime.choice import WORTHWHILE
+    from optikit.runtime.speculation.tuning import WORTHWHILE
 
     measured = found["speedup"]
     return measured is not None and min(found["predicted_speedup"], measured["value"]) >= WORTHWHILE
@@ -239,12 +240,12 @@ def _measured(
     pairs: Sequence[Pair], costs: WindowCosts, drafting: DraftCosts, speculator: Speculator, seed: int
 ) -> dict[str, Any]:
     """Return speed-up, predicted and measured, and acceptance."""
-    from optikit.runtime import choice
-    from optikit.runtime.costs import FREE
+    from optikit.runtime.speculation import tuning
+    from optikit.runtime.speculation.cost_model import FREE
 
     steps = [step for pair in pairs for step in pair.steps]
     asked = drafting if speculator.ahead else FREE
-    predicted = choice.predict(steps, costs, drafting=asked, min_window=speculator.min_window)
+    predicted = tuning.predict(steps, costs, drafting=asked, min_window=speculator.min_window)
     counted = predicted.statistics
     steady = [pair for pair in pairs if not pair.loops]
     return {
@@ -268,9 +269,9 @@ def _measured(
 
 def _by_prompt(pair: Pair, costs: WindowCosts, asked: DraftCosts, speculator: Speculator) -> dict[str, float]:
     """Return acceptance and speed-up of one prompt, predicted and measured."""
-    from optikit.runtime import choice
+    from optikit.runtime.speculation import tuning
 
-    found = choice.predict(pair.steps, costs, drafting=asked, min_window=speculator.min_window)
+    found = tuning.predict(pair.steps, costs, drafting=asked, min_window=speculator.min_window)
     plain, speculated = pair.ms_per_token or (1.0, 1.0)
     return {
         "acceptance_length": found.statistics.acceptance_length,
@@ -296,7 +297,7 @@ def _ratio(timed: Sequence[tuple[float, float]], seed: int) -> dict[str, Any] | 
     """Return the ratio of (plain, speculated) times; None for fewer than two."""
     import numpy as np
 
-    from optikit.metrics import statistics
+    from optikit.evaluation import statistics
 
     if len(timed) < 2:
         return None

@@ -22,18 +22,17 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from optikit.errors import StageFailedError
+from optikit.evaluation import texts
+from optikit.evaluation.results import Ratio, Speed
+from optikit.evaluation.speed_client import Arm
+from optikit.evaluation.speed_schedule import AGAIN, Rounds, Sample, conduct, joules_per_token, select, write_samples
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.report.schema import Ratio, Speed
-from optikit.stages.measure import _text
-from optikit.stages.measure._arms import Arm
-from optikit.stages.measure._session import AGAIN, Rounds, Sample, conduct, joules_per_token, select, write_samples
-from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
+from optikit.stage import SERVERS_PEAK, Estimate, Facts, Job, StageOptions
 from optikit.targets import Target
-from optikit.worker import SERVERS_PEAK
 
 if TYPE_CHECKING:
-    from optikit.metrics.speed import Summary
+    from optikit.evaluation.speed import Summary
 
 SUMMARY = "TTFT, TPOT, prefill, decode and memory of result and baselines, in interleaved pairs"
 NEEDS: frozenset[Trait] = frozenset()
@@ -157,17 +156,17 @@ def run(options: Options, job: Job) -> Facts:
         StageFailedError: An arm failed or returned fewer tokens than asked for.
         StageTimeoutError: An arm hung.
     """
-    from optikit.metrics import energy, machine
+    from optikit.evaluation import energy, machine_state
 
-    prompts = _text.prompts(
+    prompts = texts.prompts(
         job.inputs["prompts"],
-        _text.tokenizer(job.inputs["tokenizer"]),
+        texts.tokenizer(job.inputs["tokenizer"]),
         length=options.prompt_tokens,
         wanted=options.warmup + options.repetitions,
         seed=job.seed,
     )
     rounds = Rounds(options.warmup, options.repetitions, options.new_tokens)
-    before, ticks, meter = machine.state(), machine.cpu_times(), energy.find()
+    before, ticks, meter = machine_state.state(), machine_state.cpu_times(), energy.find()
     with ExitStack() as stack:
         arms: dict[str, Arm] = {}
         loaded: dict[str, dict[str, Any]] = {}
@@ -177,8 +176,8 @@ def run(options: Options, job: Job) -> Facts:
             loaded[arm.name] = _load(arms[arm.name], arm, options, job)
         samples = list(conduct(arms, prompts, rounds, job.progress, meter))
         peaks = {name: arm.ask("peak") for name, arm in arms.items()}
-    steal = machine.steal_share(ticks, machine.cpu_times())
-    host = {"before": before, "after": machine.state(), "steal_share": steal}
+    steal = machine_state.steal_share(ticks, machine_state.cpu_times())
+    host = {"before": before, "after": machine_state.state(), "steal_share": steal}
     write_samples(samples, job.dest / SAMPLES)
     counted = ", ".join(counter.name for counter in meter.counters)
     energies = {name: {"joules_per_output_token": joules_per_token(samples, name)} for name in arms}
@@ -234,7 +233,7 @@ def _load(process: Arm, arm: ArmOptions, options: Options, job: Job) -> dict[str
 
 
 def _facts(samples: Sequence[Sample], options: Options, about: Mapping[str, Mapping[str, Any]], seed: int) -> Facts:
-    from optikit.metrics import speed
+    from optikit.evaluation import speed
 
     traces = {arm.name: select(samples, arm.name, "measured") for arm in options.arms}
     summaries = {name: speed.summarize(each, seed=seed) for name, each in traces.items()}

@@ -18,22 +18,22 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from optikit.errors import InputMissingError, StageFailedError
-from optikit.metrics.items import Choice, Question
-from optikit.metrics.items import kind as kind_of
-from optikit.metrics.items import read as read_task
+from optikit.evaluation import texts
+from optikit.evaluation.task_items import Choice, Question
+from optikit.evaluation.task_items import kind as kind_of
+from optikit.evaluation.task_items import read as read_task
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.measure import _text
-from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
+from optikit.stage import Estimate, Facts, Job, StageOptions
 from optikit.targets import Target
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from optikit.metrics.flips import Flips
-    from optikit.metrics.items import Item
-    from optikit.metrics.tasks import Answered, Chosen
-    from optikit.runtime.protocol import Decoder
+    from optikit.evaluation.flips import Flips
+    from optikit.evaluation.task_items import Item
+    from optikit.evaluation.tasks import Answered, Chosen
+    from optikit.runtime.decoder import Decoder
 
 SUMMARY = "right answers to tasks, and the items that flipped against the baseline"
 NEEDS: frozenset[Trait] = frozenset()
@@ -119,7 +119,7 @@ def run(options: Options, job: Job) -> Facts:
         StageFailedError: The model returned NaN, or was compared across protocols.
     """
     from optikit import runtime
-    from optikit.runtime.text import end_tokens
+    from optikit.runtime.generate import end_tokens
 
     asked = {task.name: _items(task, job.inputs[role(task.name)]) for task in options.tasks}
     by = _Tokenizer(job.inputs["tokenizer"])
@@ -153,7 +153,7 @@ class _Tokenizer:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._by = _text.tokenizer(directory)
+        self._by = texts.tokenizer(directory)
         probe = self._by.encode("a")
         self._opening: list[int] = probe.ids[: probe.special_tokens_mask.index(0)]
 
@@ -205,7 +205,7 @@ def _require_fit(wanted: Sequence[Task], asked: dict[str, Sequence[Item]], by: _
     Raises:
         InputMissingError: An item that exceeds the model's context.
     """
-    from optikit.metrics import tasks
+    from optikit.evaluation import tasks
 
     limit = by.context()
     longest = 0
@@ -235,7 +235,7 @@ def _answers(
     job: Job,
     progress: tuple[dict[str, list[Chosen | Answered]], int],
 ) -> list[Chosen | Answered]:
-    from optikit.metrics import tasks
+    from optikit.evaluation import tasks
 
     done, total = sum(len(each) for each in progress[0].values()), progress[1]
     start = by.start_token(ends)
@@ -278,8 +278,8 @@ def _facts(
     about: dict[str, str],
     job: Job,
 ) -> Facts:
-    from optikit.metrics import flips
-    from optikit.report.schema import TaskResult, TasksVerdict
+    from optikit.evaluation import flips
+    from optikit.evaluation.results import TaskResult, TasksVerdict
 
     before = read_items(job.inputs["baseline"]) if "baseline" in job.inputs else {}
     own = {name: [asdict(each) for each in found] for name, found in answers.items()}
@@ -313,7 +313,7 @@ def _answer(row: dict[str, Any]) -> Any:
 
 
 def _alone(items: Sequence[Item], rows: Sequence[dict[str, Any]], protocol: str) -> dict[str, Any]:
-    from optikit.metrics import statistics
+    from optikit.evaluation import statistics
 
     right, count = sum(map(_right, rows)), len(rows)
     kind = kind_of(items)
@@ -331,7 +331,7 @@ def _alone(items: Sequence[Item], rows: Sequence[dict[str, Any]], protocol: str)
 def _compare(before: Sequence[dict[str, Any]], after_: Sequence[dict[str, Any]]) -> Flips:
     import numpy as np
 
-    from optikit.metrics import flips
+    from optikit.evaluation import flips
 
     sides = [np.array([_right(row) for row in rows]) for rows in (before, after_)]
     answers = [_answer(row) for row in before], [_answer(row) for row in after_]
@@ -346,7 +346,7 @@ def _against(
     seed: int,
 ) -> dict[str, Any]:
     """Return what `TaskResult` says about a task against the baseline."""
-    from optikit.metrics import flips
+    from optikit.evaluation import flips
 
     told = ("change", "change_ci95", "lost", "won", "flip_rate", "changed_answers", "detectable")
     found: dict[str, Any] = {name: getattr(compared, name) for name in told}

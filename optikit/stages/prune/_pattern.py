@@ -10,7 +10,7 @@ from pydantic import Field
 from optikit.models import architectures
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.protocol import StageOptions
+from optikit.stage import StageOptions
 from optikit.stages.quantize._grid import ignored
 
 if TYPE_CHECKING:

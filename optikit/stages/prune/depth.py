@@ -17,7 +17,7 @@ from pydantic import Field
 from optikit.models import architectures
 from optikit.models.facts import DTYPE_BYTES, ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.protocol import Estimate, Facts, Job, StageOptions, directory_bytes
+from optikit.stage import Estimate, Facts, Job, StageOptions, directory_bytes
 from optikit.targets import Target
 
 SUMMARY = "depth: leave out decoder blocks by their measured influence"
@@ -92,7 +92,8 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 def run(options: Options, job: Job) -> Facts:
     """Walk the blocks once, then write those that stay under new numbers."""
     from optikit.algorithms import depth
-    from optikit.calibration.depth import influences, write_shortened
+    from optikit.calibration.methods.depth import influences
+    from optikit.calibration.write_checkpoint import write_shortened
 
     measured = influences(job, job.calibrated())
     count = round(options.ratio * len(measured))

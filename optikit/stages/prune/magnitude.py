@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.protocol import Estimate, Facts, Job, directory_bytes
+from optikit.stage import Estimate, Facts, Job, directory_bytes
 from optikit.stages.prune._pattern import PatternOptions, after_pattern, check_pattern, leave, pattern_of
 from optikit.targets import Target
 
@@ -50,9 +50,9 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 
 def run(options: Options, job: Job) -> Facts:
     """Zero the smallest weights of every linear of every block."""
-    from optikit.calibration.pruners import Magnitude
-    from optikit.calibration.sparse import write_sparse
-    from optikit.calibration.walk import walk_blind
+    from optikit.calibration.blockwise import walk_blind
+    from optikit.calibration.methods.pruning import Magnitude
+    from optikit.calibration.write_checkpoint import write_sparse
 
     pattern = pattern_of(options)
     walked = walk_blind(job, Magnitude(pattern), leave=leave(options))

@@ -15,8 +15,8 @@ from pydantic import Field
 
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages import _walking
-from optikit.stages.protocol import Estimate, Facts, Job
+from optikit.stage import Estimate, Facts, Job
+from optikit.stages import _blockwise_cost
 from optikit.stages.prune._pattern import PatternOptions, after_pattern, check_pattern, leave, pattern_of
 from optikit.targets import Target
 
@@ -52,17 +52,17 @@ def after(options: Options, facts: ModelFacts) -> ModelFacts:
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
     """Estimate a walk with Hessians, beside the dense model where it corrects."""
     times = 2 if options.correct else 1
-    return _walking.estimate(
+    return _blockwise_cost.estimate(
         facts, calibration_tokens, passes=times, grams=times, seconds_per_weight=5e-7, written_bytes=facts.weight_bytes
     )
 
 
 def run(options: Options, job: Job) -> Facts:
     """Walk the blocks, pruning each on the outputs of the pruned ones before it."""
-    from optikit.calibration.corrected import Corrected
-    from optikit.calibration.pruners import SparseGpt
-    from optikit.calibration.sparse import write_sparse
-    from optikit.calibration.walk import walk, walk_paired
+    from optikit.calibration.blockwise import walk, walk_paired
+    from optikit.calibration.methods.corrected import Corrected
+    from optikit.calibration.methods.pruning import SparseGpt
+    from optikit.calibration.write_checkpoint import write_sparse
 
     pattern = pattern_of(options)
     method = SparseGpt(pattern, damp=options.damp)

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages import _walking
-from optikit.stages.protocol import Estimate, Facts, Job
+from optikit.stage import Estimate, Facts, Job
+from optikit.stages import _blockwise_cost
 from optikit.stages.prune._pattern import PatternOptions, after_pattern, check_pattern, leave, pattern_of
 from optikit.targets import Target
 
@@ -41,16 +41,16 @@ def after(options: Options, facts: ModelFacts) -> ModelFacts:
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
     """Estimate a walk that sums squares, and a sort of every row."""
-    return _walking.estimate(
+    return _blockwise_cost.estimate(
         facts, calibration_tokens, passes=1, grams=0, seconds_per_weight=2e-7, written_bytes=facts.weight_bytes
     )
 
 
 def run(options: Options, job: Job) -> Facts:
     """Walk the blocks, pruning each on the outputs of the pruned ones before it."""
-    from optikit.calibration.pruners import Wanda
-    from optikit.calibration.sparse import write_sparse
-    from optikit.calibration.walk import walk
+    from optikit.calibration.blockwise import walk
+    from optikit.calibration.methods.pruning import Wanda
+    from optikit.calibration.write_checkpoint import write_sparse
 
     pattern = pattern_of(options)
     walked = walk(job, Wanda(pattern), leave=leave(options))

@@ -21,12 +21,12 @@ from optikit.models import architectures
 from optikit.models.architectures import Architecture
 from optikit.models.facts import DTYPE_BYTES, ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages import _walking
-from optikit.stages.protocol import Estimate, Facts, Job, StageOptions
+from optikit.stage import Estimate, Facts, Job, StageOptions
+from optikit.stages import _blockwise_cost
 from optikit.targets import Target
 
 if TYPE_CHECKING:
-    from optikit.calibration.narrow import Coupling
+    from optikit.calibration.methods.width import Coupling
 
 SUMMARY = "width: remove MLP channels and attention heads, equally many in every block"
 NEEDS: frozenset[Trait] = frozenset({"dense"})
@@ -148,16 +148,17 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     """Estimate forward passes, backward ones where gradients tell importance, and a refit by Gram matrices."""
     written = after(options, facts).weight_bytes
     passes = 2 if options.importance == "taylor" else 1
-    return _walking.estimate(
+    return _blockwise_cost.estimate(
         facts, calibration_tokens, passes=passes, grams=1, seconds_per_weight=3e-7, written_bytes=written
     )
 
 
 def run(options: Options, job: Job) -> Facts:
     """Walk the blocks, narrowing each on the outputs of the narrowed ones before it."""
-    from optikit.calibration.narrow import Narrow, taylor, write_narrowed
-    from optikit.calibration.stored import StoredModel
-    from optikit.calibration.walk import walk
+    from optikit.calibration.blockwise import walk
+    from optikit.calibration.methods.width import Narrow, taylor
+    from optikit.calibration.source_model import StoredModel
+    from optikit.calibration.write_checkpoint import write_narrowed
     from optikit.formats.checkpoint import Checkpoint
     from optikit.models.reader import read
 
@@ -175,7 +176,7 @@ def run(options: Options, job: Job) -> Facts:
 
 def couplings(architecture: Architecture, facts: ModelFacts, widths: Widths) -> tuple[Coupling, ...]:
     """Return the coupled channels of a block that get fewer."""
-    from optikit.calibration.narrow import Coupling
+    from optikit.calibration.methods.width import Coupling
 
     *_, wide, back = architecture.groups
     found = []

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from optikit.models import architectures
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.protocol import StageOptions
+from optikit.stage import StageOptions
 
 GROUP_SIZES = (128, 64, 32)
 """Group sizes that servers have kernels for, largest first."""

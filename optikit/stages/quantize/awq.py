@@ -19,8 +19,8 @@ from pydantic import Field
 
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages import _walking
-from optikit.stages.protocol import Estimate, Facts, Job
+from optikit.stage import Estimate, Facts, Job
+from optikit.stages import _blockwise_cost
 from optikit.stages.quantize._grid import GridOptions, check_grid, chosen, ignored
 from optikit.targets import Target
 
@@ -101,7 +101,7 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     times = 2 if options.correct else 1
     searched = 4e-11 * options.steps * facts.hidden  # every candidate's error is a product with a Gram matrix
     written = after(options, facts).weight_bytes
-    return _walking.estimate(
+    return _blockwise_cost.estimate(
         facts, calibration_tokens, passes=times, grams=times, seconds_per_weight=searched, written_bytes=written
     )
 
@@ -111,10 +111,10 @@ def run(options: Options, job: Job) -> Facts:
     import torch
 
     from optikit.algorithms.grid import Grid, dequantize
-    from optikit.calibration.corrected import Corrected
-    from optikit.calibration.scaled import Packing, write_scaled
-    from optikit.calibration.scalers import Awq
-    from optikit.calibration.walk import walk, walk_paired
+    from optikit.calibration.blockwise import walk, walk_paired
+    from optikit.calibration.methods.awq import Awq
+    from optikit.calibration.methods.corrected import Corrected
+    from optikit.calibration.write_checkpoint import Packing, write_scaled
     from optikit.formats import awq
 
     def leave(name: str) -> bool:

@@ -14,8 +14,8 @@ from pydantic import Field
 
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages import _walking
-from optikit.stages.protocol import Estimate, Facts, Job
+from optikit.stage import Estimate, Facts, Job
+from optikit.stages import _blockwise_cost
 from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, ignored, quantization_config
 from optikit.targets import Target
 
@@ -56,7 +56,7 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     """Estimate a walk with Hessians, beside the dense model where it corrects."""
     times = 2 if options.correct else 1
     written = after(options, facts).weight_bytes
-    return _walking.estimate(
+    return _blockwise_cost.estimate(
         facts, calibration_tokens, passes=times, grams=times, seconds_per_weight=2e-7, written_bytes=written
     )
 
@@ -64,9 +64,9 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 def run(options: Options, job: Job) -> Facts:
     """Walk the blocks, quantizing each on the outputs of the quantized ones before it."""
     from optikit.algorithms.grid import Grid
-    from optikit.calibration.packed import write_packed
-    from optikit.calibration.quantizers import CorrectedGptq, Gptq
-    from optikit.calibration.walk import walk, walk_paired
+    from optikit.calibration.blockwise import walk, walk_paired
+    from optikit.calibration.methods.gptq import CorrectedGptq, Gptq
+    from optikit.calibration.write_checkpoint import write_packed
 
     grid = Grid(bits=options.bits, group_size=options.group_size, sym=options.sym, search=options.mse)
     method = Gptq(grid=grid, damp=options.damp, act_order=options.act_order)

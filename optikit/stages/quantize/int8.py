@@ -22,8 +22,8 @@ from pydantic import Field
 from optikit.models import architectures
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages import _walking
-from optikit.stages.protocol import Estimate, Facts, Job, StageOptions, directory_bytes
+from optikit.stage import Estimate, Facts, Job, StageOptions, directory_bytes
+from optikit.stages import _blockwise_cost
 from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, chosen, ignored
 from optikit.stages.quantize._grid import quantization_config as gptq_config
 from optikit.stages.quantize.awq import findings
@@ -135,7 +135,7 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
             disk_bytes=directory_bytes(written, facts.vocab),
             scratch_bytes=written,
         )
-    return _walking.estimate(
+    return _blockwise_cost.estimate(
         facts, calibration_tokens, passes=1, grams=1, seconds_per_weight=4e-7, written_bytes=written
     )
 
@@ -154,9 +154,9 @@ def run(options: Options, job: Job) -> Facts:
 
 def _weights_only(options: GridOptions, job: Job, leave: Callable[[str], bool]) -> Facts:
     from optikit.algorithms.grid import Grid
-    from optikit.calibration.packed import write_packed
-    from optikit.calibration.quantizers import Gptq
-    from optikit.calibration.walk import walk
+    from optikit.calibration.blockwise import walk
+    from optikit.calibration.methods.gptq import Gptq
+    from optikit.calibration.write_checkpoint import write_packed
 
     grid = Grid(bits=8, group_size=options.group_size, sym=True)
     walked = walk(job, Gptq(grid=grid, damp=0.01, act_order=True), leave=leave)
@@ -168,9 +168,9 @@ def _with_activations(options: Options, job: Job, leave: Callable[[str], bool]) 
     import torch
 
     from optikit.algorithms import smoothquant
-    from optikit.calibration.scaled import Packing, write_scaled
-    from optikit.calibration.scalers import W8A8
-    from optikit.calibration.walk import walk
+    from optikit.calibration.blockwise import walk
+    from optikit.calibration.methods.int8 import W8A8
+    from optikit.calibration.write_checkpoint import Packing, write_scaled
     from optikit.formats import compressed_tensors
     from optikit.models.reader import read
 
@@ -187,9 +187,9 @@ def _with_activations(options: Options, job: Job, leave: Callable[[str], bool]) 
 def _llm_int8(options: Options, job: Job, leave: Callable[[str], bool]) -> Facts:
     import torch
 
-    from optikit.calibration.scaled import Packing, write_scaled
-    from optikit.calibration.scalers import LlmInt8
-    from optikit.calibration.walk import walk_blind
+    from optikit.calibration.blockwise import walk_blind
+    from optikit.calibration.methods.int8 import LlmInt8
+    from optikit.calibration.write_checkpoint import Packing, write_scaled
     from optikit.formats import llm_int8
     from optikit.models.reader import read
 

@@ -18,7 +18,7 @@ from typing import Any
 from optikit.models import architectures
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.protocol import Estimate, Facts, Job, StageOptions, directory_bytes
+from optikit.stage import Estimate, Facts, Job, StageOptions, directory_bytes
 from optikit.stages.quantize._grid import GridOptions, check_grid, chosen, ignored
 from optikit.targets import Target
 
@@ -120,9 +120,9 @@ def run(options: Options, job: Job) -> Facts:
     """Round every linear of every block."""
     import torch
 
-    from optikit.calibration.scaled import Packing, write_scaled
-    from optikit.calibration.scalers import Nf4
-    from optikit.calibration.walk import walk_blind
+    from optikit.calibration.blockwise import walk_blind
+    from optikit.calibration.methods.nf4 import Nf4
+    from optikit.calibration.write_checkpoint import Packing, write_scaled
     from optikit.formats import nf4
     from optikit.models.quantization import NF4_STATE
     from optikit.models.reader import read

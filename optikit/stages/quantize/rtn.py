@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.protocol import Estimate, Facts, Job, directory_bytes
+from optikit.stage import Estimate, Facts, Job, directory_bytes
 from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, ignored, quantization_config
 from optikit.targets import Target
 
@@ -56,9 +56,9 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 def run(options: Options, job: Job) -> Facts:
     """Round every linear of every block."""
     from optikit.algorithms.grid import Grid
-    from optikit.calibration.packed import write_packed
-    from optikit.calibration.quantizers import Rtn
-    from optikit.calibration.walk import walk_blind
+    from optikit.calibration.blockwise import walk_blind
+    from optikit.calibration.methods.rtn import Rtn
+    from optikit.calibration.write_checkpoint import write_packed
 
     grid = Grid(bits=options.bits, group_size=options.group_size, sym=options.sym, search=options.mse)
     walked = walk_blind(job, Rtn(grid=grid), leave=lambda name: ignored(name, options.ignore))

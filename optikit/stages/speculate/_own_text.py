@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from optikit.errors import InputMissingError
-from optikit.stages.measure import _text
+from optikit.evaluation import texts
 
 if TYPE_CHECKING:
-    from optikit.algorithms.own_text import OwnText
-    from optikit.stages.protocol import Job
+    from optikit.stage import Job
     from optikit.stages.speculate._prompts import PromptOptions
+    from optikit.training.self_generated import OwnText
 
 FEWEST = 4
 """Prompts to learn from: fewer leave nothing to validate on."""
@@ -27,19 +27,19 @@ def written(options: PromptOptions, job: Job, tokens: int) -> tuple[Any, list[li
     Raises:
         InputMissingError: Too few prompts that fit the context.
     """
-    from optikit.algorithms import own_text
-    from optikit.calibration.arithmetic import compute_dtype
-    from optikit.calibration.memory import one_arena, return_memory
-    from optikit.runtime.text import Talker
-    from optikit.runtime.torch_decoder import TorchDecoder
+    from optikit.algorithms.precision import compute_dtype
+    from optikit.process.allocator import one_arena, return_memory
+    from optikit.runtime.decoders.transformers import TorchDecoder
+    from optikit.runtime.generate import Talker
+    from optikit.training import self_generated
 
     dtype = str(compute_dtype(job.device)).removeprefix("torch.")
     decoder = TorchDecoder(job.source, dtype=dtype, threads=job.threads)
     talker = Talker(decoder, job.source)
     path = job.inputs["prompts"]
-    found = _text.divided(
+    found = texts.divided(
         path,
-        _text.tokenizer(job.source),
+        texts.tokenizer(job.source),
         lambda prompt: talker.encode(prompt, chat=options.chat),
         judged=options.judged,
         template=options.template,
@@ -62,7 +62,7 @@ def written(options: PromptOptions, job: Job, tokens: int) -> tuple[Any, list[li
 
     one_arena(bounded=True)  # a cache that grows token by token leaves holes of every size
     used = fitting[: max(FEWEST, -(-tokens // options.new_tokens))]
-    text = own_text.write(
+    text = self_generated.write(
         decoder.model,
         used,
         new_tokens=options.new_tokens,

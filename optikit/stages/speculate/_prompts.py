@@ -10,7 +10,7 @@ from pydantic import Field
 from optikit import records
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stages.protocol import StageOptions
+from optikit.stage import StageOptions
 
 
 class PromptOptions(StageOptions):

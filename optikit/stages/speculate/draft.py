@@ -25,7 +25,7 @@ from optikit.errors import StageFailedError
 from optikit.models import architectures
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.protocol import Estimate, Facts, Job, directory_bytes
+from optikit.stage import Estimate, Facts, Job, directory_bytes
 from optikit.stages.speculate import _prompts
 from optikit.stages.speculate._prompts import PromptOptions
 from optikit.targets import Target
@@ -178,12 +178,13 @@ def _make(options: Options, making: Make, job: Job, dest: Path) -> Facts:
 
     import torch
 
-    from optikit.algorithms import depth, draft_training, own_text
+    from optikit.algorithms import depth
     from optikit.algorithms.medusa import draft_vocabulary
-    from optikit.calibration.arithmetic import compute_dtype, exact_products
+    from optikit.algorithms.precision import compute_dtype, exact_products
     from optikit.deploy.medusa import TOKENIZER_FILES
     from optikit.models.reader import read
     from optikit.stages.speculate import _own_text
+    from optikit.training import draft_model, self_generated
 
     torch.set_num_threads(job.threads)
     tokens = making.tokens if making.distill else INFLUENCE_TEXTS * options.new_tokens
@@ -192,24 +193,24 @@ def _make(options: Options, making: Make, job: Job, dest: Path) -> Facts:
     row = architectures.find(facts.model_type)
     if row is None:
         raise StageFailedError(f"model_type {facts.model_type!r} is unknown", fix="name a draft `model`")
-    every = draft_training.sequences(prompts, text)
-    influences = draft_training.influences(model, every.tokens[:INFLUENCE_TEXTS])
+    every = draft_model.sequences(prompts, text)
+    influences = draft_model.influences(model, every.tokens[:INFLUENCE_TEXTS])
     gone = depth.removed(influences, facts.layers - making.layers, keep_first=1 if making.layers > 1 else 0)
     kept = [index for index in range(facts.layers) if index not in gone]
-    student = draft_training.shortened(model, row.blocks, kept)
+    student = draft_model.shortened(model, row.blocks, kept)
     del model
     told: Facts = {"own_tokens": text.written, "blocks_kept": kept}
     if making.distill:
-        learning, held = own_text.divide(text, 0.1)
+        learning, held = self_generated.divide(text, 0.1)
         vocab = facts.vocab
         drafted = draft_vocabulary(learning.tokens[learning.wanted], min(COMPARED, vocab), vocab=vocab)
-        settings = draft_training.Settings(epochs=making.epochs, learning_rate=making.learning_rate, seed=job.seed)
+        settings = draft_model.Settings(epochs=making.epochs, learning_rate=making.learning_rate, seed=job.seed)
         with exact_products(compute_dtype(job.device)):
-            history = draft_training.train(
+            history = draft_model.train(
                 student,
                 row.blocks,
-                draft_training.sequences(prompts, learning),
-                draft_training.sequences(prompts, held),
+                draft_model.sequences(prompts, learning),
+                draft_model.sequences(prompts, held),
                 drafted,
                 settings,
                 folder=job.scratch / "training",
@@ -239,8 +240,8 @@ def _compile(options: Options, job: Job, facts: ModelFacts, directory: Path) -> 
 
 def _write(options: Options, job: Job) -> dict[str, str]:
     """Write speculator.json; return which servers load the draft."""
-    from optikit.deploy import speculation, support
-    from optikit.runtime.speculator import AHEAD, SPECULATOR, Speculator
+    from optikit.deploy import support, vllm
+    from optikit.runtime.speculation.speculator import AHEAD, SPECULATOR, Speculator
 
     speculator = Speculator(
         method="draft",
@@ -250,7 +251,7 @@ def _write(options: Options, job: Job) -> dict[str, str]:
         min_window=2 if options.exact else 1,
     )
     servers = {
-        "vllm": {"speculative_config": speculation.vllm("draft", tokens=options.tokens, directory="speculator/draft")},
+        "vllm": {"speculative_config": vllm.vllm("draft", tokens=options.tokens, directory="speculator/draft")},
         "transformers": {"assistant_model": "speculator/draft"},
     }
     loads_in = support.loads_in("draft")

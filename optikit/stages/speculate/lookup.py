@@ -22,7 +22,7 @@ from pydantic import Field
 
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.protocol import Estimate, Facts, Job
+from optikit.stage import Estimate, Facts, Job
 from optikit.stages.speculate import _prompts
 from optikit.stages.speculate._prompts import PromptOptions
 from optikit.targets import Target
@@ -68,14 +68,14 @@ def after(options: Options, facts: ModelFacts) -> ModelFacts:
 
 def run(options: Options, job: Job) -> Facts:
     """Write speculator.json: parameters, and how to tell servers of them."""
-    from optikit.deploy import speculation, support
-    from optikit.runtime.speculator import SPECULATOR, Speculator
+    from optikit.deploy import support, vllm
+    from optikit.runtime.speculation.speculator import SPECULATOR, Speculator
 
     lengths = options.lengths()
     speculator = Speculator(method="lookup", lengths=lengths, min_window=2 if options.exact else 1)
     servers = {
-        "vllm": {"speculative_config": speculation.vllm("lookup", tokens=options.tokens, longest_match=max(lengths))},
-        "transformers": speculation.transformers_arguments("lookup", tokens=options.tokens, longest_match=max(lengths)),
+        "vllm": {"speculative_config": vllm.vllm("lookup", tokens=options.tokens, longest_match=max(lengths))},
+        "transformers": vllm.transformers_arguments("lookup", tokens=options.tokens, longest_match=max(lengths)),
     }
     found = speculator.as_json() | {"servers": servers, "loads_in": support.loads_in("lookup")}
     (job.dest / SPECULATOR).write_text(json.dumps(found, indent=1), encoding="utf-8")

@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from optikit.formats.medusa import tensors
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stages.protocol import Estimate, Facts, Job
+from optikit.stage import Estimate, Facts, Job
 from optikit.stages.speculate import _prompts
 from optikit.stages.speculate._prompts import PromptOptions
 from optikit.targets import Target
@@ -35,10 +36,10 @@ from optikit.targets import Target
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from optikit.algorithms.head_training import History
     from optikit.algorithms.medusa import MedusaHeads
-    from optikit.algorithms.own_text import OwnText
     from optikit.deploy.medusa import HeadSet
+    from optikit.training.medusa_heads import History
+    from optikit.training.self_generated import OwnText
 
 SUMMARY = "Medusa-1 heads, trained on what the final weights write; lossless"
 NEEDS: frozenset[Trait] = frozenset()
@@ -152,24 +153,24 @@ def run(options: Options, job: Job) -> Facts:
     """
     import torch
 
-    from optikit.algorithms import head_training, own_text
     from optikit.algorithms.medusa import coverage
-    from optikit.calibration.arithmetic import compute_dtype, exact_products
+    from optikit.algorithms.precision import compute_dtype, exact_products
     from optikit.stages.speculate import _own_text
+    from optikit.training import medusa_heads, self_generated
 
     torch.set_num_threads(job.threads)
     model, _, text = _own_text.written(options, job, options.tokens)
-    learning, held = own_text.divide(text, 0.1)
+    learning, held = self_generated.divide(text, 0.1)
     lm_head = model.get_output_embeddings().weight.detach().float()
     embedding = model.get_input_embeddings().weight.detach() if options.sequential else None
     heads = _heads(options, lm_head, embedding, learning.tokens[learning.wanted], job.seed)
     started = _start(heads, job)
-    settings = head_training.Settings(
+    settings = medusa_heads.Settings(
         epochs=options.epochs, learning_rate=options.learning_rate, optimizer=options.optimizer, seed=job.seed
     )
     log = _Log(job, settings.epochs, len(learning.tokens) // settings.batch + 1)
     with exact_products(compute_dtype(job.device)):
-        history = head_training.train(
+        history = medusa_heads.train(
             heads,
             _rows(learning, heads),
             _rows(held, heads),
@@ -211,7 +212,7 @@ def _heads(options: Options, lm_head: Tensor, embedding: Tensor | None, written:
 
 def _start(heads: MedusaHeads, job: Job) -> str:
     """Give heads what was trained with the model before its last stages, if it fits; return what they start from."""
-    from optikit.formats.heads_start import start
+    from optikit.formats.medusa import start
 
     if "start" not in job.inputs:
         return "zero"
@@ -220,8 +221,8 @@ def _start(heads: MedusaHeads, job: Job) -> str:
 
 
 def _rows(text: OwnText, heads: MedusaHeads) -> Any:
-    from optikit.algorithms.head_training import Rows
     from optikit.algorithms.medusa import make_before, make_targets
+    from optikit.training.medusa_heads import Rows
 
     return Rows(
         hidden=text.hidden,
@@ -282,10 +283,10 @@ def _write(options: Options, job: Job, heads: MedusaHeads, lm_head: Tensor) -> N
     """Write heads.safetensors, speculator.json, and a directory per layout."""
     from safetensors.torch import save_file
 
-    from optikit.deploy import medusa, speculation
-    from optikit.runtime.heads import HEADS
-    from optikit.runtime.origin import weights_digest
-    from optikit.runtime.speculator import SPECULATOR, Speculator
+    from optikit.deploy import medusa, vllm
+    from optikit.runtime.speculation.fingerprint import weights_digest
+    from optikit.runtime.speculation.medusa_session import HEADS
+    from optikit.runtime.speculation.speculator import SPECULATOR, Speculator
 
     vocab, width = lm_head.shape
     own = {name: each.detach().contiguous() for name, each in tensors(heads).items()}
@@ -297,38 +298,11 @@ def _write(options: Options, job: Job, heads: MedusaHeads, lm_head: Tensor) -> N
     speculator = Speculator(
         method="medusa", lengths={3: 8, 2: 4}, ahead=heads.heads, ahead_gate=0.4, min_window=2 if options.exact else 1
     )
-    served = speculation.vllm("medusa", tokens=options.heads, directory="speculator/vllm")
+    served = vllm.vllm("medusa", tokens=options.heads, directory="speculator/vllm")
     servers = {"vllm": {"speculative_config": served}} if "vllm" in layouts else {}
     base = {"vocab": vocab, "width": width, "weights_sha256": digest}
     found = speculator.as_json() | {"base": base, "servers": servers, "loads_in": _loads_in(options)}
     (job.dest / SPECULATOR).write_text(json.dumps(found, indent=1), encoding="utf-8")
-
-
-def tensors(heads: MedusaHeads) -> dict[str, Tensor]:
-    """Return what heads.safetensors holds; `optikit.runtime.heads` says what each is."""
-    import torch
-
-    found = {"token_ids": torch.arange(heads.vocab) if heads.token_ids is None else heads.token_ids}
-    for head in range(heads.heads):
-        for layer, (weight, bias) in enumerate(heads.linears(head)):
-            found |= {f"{head}.{layer}.weight": weight, f"{head}.{layer}.bias": bias}
-    outputs = {"output": heads.outputs[0]} if heads.shared else {f"output.{i}": o for i, o in enumerate(heads.outputs)}
-    found |= {name: each.to(torch.float16) for name, each in outputs.items()}
-    return found | (_seen(heads) if heads.sequential else {})
-
-
-def _seen(heads: MedusaHeads) -> dict[str, Tensor]:
-    """Return what sequential heads need beside the others' tensors; the embeddings in 8 bits, each with a scale."""
-    import torch
-
-    found = {f"input.{head}": each for head, each in enumerate(heads.inputs.parameters())}
-    parts = []
-    for some in torch.split(torch.arange(heads.vocab), 4096):  # all of it in float32 can be larger than the model
-        rows = heads.embedded(some)
-        scales = rows.abs().amax(1).clamp(min=1e-12) / 127
-        parts.append(((rows / scales[:, None]).round().to(torch.int8), scales))
-    codes, every = (torch.cat(each) for each in zip(*parts, strict=True))
-    return {**found, "embedding": codes, "embedding.scales": every}
 
 
 def _write_layouts(options: Options, job: Job, heads: HeadSet) -> None:

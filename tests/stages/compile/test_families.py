@@ -11,9 +11,9 @@ import pytest
 
 from optikit import runtime
 from optikit.models.reader import read
+from optikit.stage import Job
 from optikit.stages.compile import onnxruntime
 from optikit.stages.compile.onnxruntime import Options
-from optikit.stages.protocol import Job
 
 pytestmark = pytest.mark.slow
 

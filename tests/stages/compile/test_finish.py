@@ -15,7 +15,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from optikit.stages.compile import _finish, neuron, tensorrt, tensorrt_llm
+from optikit.stages.compile import (
+    _finish,
+    _neuron_options,
+    _tensorrt_options,
+    _trtllm_options,
+    neuron,
+    tensorrt,
+    tensorrt_llm,
+)
 
 EXPORT = """#!/bin/sh
 for out; do :; done            # the last argument
@@ -82,8 +90,8 @@ def test_a_compiler_that_fails_is_quoted_and_what_was_emitted_stays(optikit):
 
 
 def test_what_is_lacking_is_said():
-    assert neuron.absent(neuron.Options(backend="vllm-neuron")).startswith("vLLM compiles when")
+    assert neuron.absent(_neuron_options.Options(backend="vllm-neuron")).startswith("vLLM compiles when")
     assert _finish.lacking(("sh", "no-such-tool")) == "no-such-tool can't be found on PATH"
     if not _finish.GPU.exists():
-        assert tensorrt.absent(tensorrt.Options()) == "there is no NVIDIA GPU here"
-        assert tensorrt_llm.absent(tensorrt_llm.Options()) == "there is no NVIDIA GPU here"
+        assert tensorrt.absent(_tensorrt_options.Options()) == "there is no NVIDIA GPU here"
+        assert tensorrt_llm.absent(_trtllm_options.Options()) == "there is no NVIDIA GPU here"

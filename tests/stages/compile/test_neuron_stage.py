@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optikit.stages.compile import _neuron_folder, neuron
+from optikit.stage import Job
+from optikit.stages.compile import _neuron_folder, _neuron_options, neuron
+from optikit.stages.compile._neuron_options import Options
 from optikit.stages.compile._overlay import for_both
-from optikit.stages.compile.neuron import Options
-from optikit.stages.protocol import Job
 from tests.stages.compile.conftest import target_row
 
 SPECULATING = {"speculation_length": 4, "draft": "org/small"}
@@ -75,7 +75,7 @@ class TestCheck:
 
     @pytest.mark.parametrize(("name", "family"), [("ml.inf2.48xlarge", "inf2"), ("trn1.2xlarge", "trn1")])
     def test_families_of_instances(self, name, family):
-        assert neuron.instance_family(target_row(name)) == family
+        assert _neuron_options.instance_family(target_row(name)) == family
 
 
 class TestScripts:

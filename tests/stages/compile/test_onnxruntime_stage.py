@@ -17,9 +17,10 @@ import pytest
 from optikit.errors import OutOfMemoryError, StageFailedError
 from optikit.formats.onnx_graph import OnnxGraph
 from optikit.models.reader import read
-from optikit.stages.compile import _child, _onnx_build, _onnx_verify, onnxruntime
+from optikit.process import program
+from optikit.stage import Job
+from optikit.stages.compile import _onnx_build, _onnx_verify, onnxruntime
 from optikit.stages.compile.onnxruntime import Options
-from optikit.stages.protocol import Job
 from optikit.targets import Target
 
 CPU = Target(name="cpu", device="cpu", engines=("onnxruntime",))
@@ -165,7 +166,7 @@ class TestRun:
         code = (
             "import pathlib, sys\n"
             "from optikit.stages.compile import _onnx_build\n"
-            "from optikit.stages.protocol import Job\n"
+            "from optikit.stage import Job\n"
             "_onnx_build.BUILDER = 'slow_builder'\n"
             "here = pathlib.Path(sys.argv[1])\n"
             "_onnx_build.build(Job(source=here, dest=here, scratch=here / 's'), 'fp32', (), 2)\n"
@@ -253,6 +254,6 @@ class TestTrial:
     def test_a_crash_is_named_by_its_signal_and_a_kill_is_memory(self, tmp_path):
         (log := tmp_path / "log").write_text("last words")
         with pytest.raises(StageFailedError, match="was ended by signal 11; its log ends:\nlast words"):
-            _child.require_success("it", -11, log)
+            program.require_success("it", -11, log)
         with pytest.raises(OutOfMemoryError):
-            _child.require_success("it", -9, log)
+            program.require_success("it", -9, log)

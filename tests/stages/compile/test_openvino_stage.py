@@ -13,9 +13,9 @@ import pytest
 from optikit import runtime, targets
 from optikit.errors import StageFailedError
 from optikit.models.reader import read
-from optikit.stages.compile import _openvino_build, openvino
-from optikit.stages.compile.openvino import Options
-from optikit.stages.protocol import Calibration
+from optikit.stage import Calibration
+from optikit.stages.compile import _openvino_build, _openvino_options, openvino
+from optikit.stages.compile._openvino_options import Options
 from optikit.targets import Target
 
 CPU = Target(name="cpu", device="cpu", engines=("openvino",))
@@ -45,17 +45,17 @@ def test_what_cannot_be(facts):
 
 
 def test_only_fitted_weights_need_calibration_text():
-    assert not openvino.calibrated(Options(weight_format="int4"))
-    assert openvino.calibrated(Options(weight_format="int4", awq=True))
-    assert openvino.calibrated(Options(weight_format="int4", scale_estimation=True))
+    assert not _openvino_options.calibrated(Options(weight_format="int4"))
+    assert _openvino_options.calibrated(Options(weight_format="int4", awq=True))
+    assert _openvino_options.calibrated(Options(weight_format="int4", scale_estimation=True))
 
 
 def test_groups_divide_every_width(facts):
-    assert openvino.group(Options(), facts) == 64
-    assert openvino.group(Options(group_size=32), facts) == 32
+    assert _openvino_options.group(Options(), facts) == 64
+    assert _openvino_options.group(Options(group_size=32), facts) == 32
     odd = replace(facts, linears=dict.fromkeys(facts.linears, (64, 96)))
-    assert openvino.group(Options(), odd) == 32
-    assert openvino.group(Options(), replace(facts, linears=dict.fromkeys(facts.linears, (64, 100)))) == -1
+    assert _openvino_options.group(Options(), odd) == 32
+    assert _openvino_options.group(Options(), replace(facts, linears=dict.fromkeys(facts.linears, (64, 100)))) == -1
 
 
 def test_smaller_formats_are_estimated_smaller(facts):
@@ -121,7 +121,7 @@ def test_the_real_exporter_writes_what_decodes_alike(tiny_llama, prose, tmp_path
     }
     (job / "request.json").write_text(json.dumps(request))
     done = subprocess.run(
-        [python, "-m", "optikit.worker", job], env=variables, capture_output=True, text=True, check=False
+        [python, "-m", "optikit.execution.worker", job], env=variables, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads((job / "response.json").read_text())["facts"]

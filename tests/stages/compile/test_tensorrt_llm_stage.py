@@ -12,9 +12,9 @@ import yaml
 
 from optikit.models.reader import read
 from optikit.recipe.load import load
+from optikit.stage import Job
 from optikit.stages.compile import _trtllm_folder, tensorrt_llm
-from optikit.stages.compile.tensorrt_llm import Options
-from optikit.stages.protocol import Job
+from optikit.stages.compile._trtllm_options import Options
 from tests.stages.compile.conftest import target_row
 
 KNOWN = {

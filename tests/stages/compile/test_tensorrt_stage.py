@@ -10,9 +10,9 @@ import onnx
 import pytest
 
 from optikit.errors import StageFailedError
+from optikit.stage import Job
 from optikit.stages.compile import _tensorrt_folder, tensorrt
-from optikit.stages.compile.tensorrt import Options
-from optikit.stages.protocol import Job
+from optikit.stages.compile._tensorrt_options import Options
 from tests.stages.compile.conftest import target_row
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from optikit import stages
-from optikit.stages.protocol import Calibration, Job
+from optikit.stage import Calibration, Job
 
 LENGTH = 64
 

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from optikit import targets
-from optikit.algorithms.finetune import Settings, cross_entropy, divergence, rate, train
+from optikit.algorithms.losses import cross_entropy, divergence
 from optikit.errors import StageFailedError
 from optikit.formats.checkpoint import Checkpoint
 from optikit.models.reader import read
+from optikit.training.loop import Settings, rate, train
 from tests.stages.finetune.conftest import LENGTH, Killed, digests, perform
 
 EIGHT = {"batch": 4, "tokens": 8 * 4 * LENGTH, "learning_rate": 3e-3}

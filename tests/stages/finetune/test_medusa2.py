@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from optikit import targets
-from optikit.algorithms.finetune import Settings
 from optikit.algorithms.medusa import MedusaHeads
 from optikit.errors import StageFailedError
 from optikit.formats.checkpoint import locate, read_entry
-from optikit.formats.heads_start import HEADS_START, start
+from optikit.formats.medusa import HEADS_START, start
 from optikit.models.reader import read
+from optikit.stage import Calibration, Job
 from optikit.stages.finetune import medusa2
-from optikit.stages.protocol import Calibration, Job
+from optikit.training.loop import Settings
 from tests.stages.finetune.conftest import Killed, digests, perform
 
 LENGTH = 96
@@ -73,8 +73,8 @@ def reader(tmp_path_factory) -> Path:
 
 def course(source: Path, text: Path, place: Path, alone: float) -> dict[str, Any]:
     """Train for 60 steps, so many of them on heads alone."""
-    from optikit.calibration.finetuning import adapted
-    from optikit.calibration.joint import Course, train_jointly
+    from optikit.training.finetune import adapted
+    from optikit.training.joint_medusa import Course, train_jointly
 
     for name in ("model", "scratch"):
         (place / name).mkdir(parents=True, exist_ok=True)

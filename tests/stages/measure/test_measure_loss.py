@@ -16,8 +16,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from optikit.recipe.schema import Text
+from optikit.stage import Job
 from optikit.stages.measure import quality
-from optikit.stages.protocol import Job
 from optikit.store.sources import resolve_text
 from optikit.store.store import Store
 

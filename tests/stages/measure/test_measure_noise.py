@@ -11,10 +11,9 @@ from collections import Counter
 
 import pytest
 
-from optikit.metrics import speed
-from optikit.stages.measure import _text
-from optikit.stages.measure._arms import Arm
-from optikit.stages.measure._session import AGAIN, Rounds, conduct, select
+from optikit.evaluation import speed, texts
+from optikit.evaluation.speed_client import Arm
+from optikit.evaluation.speed_schedule import AGAIN, Rounds, conduct, select
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +45,7 @@ _arm.main(int(sys.argv[1]))
 @pytest.fixture
 def session(tmp_path, tiny_llama, prose):
     """Start two arms of one model; return a function that compares them over some rounds."""
-    prompts = _text.prompts(prose, _text.tokenizer(tiny_llama), length=32, wanted=40, seed=0)
+    prompts = texts.prompts(prose, texts.tokenizer(tiny_llama), length=32, wanted=40, seed=0)
     arms = {}
 
     def start(name, command=None):

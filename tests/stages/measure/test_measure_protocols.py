@@ -15,10 +15,10 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM
 
 from optikit.errors import InputMissingError, StageFailedError
-from optikit.metrics import protocols, statistics
+from optikit.evaluation import perplexity_protocols, statistics
 from optikit.recipe.schema import PerplexityOptions
+from optikit.stage import Job
 from optikit.stages.measure import quality
-from optikit.stages.protocol import Job
 
 BASE = {"runtime": "transformers", "dtype": "float32"}
 GPTQ = {"protocol": "gptq", "window": 48, "windows": None}
@@ -133,11 +133,11 @@ def test_wikitext_is_scored_article_by_article(tiny_llama, model, text, tmp_path
     import hashlib
 
     digest = hashlib.sha256(text.read_bytes()).hexdigest()
-    monkeypatch.setattr(protocols, "KNOWN_TEXTS", {digest: "wt2"})
+    monkeypatch.setattr(perplexity_protocols, "KNOWN_TEXTS", {digest: "wt2"})
     found = measure(tmp_path / "wt2", tiny_llama, text, tiny_llama, **LMEVAL)["perplexity"]
-    pages = list(protocols.pages(text.read_text(encoding="utf-8")))
+    pages = list(perplexity_protocols.pages(text.read_text(encoding="utf-8")))
     assert len(pages) == 2
-    each = [slow_lm_eval(model, tokens(tiny_llama, protocols.detokenized(page)), 0, 48) for page in pages]
+    each = [slow_lm_eval(model, tokens(tiny_llama, perplexity_protocols.detokenized(page)), 0, 48) for page in pages]
     words = sum(len(re.split(r"\s+", page)) for page in pages)
     assert found["protocol"] == "wt2-lmeval@48"
     assert found["tokens"] == sum(map(len, each))

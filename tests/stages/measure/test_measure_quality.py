@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from optikit.errors import InputMissingError, StageFailedError
-from optikit.report.schema import Quality
+from optikit.evaluation.results import Quality
+from optikit.stage import Job
 from optikit.stages.measure import quality
-from optikit.stages.protocol import Job
 
 OPTIONS = {"runtime": "transformers", "dtype": "float32", "window": 48, "windows": 9}
 
@@ -110,7 +110,7 @@ def test_damage_shows_in_every_figure_and_grows(baseline, root, tiny_llama, pros
 
 def test_windows_longer_than_a_chunk_give_the_same_log_likelihoods(root, tiny_llama, prose, monkeypatch):
     """Chunks are joined by the key-value cache: how a window is cut can't change what it says."""
-    from optikit.metrics import scoring
+    from optikit.evaluation import scoring
 
     whole = measure(root / "whole", tiny_llama, prose, tiny_llama, windows=2)
     monkeypatch.setattr(scoring, "CHUNK", 7)

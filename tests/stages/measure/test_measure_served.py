@@ -15,12 +15,13 @@ import pytest
 
 from optikit.errors import IntegrityError, StageFailedError, UnavailableError
 from optikit.models.reader import read
-from optikit.plan.served import served_options
+from optikit.plan.measure_served import served_options
 from optikit.recipe.schema import Evaluate
-from optikit.runtime.completions import Client
-from optikit.stages.measure import _vllm, quality, served
-from optikit.stages.measure._served_decoder import ServedDecoder
-from optikit.stages.protocol import Job
+from optikit.runtime import vllm_server
+from optikit.runtime.completions_client import Client
+from optikit.runtime.decoders.vllm import ServedDecoder
+from optikit.stage import Job
+from optikit.stages.measure import quality, served
 from tests.completions_server import Model, serving
 
 WINDOWS = {"window": 24, "windows": 3}
@@ -77,7 +78,7 @@ def test_an_arm_gets_the_tokens_that_the_server_writes(model, tiny_llama, monkey
     prompt = np.arange(3, 12)
     with serving(model) as server:
         started = nullcontext((server.url, os.getpgid(0)))
-        monkeypatch.setattr(_vllm, "serving", lambda _how, **_: started)
+        monkeypatch.setattr(vllm_server, "serving", lambda _how, **_: started)
         decoder = ServedDecoder(tiny_llama, threads=1, max_tokens=32, log=tmp_path / "log", hang_s=30)
         assert list(decoder.greedy(prompt, 7)) == list(model.decoder.greedy(prompt, 7))
     assert (decoder.runtime, decoder.dtype) == ("vllm", "bfloat16")
@@ -118,10 +119,10 @@ def test_prompts_that_do_not_fit_are_refused(facts, target):
 def test_a_speculator_says_how_the_server_drafts(tmp_path):
     written = {"servers": {"vllm": {"speculative_config": {"method": "medusa", "model": "speculator/vllm"}}}}
     (tmp_path / "speculator.json").write_text(json.dumps(written))
-    assert _vllm.speculation(tmp_path) == {"method": "medusa", "model": str(tmp_path / "vllm")}
+    assert vllm_server.speculation(tmp_path) == {"method": "medusa", "model": str(tmp_path / "vllm")}
     (tmp_path / "speculator.json").write_text("{}")
     with pytest.raises(IntegrityError, match="doesn't say how vLLM drafts"):
-        _vllm.speculation(tmp_path)
+        vllm_server.speculation(tmp_path)
 
 
 def test_the_recipe_decides_what_is_asked():

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 
 from optikit.errors import InputMissingError, StageFailedError
-from optikit.runtime import speculator
-from optikit.runtime.choice import Written
-from optikit.runtime.speculate import Step
-from optikit.runtime.speculator import Speculator
-from optikit.stages.measure import _identity, speculation
-from optikit.stages.measure._writing import Pair, Writer
-from optikit.stages.protocol import Job
+from optikit.evaluation import lossless
+from optikit.evaluation.paired_decoding import Pair, Writer
+from optikit.runtime.speculation import speculator
+from optikit.runtime.speculation.decoding_loop import Step
+from optikit.runtime.speculation.speculator import Speculator
+from optikit.runtime.speculation.tuning import Written
+from optikit.stage import Job
+from optikit.stages.measure import speculation
 from optikit.stages.speculate import lookup
-from tests.runtime.markov import MarkovDecoder
+from tests.runtime.speculation.markov import MarkovDecoder
 
 LOOKUP = Speculator(method="lookup", lengths={3: 8, 2: 4, 1: 1})
 
@@ -113,16 +114,16 @@ def texts_of(decoder):
 
 def test_equal_texts_need_no_explanation():
     writer, pairs = pairs_of(MarkovDecoder())
-    found = _identity.compare(writer, LOOKUP, pairs, 0.0)
+    found = lossless.compare(writer, LOOKUP, pairs, 0.0)
     assert (found["exact_match"], found["explained_ties"], found["unexplained"]) == (1, 0, 0)
 
 
 def test_differences_between_kernels_are_ties_within_their_noise():
     decoder = Noisy(0.4, vocab=8)
-    noise = _identity.kernel_noise(decoder, texts_of(decoder))
+    noise = lossless.kernel_noise(decoder, texts_of(decoder))
     assert 0.2 < noise < 0.41
     writer, pairs = pairs_of(decoder)
-    found = _identity.compare(writer, LOOKUP, pairs, noise)
+    found = lossless.compare(writer, LOOKUP, pairs, noise)
     assert found["explained_ties"] > 3  # the noise does show
     assert found["exact_match"] == pytest.approx(1 - found["explained_ties"] / 30)
     assert 0 < found["largest_tie_margin"] <= 2 * noise
@@ -132,14 +133,14 @@ def test_a_difference_beyond_the_noise_fails():
     writer, pairs = pairs_of(Wrong(0.01))
     assert any(pair.parts_at is not None for pair in pairs)
     with pytest.raises(StageFailedError, match="speculation changed a text at token"):
-        _identity.compare(writer, LOOKUP, pairs, 0.01)
+        lossless.compare(writer, LOOKUP, pairs, 0.01)
 
 
 def test_a_bug_does_not_hide_behind_noise():
     """Even where every margin is small enough: with the same kernels throughout, texts have to be equal."""
     writer, pairs = pairs_of(Wrong(0.01))
     with pytest.raises(StageFailedError, match="speculation changed a text"):
-        _identity.compare(writer, LOOKUP, pairs, 100.0)
+        lossless.compare(writer, LOOKUP, pairs, 100.0)
 
 
 def test_a_text_that_just_ends_is_not_a_tie():
@@ -154,7 +155,7 @@ def test_a_text_that_just_ends_is_not_a_tie():
     )
     assert short.parts_at == 4
     with pytest.raises(StageFailedError, match="at token 4"):
-        _identity.compare(Writer(MarkovDecoder(), 10, frozenset()), LOOKUP, [short], 100.0)
+        lossless.compare(Writer(MarkovDecoder(), 10, frozenset()), LOOKUP, [short], 100.0)
 
 
 def test_pairs_know_their_times_and_loops():

@@ -11,11 +11,11 @@ import pytest
 from pydantic import ValidationError
 
 from optikit.errors import InputMissingError, StageFailedError
-from optikit.metrics.speed import Trace
-from optikit.report.schema import Speed
+from optikit.evaluation.results import Speed
+from optikit.evaluation.speed import Trace
+from optikit.evaluation.speed_schedule import AGAIN, Rounds, Sample, schedule, select
+from optikit.stage import Job
 from optikit.stages.measure import speed
-from optikit.stages.measure._session import AGAIN, Rounds, Sample, schedule, select
-from optikit.stages.protocol import Job
 
 ARMS = [
     {"name": "baseline", "role": "baseline", "runtime": "transformers", "dtype": "float32"},

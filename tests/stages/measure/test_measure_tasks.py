@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from optikit.errors import InputMissingError, StageFailedError
-from optikit.report.schema import TaskResult, TasksVerdict
+from optikit.evaluation.results import TaskResult, TasksVerdict
+from optikit.stage import Job
 from optikit.stages.measure import tasks
-from optikit.stages.protocol import Job
 from tests.stages.measure.test_measure_quality import noisy
 
 SCHEMA = "CREATE TABLE town (name TEXT, people INTEGER); INSERT INTO town VALUES ('Ulm', 128), ('Jena', 110);"
@@ -131,7 +131,7 @@ def test_a_model_flips_nothing_against_itself(root, files, tiny_llama, baseline)
 
 
 def test_sql_is_judged_by_its_rows():
-    from optikit.metrics import tasks as scorer
+    from optikit.evaluation import tasks as scorer
 
     item = scorer.Query(id="1", prompt="p", schema=SCHEMA, answer="SELECT count(*) FROM town")
     assert scorer._is_right(item, " SELECT 2")

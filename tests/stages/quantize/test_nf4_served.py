@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from optikit import formats, stages, targets
 from optikit.models.reader import read
-from optikit.stages.protocol import Job
+from optikit.stage import Job
 
 
 def written(source: Path, place: Path, **options: object) -> Path:

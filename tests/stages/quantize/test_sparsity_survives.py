@@ -11,7 +11,7 @@ import torch
 from optikit import formats, stages
 from optikit.formats.checkpoint import Checkpoint
 from optikit.models.reader import read
-from optikit.stages.protocol import Calibration, Job
+from optikit.stage import Calibration, Job
 
 
 def perform(verb: str, method: str, options: dict[str, Any], source: Path, prose: Path, place: Path) -> Path:

@@ -12,17 +12,17 @@ import yaml
 from pydantic import ValidationError
 
 from optikit import runtime, targets
-from optikit.algorithms import draft_training
 from optikit.errors import RecipeError, StageFailedError
 from optikit.models.reader import read
 from optikit.plan import make_plan
 from optikit.recipe.load import load
-from optikit.runtime import speculator
-from optikit.runtime.torch_decoder import TorchDecoder
+from optikit.runtime.decoders.transformers import TorchDecoder
+from optikit.runtime.speculation import speculator
+from optikit.stage import Job
 from optikit.stages.measure import speculation
-from optikit.stages.protocol import Job
 from optikit.stages.speculate import draft
 from optikit.store.store import Store
+from optikit.training import draft_model
 from tests.conftest import build_tiny_llama
 
 MAKE = {"layers": 2, "tokens": 1200, "epochs": 4, "learning_rate": 0.005}
@@ -77,8 +77,8 @@ def test_the_compiled_draft_is_the_directory_for_servers(made):
 def test_shortening_everything_away_but_nothing_changes_nothing(target):
     model = TorchDecoder(target, dtype="float32", threads=1).model
     tokens = torch.arange(5, 40)[None]
-    whole = draft_training.shortened(model, "model.layers", [0, 1, 2, 3])
-    part = draft_training.shortened(model, "model.layers", [0, 3])
+    whole = draft_model.shortened(model, "model.layers", [0, 1, 2, 3])
+    part = draft_model.shortened(model, "model.layers", [0, 3])
     with torch.no_grad():
         assert torch.allclose(whole(tokens).logits, model(tokens).logits, atol=1e-6)
         assert not torch.allclose(part(tokens).logits, model(tokens).logits, atol=1e-3)

@@ -14,8 +14,8 @@ from optikit.errors import RecipeError
 from optikit.models.reader import read
 from optikit.plan import make_plan
 from optikit.recipe.load import load
-from optikit.runtime import speculator
-from optikit.stages.protocol import Job
+from optikit.runtime.speculation import speculator
+from optikit.stage import Job
 from optikit.stages.speculate import lookup
 from optikit.store.store import Store
 

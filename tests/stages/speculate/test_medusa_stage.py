@@ -10,17 +10,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from optikit import runtime, targets
-from optikit.algorithms import own_text
 from optikit.errors import InputMissingError, IntegrityError, StageFailedError, UsageError
 from optikit.models.reader import read
-from optikit.runtime import speculator
-from optikit.runtime.heads import HeadSession
-from optikit.runtime.origin import weights_digest
-from optikit.runtime.text import Talker
-from optikit.runtime.torch_decoder import TorchDecoder
+from optikit.runtime.decoders.transformers import TorchDecoder
+from optikit.runtime.generate import Talker
+from optikit.runtime.speculation import speculator
+from optikit.runtime.speculation.fingerprint import weights_digest
+from optikit.runtime.speculation.medusa_session import HeadSession
+from optikit.stage import Job
 from optikit.stages.measure import speculation
-from optikit.stages.protocol import Job
 from optikit.stages.speculate import medusa
+from optikit.training import self_generated
 
 SMALL = {"heads": 2, "tokens": 1200, "new_tokens": 24, "judged": 8, "epochs": 12, "draft_vocab": 64}
 
@@ -47,7 +47,7 @@ def test_own_text_is_what_greedy_decoding_writes(tiny_llama, tmp_path):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 260, length).tolist() for length in (5, 9, 3, 12, 7)]
     ends = frozenset({list(decoder.greedy(np.array(prompts[0]), 6))[-1]})
-    text = own_text.write(decoder.model, prompts, new_tokens=20, ends=ends, folder=tmp_path, batch=3)
+    text = self_generated.write(decoder.model, prompts, new_tokens=20, ends=ends, folder=tmp_path, batch=3)
     lengths = []
     for number, prompt in enumerate(prompts):
         whole = list(decoder.greedy(np.array(prompt), 20))
@@ -66,11 +66,11 @@ def test_finished_batches_are_not_written_again_and_damaged_ones_are(tiny_llama,
     model = TorchDecoder(tiny_llama, dtype="float32", threads=1).model
     settings = {"new_tokens": 6, "ends": frozenset(), "folder": tmp_path, "batch": 2}
     prompts = [[5, 6], [7, 8, 9], [10]]
-    first = own_text.write(model, prompts, **settings)
+    first = self_generated.write(model, prompts, **settings)
     files = sorted(tmp_path.iterdir())
     files[1].write_bytes(files[1].read_bytes()[:50])
     before = files[0].stat().st_mtime_ns
-    again = own_text.write(model, prompts, **settings)
+    again = self_generated.write(model, prompts, **settings)
     assert files[0].stat().st_mtime_ns == before
     for name in ("tokens", "documents", "wanted", "hidden"):
         assert torch.equal(getattr(first, name), getattr(again, name))
@@ -78,8 +78,8 @@ def test_finished_batches_are_not_written_again_and_damaged_ones_are(tiny_llama,
 
 def test_texts_are_held_back_whole(tiny_llama, tmp_path):
     model = TorchDecoder(tiny_llama, dtype="float32", threads=1).model
-    text = own_text.write(model, [[i] for i in range(5, 25)], new_tokens=4, ends=frozenset(), folder=tmp_path)
-    learning, held = own_text.divide(text, 0.1)
+    text = self_generated.write(model, [[i] for i in range(5, 25)], new_tokens=4, ends=frozenset(), folder=tmp_path)
+    learning, held = self_generated.divide(text, 0.1)
     assert len(held.documents.unique()) == 2
     assert not set(learning.documents.tolist()) & set(held.documents.tolist())
     assert learning.written + held.written == text.written == 80

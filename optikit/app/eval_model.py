@@ -1,0 +1,242 @@
+"""`optikit eval DIR` as one function: the measuring steps alone, on a model as it lies there; nothing is optimized.
+
+What is measured is absolute: there is no baseline, so gates on ratios stay inconclusive, and two such reports are put
+side by side by `optikit diff`.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optikit import runtime, targets
+from optikit.errors import InputMissingError, UsageError
+from optikit.execution.execute import Settings, execute
+from optikit.models import reader
+from optikit.models.facts import ModelFacts
+from optikit.plan.context import Context, here, tokens_of
+from optikit.plan.make import named_texts
+from optikit.plan.measure_steps import quality_options, tasks_options
+from optikit.plan.model import Plan, Step
+from optikit.progress import make as make_progress
+from optikit.recipe.schema import Evaluate, Gate, Recipe
+from optikit.report import assemble
+from optikit.store.keys import cache_key
+from optikit.store.sources import ModelSource, TextSource, resolve_text
+from optikit.store.store import Store
+
+if TYPE_CHECKING:
+    from optikit.evaluation.results import Report
+    from optikit.stage import StageOptions
+
+GENAI = "genai_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model to measure: what the user named, the runtime and directory found there, and what is known of it.
+
+    Attributes:
+        tokenizer: Directory with the tokenizer and, where there is one, config.json.
+        speculator: Directory of its speculation, or None.
+    """
+
+    named: Path
+    runtime: str
+    place: Path
+    tokenizer: Path
+    speculator: Path | None
+    facts: ModelFacts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the command line asked for."""
+
+    subject: Path
+    out: Path
+    wanted: Evaluate
+    gates: Mapping[str, Gate] = field(default_factory=dict)
+    base: Path = Path()
+    offline: bool = False
+    progress: str = "auto"
+
+
+def find(directory: Path) -> Subject:
+    """Find the model in a directory: one of ours, a Hugging Face one, or a compiled one.
+
+    Raises:
+        InputMissingError: Nothing there can be loaded, or its configuration is missing.
+    """
+    name, place = runtime.find(directory)
+    model = next((path for path in (place, directory / "model", directory) if (path / "config.json").is_file()), None)
+    facts = reader.read(model) if model else _compiled_facts(place)
+    beside = directory / runtime.SPECULATOR
+    return Subject(
+        named=directory,
+        runtime=name,
+        place=place,
+        tokenizer=model or place,
+        speculator=beside if place != directory and beside.is_dir() else None,
+        facts=replace(facts, weight_bytes=_weight_bytes(place)),
+    )
+
+
+def _compiled_facts(place: Path) -> ModelFacts:
+    """Return the facts of a compiled directory that has no model beside it, from its own configuration."""
+    try:
+        model = json.loads((place / GENAI).read_text(encoding="utf-8"))["model"]
+        decoder = model["decoder"]
+        heads, width = decoder["num_attention_heads"], decoder["head_size"]
+        return ModelFacts(
+            model_type=str(model["type"]),
+            hidden=decoder["hidden_size"],
+            intermediate=0,
+            layers=decoder["num_hidden_layers"],
+            heads=heads,
+            kv_heads=decoder.get("num_key_value_heads", heads),
+            head_dim=width,
+            vocab=model["vocab_size"],
+            max_positions=model["context_length"],
+            tied=True,
+            dtype="",
+            weight_bytes=0,
+            linears={},
+            traits=frozenset({"onnx"}),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        message = f"{place / GENAI} doesn't describe a model: {error!r}"
+        raise InputMissingError(message, fix="name the output of a run, which holds the model's config.json") from error
+
+
+def _weight_bytes(place: Path) -> int:
+    return sum(path.stat().st_size for path in place.iterdir() if path.suffix in assemble.WEIGHT_SUFFIXES)
+
+
+def measure(request: Request) -> Report:
+    """Measure a model directory and write the report to `request.out`.
+
+    Raises:
+        OptikitError: Anything that goes wrong, by the table of exit codes.
+        UsageError: Nothing to measure was asked for.
+    """
+    from optikit.report import summary, write
+
+    started = time.monotonic()
+    subject = find(request.subject)
+    wanted = request.wanted
+    if wanted.perplexity is None and wanted.speed is None and not wanted.tasks:
+        raise UsageError("nothing to measure", fix="give --text, --task or --recipe")
+    store = Store.default()
+    with make_progress(request.progress) as progress:
+        plan = make(subject, request, store, note=progress.note)
+        execution = execute(plan, store, progress, Settings())
+    report = assemble.report(
+        plan,
+        execution.artifacts,
+        execution.statuses,
+        seconds=time.monotonic() - started,
+        command=shlex.join(["optikit", *sys.argv[1:]]),
+    )
+    write.write(report, request.out)
+    if request.progress != "none":
+        summary.show(report, request.out)
+    return report
+
+
+def make(subject: Subject, request: Request, store: Store, *, note: Callable[[str], None]) -> Plan:
+    """Return a plan of measuring steps only: the model is its own baseline and result."""
+    recipe = Recipe(model=str(subject.named), evaluate=request.wanted, gates=request.gates)
+    target = targets.find("cpu")
+    assert target is not None  # noqa: S101 - a row of our own
+    files = {path.name: store.digest_file(path) for path in sorted(subject.place.iterdir()) if path.is_file()}
+    named = str(subject.named)
+    source = ModelSource(
+        spec=named, kind="path", format="safetensors", path=subject.place, digest=cache_key(files=files), resolved=named
+    )
+    context = Context(
+        recipe=recipe,
+        device="cpu",
+        target=target,
+        model=source,
+        facts=subject.facts,
+        texts={
+            role: resolve_text(text, store, base=request.base, offline=request.offline, note=note)
+            for role, text in named_texts(recipe).items()
+        },
+    )
+    return Plan(
+        recipe=recipe,
+        target=target,
+        model=source,
+        facts=subject.facts,
+        texts=context.texts,
+        steps=(),
+        measures=tuple(_steps(subject, context)),
+        max_memory_bytes=None,
+        device="cpu",
+        warnings=(),
+    )
+
+
+def _steps(subject: Subject, context: Context) -> Iterator[Step]:
+    wanted = context.recipe.evaluate
+    if wanted.perplexity is not None:
+        text = context.texts["perplexity"]
+        options = quality_options(subject.runtime, wanted.perplexity)
+        yield _step(subject, context, "quality", "measure-quality-baseline", options, {"text": text})
+    if wanted.tasks:
+        options = tasks_options(subject.runtime, wanted.tasks)
+        texts = {f"task:{task.name}": context.texts[f"tasks.{task.name}"] for task in wanted.tasks}
+        yield _step(subject, context, "tasks", "measure-tasks-baseline", options, texts)
+    if wanted.speed is not None:
+        speculator = {"speculator": "speculator"} if subject.speculator else {}
+        arm = {"name": "baseline", "role": "model", "runtime": subject.runtime, "dtype": "auto", **speculator}
+        options = {"arms": [arm], **wanted.speed.model_dump(exclude={"prompts"})}
+        prompts = context.texts["prompts" if wanted.speed.prompts else "perplexity"]
+        yield _step(subject, context, "speed", "measure-speed", options, {"prompts": prompts})
+
+
+def _step(
+    subject: Subject,
+    context: Context,
+    method: str,
+    name: str,
+    options: Mapping[str, Any],
+    texts: Mapping[str, TextSource],
+) -> Step:
+    stage = context.stage("measure", method)
+    chosen: StageOptions = stage.Options.model_validate(options)
+    files = {role: str(text.path) for role, text in texts.items()} | {"tokenizer": str(subject.tokenizer.absolute())}
+    if method == "speed":
+        files["model"] = str(subject.place.absolute())
+    if method == "speed" and subject.speculator:
+        files["speculator"] = str(subject.speculator.absolute())
+    digests = {role: text.digest for role, text in texts.items()}
+    return Step(
+        name=name,
+        verb="measure",
+        method=method,
+        options=chosen,
+        key=context.key(
+            "measure",
+            method,
+            chosen,
+            model=context.model.digest,
+            texts=digests,
+            host=here() if method == "speed" else {},
+        ),
+        source="",
+        files=files,
+        estimate=stage.estimate(
+            chosen, subject.facts, context.target, tokens_of(texts["text"]) if "text" in texts else 0
+        ),
+        before=subject.facts,
+        after=subject.facts,
+    )

@@ -1,0 +1,203 @@
+"""`optikit eval URL` as one function: a server that speaks OpenAI's completions API, measured from outside.
+
+Speed: prompts one after another, then 2, 4, 8 at a time: each client sends its next prompt when its last is answered
+(closed loop). Quality: perplexity of a text, cut by characters, where the server echoes log-probabilities.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from optikit import __version__, host
+from optikit.errors import InputMissingError, UsageError
+from optikit.evaluation.load_test import Load, time_server
+from optikit.evaluation.results import Measurement, Perplexity, Quality, Report, Served
+from optikit.progress import make as make_progress
+from optikit.recipe.schema import Evaluate, Gate, Text
+from optikit.report import judge
+from optikit.runtime.completions_client import Client
+from optikit.store.sources import resolve_text
+from optikit.store.store import Store
+
+CHARACTERS_PER_TOKEN = 4
+"""What a prompt of so many tokens is cut to: only the server knows its tokens."""
+NEEDS_LOGPROBS = "the server doesn't echo the log-probabilities of a prompt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the command line asked for."""
+
+    url: str
+    out: Path
+    wanted: Evaluate
+    gates: Mapping[str, Gate] = field(default_factory=dict)
+    base: Path = Path()
+    concurrency: tuple[int, ...] = (1, 2, 4, 8)
+    requests: int = 16
+    timeout_s: float = 60
+    model: str | None = None
+    key_from: str | None = None
+    offline: bool = False
+    progress: str = "auto"
+
+
+def measure(request: Request) -> Report:
+    """Measure a server and write the report to `request.out`.
+
+    Raises:
+        UsageError: Neither prompts nor a text were given, a protocol that counts tokens, or no key in its variable.
+        UnavailableError: The server can't be reached, drops connections, or answers with an error.
+        StageTimeoutError: It hangs.
+    """
+    from optikit.report import summary, write
+
+    started = time.monotonic()
+    client = Client(request.url, timeout_s=request.timeout_s, key=_key(request.key_from))
+    texts = _texts(request)
+    with make_progress(request.progress) as progress:
+        model = request.model or client.models()[0]
+        progress.note(f"measuring {model} at {request.url}")
+        served, quality = None, None
+        if "prompts" in texts:
+            load = Load(
+                new_tokens=request.wanted.speed.new_tokens if request.wanted.speed else 64,
+                concurrency=request.concurrency,
+                requests=request.requests,
+            )
+            served = time_server(client, model, _prompts(texts["prompts"], request.wanted), load, progress.note)
+        if "perplexity" in texts:
+            quality = _quality(client, model, texts["perplexity"], request.wanted, progress.note)
+    report = _report(request, client.url, model, served, quality, seconds=time.monotonic() - started)
+    write.write(report, request.out)
+    if request.progress != "none":
+        summary.show(report, request.out)
+    return report
+
+
+def _key(variable: str | None) -> str:
+    if variable is None:
+        return ""
+    key = os.environ.get(variable, "")
+    if not key:
+        raise UsageError(f"--key-from {variable}: that variable is not set", fix=f"export {variable}=…")
+    return key
+
+
+def _texts(request: Request) -> dict[str, Path]:
+    """Return the files of prompts and of running text."""
+    wanted = request.wanted
+    named: dict[str, Text] = {}
+    if wanted.perplexity is not None:
+        if wanted.perplexity.protocol != "windows":
+            message = f"perplexity protocol {wanted.perplexity.protocol} counts tokens, and a server keeps its own"
+            raise UsageError(message, fix="use protocol windows, which is cut by characters for a server")
+        named["perplexity"] = wanted.perplexity
+    if wanted.speed is not None and wanted.speed.prompts:
+        named["prompts"] = Text(text=wanted.speed.prompts)
+    elif wanted.speed is not None and wanted.perplexity is not None:
+        named["prompts"] = wanted.perplexity
+    if not named:
+        raise UsageError("nothing to ask the server", fix="give --prompts or --text")
+    store = Store.default()
+    return {
+        role: resolve_text(text, store, base=request.base, offline=request.offline, note=lambda _: None).path
+        for role, text in named.items()
+    }
+
+
+def _prompts(path: Path, wanted: Evaluate) -> list[str]:
+    """Return prompts of about the wanted number of tokens: of JSON Lines as they are, of prose cut by characters."""
+    from optikit.evaluation import texts
+
+    text = texts.read(path)
+    found = list(texts.prompt_fields(path, text))
+    if found:
+        return found
+    length = CHARACTERS_PER_TOKEN * (wanted.speed.prompt_tokens if wanted.speed else 128)
+    return [piece for start in range(0, len(text), length) if (piece := text[start : start + length].strip())]
+
+
+def _quality(client: Client, model: str, path: Path, wanted: Evaluate, note: Callable[[str], None]) -> Quality:
+    """Return the perplexity of windows of text, cut by characters, as the server's own tokens have it."""
+    import hashlib
+    import math
+
+    from optikit.evaluation import texts
+
+    options = wanted.perplexity
+    assert options is not None  # noqa: S101 - the caller has looked
+    assert options.windows is not None  # noqa: S101 - `_texts` has looked
+    text = texts.read(path)
+    length = CHARACTERS_PER_TOKEN * options.window
+    windows = [text[start : start + length] for start in range(0, length * options.windows, length)]
+    if len(windows[-1]) < length:
+        message = f"{path} has {len(text)} characters, {length * options.windows} are needed"
+        raise InputMissingError(message, fix="give a longer text, or a shorter window")
+    found: list[float] = []
+    scored = 0
+    for index, window in enumerate(windows):
+        note(f"perplexity: window {index + 1} of {len(windows)}")
+        values = client.prompt_logprobs(model, window)
+        if values is None:
+            return Quality(runtime="server", reason=NEEDS_LOGPROBS)
+        found += values.logprobs
+        scored += values.scored_bytes
+    mean = -sum(found) / len(found)
+    if not math.isfinite(mean):
+        return Quality(runtime="server", reason="the server's log-probabilities are not finite numbers")
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    protocol = f"text-{digest}@{length}chars×{options.windows}"
+    perplexity = Perplexity(
+        protocol=protocol,
+        value=math.exp(min(mean, 700.0)),
+        tokens=len(found),
+        bits_per_byte=mean * len(found) / math.log(2) / scored,
+    )
+    return Quality(runtime="server", perplexity=perplexity)
+
+
+def _report(
+    request: Request, url: str, model: str, served: Served | None, quality: Quality | None, *, seconds: float
+) -> Report:
+    found = Measurement(size_bytes=None, quality=quality, reason="size and memory: a server doesn't tell them")
+    judged = judge.judge(request.gates, values(served))
+    return Report(
+        verdict=judge.overall(judged),
+        recipe={
+            "model": url,
+            "evaluate": request.wanted.model_dump(mode="json"),
+            "gates": {name: gate.model_dump(mode="json") for name, gate in request.gates.items()},
+        },
+        model={"name": model, "source": url},
+        target={},
+        host=host.describe(),
+        versions={"optikit": __version__, "python": platform.python_version()},
+        baseline=found,
+        result=found,
+        steps=(),
+        served=served,
+        gates=judged,
+        seconds=seconds,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=shlex.join(["optikit", *(url if each == request.url else each for each in sys.argv[1:])]),
+    )
+
+
+def values(served: Served | None) -> dict[str, judge.Value]:
+    """Return what gates may limit: what one client alone sees."""
+    alone = next((row for row in served.speed if row.concurrency == 1), None) if served else None
+    if alone is None:
+        return {}
+    return {
+        "ttft_ms_p50": judge.Value(value=alone.ttft_ms_p50, ci95=alone.ttft_ms_p50_ci95),
+        "tpot_ms_p50": judge.Value(value=alone.tpot_ms_p50, ci95=alone.tpot_ms_p50_ci95),
+    }

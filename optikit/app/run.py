@@ -1,0 +1,195 @@
+"""`optikit run` as one function: load, plan, execute, evaluate, write. This is the whole program as one list."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optikit import targets
+from optikit.app import output_dir
+from optikit.errors import DiskError, GateFailedError, UsageError
+from optikit.execution.execute import Settings, execute
+from optikit.plan import Plan, make_plan
+from optikit.plan import frozen as frozen_plan
+from optikit.progress import make as make_progress
+from optikit.recipe import limits
+from optikit.recipe.load import load
+from optikit.report import assemble, judge
+from optikit.store.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from optikit.evaluation.results import Report
+    from optikit.plan import Step
+    from optikit.plan.frozen import Frozen
+    from optikit.store.store import Artifact
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the command line asked for."""
+
+    recipe: Path
+    out: Path
+    overrides: tuple[str, ...] = ()
+    until: str | None = None
+    offline: bool = False
+    progress: str = "auto"
+    device: str = "auto"
+    targets: Path | None = None
+    junit: Path | None = None
+    lock_timeout: float | None = None
+    ranks: int = 1
+    resume: bool = False
+
+
+def run_recipe(request: Request) -> Report | None:
+    """Run a recipe and write its output directory.
+
+    Returns:
+        The report; None with `until`, when nothing was evaluated yet.
+
+    Raises:
+        OptikitError: Anything that goes wrong, by the table of exit codes.
+    """
+    started = time.monotonic()
+    frozen = frozen_plan.read(request.recipe)
+    if frozen is not None:
+        request = _as_planned(request, frozen)
+    loaded = load(request.recipe, overrides=request.overrides, known_targets=targets.names(request.targets))
+    if frozen is not None:
+        frozen_plan.require_recipe(frozen, loaded)
+    output_dir.require_writable(request.out)
+    store = Store.default()
+    with make_progress(request.progress) as progress:
+        plan = make_plan(
+            loaded,
+            store,
+            offline=request.offline,
+            device=_device(request.device),
+            extra_targets=request.targets,
+            note=progress.note,
+        )
+        if frozen is not None:
+            frozen_plan.require_same(frozen, plan, loaded)
+        _require_step(plan, request.until)
+        _require_disk(plan, store)
+        for warning in plan.warnings:
+            progress.note(f"warning: {warning.message}")
+        settings = Settings(
+            until=request.until,
+            lock_timeout=request.lock_timeout,
+            offline=request.offline,
+            ranks=request.ranks,
+            resume=request.resume,
+        )
+        execution = execute(plan, store, progress, settings, partial(stop_at_gate, plan))
+    if request.until is not None:
+        output_dir.write(request.out, loaded, plan, execution.artifacts)
+        return None
+    plan, rolled_back = roll_back(plan, execution.artifacts)
+    report = assemble.report(
+        plan,
+        execution.artifacts,
+        execution.statuses,
+        seconds=time.monotonic() - started,
+        command=shlex.join(["optikit", *sys.argv[1:]]),
+        rolled_back=rolled_back,
+    )
+    output_dir.write(request.out, loaded, plan, execution.artifacts)
+    _tell(report, request)
+    return report
+
+
+def _as_planned(request: Request, frozen: Frozen) -> Request:
+    """Return a request for a plan's file as one for its recipe, with what it was planned with."""
+    if request.overrides or request.targets:
+        fix = f"plan again: `optikit plan {frozen.recipe} --set … --out {frozen.path}`"
+        raise UsageError("--set and --targets are part of a plan; they can't be given when it is run", fix=fix)
+    device = frozen.device if request.device == "auto" else request.device
+    return replace(request, recipe=frozen.recipe, overrides=frozen.overrides, targets=frozen.targets, device=device)
+
+
+def _tell(report: Report, request: Request) -> None:
+    from optikit.report import github, junit, summary, write
+
+    write.write(report, request.out)
+    if request.junit is not None:
+        request.junit.write_text(junit.render(report), encoding="utf-8")
+    github.publish(report)
+    if request.progress != "none":
+        summary.show(report, request.out)
+
+
+def _device(wanted: str) -> str:
+    """Return the torch device that calibrated stages will use; `auto` takes a GPU where its driver is present."""
+    if wanted != "auto":
+        return wanted
+    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+
+
+def _require_step(plan: Plan, name: str | None) -> None:
+    names = [step.name for step in (*plan.steps, *plan.measures)]
+    if name is not None and name not in names:
+        raise UsageError(f"--until {name!r} is no step of this recipe", fix=f"its steps are {', '.join(names)}")
+
+
+def _require_disk(plan: Plan, store: Store) -> None:
+    """Refuse before any work when the disk can't hold what the plan is expected to write."""
+    missing = [step for step in (*plan.steps, *plan.measures) if store.find(step.key) is None]
+    need = sum(step.estimate.disk_bytes for step in missing)
+    need += max((step.estimate.scratch_bytes for step in missing), default=0)
+    free = shutil.disk_usage(store.root).free
+    if need > free:
+        message = (
+            f"the store {store.root} has {free / 2**20:.0f} MiB free, and this recipe needs {need / 2**20:.0f} MiB"
+        )
+        raise DiskError(message, fix="free space with `optikit cache gc`, or set OPTIKIT_HOME to a larger disk")
+
+
+def stop_at_gate(plan: Plan, finished: Step, artifacts: Mapping[str, Artifact]) -> None:
+    """End the run if a step was measured that fails a gate with `on_fail: stop`.
+
+    Raises:
+        GateFailedError: Naming step, gate, value and limit.
+    """
+    made = next((step for step in plan.steps if step.key == finished.source and step.verb != "acquire"), None)
+    if made is None or finished.method != "quality":
+        return
+    judged = assemble.judge(plan.until(made.name), artifacts, on_fail="stop")
+    failed = [judge.said(result, made.name) for result in judged if result.verdict == "fail"]
+    if failed:
+        fix = "change that step or the gate; `on_fail: keep_going` would measure the rest. Finished steps are kept"
+        raise GateFailedError(f"stopped after {made.name}: {'; '.join(failed)}", fix=fix)
+
+
+def roll_back(plan: Plan, artifacts: Mapping[str, Artifact]) -> tuple[Plan, str]:
+    """Return the plan that ends with the last step that passes all gates with `on_fail: rollback`, and why it does.
+
+    Raises:
+        GateFailedError: Not one step passes them.
+    """
+    made = [step for step in plan.steps if step.verb not in ("acquire", "speculate")]
+    if not any(limits.asked(plan.recipe.gates, "rollback")):
+        return plan, ""
+    failed: list[str] = []
+    for step in reversed(made):
+        judged = assemble.judge(plan.until(step.name), artifacts, on_fail="rollback")
+        if judged and all(result.value is None for result in judged):
+            continue  # emitted: nothing was measured of it
+        wrong = [judge.said(result, step.name) for result in judged if result.verdict == "fail"]
+        if not wrong:
+            ended = f"Rolled back to {step.name}: " + "; ".join(failed)
+            return (plan.until(step.name), ended + ".") if failed else (plan, "")
+        failed.append(f"after {step.name} {', '.join(wrong)}")
+    if not failed:
+        return plan, ""
+    fix = "use milder stages, or another limit; finished steps are kept"
+    raise GateFailedError(f"no step passes, so nothing is left to roll back to: {'; '.join(failed)}", fix=fix)

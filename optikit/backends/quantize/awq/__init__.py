@@ -1,1 +1,0 @@
-"""AWQ by other libraries."""

@@ -1,1 +1,0 @@
-"""GPTQ by other libraries."""

@@ -1,0 +1,195 @@
+"""transformers' own model without its weights: blocks are filled from the checkpoint one at a time, and emptied again.
+
+Parameters live on the meta device, buffers (rotary frequencies) are real. The model's own forward is run once, with
+every block replaced by a recorder, to learn what it passes to each block: masks and rotary embeddings differ between
+the sliding and the full layers of Gemma, and nothing here has to know that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from optikit.calibration.source_model import Linear, StoredModel
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Make parameters, which modules allocate by `torch.empty`, on the meta device.
+
+    `init_empty_weights` moves them there once they have been allocated; what they were lingers until garbage is
+    collected, and of many layers that is as much as the model.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        where = {"device": "meta"} if function is torch.empty else {}
+        return function(*args, **(kwargs or {}) | where)
+
+
+class _Recorded(Exception):  # noqa: N818 - not an error: the recorder has seen what it wants
+    """Ends the model's forward when its last block is reached."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the model passes to a block after the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Skeleton:
+    """A model whose blocks are empty until they are filled.
+
+    Attributes:
+        blocks: The decoder blocks, on the meta device.
+        dtype: Dtype of filled weights and of activations.
+        device: Where filled blocks live.
+        width: Of the hidden states; known after `record`.
+    """
+
+    def __init__(self, stored: StoredModel, *, dtype: torch.dtype, device: str) -> None:
+        config = AutoConfig.from_pretrained(stored.checkpoint.directory, trust_remote_code=False)
+        # sdpa ignores Gemma 2's soft cap on attention scores.
+        capped = getattr(config, "attn_logit_softcapping", None) is not None
+        attention = "eager" if capped else "sdpa"
+        with init_empty_weights(include_buffers=False), _EmptyOnMeta():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        self._model: nn.Module = model.eval()
+        for module in self._model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+        self._stored = stored
+        self._row = stored.row
+        self.dtype = dtype
+        self.device = device
+        self.width = 0
+        self.blocks: list[nn.Module] = list(self._model.get_submodule(stored.row.blocks).children())
+        self._stem = self._model.get_submodule(stored.row.blocks.rpartition(".")[0])
+
+    def _fill(self, module: nn.Module, prefix: str) -> None:
+        for name, _ in list(module.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            value = self._stored.read(f"{prefix}{name}").to(self.device, self.dtype)
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+    def _empty(self, module: nn.Module) -> None:
+        """Drop parameters; buffers (scales of embeddings, causal masks) stay, for nothing would fill them again."""
+        for name, parameter in list(module.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    def fill_block(self, index: int) -> nn.Module:
+        """Read the parameters of a block and return it."""
+        self._fill(self.blocks[index], f"{self._row.block(index)}.")
+        return self.blocks[index]
+
+    def empty_block(self, index: int) -> None:
+        """Drop the parameters of a block."""
+        self._empty(self.blocks[index])
+
+    def replace(self, block: nn.Module, linears: tuple[Linear, ...], weights: tuple[Tensor, ...]) -> None:
+        """Give linears of a filled block new weights, (out_features, in_features) each."""
+        for linear, weight in zip(linears, weights, strict=True):
+            layout = weight.T.contiguous() if self._row.transposed else weight
+            new = nn.Parameter(layout.to(self.device, self.dtype), requires_grad=False)
+            block.get_submodule(linear.inside).weight = new
+
+    @contextmanager
+    def head_filled(self) -> Iterator[None]:
+        """Hold all but the blocks in memory: embeddings, last norm, output head."""
+        head = self._model.get_submodule(self._row.head)
+        with self.stem_filled():
+            if f"{self._row.head}.weight" in self._stored.checkpoint:
+                self._fill(head, f"{self._row.head}.")
+            else:
+                head.weight = self._model.get_submodule(self._row.embedding).weight
+            try:
+                yield
+            finally:
+                self._empty(head)
+
+    @contextmanager
+    def stem_filled(self) -> Iterator[None]:
+        """Hold what comes before the blocks (embeddings) in memory."""
+        stem = self._row.blocks.rpartition(".")[0]
+        in_blocks = {id(p) for block in self.blocks for p in block.parameters()}
+        filled = []
+        for name, module in self._stem.named_modules():
+            own = list(module.parameters(recurse=False))
+            if own and not any(id(p) in in_blocks for p in own):
+                self._fill(module, f"{stem}.{name}.")
+                filled.append(module)
+        try:
+            yield
+        finally:
+            for module in filled:
+                self._empty(module)
+
+    def record(self, window: Tensor) -> list[Call]:
+        """Return what the model passes to each block for one window, (1, tokens) int64.
+
+        Masks and position embeddings of a batch of one broadcast over any batch of equally long windows.
+        """
+        calls: list[Call] = []
+
+        def recorder(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            calls.append(Call(args, kwargs))
+            self.width = hidden.shape[-1]
+            if len(calls) == len(self.blocks):
+                raise _Recorded
+            return hidden
+
+        self._run(window, self.blocks, recorder)
+        return calls
+
+    def embedded(self, windows: Tensor, batch: int) -> Iterator[Tensor]:
+        """Yield the first block's input on the CPU, (windows, tokens, width), `batch` windows at a time."""
+        found: list[Tensor] = []
+
+        def recorder(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+            found.append(hidden.cpu())
+            raise _Recorded
+
+        for part in torch.split(windows, batch):
+            self._run(part, self.blocks[:1], recorder)
+            yield found.pop()
+
+    def logits(self, windows: Tensor, hidden: Tensor) -> Tensor:
+        """Return what the model makes of its last block's output; gradients flow back into `hidden`.
+
+        Call it while stem and head are filled.
+
+        Args:
+            windows: (windows, tokens) int64, what the blocks were given.
+            hidden: (windows, tokens, width).
+
+        Returns:
+            (windows, tokens, vocabulary).
+        """
+        for block in self.blocks:
+            block.forward = lambda *_, **__: hidden
+        try:
+            logits: Tensor = self._model(input_ids=windows.to(self.device), use_cache=False).logits
+        finally:
+            for block in self.blocks:
+                del block.forward
+        return logits
+
+    def _run(self, windows: Tensor, blocks: list[nn.Module], recorder: Callable[..., Tensor]) -> None:
+        for block in blocks:
+            block.forward = recorder
+        try:
+            self._stem(input_ids=windows.to(self.device), use_cache=False)
+        except _Recorded:
+            pass
+        finally:
+            for block in blocks:
+                del block.forward

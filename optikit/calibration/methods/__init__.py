@@ -1,0 +1,1 @@
+"""What each technique does to a block of the walk."""

@@ -1,0 +1,89 @@
+"""AWQ and SmoothQuant as methods of the walk: scale a group's inputs, fold the inverse into its feeder, quantize."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from optikit.algorithms import awq, gptq, rtn
+from optikit.algorithms.grid import Grid, Quantized, dequantize, fit, pruned_mask
+from optikit.calibration.gram import Gram
+from optikit.calibration.method import Applied, Group
+from optikit.calibration.methods.fold import _split, fold
+from optikit.formats import awq as awq_format
+
+
+@dataclass(frozen=True)
+class Awq:
+    """Scale salient channels up, then quantize to 4 bits.
+
+    Attributes:
+        grid: The grid of the scaled weights.
+        steps: Scales tried for each of two families.
+        damp: Round by GPTQ with this damping; None rounds to nearest.
+    """
+
+    grid: Grid
+    steps: int
+    damp: float | None = None
+
+    def statistic(self, width: int, device: str) -> Gram:
+        """Return an empty Gram matrix."""
+        return Gram(width, device)
+
+    def apply(self, group: Group, statistic: Gram) -> Applied:
+        """Quantize a group."""
+        weight, gram = torch.cat(group.weights), statistic.mean()
+        plain = torch.ones(group.width, device=weight.device)
+        scale, alpha, folded = self._scaled(group, weight, gram)
+        if alpha is not None and self._error(weight, gram, scale) >= self._error(weight, gram, plain):
+            scale, alpha, folded = plain, None, {}  # better with ranges spanning extremes, not with searched ones
+        quantized = self._round(weight * scale, gram / scale / scale[:, None])
+        back = dequantize(*quantized) / scale
+        tensors = dict(folded)
+        for name, *parts in zip(group.names, *(_split(part, group) for part in quantized), strict=True):
+            packed = awq_format.pack(*parts)
+            tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.items()}
+        facts = {"alpha": alpha, "loss": _relative(back - weight, weight, gram)}
+        return Applied(weights=_split(back, group), tensors=tensors, facts=dict.fromkeys(group.names, facts))
+
+    def _scaled(self, group: Group, weight: Tensor, gram: Tensor) -> tuple[Tensor, float | None, dict[str, Tensor]]:
+        plain = torch.ones(group.width, device=weight.device)
+        if group.feeder is None:
+            return plain, None, {}
+        spanning = replace(self.grid, search=False)
+        found = awq.search_scale(
+            weight,
+            gram,
+            lambda scaled: dequantize(*rtn.quantize(scaled, spanning)),
+            group_size=self.grid.group_size,
+            ties=group.feeder.ties,
+            steps=self.steps,
+        )
+        if found.alpha is None:
+            return plain, None, {}
+        folded, exact = fold(group.feeder, found.scale, suffix="scales", axis=1)
+        return exact, found.alpha, folded
+
+    def _error(self, weight: Tensor, gram: Tensor, scale: Tensor) -> float:
+        """Return the squared output error of rounding to nearest."""
+        rounded = self._nearest(weight * scale, gram.diagonal() / scale.square())
+        return float(awq.output_error(dequantize(*rounded) / scale - weight, gram).sum())
+
+    def _nearest(self, scaled: Tensor, diagonal: Tensor) -> Quantized:
+        floor = 1e-6 * float(diagonal.mean()) or 1.0  # a channel that is never active costs a little, too
+        rounded = rtn.nearest(scaled, self.grid, fit(scaled, self.grid, diagonal.clamp_min(floor)))
+        return rtn.masked(rounded, pruned_mask(scaled))
+
+    def _round(self, scaled: Tensor, gram: Tensor) -> Quantized:
+        if self.damp is None:
+            return self._nearest(scaled, gram.diagonal())
+        return gptq.quantize(scaled, gram, self.grid, damp=self.damp, mask=pruned_mask(scaled)).quantized
+
+
+def _relative(error: Tensor, weight: Tensor, gram: Tensor) -> float:
+    """Return the squared error of the outputs, relative to their own squared norm."""
+    norm = float(awq.output_error(weight, gram).sum())
+    return float(awq.output_error(error, gram).sum()) / norm if norm > 0 else 0.0

@@ -1,0 +1,37 @@
+"""DOCSTRING optikit.calibration.methods.nf4."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from optikit.algorithms import nf4
+from optikit.calibration.method import Applied, Group
+from optikit.formats import nf4 as nf4_format
+
+
+@dataclass(frozen=True)
+class Nf4:
+    """Round weights to NF4, for bitsandbytes to serve.
+
+    Attributes:
+        double_quant: Quantize the constants of blocks, too.
+        dtype: What a server computes in, as torch names it.
+    """
+
+    double_quant: bool
+    dtype: str
+
+    def apply(self, group: Group) -> Applied:
+        """Round every linear of a group."""
+        weights: list[Tensor] = []
+        tensors: dict[str, Tensor] = {}
+        for name, weight in zip(group.names, group.weights, strict=True):
+            codes, extremes = nf4.quantize(weight)
+            constants = nf4.quantize_constants(extremes) if self.double_quant else extremes
+            packed = nf4_format.pack(codes, constants, (weight.shape[0], weight.shape[1]), self.dtype)
+            tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.items()}
+            read = nf4.dequantize_constants(constants) if isinstance(constants, nf4.Constants) else extremes
+            weights.append(nf4.dequantize(codes, read).view_as(weight))
+        return Applied(weights=tuple(weights), tensors=tensors)

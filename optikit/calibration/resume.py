@@ -1,0 +1,154 @@
+"""What survives a killed walk, in the job's scratch directory: finished blocks and the hidden states after them.
+
+    ledger.json          which walk this is, how many blocks are done, sha256 of the hidden states after them
+    block-00012.safetensors   what is written in place of block 12's weights
+    hidden-00013.bin     input of block 13, as it was in memory
+    dense-00013.bin      the same in the dense model, where a technique looks at that too
+
+The ledger is replaced last, atomically. A walk killed anywhere finds either the old state whole or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from optikit.errors import IntegrityError
+from optikit.fileio import file_sha256
+from optikit.formats.checkpoint import Entry, locate, save_tensors
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+LEDGER = "ledger.json"
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor, without a copy."""
+    return memoryview(cast("Buffer", tensor.reshape(-1).view(torch.uint8).numpy()))
+
+
+class HiddenStates:
+    """Hidden states of all windows in a file: the page cache keeps what memory has room for.
+
+    Args:
+        path: The file.
+        shape: (samples, tokens, width).
+        dtype: Of the elements.
+        batch: Windows that are read and written together.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, batch: int) -> None:
+        self.path = path
+        self.batches = -(-shape[0] // batch)
+        self._shape, self._dtype, self._batch = shape, dtype, batch
+        self._window_bytes = shape[1] * shape[2] * dtype.itemsize
+
+    def read(self, index: int) -> Tensor:
+        """Read batch `index`, (windows, tokens, width)."""
+        start = index * self._batch
+        count = min(self._batch, self._shape[0] - start)
+        tensor = torch.empty((count, *self._shape[1:]), dtype=self._dtype)
+        with self.path.open("rb") as file:
+            file.seek(start * self._window_bytes)
+            view = as_bytes(tensor)
+            if file.readinto(view) != len(view):
+                raise IntegrityError(f"{self.path} ended early", fix="run again")
+        return tensor
+
+    def write(self, batches: Iterator[Tensor]) -> str:
+        """Write all batches in order; return the sha256 of the file."""
+        digest = hashlib.sha256()
+        with self.path.open("wb") as file:
+            for tensor in batches:
+                view = as_bytes(tensor.contiguous())
+                file.write(view)
+                digest.update(view)
+        return digest.hexdigest()
+
+    def intact(self, sha256: str) -> bool:
+        """Return whether the file is there and holds what was written."""
+        return self.path.exists() and file_sha256(self.path) == sha256
+
+
+class Ledger:
+    """The finished part of a walk."""
+
+    def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        self._identity = dict(identity)
+        self.done = 0
+        self.hidden_sha256 = self.dense_sha256 = ""
+        self.linears: list[str] = []
+        self.facts: dict[str, Any] = {}
+        path = directory / LEDGER
+        if not path.exists():
+            return
+        found = json.loads(path.read_text(encoding="utf-8"))
+        whole = all(self._block_path(index).exists() for index in range(found["done"]))
+        if whole and found["identity"] == self._identity:
+            self.done = found["done"]
+            self.hidden_sha256, self.dense_sha256 = found["hidden_sha256"], found["dense_sha256"]
+            self.linears, self.facts = found["linears"], found["facts"]
+
+    def forget(self) -> None:
+        """Begin again: what was found is not of this walk, or damaged."""
+        self.done, self.linears, self.facts = 0, [], {}
+        self.hidden_sha256 = self.dense_sha256 = ""
+
+    def hidden_path(self, index: int) -> Path:
+        """Return the file of the input of block `index`."""
+        return self._directory / f"hidden-{index:05}.bin"
+
+    def dense_path(self, index: int) -> Path:
+        """Return the file of the input of block `index` in the dense model."""
+        return self._directory / f"dense-{index:05}.bin"
+
+    def _block_path(self, index: int) -> Path:
+        return self._directory / f"block-{index:05}.safetensors"
+
+    def commit(
+        self,
+        tensors: Mapping[str, Tensor],
+        linears: list[str],
+        facts: Mapping[str, Any],
+        hidden_sha256: str,
+        dense_sha256: str = "",
+    ) -> None:
+        """Make one more block final: its new tensors, the linears they replace, and the hidden states after it."""
+        index = self.done
+        save_tensors(self._block_path(index), tensors)
+        self.done, self.hidden_sha256, self.dense_sha256 = index + 1, hidden_sha256, dense_sha256
+        self.linears = [*self.linears, *linears]
+        self.facts = {**self.facts, **facts}
+        state = {
+            "identity": self._identity,
+            "done": self.done,
+            "hidden_sha256": hidden_sha256,
+            "dense_sha256": dense_sha256,
+            "linears": self.linears,
+            "facts": self.facts,
+        }
+        partial = self._directory / f"{LEDGER}.part"
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self._directory / LEDGER)
+        self.hidden_path(index).unlink(missing_ok=True)
+        self.dense_path(index).unlink(missing_ok=True)
+
+    def entries(self) -> dict[str, Entry]:
+        """Return where the tensors of all finished blocks lie."""
+        found: dict[str, Entry] = {}
+        for index in range(self.done):
+            found.update(locate(self._block_path(index)))
+        return found

@@ -1,0 +1,125 @@
+"""What clients of a server see: prompts one after another, then several at a time, in a closed loop.
+
+Each client sends its next prompt when its last is answered. Lengths are fixed where the server lets one ask for that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from optikit.evaluation.results import Served, ServedSpeed
+from optikit.runtime.completions_client import Client, Prompt, RefusedByServerError, Streamed
+
+if TYPE_CHECKING:
+    from optikit.evaluation.results import Interval
+
+WITHOUT_END: tuple[Mapping[str, Any], ...] = (
+    {"ignore_eos": True, "stream_options": {"include_usage": True}},
+    {"stream_options": {"include_usage": True}},
+    {},
+)
+"""Parameters that servers beyond OpenAI's own know, tried in this order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """How much to ask: tokens per answer, requests at a time, and requests for each of those."""
+
+    new_tokens: int
+    concurrency: tuple[int, ...]
+    requests: int
+
+
+def time_server(
+    client: Client,
+    model: str,
+    prompts: Sequence[Prompt],
+    load: Load,
+    note: Callable[[str], None],
+    more: Mapping[str, Any] | None = None,
+) -> Served:
+    """Time a server.
+
+    Args:
+        client: The server.
+        model: Which of its models.
+        prompts: Used in turn.
+        load: How much to ask.
+        note: Told about each number of requests at a time.
+        more: Further parameters of every request.
+
+    Raises:
+        UnavailableError: It drops connections, or answers with an error.
+        StageTimeoutError: It hangs.
+    """
+    extra = {**_accepted(client, model, prompts[0], load.new_tokens, more or {}), **(more or {})}
+    rows, counted = [], True
+    for level in load.concurrency:
+        note(f"{level} at a time: {load.requests} requests")
+        asked = [prompts[index % len(prompts)] for index in range(max(load.requests, 2 * level))]
+        begun = time.perf_counter_ns()
+        with ThreadPoolExecutor(max_workers=level) as clients:
+            waiting = [clients.submit(client.stream, model, prompt, load.new_tokens, extra=extra) for prompt in asked]
+            try:
+                answers = [each.result() for each in waiting]
+            except BaseException:
+                clients.shutdown(cancel_futures=True)
+                raise
+        counted = counted and all(each.output_tokens is not None for each in answers)
+        rows.append(_row(level, answers, begun))
+    by: Literal["the server", "chunks of its stream"] = "the server" if counted else "chunks of its stream"
+    return Served(
+        url=client.url,
+        model=model,
+        speed=tuple(rows),
+        tokens_counted_by=by,
+        end_of_text_ignored="ignore_eos" in extra,
+    )
+
+
+def _accepted(
+    client: Client, model: str, prompt: Prompt, new_tokens: int, more: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Return the parameters that the server takes; the request that finds out also warms it up."""
+    for extra in WITHOUT_END[:-1]:
+        try:
+            client.stream(model, prompt, new_tokens, extra={**extra, **more})
+        except RefusedByServerError:
+            continue
+        return extra
+    client.stream(model, prompt, new_tokens, extra={**WITHOUT_END[-1], **more})
+    return WITHOUT_END[-1]
+
+
+def _row(level: int, answers: Sequence[Streamed], begun: int) -> ServedSpeed:
+    import numpy as np
+
+    from optikit.evaluation import speed, statistics
+
+    def middle(values: Sequence[float]) -> tuple[float, Interval, float | None]:
+        array = np.array(values, np.float64)
+        return float(np.median(array)), statistics.median_interval(array), speed.tail(array, 0.95)
+
+    ttft, tpot, e2e = (middle([getattr(each, name) for each in answers]) for name in ("ttft_ms", "tpot_ms", "e2e_ms"))
+    wall_s = (max(each.piece_ns[-1] for each in answers) - begun) / 1e9
+    prompted = [each.prompt_tokens for each in answers if each.prompt_tokens is not None]
+    return ServedSpeed(
+        concurrency=level,
+        requests=len(answers),
+        prompt_tokens_p50=float(np.median(prompted)) if prompted else None,
+        output_tokens_p50=float(np.median([each.tokens for each in answers])),
+        ttft_ms_p50=ttft[0],
+        ttft_ms_p50_ci95=ttft[1],
+        ttft_ms_p95=ttft[2],
+        tpot_ms_p50=tpot[0],
+        tpot_ms_p50_ci95=tpot[1],
+        tpot_ms_p95=tpot[2],
+        e2e_ms_p50=e2e[0],
+        e2e_ms_p95=e2e[2],
+        output_tokens_per_s=sum(each.tokens for each in answers) / wall_s,
+        requests_per_s=len(answers) / wall_s,
+    )

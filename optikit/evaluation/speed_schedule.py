@@ -1,0 +1,137 @@
+"""The order of a speed test, and what every run of it left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from optikit.errors import StageFailedError
+from optikit.evaluation.speed_client import Arm
+
+if TYPE_CHECKING:
+    from optikit.evaluation.energy import Meter
+    from optikit.evaluation.speed import Trace
+
+Phase = Literal["cold", "warmup", "measured", "again"]
+AGAIN: Phase = "again"
+"""The baseline's second run of a round: one side of the noise floor, part of nothing else."""
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How often: runs per arm before measuring, measured rounds, tokens per run."""
+
+    warmup: int
+    repetitions: int
+    new_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One decoded prompt: by whom, in which phase and round, which prompt, what came out and when."""
+
+    arm: str
+    phase: Phase
+    round: int
+    prompt: int
+    trace: Trace
+    tokens: tuple[int, ...]
+    energy_j: float | None = None
+    """What the machine spent from before the call to after the last token; None where it doesn't tell."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the line of samples.jsonl; token times count from the call."""
+        return {
+            "arm": self.arm,
+            "phase": self.phase,
+            "round": self.round,
+            "prompt": self.prompt,
+            "prompt_tokens": self.trace.prompt_tokens,
+            "start_ns": self.trace.start_ns,
+            "token_ns": [at - self.trace.start_ns for at in self.trace.token_ns],
+            "tokens": list(self.tokens),
+            "energy_j": self.energy_j,
+        }
+
+
+def schedule(names: Sequence[str], rounds: Rounds) -> Iterator[tuple[str, Phase, int]]:
+    """Yield (arm, phase, round): cold and warm-up runs arm by arm, then rounds there and back again.
+
+    The baseline, first of `names`, opens and closes every round; which of its two runs is the measured one alternates,
+    so that neither side of the noise floor is always the earlier.
+
+    >>> "".join(name for name, phase, _ in schedule("AB", Rounds(1, 2, 8)) if phase != "cold")
+    'ABAABA'
+    """
+    for name in names:
+        for index in range(rounds.warmup):
+            yield name, "warmup" if index else "cold", index
+    there: list[tuple[str, Phase]] = [(name, "measured") for name in names]
+    there.append((names[0], AGAIN))
+    for index in range(rounds.repetitions):
+        for name, phase in there if index % 2 == 0 else reversed(there):
+            yield name, phase, index
+
+
+def conduct(
+    arms: Mapping[str, Arm],
+    prompts: Sequence[Sequence[int]],
+    rounds: Rounds,
+    progress: Callable[[int, int, str], None],
+    meter: Meter | None = None,
+) -> Iterator[Sample]:
+    """Run the schedule; in a round every arm decodes the same prompt. Fewer prompts than rounds are used again.
+
+    Raises:
+        StageFailedError: An arm returned another number of tokens than asked for.
+    """
+    plan = list(schedule(list(arms), rounds))
+    for done, (name, phase, index) in enumerate(plan):
+        progress(done, len(plan), "run")
+        warm = phase in ("cold", "warmup")
+        number = (index if warm else rounds.warmup + index) % len(prompts)
+        before = meter.read() if meter else ()
+        answer = arms[name].ask("decode", prompt=list(prompts[number]), new_tokens=rounds.new_tokens)
+        energy_j = meter.joules(before, meter.read()) if meter else None
+        sample = _sample(answer, name, phase, index, number, len(prompts[number]), rounds)
+        yield replace(sample, energy_j=energy_j)
+    progress(len(plan), len(plan), "run")
+
+
+def _sample(
+    answer: Mapping[str, Any], name: str, phase: Phase, index: int, number: int, prompt_tokens: int, rounds: Rounds
+) -> Sample:
+    from optikit.evaluation.speed import Trace
+
+    if len(answer["tokens"]) != rounds.new_tokens:
+        message = f"{name}: {rounds.new_tokens} tokens were asked for, {len(answer['tokens'])} came"
+        raise StageFailedError(message, fix="shorten new_tokens, or lengthen the model's context")
+    trace = Trace(start_ns=answer["start_ns"], token_ns=tuple(answer["token_ns"]), prompt_tokens=prompt_tokens)
+    return Sample(arm=name, phase=phase, round=index, prompt=number, trace=trace, tokens=tuple(answer["tokens"]))
+
+
+def select(samples: Sequence[Sample], arm: str, phase: Phase) -> list[Trace]:
+    """Return the traces of an arm in a phase, by round."""
+    found = [sample for sample in samples if sample.arm == arm and sample.phase == phase]
+    return [sample.trace for sample in sorted(found, key=lambda sample: sample.round)]
+
+
+def joules_per_token(samples: Sequence[Sample], arm: str) -> float | None:
+    """Return the energy of an arm's measured runs by the tokens that they wrote; None where the machine doesn't tell.
+
+    Sums, not a median of quotients: the counters move in steps of a millisecond or more. Prompts are part of it.
+    """
+    found = [sample for sample in samples if sample.arm == arm and sample.phase == "measured"]
+    energies = [sample.energy_j for sample in found if sample.energy_j is not None]
+    if not energies or len(energies) < len(found):
+        return None
+    return sum(energies) / sum(len(sample.tokens) for sample in found)
+
+
+def write_samples(samples: Sequence[Sample], path: Path) -> None:
+    """Write every sample as a JSON line, in the order they were taken."""
+    lines = (json.dumps(sample.as_json(), separators=(",", ":")) for sample in samples)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

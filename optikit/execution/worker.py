@@ -1,0 +1,136 @@
+"""The child process that does one step: `python -m optikit.execution.worker JOB`.
+
+Only files cross the border, so the same contract serves the main interpreter and any managed environment:
+
+    JOB/request.json    written by the runner: stage, options, source, dest, inputs, seed, …
+    JOB/events.jsonl    appended here while the stage runs: {"done": 3, "total": 30, "what": "block"}
+    JOB/response.json   written here last: {"ok": true, "facts": …} or {"ok": false, "code": 70, "message": …, "fix": …}
+    JOB/log.txt         stdout and stderr
+
+A failed job directory is the bug report. No response means that the process died; the runner names the signal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optikit.fileio import write_json
+from optikit.host import versions
+from optikit.process.child import die_with_parent
+from optikit.process.failure import as_failure
+from optikit.process.memory import peak_memory_mib
+from optikit.stage import SERVERS_PEAK
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from optikit.targets import Target
+
+SECONDS_BETWEEN_EVENTS = 0.1
+CUSHION_BYTES = 32 * 2**20
+"""Address space kept free (never touched, so no memory) for saying that there is no more."""
+
+
+def rank() -> int:
+    """Return which of a step's processes this is: 0 unless torchrun started several (`optikit run --ranks`)."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _device(wanted: str) -> str:
+    """Return the torch device of this process: each of several has a GPU of its own."""
+    own = os.environ.get("LOCAL_RANK")
+    return f"cuda:{own}" if wanted == "cuda" and own else wanted
+
+
+def _reporter(path: Path) -> Callable[[int, int, str], None]:
+    last = 0.0
+
+    def progress(done: int, total: int, what: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < SECONDS_BETWEEN_EVENTS and done != total:
+            return
+        last = now
+        with path.open("a", encoding="utf-8") as events:
+            events.write(json.dumps({"done": done, "total": total, "what": what}) + "\n")
+
+    return progress
+
+
+def _target(fields: dict[str, Any] | None) -> Target | None:
+    """Return the target that a request describes; JSON has no tuples."""
+    from optikit.targets import Target
+
+    if fields is None:
+        return None
+    values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    return Target(**values)
+
+
+def perform(directory: Path) -> dict[str, Any]:
+    """Do the work of a job directory and return the response.
+
+    Raises:
+        Exception: Whatever the stage raises; `main` turns it into a response.
+    """
+    from optikit import stages
+    from optikit.stage import Calibration, Emitting, Job
+
+    request = json.loads((directory / "request.json").read_text(encoding="utf-8"))
+    stage = stages.load(request["verb"], request["method"], request.get("backend", stages.OURS))
+    options = stage.Options.model_validate(request["options"])
+    calibration = request["calibration"]
+    dest, scratch = Path(request["dest"]), Path(request["scratch"])
+    if rank():  # writes the same as the first process, for nobody
+        scratch = scratch / f"rank-{rank()}"
+        dest = scratch / "dest"
+        shutil.rmtree(dest, ignore_errors=True)
+        dest.mkdir(parents=True)
+    job = Job(
+        source=Path(request["source"]),
+        dest=dest,
+        scratch=scratch,
+        inputs={role: Path(path) for role, path in request["inputs"].items()},
+        calibration=calibration and Calibration(**{**calibration, "text": Path(calibration["text"])}),
+        seed=request["seed"],
+        device=_device(request["device"]),
+        threads=request["threads"],
+        max_memory_bytes=request["max_memory_bytes"],
+        target=_target(request.get("target")),
+        **({} if rank() else {"progress": _reporter(directory / "events.jsonl")}),
+    )
+    started = time.monotonic()
+    do = stage.finish if request.get("finish") and isinstance(stage, Emitting) else stage.run
+    facts = do(options, job)
+    return {
+        "ok": True,
+        "facts": facts,
+        "seconds": time.monotonic() - started,
+        "peak_memory_mib": max(peak_memory_mib(), facts.get(SERVERS_PEAK, 0.0)),
+        "versions": versions(stage.LIBRARIES),
+    }
+
+
+def main(directory: Path) -> int:
+    """Perform one job, write its response, and return the exit code."""
+    die_with_parent()
+    cushion = bytearray(CUSHION_BYTES)
+    try:
+        response = perform(directory)
+    except BaseException as error:  # noqa: BLE001 - whatever goes wrong here has to cross the process border
+        del cushion
+        response = as_failure(error)
+        sys.stderr.write(response["traceback"])
+    if not rank():
+        write_json(directory / "response.json", response)
+    return 0 if response["ok"] else int(response["code"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(os.fsdecode(sys.argv[1]))))

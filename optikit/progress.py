@@ -1,0 +1,355 @@
+"""What a run shows while it works, on stderr: stdout belongs to data.
+
+`make` returns progress in one of four modes. On a terminal the running step is redrawn in place; elsewhere every event
+is a line, with a sign of life every half minute, because CI systems end jobs that say nothing. As JSON, each line is
+one object with `event` (plan, start, update, finish, note), `time` (Unix seconds) and the arguments of that event.
+
+Nothing here may end a run: what can't be written is dropped. Rich is imported only for a live terminal. Every name that
+comes from outside is cleaned, and no string is ever read as markup.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Self, TextIO
+
+from optikit import text
+from optikit.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+
+Status = Literal["executed", "cached", "emitted", "failed"]
+
+MODES = ("auto", "plain", "json", "none")
+START_SECONDS = 0.4
+"""A step that ends sooner (it was cached) is one line, not two."""
+HEARTBEAT_SECONDS = 30.0
+JSON_UPDATE_SECONDS = 0.1
+
+
+def make(mode: str, stream: TextIO | None = None) -> Progress:
+    """Return progress of a mode: auto, plain, json or none; `stream` is stderr where not given.
+
+    Raises:
+        UsageError: There is no such mode.
+    """
+    out = stream or sys.stderr
+    if mode == "auto":
+        return Live(out) if is_terminal(out) else Plain(out)
+    if mode == "plain":
+        return Plain(out)
+    if mode == "json":
+        return Json(out)
+    if mode == "none":
+        return Progress(out)
+    raise UsageError(f"--progress {text.clean(mode)!r} is unknown", fix=f"use one of {', '.join(MODES)}")
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Tell whether lines can be redrawn there."""
+    with suppress(ValueError):  # a closed stream is no terminal
+        return stream.isatty() and os.environ.get("TERM") != "dumb"
+    return False
+
+
+def say(stream: TextIO, line: str) -> None:
+    """Write one line; in ASCII where the encoding has no better, and not at all where the stream is gone."""
+    with suppress(OSError, ValueError):  # a closed pipe must not end hours of work
+        try:
+            stream.write(f"{line}\n")
+        except UnicodeEncodeError:
+            stream.write(f"{_ascii(line)}\n")
+        stream.flush()
+
+
+_ASCII = str.maketrans({"…": "...", "×": "x", "–": "-", "→": "->", "✓": "+", "✗": "x", "·": "-", "•": "-"})
+
+
+def _ascii(line: str) -> str:
+    return line.translate(_ASCII).encode("ascii", "replace").decode("ascii")
+
+
+class Progress:
+    """What the runner tells about its steps. This class keeps still: the mode `none`, and what the others build on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._names: tuple[str, ...] = ()
+
+    def plan(self, names: Sequence[str]) -> None:
+        """Say which steps will run, in order."""
+        self._names = tuple(names)
+
+    def start(self, name: str) -> None:
+        """Say that a step begins."""
+
+    def update(self, name: str, done: int, total: int, what: str) -> None:
+        """Say how far a step is: `done` of `total` units called `what`, e.g. blocks."""
+
+    def finish(self, name: str, status: Status, seconds: float, peak_mib: float, note: str = "") -> None:
+        """Say how a step ended. For a cached step, `seconds` and `peak_mib` are those of the run that made it."""
+
+    def note(self, line: str) -> None:
+        """Say something that belongs to no step."""
+
+    def close(self) -> None:
+        """End the display; may be called again."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _position(self, name: str) -> str:
+        return f"[{self._names.index(name) + 1}/{len(self._names)}] " if name in self._names else ""
+
+
+class Json(Progress):
+    """One JSON object per event and line, for programs that watch a run."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._updated = 0.0
+
+    def plan(self, names: Sequence[str]) -> None:
+        """See `Progress`."""
+        super().plan(names)
+        self._event("plan", names=list(names))
+
+    def start(self, name: str) -> None:
+        """See `Progress`."""
+        self._event("start", name=name)
+
+    def update(self, name: str, done: int, total: int, what: str) -> None:
+        """See `Progress`; at most ten a second, but always the last."""
+        if time.monotonic() - self._updated >= JSON_UPDATE_SECONDS or done == total:
+            self._updated = time.monotonic()
+            self._event("update", name=name, done=done, total=total, what=what)
+
+    def finish(self, name: str, status: Status, seconds: float, peak_mib: float, note: str = "") -> None:
+        """See `Progress`."""
+        self._event("finish", name=name, status=status, seconds=seconds, peak_memory_mib=peak_mib, note=note)
+
+    def note(self, line: str) -> None:
+        """See `Progress`."""
+        self._event("note", text=line)
+
+    def _event(self, event: str, **values: object) -> None:
+        say(self._stream, json.dumps({"event": event, "time": round(time.time(), 3), **values}))
+
+
+@dataclass
+class _Running:
+    """The step that runs now."""
+
+    name: str
+    began: float
+    done: int = 0
+    total: int = 0
+    what: str = ""
+
+    def far(self) -> str:
+        """Return "12/30 blocks", or nothing where the step hasn't said."""
+        return f"{self.done}/{self.total} {text.clean(self.what)}".rstrip() if self.total else ""
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+
+class Plain(Progress):
+    """One line when a step starts, one when it ends, and a sign of life in between."""
+
+    def __init__(self, stream: TextIO, heartbeat: float = HEARTBEAT_SECONDS, patience: float = START_SECONDS) -> None:
+        super().__init__(stream)
+        self._waits = (patience, heartbeat)
+        self._lock = threading.Lock()
+        self._running: _Running | None = None
+        self._ended = threading.Event()
+
+    def start(self, name: str) -> None:
+        """See `Progress`."""
+        self._ended.set()
+        self._ended = threading.Event()
+        with self._lock:
+            self._running = _Running(name, time.monotonic())
+        threading.Thread(target=self._beat, args=(self._running, self._ended), daemon=True).start()
+
+    def update(self, name: str, done: int, total: int, what: str) -> None:
+        """See `Progress`."""
+        with self._lock:
+            if self._running is not None and self._running.name == name:
+                self._running.done, self._running.total, self._running.what = done, total, what
+
+    def finish(self, name: str, status: Status, seconds: float, peak_mib: float, note: str = "") -> None:
+        """See `Progress`."""
+        self._ended.set()
+        with self._lock:
+            self._running = None
+            self._line(name, _ending(status, seconds, peak_mib, note))
+
+    def note(self, line: str) -> None:
+        """See `Progress`."""
+        with self._lock:
+            say(self._stream, text.clean(line))
+
+    def close(self) -> None:
+        """See `Progress`."""
+        self._ended.set()
+
+    def _beat(self, running: _Running, ended: threading.Event) -> None:
+        first, later = self._waits
+        if ended.wait(first):
+            return
+        self._alive(running, "")
+        while not ended.wait(later):
+            self._alive(running, f" {running.far() or 'still running'}, {text.duration(running.seconds())}")
+
+    def _alive(self, running: _Running, ending: str) -> None:
+        with self._lock:
+            if running is self._running:  # not after its last line
+                self._line(running.name, ending)
+
+    def _line(self, name: str, ending: str) -> None:
+        say(self._stream, f"{self._position(name)}{text.step_words(name)} …{ending}")
+
+
+def _ending(status: Status, seconds: float, peak_mib: float, note: str) -> str:
+    facts = {
+        "executed": f"ok {text.duration(seconds)}, peak {text.memory(peak_mib)}",
+        "cached": "cached",
+        "emitted": f"emitted {text.duration(seconds)}: files written, not run here",
+        "failed": "failed",
+    }[status]
+    return f" {facts}{f': {text.clean(note)}' if note else ''}"
+
+
+class Live(Progress):
+    """On a terminal: finished steps above, the running one redrawn with its bar, time and memory."""
+
+    def __init__(self, stream: TextIO, console: Console | None = None) -> None:
+        from rich.console import Console
+        from rich.live import Live as Display
+        from rich.spinner import Spinner
+
+        super().__init__(stream)
+        self._console = console or Console(file=stream)
+        self._spinner = Spinner("dots", style="cyan")
+        self._running: _Running | None = None
+        self._began = time.monotonic()
+        self._memory = _Memory()
+        # Standard streams stay as they are: what a verb prints to stdout must not end up on the console's stream.
+        self._display = Display(
+            get_renderable=self._draw,
+            console=self._console,
+            refresh_per_second=4,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+
+    def start(self, name: str) -> None:
+        """See `Progress`."""
+        self._memory = _Memory()
+        self._running = _Running(name, time.monotonic())
+        self._safely(self._display.start)
+
+    def update(self, name: str, done: int, total: int, what: str) -> None:
+        """See `Progress`."""
+        running = self._running
+        if running is not None and running.name == name:
+            running.done, running.total, running.what = done, total, what
+
+    def finish(self, name: str, status: Status, seconds: float, peak_mib: float, note: str = "") -> None:
+        """See `Progress`."""
+        from rich.text import Text
+
+        self._running = None
+        mark, style = {
+            "executed": ("✓", "green"),
+            "cached": ("•", "cyan"),
+            "emitted": ("→", "yellow"),
+            "failed": ("✗", "bold red"),
+        }[status]
+        timed = status in {"executed", "emitted"}
+        line = Text.assemble(
+            (f"{self._shown(mark)} ", style),
+            f"{text.step_words(name):<{self._label_width()}}",
+            (f"  {text.duration(seconds):>12}  {text.memory(peak_mib):>9}" if timed else f"  {status:>12}", "dim"),
+            (f"  {text.clean(note)}" if note else "", "yellow"),
+        )
+        self._safely(lambda: self._console.print(line, overflow="ellipsis", no_wrap=True))
+
+    def note(self, line: str) -> None:
+        """See `Progress`."""
+        from rich.text import Text
+
+        self._safely(lambda: self._console.print(Text(text.clean(line), style="dim")))
+
+    def close(self) -> None:
+        """See `Progress`."""
+        self._running = None
+        self._safely(self._display.stop)
+
+    def _safely(self, action: Callable[[], object]) -> None:
+        with suppress(OSError, ValueError):  # a closed terminal must not end hours of work
+            action()
+
+    def _shown(self, mark: str) -> str:
+        return _ascii(mark) if self._console.options.ascii_only else mark
+
+    def _label_width(self) -> int:
+        return min(40, max((len(text.step_words(name)) for name in self._names), default=24))
+
+    def _draw(self) -> RenderableType:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        running = self._running
+        if running is None:
+            return Text("")
+        label = Text(f"{text.step_words(running.name):<{self._label_width()}}", no_wrap=True, overflow="ellipsis")
+        bar = ProgressBar(total=running.total, completed=running.done, width=14) if running.total else Text("")
+        peak = self._memory.peak_mib()
+        facts = (running.far(), text.duration(running.seconds()), text.memory(peak) if peak else "")
+        grid = Table.grid(padding=(0, 1))
+        words = Text(" ".join(fact for fact in facts if fact), style="dim", no_wrap=True, overflow="ellipsis")
+        grid.add_row(self._spinner, label, bar, words)
+        overall = f"  {self._position(running.name)}{text.duration(time.monotonic() - self._began)} in all"
+        grid_of_two = Table.grid()
+        grid_of_two.add_row(grid)
+        grid_of_two.add_row(Text(overall, style="dim"))
+        return grid_of_two
+
+
+class _Memory:
+    """Highest memory seen of this process's children, sampled at most once a second."""
+
+    def __init__(self) -> None:
+        self._peak = 0
+        self._sampled = 0.0
+
+    def peak_mib(self) -> float:
+        if time.monotonic() - self._sampled >= 1.0:
+            self._sampled = time.monotonic()
+            self._peak = max(self._peak, sum(_resident_bytes()))
+        return self._peak / 2**20
+
+
+def _resident_bytes() -> Iterator[int]:
+    import psutil
+
+    with suppress(psutil.Error):
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):  # it has ended meanwhile
+                yield child.memory_info().rss

@@ -1,0 +1,192 @@
+"""The resolved tree against the schema: `Recipe`, or every problem.
+
+Values are checked strictly, as JSON would be: `"4"` is not a number and `yes` is not a boolean. The options of a stage
+are checked by the stage module's own `Options`.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from optikit import stages
+from optikit.problems import Loc, Problem, did_you_mean
+from optikit.recipe.node import Marks, Node, plain
+from optikit.recipe.schema import GATE_METRICS, Recipe, StageEntry
+from optikit.recipe.validation_messages import complaints, shown
+from optikit.stages import REFUSED
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class _Bad(Exception):  # noqa: N818 - a problem on its way to the list of all problems
+    def __init__(self, code: str, message: str, fix: str, loc: Loc) -> None:
+        super().__init__(message)
+        self.problem = Problem(code=code, message=message, fix=fix, loc=loc)
+
+
+def method_key(verb: str) -> str:
+    """Return the key that names a stage's method: `engine` for compile, `method` for the rest."""
+    return "engine" if verb == "compile" else "method"
+
+
+def check(root: Node) -> tuple[Recipe | None, tuple[Problem, ...]]:
+    """Validate a resolved recipe.
+
+    Args:
+        root: A mapping without `extends` and `vars`.
+
+    Returns:
+        The recipe, or None with every problem at its place.
+    """
+    marks = Marks(root)
+    data: dict[str, Any] = plain(root)
+    written = root.child("stages")
+    data.pop("stages", None)
+    problems: list[Problem] = []
+    recipe = _validated(Recipe, data, marks, (), problems)
+    problems += _gates(marks)
+    entries = _stages(written, marks, problems) if written is not None else ()
+    if recipe is None or problems:
+        return None, tuple(problems)
+    return recipe.model_copy(update={"stages": entries}), ()
+
+
+def _validated(
+    model: type[_Model], data: dict[str, Any], marks: Marks, at: Loc, problems: list[Problem]
+) -> _Model | None:
+    try:
+        return model.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        problems += complaints(error, model, marks, at)
+        return None
+
+
+def _gates(marks: Marks) -> list[Problem]:
+    gates = marks.root.child("gates")
+    names = gates.value if gates is not None and isinstance(gates.value, dict) else {}
+    return [
+        Problem(
+            code="unknown-gate",
+            message=f"unknown metric {name!r}",
+            fix=did_you_mean(name, GATE_METRICS),
+            loc=("gates", name),
+            mark=marks.key(("gates", name)),
+        )
+        for name in names
+        if name not in GATE_METRICS
+    ]
+
+
+def _stages(written: Node, marks: Marks, problems: list[Problem]) -> tuple[StageEntry, ...]:
+    if not isinstance(written.value, tuple):
+        message = f"stages must be a list, {_not(plain(written))}"
+        fix = "begin each stage with '- '"
+        mark = marks.mark(("stages",))
+        problems.append(Problem(code="wrong-type", message=message, fix=fix, loc=("stages",), mark=mark))
+        return ()
+    entries = []
+    for index, item in enumerate(written.value):
+        try:
+            entry = _entry(item, ("stages", index), marks, problems)
+        except _Bad as bad:
+            about_key = bad.problem.code in {"unknown-key", "unknown-verb", "bad-stage"}
+            mark = marks.key(bad.problem.loc) if about_key else marks.mark(bad.problem.loc)
+            problems.append(bad.problem.at(mark))
+        else:
+            entries += [entry] if entry else []
+    return tuple(entries)
+
+
+def _not(value: Any) -> str:
+    return "but has no value" if value is None else f"not {shown(value)}"
+
+
+def _entry(item: Node, at: Loc, marks: Marks, problems: list[Problem]) -> StageEntry | None:
+    verb = _verb(item, at)
+    at = (*at, verb)
+    key = method_key(verb)
+    written = item.child(verb)
+    if written is None or not isinstance(written.value, dict):
+        value = plain(written) if written else None
+        example = value if value in stages.methods(verb) else "…"
+        fix = f"write `{verb}: {{{key}: {example}}}`"
+        raise _Bad("wrong-type", f"{verb} must be a mapping of options, {_not(value)}", fix, at)
+    method = _method(verb, key, written, at)
+    data: dict[str, Any] = plain(written)
+    del data[key]
+    backend = data.pop("backend", "optikit")
+    if not isinstance(backend, str):
+        raise _Bad("wrong-type", f"backend must be text, {_not(backend)}", "write a name", (*at, "backend"))
+    known = _options(verb, method, backend, data, at)
+    options = _validated(known, data, marks, at, problems)
+    if options is None:
+        return None
+    return StageEntry(verb=verb, method=method, backend=getattr(options, "backend", backend), options=options)
+
+
+def _options(verb: str, method: str, backend: str, data: dict[str, Any], at: Loc) -> type[BaseModel]:
+    """Return the class that checks a stage's options, which each backend has of its own."""
+    known = stages.load(verb, method).Options
+    if "backend" in known.model_fields:
+        if backend != stages.OURS:  # what it writes differs by who will do the work
+            data["backend"] = backend
+        return known
+    available = stages.backend_names(verb, method)
+    why = REFUSED.get((verb, method, backend))
+    if why is not None:
+        raise _Bad("backend-refused", why, f"use {' or '.join(available)}", (*at, "backend"))
+    if backend not in available:
+        message = f"unknown backend {shown(backend)} of {method} (available: {', '.join(available)})"
+        raise _Bad("unknown-backend", message, did_you_mean(backend, available), (*at, "backend"))
+    return stages.load(verb, method, backend).Options
+
+
+def _verb(item: Node, at: Loc) -> str:
+    """Return a stage's one verb."""
+    if not isinstance(item.value, dict):
+        fix = "write for example `- quantize: {method: gptq}`"
+        raise _Bad("wrong-type", f"a stage must be a mapping of a verb to its options, {_not(plain(item))}", fix, at)
+    names = list(item.value)
+    verbs = [name for name in names if name in stages.VERBS]
+    if len(verbs) > 1:
+        fix = f"begin a new stage with '- {verbs[1]}:'"
+        raise _Bad("bad-stage", f"one stage has the verbs {' and '.join(verbs)}", fix, (*at, verbs[1]))
+    if not verbs:
+        raise _no_verb(names, at)
+    others = [name for name in names if name != verbs[0]]
+    if others:
+        fix = f"indent {others[0]!r} below {verbs[0]!r}"
+        raise _Bad("bad-stage", f"{others[0]!r} stands beside {verbs[0]!r}, not in it", fix, (*at, others[0]))
+    return verbs[0]
+
+
+def _no_verb(names: list[str], at: Loc) -> _Bad:
+    if not names:
+        return _Bad("bad-stage", "a stage without a verb", f"choose from {', '.join(stages.VERBS)}", at)
+    name = names[0]
+    owner = next((verb for verb in stages.VERBS if name in stages.methods(verb)), None)
+    if owner is not None:
+        fix = f"write `{owner}: {{{method_key(owner)}: {name}}}`"
+        return _Bad("unknown-verb", f"{name!r} is a method of {owner}, not a verb", fix, (*at, name))
+    return _Bad("unknown-verb", f"unknown verb {name!r}", did_you_mean(name, stages.VERBS), (*at, name))
+
+
+def _method(verb: str, key: str, written: Node, at: Loc) -> str:
+    """Return the method that a stage names."""
+    node = written.child(key)
+    available = stages.methods(verb)
+    if not available:
+        raise _Bad("unknown-method", f"{verb} has no methods in this version of optikit", "remove the stage", at)
+    if node is None:
+        other = "method" if key == "engine" else "engine"
+        if written.child(other) is not None:
+            raise _Bad("unknown-key", f"unknown key {other!r}", f"{verb} takes {key!r}", (*at, other))
+        fix = f"choose from {', '.join(available)}"
+        raise _Bad("missing-key", f"{verb} has no {key!r}", fix, at)
+    if node.value not in available:
+        message = f"unknown {key} {shown(plain(node))} of {verb} (available: {', '.join(available)})"
+        raise _Bad("unknown-method", message, did_you_mean(str(node.value), available), (*at, key))
+    return str(node.value)

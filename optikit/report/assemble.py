@@ -1,0 +1,486 @@
+"""Plan and artifacts → report: what was measured, put side by side, priced and judged. Nothing here measures.
+
+Light: numpy is imported only where kept log-likelihoods of two steps are compared.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, cast
+
+from optikit import __version__, host
+from optikit.evaluation import cost
+from optikit.evaluation.results import (
+    Cost,
+    GateResult,
+    Interval,
+    Measurement,
+    OtherBaseline,
+    Quality,
+    Ratio,
+    Report,
+    Served,
+    Speed,
+    Speedup,
+    StepReport,
+)
+from optikit.plan import check_gates
+from optikit.recipe import limits
+from optikit.recipe.schema import as_written
+from optikit.report import judge as judging
+from optikit.report.judge import Value
+
+if TYPE_CHECKING:
+    from optikit.models.facts import ModelFacts
+    from optikit.plan import Plan, Step
+    from optikit.store.store import Artifact
+    from optikit.targets import Target
+
+WEIGHT_SUFFIXES = frozenset({".safetensors", ".onnx", ".data", ".bin", ".xml", ".engine", ".plan", ".neff"})
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "onnxruntime", "onnxruntime-genai")
+BASELINE, RESULT = "baseline", "result"
+QUALITY = "measure-quality-"
+TASKS = "measure-tasks-"
+SPEED = "measure-speed"
+SPECULATION = "measure-speculation"
+NLL = "nll.npy"
+SECTIONS = frozenset(Quality.model_fields)
+"""Facts of a quality or tasks step that are the measurement itself; the rest is detail."""
+FEW_WINDOWS = 8
+FOR_P95 = 90
+"""`statistics.requests_needed(0.95)`; written out, because that module loads numpy."""
+FLOAT_TYPES = frozenset({"F32", "F16", "BF16", "F64"})
+BUSY = 1.5
+"""Load per thread above which others were at work; the step before leaves up to 1."""
+MUCH_STEAL = 0.05
+MUCH_NOISE = 0.05
+
+
+def report(
+    plan: Plan,
+    artifacts: Mapping[str, Artifact],
+    statuses: Mapping[str, str],
+    *,
+    seconds: float,
+    command: str,
+    rolled_back: str = "",
+) -> Report:
+    """Put together everything that a run found out.
+
+    Args:
+        plan: The plan that was executed.
+        artifacts: Results by step key, those of measuring steps included.
+        statuses: `executed`, `cached` or `emitted` by step name.
+        seconds: Wall time of the whole run.
+        command: The command line, for reproducing.
+        rolled_back: Why this plan ends before its recipe does; "" where it doesn't.
+    """
+    run = _Run(plan, artifacts, statuses)
+    judged = judge(plan, artifacts, statuses)
+    return Report(
+        verdict=judging.overall(judged),
+        recipe=_recipe(plan),
+        model=_model(plan),
+        target=asdict(plan.target),
+        host=host.describe() | {"while_timing": run.speed_facts.get("host")},
+        versions={"optikit": __version__, "python": platform.python_version(), **host.versions(LIBRARIES)},
+        baseline=run.baseline,
+        result=run.result,
+        steps=tuple(run.step(step, run.measurement(step)) for step in plan.steps),
+        measures=tuple(run.step(step, None) for step in plan.measures),
+        speedup=run.speedup(RESULT),
+        other_baselines=tuple(run.other_baselines()),
+        attribution=tuple(run.attribution()),
+        speculation=run.speculation,
+        served=run.served,
+        gates=judged,
+        warnings=(*filter(None, (rolled_back,)), *(problem.message for problem in plan.warnings), *run.warnings()),
+        seconds=seconds,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+    )
+
+
+def judge(
+    plan: Plan, artifacts: Mapping[str, Artifact], statuses: Mapping[str, str] | None = None, *, on_fail: str = ""
+) -> tuple[GateResult, ...]:
+    """Judge a recipe's gates by what has been measured; `on_fail` picks some. Steps that a plan leaves out aren't."""
+    recipe, known = plan.recipe, {step.name for step in plan.steps}
+    wanted = []
+    steps: dict[str, tuple[str, Mapping[str, Value]]] = {}
+    for each in limits.asked(recipe.gates, on_fail):
+        name = next(iter(limits.steps_named(recipe, each.step)), "") if each.step else ""
+        if name and name not in known:
+            continue
+        wanted.append(each)
+        if name:
+            steps[each.step] = (name, _Run(plan.until(name), artifacts, statuses or {}).values)
+    return judging.judge(wanted, _Run(plan, artifacts, statuses or {}).values if wanted else {}, steps)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A plan with what became of it, and the questions that a report asks of both."""
+
+    plan: Plan
+    artifacts: Mapping[str, Artifact]
+    statuses: Mapping[str, str]
+
+    @cached_property
+    def speed_facts(self) -> Mapping[str, Any]:
+        """What the speed test found; empty where there was none."""
+        found = self._measure(SPEED)
+        return found.manifest.facts if found else {}
+
+    @cached_property
+    def baseline(self) -> Measurement:
+        """The untouched model, in the runtime its user would otherwise use."""
+        key = self.plan.baseline_key
+        size = weight_bytes(self.artifacts[key]) if key else self.plan.facts.weight_bytes
+        return self._measurement(size, self._quality(BASELINE), BASELINE)
+
+    @cached_property
+    def result(self) -> Measurement:
+        """The last artifact."""
+        stages = [step for step in self.plan.steps if step.verb not in ("acquire", "speculate")]
+        stages = [step for step in stages if not self.emitted(step)]
+        return self.measurement(stages[-1], last=True) if stages else self.baseline
+
+    def emitted(self, step: Step) -> bool:
+        """Return whether a step only wrote what another machine will do: there is nothing of it to measure."""
+        return self.statuses.get(step.name) == "emitted"
+
+    @cached_property
+    def speculation(self) -> dict[str, Any] | None:
+        """What speculation brought, and whether it is on; None where there is none."""
+        found = self._measure(SPECULATION)
+        return dict(found.manifest.facts["speculation"]) if found else None
+
+    @cached_property
+    def served(self) -> Served | None:
+        """What clients of a server saw, where the result was served; None where it wasn't."""
+        kept = (self.artifacts[step.key].manifest.facts for step in self.plan.measures if step.key in self.artifacts)
+        found = next((facts["served"] for facts in kept if "served" in facts), None)
+        return Served.model_validate(found) if found else None
+
+    def measurement(self, step: Step, *, last: bool | None = None) -> Measurement:
+        """Return what was measured of the artifact of a step: its speed, too, if it is the last one."""
+        is_last = step is self.plan.steps[-1] if last is None else last
+        size = weight_bytes(self.artifacts[step.key]) or None  # a folder for a server holds no weights of its own
+        if self.emitted(step):
+            return Measurement(size_bytes=size, reason=f"emitted: {step.method} runs elsewhere, nothing was measured")
+        if step.verb == "speculate":
+            return Measurement(size_bytes=size, reason="it changes no weights; what it brings is told as speculation")
+        quality = self._quality(BASELINE if step.verb == "acquire" else step.name)
+        return self._measurement(size, quality, RESULT if is_last and step.verb != "acquire" else "")
+
+    def _measurement(self, size: int | None, quality: Quality | None, arm: str) -> Measurement:
+        speed = self._speed(arm)
+        return Measurement(
+            size_bytes=size,
+            quality=quality,
+            speed=speed,
+            cost=price(self.plan.target, speed) if arm else None,
+            reason="; ".join(self._missing(quality, speed, arm)),
+        )
+
+    def _missing(self, quality: Quality | None, speed: Speed | None, arm: str) -> Iterator[str]:
+        wanted = self.plan.recipe.evaluate
+        if quality is None:
+            yield (
+                "quality: the recipe has no `evaluate: {perplexity: …}` or `{tasks: …}`"
+                if wanted.perplexity is None and not wanted.tasks
+                else "quality: tasks are put to the result only"
+                if wanted.perplexity is None and arm != RESULT
+                else "quality: no runtime on this machine loads this artifact"
+            )
+        if speed is None and not arm:
+            yield "speed: timed for the last step only"
+        elif speed is None:
+            yield (
+                "speed: the recipe has no `evaluate: {speed: …}`"
+                if wanted.speed is None
+                else "speed: timed only where the last step compiled for a runtime on this machine"
+            )
+
+    def _measure(self, name: str) -> Artifact | None:
+        step = next((step for step in self.plan.measures if step.name == name), None)
+        return self.artifacts.get(step.key) if step else None
+
+    def _quality(self, name: str) -> Quality | None:
+        found = [each.manifest.facts for each in (self._measure(TASKS + name), self._measure(QUALITY + name)) if each]
+        if not found:
+            return None
+        facts = {
+            key: value for each in found for key, value in each.items() if key in SECTIONS and value not in ({}, None)
+        }
+        return Quality.model_validate(facts)
+
+    def _speed(self, arm: str) -> Speed | None:
+        found = self.speed_facts.get("arms", {}).get(arm)
+        return Speed.model_validate(found) if found else None
+
+    def speedup(self, arm: str) -> Speedup:
+        """Return an arm's speed against the baseline's."""
+        ratios = self.speed_facts.get("ratios", {}).get(arm, {})
+        return Speedup(**{what: Ratio.model_validate(ratio) for what, ratio in ratios.items()})
+
+    def other_baselines(self) -> Iterator[OtherBaseline]:
+        """Yield further baselines; their speed-up is the result's against them, over the same rounds."""
+        for name, ratios in self.speed_facts.get("last_against", {}).items():
+            speed = self._speed(name)
+            if speed is not None:
+                against = Speedup(**{what: Ratio.model_validate(ratio) for what, ratio in ratios.items()})
+                yield OtherBaseline(name=name, speed=speed, speedup=against)
+
+    @cached_property
+    def values(self) -> Mapping[str, Value]:
+        """What gates may limit, by metric name."""
+        return {**self._quality_values(), **self._speed_values()} | {
+            "size_ratio": _ratio(self.result.size_bytes, self.baseline.size_bytes)
+        }
+
+    def _quality_values(self) -> dict[str, Value]:
+        missing = Value(reason=self.result.reason or "the result has no quality to compare")
+        found = dict.fromkeys(
+            (name for name, part in check_gates.NEEDS.items() if part in ("perplexity", "tasks")), missing
+        )
+        quality = self.result.quality
+        if quality is None:
+            return found
+        if quality.perplexity is not None:
+            ratio = quality.perplexity
+            reason = quality.reason if ratio.ratio is None else ""
+            found["perplexity_ratio"] = Value(value=ratio.ratio, ci95=ratio.ratio_ci95, reason=reason)
+        apart = quality.kl_divergence
+        found["kl_divergence_mean"] = (
+            Value(value=apart.mean, ci95=apart.mean_ci95) if apart else Value(reason=quality.reason)
+        )
+        reason = quality.reason if quality.top1_agreement is None else ""
+        found["top1_agreement"] = Value(value=quality.top1_agreement, ci95=quality.top1_agreement_ci95, reason=reason)
+        return found | dict(_task_values(quality))
+
+    def _speed_values(self) -> dict[str, Value]:
+        ratios = self.speedup(RESULT)
+        missing = Value(reason=self.result.reason or "the result was not timed")
+        found = {
+            f"{what}_speedup": Value(value=ratio.value, ci95=ratio.ci95) if ratio else missing
+            for what, ratio in (("decode", ratios.decode), ("prefill", ratios.prefill))
+        }
+        speed = self.result.speed
+        intervals = self.speed_facts.get("intervals", {}).get(RESULT, {})
+        for name in ("tpot_ms_p50", "ttft_ms_p50", "peak_memory_mib"):
+            interval = cast("tuple[float, float] | None", tuple(intervals[name]) if name in intervals else None)
+            found[name] = Value(value=getattr(speed, name), ci95=interval) if speed else missing
+        if speed is None:
+            return found | dict.fromkeys(("joules_per_output_token", check_gates.PRICE), missing)
+        found["joules_per_output_token"] = Value(value=speed.joules_per_output_token, reason=speed.energy_reason)
+        found[check_gates.PRICE] = _priced(self.result.cost, found["tpot_ms_p50"])
+        return found
+
+    def step(self, step: Step, measurement: Measurement | None) -> StepReport:
+        """Return one step's part of the report."""
+        manifest = self.artifacts[step.key].manifest
+        facts = manifest.facts if step.verb != "measure" else _details(manifest.facts)
+        return StepReport(
+            name=step.name,
+            verb=step.verb,
+            method=step.method,
+            backend=step.backend,
+            status=cast("Any", self.statuses[step.name]),
+            key=step.key,
+            seconds=manifest.seconds,
+            peak_memory_mib=manifest.peak_memory_mib,
+            artifact_bytes=manifest.size_bytes,
+            estimate_seconds=step.estimate.seconds,
+            estimate_peak_memory_mib=step.estimate.peak_bytes / 2**20,
+            estimate_disk_bytes=step.estimate.disk_bytes,
+            options=step.options.model_dump(mode="json"),
+            facts=dict(facts),
+            measurement=measurement,
+        )
+
+    def attribution(self) -> Iterator[dict[str, Any]]:
+        """Yield what each step alone did to perplexity and size: against the artifact it was made from."""
+        for step in self.plan.steps:
+            if step.verb == "acquire" or self.emitted(step):
+                continue
+            if step.verb == "speculate":
+                measured = (self.speculation or {}).get("speedup")
+                yield {"step": step.name} | ({"decode_speedup": measured} if measured else {})
+                continue
+            parent = next((other for other in self.plan.steps if other.key == step.source), None)
+            before = self.measurement(parent) if parent else self.baseline
+            own: dict[str, Any] = {"step": step.name}
+            ratio = self._perplexity_ratio(parent, step)
+            if ratio is not None:
+                own["perplexity_ratio"] = ratio
+            own |= self._own_speed(step)
+            ratio_of_sizes = _ratio(self.measurement(step).size_bytes, before.size_bytes).value
+            yield own | {"size_ratio": ratio_of_sizes}
+
+    def _own_speed(self, step: Step) -> dict[str, Any]:
+        """Return what a step alone did to decode speed on the result's engine; nothing where that was not asked for."""
+        chain = self.speed_facts.get("chain", {})
+        if not chain:
+            return {}
+        name = "engine-baseline" if step.verb == "compile" else f"engine-{step.name}"
+        decode = chain.get(name, chain["result"])["decode"]
+        return {"decode_speedup": {"value": decode["value"], "ci95": decode["ci95"]}}
+
+    def _perplexity_ratio(self, parent: Step | None, step: Step) -> dict[str, Any] | None:
+        before = self._measure(QUALITY + (BASELINE if parent is None or parent.verb == "acquire" else parent.name))
+        after = self._measure(QUALITY + step.name)
+        if before is None or after is None:
+            return None
+        import numpy as np
+
+        from optikit.evaluation import statistics
+
+        nll = [np.load(artifact.path / NLL, allow_pickle=False) for artifact in (before, after)]
+        value, interval = statistics.perplexity_ratio(*nll, seed=self.plan.recipe.seed)
+        return {"value": value, "ci95": list(interval)}
+
+    def warnings(self) -> Iterator[str]:
+        """Yield what a reader should know before trusting the numbers."""
+        wanted = self.plan.recipe.evaluate
+        types = self._source_types()
+        if types - FLOAT_TYPES:
+            packed = ", ".join(sorted(types - FLOAT_TYPES))
+            yield f"The model's weights came from a {packed} file: what that lost is part of the baseline."
+        if wanted.perplexity is not None and (wanted.perplexity.windows or FEW_WINDOWS) < FEW_WINDOWS:
+            yield f"{wanted.perplexity.windows} windows are few: quality intervals are wide and rest on Student's t."
+        for step in filter(self.emitted, self.plan.steps):
+            yield f"{step.name} was emitted: size and quality are those of the weights that it will compile."
+        if self.speculation is not None and self.speculation["chosen"] == "off":
+            yield f"Speculation by {self.speculation['method']} was measured and is switched off: it doesn't pay here."
+        facts = self.speed_facts
+        if not facts:
+            return
+        yield from self._timing_warnings(facts)
+
+    def _source_types(self) -> frozenset[str]:
+        """Return the tensor types of the file that the model was unpacked from."""
+        unpacked = [self.artifacts[step.key].manifest.facts for step in self.plan.steps if step.verb == "acquire"]
+        return frozenset(name for facts in unpacked for name in facts.get("tensor_types", ()))
+
+    def _timing_warnings(self, facts: Mapping[str, Any]) -> Iterator[str]:
+        if self.statuses.get(SPEED) == "cached":
+            yield "Speed was timed in an earlier run on this machine and taken from the store."
+        before = facts["host"]["before"]
+        load = before["load_average_1min"]
+        if load is not None and load > BUSY * before["threads"]:
+            on = f"a load of {load:.1f} on {before['threads']} threads"
+            yield f"When timing began the machine was already busy: {on}."
+        steal = facts["host"]["steal_share"]
+        if steal is not None and steal > MUCH_STEAL:
+            yield f"While timing, the hypervisor gave {steal:.0%} of the processor time to other machines."
+        floor = facts["noise"]["decode"]["noise_floor"]
+        if floor > MUCH_NOISE:
+            yield f"The machine was noisy: the baseline differs from itself by up to {floor:.0%} in decode speed."
+        timed = next(iter(facts["arms"].values()))
+        runs = timed["repetitions"]
+        if timed["ttft_ms_p95"] is None:
+            yield f"95th percentiles are left out: {runs} repetitions are too few, {FOR_P95} are needed."
+        if facts["prompts"] < runs:
+            yield f"The text has only {facts['prompts']} prompts of that length: some were decoded more than once."
+
+
+def _ratio(size: int | None, before: int | None) -> Value:
+    return Value(value=size / before) if size is not None and before else Value(reason="the size is not known")
+
+
+def _priced(found: Cost | None, tpot_ms: Value) -> Value:
+    """Return the price of output tokens; it grows with the time per token, and so does its interval."""
+    if found is None or found.usd_per_million_output_tokens is None:
+        return Value(reason=found.reason if found else "the result has no price")
+    price_now = found.usd_per_million_output_tokens
+    if tpot_ms.value is None or tpot_ms.ci95 is None:
+        return Value(value=price_now)
+    low, high = (price_now * end / tpot_ms.value for end in tpot_ms.ci95)
+    return Value(value=price_now, ci95=(low, high))
+
+
+def _task_values(quality: Quality) -> Iterator[tuple[str, Value]]:
+    """Yield what gates may limit of the tasks: means over tasks, which weigh the same."""
+    tasks = list(quality.tasks.values())
+    if not tasks:
+        return
+    yield "task_accuracy", _mean([(task.accuracy, task.accuracy_ci95) for task in tasks])
+    together = quality.tasks_verdict
+    if together is None:
+        return
+    yield "task_accuracy_change", Value(value=together.change, ci95=together.change_ci95)
+    yield "task_flip_rate", Value(value=sum(task.flip_rate or 0 for task in tasks) / len(tasks))
+    written = [
+        (task.output_length_ratio, task.output_length_ratio_ci95)
+        for task in tasks
+        if task.output_length_ratio is not None and task.output_length_ratio_ci95 is not None
+    ]
+    missing = Value(reason="no task has written answers")
+    yield "output_length_ratio", _mean(written) if written else missing
+
+
+def _mean(found: Sequence[tuple[float, Interval]]) -> Value:
+    """Return the mean of independent values: errors on each side are added in squares."""
+    count = len(found)
+    value = sum(each for each, _ in found) / count
+    below = math.hypot(*(each - ci95[0] for each, ci95 in found)) / count
+    above = math.hypot(*(ci95[1] - each for each, ci95 in found)) / count
+    return Value(value=value, ci95=(value - below, value + above))
+
+
+def weight_bytes(artifact: Artifact) -> int:
+    """Return the bytes of an artifact's weights: safetensors files, or a compiled graph with its data."""
+    files = artifact.manifest.files
+    return sum(record.size for name, record in files.items() if PurePosixPath(name).suffix in WEIGHT_SUFFIXES)
+
+
+def price(target: Target, speed: Speed | None) -> Cost:
+    """Return what tokens cost on a target, or why that isn't known."""
+    if target.usd_per_hour is None:
+        return Cost(reason=f"target {target.name} has no price per hour")
+    if speed is None:
+        return Cost(reason="speed was not measured", price_source=target.price_source)
+    if target.device != "cpu":
+        reason = f"speed was measured on this machine's processor, and {target.name} charges for its accelerator"
+        return Cost(reason=reason, price_source=target.price_source)
+    return Cost(
+        usd_per_million_output_tokens=cost.usd_per_million_output(target.usd_per_hour, speed.decode_tokens_per_s),
+        usd_per_million_blended_tokens=cost.usd_per_million_blended(target.usd_per_hour, tpot_ms=speed.tpot_ms_p50),
+        price_source=target.price_source,
+    )
+
+
+def _recipe(plan: Plan) -> dict[str, Any]:
+    written = plan.recipe.model_dump(mode="json", exclude={"stages"})
+    return written | {"stages": [as_written(entry) for entry in plan.recipe.stages]}
+
+
+def _model(plan: Plan) -> dict[str, Any]:
+    facts: ModelFacts = plan.facts
+    return {
+        "source": plan.model.resolved,
+        "digest": plan.model.digest,
+        "model_type": facts.model_type,
+        "parameters": facts.parameters,
+        "layers": facts.layers,
+        "hidden": facts.hidden,
+        "vocab": facts.vocab,
+        "max_positions": facts.max_positions,
+        "dtype": facts.dtype,
+        "weight_bytes": facts.weight_bytes,
+        "traits": sorted(facts.traits),
+    }
+
+
+def _details(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a measuring step's facts without what the measurements already hold."""
+    shown = SECTIONS | {"served", "arms", "ratios", "last_against", "chain", "files", "speculation"}
+    return {name: value for name, value in facts.items() if name not in shown}

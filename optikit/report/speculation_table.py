@@ -1,0 +1,189 @@
+"""What speculation brought, in the words of the field: names, units and order of its figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from optikit import text
+from optikit.report import values
+
+DRAFTERS: Mapping[str, str] = {
+    "lookup": "prompt lookup",
+    "recall": "n-grams of earlier answers",
+    "medusa": "Medusa heads",
+    "draft": "draft model",
+    "off": "none: it doesn't pay here",
+}
+DRAWN = frozenset({"acceptance_by_position", "window_ms", "by_prompt"})
+"""Figures that are pictures where there can be any."""
+
+
+Rows = tuple[tuple[str, str], ...]
+
+
+def grouped(given: Mapping[str, Any], *, drawn: bool) -> tuple[tuple[str, Rows], ...]:
+    """Return (name, value) of every figure, by what it is about.
+
+    One that isn't known, or isn't what it should be, is told as it stands.
+
+    Args:
+        given: `speculation` of a report.
+        drawn: Whether `DRAWN` are pictures and not told in words.
+    """
+    told = {str(key): value for key, value in given.items() if not (drawn and key in DRAWN)}
+    keys = {title: [key for key in group if key in told] for title, group in GROUPS.items()}
+    keys[FURTHER] = [key for key in told if key not in WORDS]
+    return tuple(
+        (title, tuple(row for key in names for row in _told(key, told[key]))) for title, names in keys.items() if names
+    )
+
+
+def listed(given: Mapping[str, Any], *, drawn: bool) -> Rows:
+    """Return the rows of `grouped`, one after the other."""
+    return tuple(row for _, rows in grouped(given, drawn=drawn) for row in rows)
+
+
+def sentence(given: Mapping[str, Any]) -> str:
+    """Say what speculation brought; nothing where that isn't known."""
+    if given.get("chosen") == "off":
+        return "Measured here, no drafter pays: the model decodes without one."
+    try:
+        found = given["speedup"]
+        value, (low, high) = _finite(found["value"]), map(_finite, found["ci95"])
+        gain = f"{text.ratio(value)} ({text.ratio_interval(value, (low, high))})"
+        said = f"Tokens come {gain} as fast as from the same graph without drafts; {_times(given['predicted_speedup'])}"
+        ties, unlike = int(given["explained_ties"]), int(given["unexplained"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return ""
+    same = "texts part from plain decoding at near-ties only" if ties else "every text is that of plain decoding"
+    same = f"{text.plural(unlike, 'text')} part from plain decoding, and nothing explains it" if unlike else same
+    return f"{said} was predicted; {same}."
+
+
+def _told(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    known = WORDS.get(key)
+    if known is None or value is None:
+        yield from values.listed({key: value}) if known is None else [(known[0], "–")]
+        return
+    name, words = known
+    try:
+        shown = words(value)
+    except (TypeError, ValueError, AttributeError, KeyError):
+        yield from values.listed({key: value})
+        return
+    if isinstance(shown, str):
+        yield name, shown
+    else:
+        yield from ((f"{name}: {part}", each) for part, each in shown)
+
+
+Shown = str | list[tuple[str, str]]
+
+
+def _drafter(name: Any) -> str:
+    return text.clean(DRAFTERS.get(name, str(name)))
+
+
+def _percent(share: Any) -> str:
+    return text.percent(_finite(share))
+
+
+def _percents(shares: Any) -> str:
+    return ", ".join(map(_percent, shares)) or "–"
+
+
+def _times(value: Any) -> str:
+    return text.ratio(_finite(value))
+
+
+def _ms(value: Any) -> str:
+    return text.milliseconds(_finite(value))
+
+
+def _finite(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise TypeError(f"{value!r} is no number")
+    return float(value)
+
+
+def _lengths(lengths: Any) -> str:
+    longest_first = sorted(((int(n), int(k)) for n, k in lengths.items()), reverse=True)
+    return ", ".join(f"{k} after {text.plural(n, 'token')}" for n, k in longest_first) or "none"
+
+
+def _accepted(by: Any) -> Shown:
+    rows = []
+    for name, row in by.items():
+        drafted, kept, steps = int(row["drafted"]), int(row["accepted"]), int(row["steps"])
+        rate = text.percent(kept / max(1, drafted))
+        rows.append((_drafter(name), f"{rate}, {kept:,} of {drafted:,} draft tokens in {text.plural(steps, 'step')}"))
+    return rows
+
+
+def _alone(by: Any) -> Shown:
+    return [(_drafter(name), _times(value)) for name, value in by.items()]
+
+
+def _costs(given: Any) -> str:
+    return f"{_ms(given['ask'])} per draft and {_ms(given['per_token'])} per token of it"
+
+
+def _windows(given: Any) -> str:
+    return ", ".join(f"{int(m)}: {_ms(ms)}" for m, ms in given.items())
+
+
+def _latency(given: Any) -> Shown:
+    return [
+        (text.clean(str(name)), f"{_ms(row['p50'])} median, {_ms(row['p90'])} at the 90th percentile")
+        for name, row in given.items()
+    ]
+
+
+def _prompts(rows: Any) -> str:
+    best = max(rows, key=lambda row: _finite(row["speedup"]))
+    return f"the best {_times(best['speedup'])} at an acceptance length of {text.number(best['acceptance_length'])}"
+
+
+GROUPS: Mapping[str, Mapping[str, tuple[str, Callable[[Any], Shown]]]] = {
+    "What it brings": {
+        "speedup": ("speed-up of decoding, measured", values.worded),
+        "predicted_speedup": ("speed-up of decoding, predicted", _times),
+        "speedup_without_loops": ("speed-up on texts that don't repeat themselves", values.worded),
+        "speedup_end_to_end": ("speed-up, the prompt's run included", values.worded),
+        "latency_ms": ("time per answer", _latency),
+        "looping": ("answers that repeat themselves", _percent),
+        "acceptance_length": ("acceptance length: tokens per forward pass", values.worded),
+        "acceptance_by_position": ("acceptance rate by draft position", _percents),
+        "by_prompt": ("speed-up by prompt", _prompts),
+    },
+    "What drafts": {
+        "method": ("method asked for", _drafter),
+        "chosen": ("method chosen by measuring", _drafter),
+        "lengths": ("prompt lookup: tokens drafted after a match", _lengths),
+        "gate": ("n-grams of earlier answers: least confidence", _percent),
+        "ahead": ("heads or draft model: most tokens drafted", values.worded),
+        "ahead_gate": ("heads or draft model: least confidence", _percent),
+        "by_drafter": ("acceptance rate", _accepted),
+        "drafting_steps": ("forward passes that checked a draft", _percent),
+    },
+    "Whether texts stay the same": {
+        "lossless": ("lossless", values.worded),
+        "prompts": ("prompts judged on", values.worded),
+        "exact_match": ("answers identical to plain decoding", _percent),
+        "explained_ties": ("answers that part at a near-tie of logits", values.worded),
+        "unexplained": ("answers that part anywhere else", values.worded),
+        "largest_tie_margin": ("largest margin of such a tie, logits", values.worded),
+        "kernel_noise": ("largest difference between the engine's kernels, logits", values.worded),
+    },
+    "Why this drafter": {
+        "predicted_alone": ("speed-up predicted for one drafter alone", _alone),
+        "drafting_ms": ("cost of heads or draft model", _costs),
+        "window_ms": ("verification cost T(m): time of a forward pass of m tokens", _windows),
+    },
+}
+"""Name of each figure, and how its value is written, by what it is about."""
+WORDS = {key: words for group in GROUPS.values() for key, words in group.items()}
+FURTHER = "Further figures"
+"""Group of figures that nobody gave a name."""

@@ -1,0 +1,172 @@
+"""A report in sentences, before any markup: what the Markdown, the page, the terminal and CI all say.
+
+Nothing here measures or judges; it chooses, names and words what `schema.Report` holds. `figures` has the table,
+`judged` the gates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from optikit import text
+from optikit.evaluation.results import Measurement, Ratio, Report, StepReport
+from optikit.plan.check_gates import PRICE
+
+
+def model_name(report: Report) -> str:
+    """Return the model's name as people say it, without registry, version and directory."""
+    given = report.model.get("name") or report.model.get("source") or report.recipe.get("model") or "the model"
+    return short_name(text.clean(str(given)))
+
+
+def short_name(source: str) -> str:
+    """Return the last meaningful part of a model source.
+
+    >>> [short_name(s) for s in ("hf:org/Llama-3-8B@0e1f", "pypi:llm-x==0.1#llm_x/X-1B.Q4_1.gguf", "models/mine/")]
+    ['Llama-3-8B', 'X-1B.Q4_1', 'mine']
+    """
+    scheme, colon, rest = source.partition(":")
+    if not colon or scheme not in {"hf", "pypi"}:
+        return source.rstrip("/").rpartition("/")[2].removesuffix(".gguf") or source
+    package, _, file = rest.partition("#")
+    if file:
+        return file.rpartition("/")[2].removesuffix(".gguf") or source
+    if scheme == "pypi":
+        return package.partition("==")[0]
+    return package.partition("@")[0].rpartition("/")[2] or source
+
+
+def headline(report: Report) -> str:
+    """Say in one sentence what the run achieved: "X is 5.2× faster and 3.4× smaller at 1.12× perplexity"."""
+    before, after = report.baseline, report.result
+    if measured_only(report):
+        return f"{model_name(report)}: {', '.join(_measured(report)) or 'nothing could be measured'}"
+    sizes = (before.size_bytes or 0, after.size_bytes or 0)
+    size = text.change(sizes[1] / sizes[0], ("larger", "smaller")) if all(sizes) else ""
+    claims = [claim for claim in (_speed_claim(report.speedup.decode), size) if claim]
+    gains = " and ".join("the same size" if claim == "unchanged" else claim for claim in claims)
+    perplexity = after.quality.perplexity if after.quality else None
+    at = f" at {text.ratio(perplexity.ratio)} perplexity" if perplexity and perplexity.ratio is not None else ""
+    missing = [
+        name for name, known in (("speed", report.speedup.decode is not None), ("quality", bool(at))) if not known
+    ]
+    rest = f"; its {' and '.join(missing)} {'were' if len(missing) > 1 else 'was'} not measured" if missing else ""
+    return f"{model_name(report)} is {gains or 'unchanged in size'}{at}{rest}"
+
+
+def measured_only(report: Report) -> bool:
+    """Tell whether a model was measured as it is: there is no baseline beside it."""
+    return not report.steps
+
+
+def _measured(report: Report) -> Iterator[str]:
+    """Yield the figures that a model without a baseline is known by."""
+    rows = report.served.speed if report.served else ()
+    for row in (rows[:1] + rows[-1:])[: len(rows)]:
+        at = "alone" if row.concurrency == 1 else f"with {row.concurrency} at a time"
+        yield f"{text.per_second(row.output_tokens_per_s)} {at}"
+    found = report.result
+    if found.speed:
+        yield text.per_second(found.speed.decode_tokens_per_s)
+    if found.quality and found.quality.perplexity:
+        yield f"perplexity {text.number(found.quality.perplexity.value, 4)}"
+    if found.quality:
+        yield from (f"{text.clean(name)} {text.percent(task.accuracy)}" for name, task in found.quality.tasks.items())
+    if found.size_bytes:
+        yield text.size(found.size_bytes)
+
+
+def _speed_claim(decode: Ratio | None) -> str:
+    if decode is None:
+        return ""
+    if decode.verdict == "no measurable change":
+        return "as fast as before"
+    return text.change(decode.value, ("faster", "slower"))
+
+
+def what_was_done(report: Report) -> str:
+    """Name the steps in order: "quantize gptq → compile onnxruntime"."""
+    names = [f"{s.verb} {s.method}" + (" (emitted)" if s.status == "emitted" else "") for s in report.steps]
+    return text.clean(" → ".join(names)) or "measured only, nothing changed"
+
+
+def compared(report: Report) -> str:
+    """Say what is compared with what, or that only sizes are."""
+    if measured_only(report):
+        return f"Measured as it is: {_described(report.result)}."
+    if report.baseline.speed or report.baseline.quality or report.result.speed or report.result.quality:
+        return f"Baseline: {_described(report.baseline)}. Result: {_described(report.result)}."
+    return "Only sizes are known; nothing was run."
+
+
+def _described(measurement: Measurement) -> str:
+    """Say through what a measurement was taken: "transformers, bfloat16, 2 threads"."""
+    speed, quality = measurement.speed, measurement.quality
+    if speed:
+        return text.clean(f"{speed.runtime}, {speed.dtype}, {text.plural(speed.threads, 'thread')}")
+    return (
+        text.clean(quality.runtime)
+        if quality
+        else "from outside"
+        if measurement.size_bytes is None
+        else text.UNMEASURED
+    )
+
+
+def conditions(report: Report) -> tuple[str, ...]:
+    """Say under which conditions the figures hold: protocol, runtimes, lengths, repetitions, noise floor."""
+    said: list[str] = []
+    quality, speed = report.result.quality, report.result.speed or report.baseline.speed
+    if quality and quality.perplexity:
+        before = report.baseline.quality
+        through = f"result through {quality.runtime}" + (f", baseline through {before.runtime}" if before else "")
+        through = f"through the {quality.runtime} runtime" if measured_only(report) else through
+        said.append(
+            f"Quality: protocol {quality.perplexity.protocol}, {quality.perplexity.tokens:,} scored tokens, {through}."
+        )
+    if speed:
+        said.append(
+            f"Speed: prompts of {speed.prompt_tokens} tokens, {speed.new_tokens} new tokens, "
+            f"{text.plural(speed.repetitions, 'repetition')}{'' if measured_only(report) else ' of each, alternating'}."
+        )
+    if report.speedup.decode:
+        said.append(
+            f"Noise floor of the decode ratio on this machine: ±{100 * report.speedup.decode.noise_floor:.1f} %."
+        )
+    cost = report.result.cost
+    if cost and cost.price_source:
+        said.append(f"Price: {cost.price_source}.")
+    return tuple(text.clean(line) for line in said)
+
+
+def _unpriced(report: Report) -> bool:
+    """Tell whether the target has no price and no gate asks for one: then its absence is no news."""
+    asked = report.recipe.get("gates")
+    wants_price = isinstance(asked, Mapping) and PRICE in asked
+    return report.target.get("usd_per_hour") is None and not wants_price
+
+
+def reasons(report: Report) -> tuple[str, ...]:
+    """Say why what is missing is missing."""
+    found: list[str] = []
+    sides = (("baseline", report.baseline), ("result", report.result))
+    for name, m in sides[1:] if measured_only(report) else sides:
+        parts = (
+            ("", m.reason),
+            ("quality", m.quality.reason if m.quality else ""),
+            ("cost", m.cost.reason if m.cost and not _unpriced(report) else ""),
+        )
+        named = [", ".join(filter(None, ("" if measured_only(report) else name, part))) for part, _ in parts]
+        found += [": ".join(filter(None, (who, why))) for who, (_, why) in zip(named, parts, strict=True) if why]
+    return tuple(dict.fromkeys(text.clean(line) for line in found))
+
+
+def step_label(step: StepReport) -> str:
+    """Name a step: "quantize gptq", with its backend where that isn't optikit's own."""
+    backend = f" ({text.clean(step.backend)})" if step.backend not in {"", "optikit"} else ""
+    return text.step_words(step.name) + backend
+
+
+def size_after(step: StepReport) -> int:
+    """Return the bytes of the weights after a step, or of all that it wrote where nothing was measured."""
+    return (step.measurement.size_bytes if step.measurement else None) or step.artifact_bytes

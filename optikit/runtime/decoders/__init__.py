@@ -1,0 +1,1 @@
+"""One decoder per engine; each fits `runtime.decoder.Decoder`."""

@@ -1,0 +1,52 @@
+"""What a call to a decoder may ask for: checked in one place, so that every runtime refuses in the same words."""
+
+from __future__ import annotations
+
+from optikit.errors import UsageError
+from optikit.runtime.decoder import Tokens
+
+
+def check_call(
+    tokens: Tokens, position: int, *, filled: int, vocab: int, max_tokens: int, rows: int | None = None
+) -> None:
+    """Refuse tokens that a decoder can't run at `position`.
+
+    Args:
+        tokens: (m,) token ids.
+        position: Where they start.
+        filled: Tokens that the cache holds.
+        vocab: Width of the logits.
+        max_tokens: Longest sequence the cache holds.
+        rows: Positions whose logits are wanted.
+
+    Raises:
+        UsageError: No tokens, a gap before them, an id outside the vocabulary, too long a sequence, too many rows.
+    """
+    if tokens.ndim != 1 or tokens.size == 0:
+        raise UsageError(
+            f"a decoder needs a row of tokens, not an array of shape {tokens.shape}", fix="give at least one token"
+        )
+    if rows is not None and not 1 <= rows <= tokens.size:
+        raise UsageError(f"{rows} rows of logits of {tokens.size} tokens can't be had", fix="ask for 1 to all of them")
+    if not 0 <= position <= filled:
+        raise UsageError(
+            f"position {position} isn't within the {filled} tokens of the cache", fix="run what comes before it first"
+        )
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab:
+        raise UsageError(
+            f"token {low if low < 0 else high} is outside the vocabulary of {vocab}",
+            fix="use the model's own tokenizer",
+        )
+    check_room(position + tokens.size, max_tokens)
+
+
+def check_room(length: int, max_tokens: int) -> None:
+    """Refuse a sequence that is longer than the cache.
+
+    Raises:
+        UsageError: If it is.
+    """
+    if length > max_tokens:
+        message = f"{length} tokens don't fit: this decoder holds {max_tokens}"
+        raise UsageError(message, fix="shorten the prompt, ask for fewer tokens, or load it with a larger max_tokens")

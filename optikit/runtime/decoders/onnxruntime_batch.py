@@ -1,0 +1,258 @@
+"""`OnnxBatch`: several texts through one onnxruntime graph at once, each at its own length.
+
+GroupQueryAttention runs several tokens behind a cache for one text only: its description says that "`sequence_length >
+1` requires `batch_size == 1`", and it refuses anything else. So windows aren't stacked but laid end to end: all nodes
+but attention see one row of tokens, none of them padding. Each attention node is put into the graph in memory once per
+text, on that text's part of the row and on its own key-value buffers, which it writes in place as `OnnxDecoder` does.
+
+An attention node that has no text in a forward is given the first token and a cache of one position: it refuses to run
+on nothing.
+
+Products are computed as for one text with as many tokens, so texts that are never run alone nor in odd numbers
+(`min_window` 2) are those of `OnnxDecoder` with the same setting, token by token; other texts may differ where two
+tokens are as likely but for rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from optikit.errors import UsageError
+from optikit.runtime.decoder import Logits, Window
+from optikit.runtime.decoders.checks import check_call
+from optikit.runtime.decoders.onnxruntime_session import (
+    CHUNK,
+    LAST,
+    LENGTH,
+    STATES,
+    Layout,
+    drop_unread,
+    find_head,
+    open_session,
+    read_graph,
+    show_states,
+)
+
+ATTENTION = "GroupQueryAttention"
+WANTED = "optikit_wanted"
+"""Input that the head's rows are gathered by: indices of the tokens whose logits are wanted."""
+TOTAL = "optikit_total"
+"""Input: number of tokens of all texts; what attention nodes without a text give comes behind them."""
+START, END = "optikit_start", "optikit_end"
+"""Inputs per text: which part of the row of tokens is its own."""
+ZERO, AXIS = "optikit_zero", "optikit_axis"
+NOBODY = -1
+"""Whose buffers an attention node without a text uses."""
+
+
+def _of(name: str, text: int) -> str:
+    return f"{name}/text_{text}"
+
+
+def attend_apart(graph: onnx.GraphProto, layout: Layout, texts: int) -> None:
+    """Give each of several texts, laid end to end, attention and key-value buffers of its own.
+
+    Raises:
+        UsageError: The graph attends in a way that can't be had once per text.
+    """
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        nodes.extend(_once_per_text(node, texts) if node.op_type == ATTENTION else [node])
+    del graph.node[:]
+    graph.node.extend(nodes)
+    pasts = {past for past, _ in layout.cache_names}
+    presents = {present for _, present in layout.cache_names}
+    for values, shared in ((graph.input, pasts), (graph.output, presents)):
+        kept = [each for each in values if each.name not in shared]
+        copies = [_renamed(each, text) for each in values if each.name in shared for text in range(texts)]
+        del values[:]
+        values.extend([*kept, *copies])
+    for text in range(texts):
+        numbers = {START: TensorProto.INT64, END: TensorProto.INT64, LAST: TensorProto.INT32, LENGTH: TensorProto.INT32}
+        graph.input.extend(helper.make_tensor_value_info(_of(name, text), kind, [1]) for name, kind in numbers.items())
+    graph.input.append(helper.make_tensor_value_info(TOTAL, TensorProto.INT64, [1]))
+    graph.initializer.extend(
+        helper.make_tensor(name, TensorProto.INT64, [1], [i]) for i, name in enumerate((ZERO, AXIS))
+    )
+    mask = layout.inputs["attention_mask"]
+    drop_unread(graph, mask)
+    read = {name for node in graph.node for name in node.input}
+    if mask in read or read & pasts:
+        name = mask if mask in read else min(read & pasts)
+        message = f"other nodes than {ATTENTION} read {name}: the texts of a batch can't be told apart there"
+        raise UsageError(message, fix="write one text at a time")
+
+
+def _once_per_text(node: onnx.NodeProto, texts: int) -> Iterator[onnx.NodeProto]:
+    """Yield the nodes that stand for an attention node: slices, itself per text, and its outputs joined again."""
+    if any(node.input[9:11]) or len(node.output) > 3:
+        message = f"{node.name} takes positions or a bias of its own: the texts of a batch can't be told apart there"
+        raise UsageError(message, fix="write one text at a time")
+    out, *presents = node.output
+    for text in range(texts):
+        inputs = list(node.input)
+        for i in range(3):  # query, key and value, or all of them packed in the first
+            if inputs[i]:
+                part = _of(f"{node.name}/input_{i}", text)
+                yield helper.make_node("Slice", [inputs[i], _of(START, text), _of(END, text), AXIS], [part], name=part)
+                inputs[i] = part
+        inputs[3:7] = (_of(node.input[3], text), _of(node.input[4], text), _of(LAST, text), _of(LENGTH, text))
+        own = onnx.NodeProto()
+        own.CopyFrom(node)
+        own.name = _of(node.name, text)
+        del own.input[:], own.output[:]
+        own.input.extend(inputs)
+        own.output.extend([_of(out, text), *(_of(present, text) for present in presents)])
+        yield own
+    joined = f"{out}/joined"
+    yield helper.make_node("Concat", [_of(out, text) for text in range(texts)], [joined], name=joined, axis=1)
+    yield helper.make_node("Slice", [joined, ZERO, TOTAL, AXIS], [out], name=f"{joined}/texts")
+
+
+def _renamed(value: onnx.ValueInfoProto, text: int) -> onnx.ValueInfoProto:
+    """Return an input or output of one text; buffers of different texts may differ in length."""
+    own = onnx.ValueInfoProto()
+    own.CopyFrom(value)
+    own.name = _of(value.name, text)
+    own.type.tensor_type.shape.dim[2].dim_param = _of("positions", text)
+    return own
+
+
+def _gather_before_head(graph: onnx.GraphProto, position: int) -> None:
+    """Let the head see only the tokens that input WANTED names, and show what it reads."""
+    head = graph.node[position]
+    graph.input.append(helper.make_tensor_value_info(WANTED, TensorProto.INT64, ["rows"]))
+    rows = helper.make_node("Gather", [head.input[0], WANTED], [STATES], name=f"{WANTED}_gather", axis=1)
+    head.input[0] = STATES
+    graph.node.insert(position, rows)
+    show_states(graph)
+
+
+class OnnxBatch:
+    """Caches for several texts on one graph; see `protocol.BatchDecoder`.
+
+    Args:
+        layout: Of the compiled directory.
+        places: Texts at once.
+        max_tokens: Longest sequence of each.
+        threads: CPU threads.
+
+    Raises:
+        IntegrityError: A file is damaged, or onnxruntime can't run the graph.
+        UsageError: The graph has attention that can't be had once per text, or `places` is below 1.
+    """
+
+    runtime = "onnxruntime"
+
+    def __init__(self, layout: Layout, *, places: int, max_tokens: int, threads: int) -> None:
+        if places < 1:
+            raise UsageError(f"a batch of {places} texts holds none", fix="use 1 or more")
+        model = read_graph(layout)
+        _gather_before_head(model.graph, find_head(model.graph, layout.graph))
+        attend_apart(model.graph, layout, places)
+        self.places, self.max_tokens, self.vocab = places, max_tokens, layout.vocab
+        self._layout = layout
+        self._session = open_session(model, layout, threads, spinning=True)
+        self._binding = self._session.io_binding()
+        self._positioned = "position_ids" in {each.name for each in self._session.get_inputs()}
+        self._caches = {place: self._buffers(max_tokens) for place in range(places)}
+        self._caches[NOBODY] = self._buffers(1)
+        self._attends: list[int | None] = [None] * places
+        self._filled = [0] * places
+        self._total = np.zeros(1, np.int64)
+        self._parts = np.zeros((2, places, 1), np.int64)
+        self._lengths = np.zeros((2, places, 1), np.int32)
+        self._bind(TOTAL, self._total)
+        numbers: dict[str, NDArray[Any]]
+        numbers = {START: self._parts[0], END: self._parts[1], LAST: self._lengths[0], LENGTH: self._lengths[1]}
+        for name, of_texts in numbers.items():
+            for text in range(places):
+                self._bind(_of(name, text), of_texts[text])
+        self._first_rows = np.zeros(1, np.int64)
+        self._states = np.empty((1, 1, layout.hidden), np.float32)
+
+    def _buffers(self, positions: int) -> list[NDArray[np.float32]]:
+        shape = (1, self._layout.kv_heads, positions, self._layout.head_dim)
+        return [np.zeros(shape, np.float32) for _ in self._layout.cache_names]
+
+    def _bind(self, name: str, array: NDArray[Any]) -> None:
+        self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def _output(self, name: str, array: NDArray[Any]) -> None:
+        self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def forward(self, windows: Sequence[Window]) -> list[Logits]:
+        """Run windows of different texts; see `protocol.BatchDecoder.forward`."""
+        for place, tokens, position, rows in windows:
+            filled = self._filled[place]
+            check_call(tokens, position, rows=rows, filled=filled, vocab=self.vocab, max_tokens=self.max_tokens)
+        last = [self._run_beginning(each) for each in windows]
+        logits = self._run(last)
+        rows_before = np.cumsum([0, *(each.rows for each in windows)])
+        self._first_rows = rows_before
+        return np.split(logits, rows_before[1:-1])
+
+    def _run_beginning(self, window: Window) -> Window:
+        """Run a long window but for its last chunk, whose logits alone are wanted; return what is left."""
+        place, tokens, position, rows = window
+        while len(tokens) - CHUNK >= rows:
+            self._run([Window(place, tokens[:CHUNK], position, 1)])
+            tokens, position = tokens[CHUNK:], position + CHUNK
+        return Window(place, tokens, position, rows)
+
+    def _run(self, windows: Sequence[Window]) -> Logits:
+        """Run windows; return the wanted logits (sum of rows, vocab) of all of them, and keep their states."""
+        counts = np.array([len(each.tokens) for each in windows])
+        ends = np.cumsum(counts)
+        self._attend(windows, ends)
+        tokens = np.concatenate([each.tokens for each in windows])[None]
+        self._bind(self._layout.inputs["input_ids"], tokens)
+        positions = np.concatenate([each.position + np.arange(len(each.tokens)) for each in windows])[None]
+        if self._positioned:
+            self._bind("position_ids", positions)
+        wanted = np.concatenate([np.arange(end - each.rows, end) for end, each in zip(ends, windows, strict=True)])
+        self._bind(WANTED, wanted)
+        logits = np.empty((1, len(wanted), self.vocab), np.float32)
+        self._states = np.empty((1, len(wanted), self._layout.hidden), np.float32)
+        self._output(self._layout.outputs["logits"], logits)
+        self._output(STATES, self._states)
+        self._session.run_with_iobinding(self._binding)
+        for each in windows:
+            self._filled[each.place] = each.position + len(each.tokens)
+        found: Logits = logits[0]
+        return found
+
+    def _attend(self, windows: Sequence[Window], ends: NDArray[np.int64]) -> None:
+        """Tell each attention node whose tokens and whose buffers it works on."""
+        self._total[0] = ends[-1]
+        self._parts[:, :, 0] = [[0], [1]]
+        self._lengths[:, :, 0] = [[0], [1]]
+        for text, (each, end) in enumerate(zip(windows, ends, strict=True)):
+            length = each.position + len(each.tokens)
+            self._parts[:, text, 0] = end - len(each.tokens), end
+            self._lengths[:, text, 0] = length - 1, length
+        places = [each.place for each in windows] + [NOBODY] * (self.places - len(windows))
+        for text, place in enumerate(places):
+            if self._attends[text] != place:
+                self._attends[text] = place
+                for (past, present), buffer in zip(self._layout.cache_names, self._caches[place], strict=True):
+                    self._bind(_of(past, text), buffer)
+                    self._output(_of(present, text), buffer)
+
+    def hidden(self, window: int, row: int) -> NDArray[np.float32]:
+        """Return what the output head read for a row of a window's logits; see `batched.HiddenBatchDecoder`."""
+        state: NDArray[np.float32] = self._states[0, self._first_rows[window] + row]
+        return state
+
+    def move(self, source: int, target: int) -> None:
+        """Put the cache of `source` in that of `target`; see `protocol.BatchDecoder.move`. Nothing is copied."""
+        caches, filled = self._caches, self._filled
+        caches[source], caches[target] = caches[target], caches[source]
+        filled[target], filled[source] = filled[source], 0
+        self._attends = [None if each in (source, target) else each for each in self._attends]

@@ -1,0 +1,231 @@
+"""`TorchDecoder`: transformers as its users run it, for dense directories and for packed ones unpacked while loading.
+
+`greedy` is `model.generate` with a streamer, not a loop of ours: its speed is the baseline that results are compared
+with. `forward` keeps a cache of full length per layer, which can be cut back to any position.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers.initialization import no_init_weights
+from transformers.utils import logging
+
+from optikit import formats, host
+from optikit.errors import InputMissingError, IntegrityError, UsageError
+from optikit.runtime.decoder import Logits, Tokens
+from optikit.runtime.decoders.checks import check_call, check_room
+from optikit.runtime.decoders.transformers_batch import TorchBatch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Load without progress bars: stderr belongs to whoever called."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def load_model(directory: Path, dtype: str = "auto") -> Any:
+    """Return the transformers model of a directory, dense or packed in a format that `optikit.formats` reads.
+
+    Raises:
+        InputMissingError: config.json or the weights are missing.
+        IntegrityError: A file is damaged, or the weights aren't what config.json says.
+    """
+    config_file = directory / "config.json"
+    if not config_file.is_file():
+        raise InputMissingError(f"{directory} has no config.json", fix="give a Hugging Face model directory")
+    wanted = "auto" if dtype == "auto" else DTYPES[dtype]
+    try:
+        packed = "quantization_config" in json.loads(config_file.read_text(encoding="utf-8"))
+        model, missing = _unpack(directory, wanted) if packed else _read(directory, wanted)
+    except (ValueError, OSError, SafetensorError) as error:
+        raise IntegrityError(
+            f"transformers can't load {directory}: {error}", fix="check the model directory"
+        ) from error
+    if missing:  # transformers would go on with random numbers
+        raise IntegrityError(f"{directory} lacks tensor {min(missing)}", fix="fetch or write the model again")
+    return model
+
+
+def _read(directory: Path, dtype: torch.dtype | str) -> tuple[Any, set[str]]:
+    """Load a dense directory; return the model and the names of missing tensors."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, use_safetensors=True, output_loading_info=True, **LOCAL
+    )
+    return model, set(info["missing_keys"])
+
+
+def _unpack(directory: Path, dtype: torch.dtype | str) -> tuple[Any, set[str]]:
+    """Build the dense model that a packed directory stands for, without the packer's library.
+
+    Returns:
+        The model, and the names of missing tensors.
+    """
+    config = AutoConfig.from_pretrained(directory, **LOCAL)
+    del config.quantization_config
+    dtype = config.dtype or torch.float32 if isinstance(dtype, str) else dtype
+    with no_init_weights():  # allocated, but never written: pages that the state below replaces cost nothing
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    found = model.load_state_dict(formats.load_state(directory, dtype), strict=False, assign=True)
+    model.tie_weights()
+    for name in formats.rounds_activations(directory):
+        model.get_submodule(name).register_forward_pre_hook(_round_input)
+    return model.eval(), set(found.missing_keys) - set(model.all_tied_weights_keys)
+
+
+def _round_input(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Round each token's inputs to int8 as an int8 server does, so that quality is that of the served model."""
+    step = inputs[0].float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
+    return ((inputs[0].float() / step).round() * step).to(inputs[0].dtype)
+
+
+class _AbandonedError(Exception):
+    """The reader has gone."""
+
+
+class _Streamer:
+    """What `generate` calls with the prompt and then with each token: passes them on, until the reader has gone."""
+
+    def __init__(self, queue: SimpleQueue[Any]) -> None:
+        self._queue = queue
+        self._prompt_seen = False
+        self.abandoned = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.abandoned:
+            raise _AbandonedError
+        if self._prompt_seen:
+            self._queue.put(int(value.item()))
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        """Do nothing: the thread says when it is over."""
+
+
+class TorchDecoder:
+    """A Hugging Face directory with its cache; see `protocol.Decoder`.
+
+    Args:
+        directory: Dense, or packed in a format that `optikit.formats` reads.
+        dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`.
+        threads: CPU threads; None is all that this process may use. torch has one setting per process.
+        max_tokens: Longest sequence; None is what the model was made for.
+
+    Raises:
+        InputMissingError: config.json or the weights are missing.
+        IntegrityError: A file is damaged, or the weights aren't what config.json says.
+        UsageError: Unknown dtype, or `max_tokens` beyond the model's context.
+    """
+
+    runtime = "transformers"
+
+    def __init__(
+        self, directory: Path, *, dtype: str = "auto", threads: int | None = None, max_tokens: int | None = None
+    ) -> None:
+        if dtype not in ("auto", *DTYPES):
+            raise UsageError(f"transformers can't run in {dtype}", fix=f"use auto, {', '.join(DTYPES)}")
+        self.threads = threads or host.threads()
+        torch.set_num_threads(self.threads)
+        with _quiet():
+            self._model = load_model(directory, dtype)
+        config = self._model.config
+        context = int(config.max_position_embeddings)
+        if max_tokens is not None and max_tokens > context:
+            message = f"max_tokens {max_tokens} is beyond the model's context of {context} tokens"
+            raise UsageError(message, fix=f"use {context} or less")
+        self.max_tokens = max_tokens or context
+        self.dtype = str(self._model.dtype).removeprefix("torch.")
+        self.vocab = int(config.vocab_size)
+        self.width = int(config.hidden_size)
+        # Nothing of the checkpoint's sampling settings, and no end-of-text: `greedy` has a fixed length.
+        self._model.generation_config = GenerationConfig()
+        self._cache = DynamicCache()
+        self._seen = self._states = torch.empty(0)
+        self._model.get_output_embeddings().register_forward_pre_hook(self._keep_states)
+        gc.collect()
+
+    def _keep_states(self, _head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self._seen = inputs[0]  # of any forward of the model: a batch on it has its own
+
+    @property
+    def model(self) -> Any:
+        """The transformers model."""
+        return self._model
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tokens, position: int, rows: int | None = None) -> Logits:
+        """Run `tokens` (m,) at `position`; see `protocol.Decoder.forward`."""
+        filled = self._cache.get_seq_length()
+        check_call(tokens, position, rows=rows, filled=filled, vocab=self.vocab, max_tokens=self.max_tokens)
+        if position < filled:
+            self._cache.crop(position - filled)
+        inputs = torch.from_numpy(tokens)[None]
+        output = self._model(inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=rows or 0)
+        self._states = self._seen[0]
+        logits: Logits = output.logits[0].float().numpy()
+        return logits
+
+    def hidden(self, row: int) -> NDArray[np.float32]:
+        """Return what the output head read for a row of the last `forward`; see `speculate.HiddenDecoder`."""
+        state: NDArray[np.float32] = self._states[row].float().numpy()
+        return state
+
+    def batched(self, places: int) -> TorchBatch:
+        """Return caches for several texts at once, on the same weights.
+
+        Raises:
+            UsageError: The model has layers that can't be rolled back.
+        """
+        return TorchBatch(self._model, places=places, max_tokens=self.max_tokens)
+
+    def greedy(self, prompt: Tokens, new_tokens: int) -> Iterator[int]:
+        """Yield `new_tokens` greedy tokens after `prompt`; see `protocol.Decoder.greedy`."""
+        check_call(prompt, 0, filled=0, vocab=self.vocab, max_tokens=self.max_tokens)
+        check_room(len(prompt) + new_tokens, self.max_tokens)
+        queue: SimpleQueue[Any] = SimpleQueue()
+        streamer = _Streamer(queue)
+        settings = GenerationConfig(do_sample=False, max_new_tokens=new_tokens)
+        thread = Thread(target=self._generate, args=(prompt, settings, streamer, queue), daemon=True)
+        thread.start()
+        try:
+            while (item := queue.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            streamer.abandoned = True
+            thread.join()
+
+    def _generate(
+        self, prompt: Tokens, settings: GenerationConfig, streamer: _Streamer, queue: SimpleQueue[Any]
+    ) -> None:
+        tokens = torch.from_numpy(np.ascontiguousarray(prompt))[None]
+        try:
+            self._model.generate(
+                tokens, attention_mask=torch.ones_like(tokens), generation_config=settings, streamer=streamer
+            )
+        except BaseException as error:  # noqa: BLE001 - whatever it is has to reach the caller's thread
+            queue.put(error)
+        else:
+            queue.put(None)

@@ -1,0 +1,175 @@
+"""The decoding loop for several texts at once: each as if it were alone, all of them in one forward.
+
+    decoder = runtime.load(directory)
+    for number, step in write(decoder, prompts, [Request(max_new_tokens=64) for _ in prompts], batch=8):
+        texts[number] += step.tokens
+
+Texts share nothing but the forward: each has its own length, draft, seed, end and cache, and is what `generate` writes
+with its prompt and request, whatever else is in the batch. A text that ends makes room for the next prompt at once.
+Weights are read once for all windows of a step; that, and nothing else, is what a batch saves.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple, Protocol, cast
+
+from optikit.errors import UsageError
+from optikit.runtime.decoder import BatchDecoder, Decoder, Tokens, Window
+from optikit.runtime.speculation.acceptors import Acceptor, Greedy
+from optikit.runtime.speculation.decoding_loop import Request, Row, Statistics, Step, check, generate
+from optikit.runtime.speculation.drafters import Drafter, Hidden
+from optikit.runtime.speculation.speculator import SpeculatingDecoder, Speculator
+
+
+class HiddenBatchDecoder(BatchDecoder, Protocol):
+    """A batch decoder that can show what its output head reads."""
+
+    def hidden(self, window: int, row: int) -> Hidden:
+        """Return the state (hidden,) that a row of a window's logits in the last `forward` was read from."""
+        ...
+
+
+class _Running(NamedTuple):
+    """A text at its place: the number of its prompt, and how far it is."""
+
+    number: int
+    row: Row
+
+
+def write(
+    decoder: Decoder,
+    prompts: Sequence[Tokens],
+    requests: Sequence[Request],
+    *,
+    batch: int = 1,
+    acceptor: Acceptor | None = None,
+) -> Iterator[tuple[int, Step]]:
+    """Write texts with a loaded decoder, and with the speculator that was loaded with it, if one was.
+
+    Args:
+        decoder: What `runtime.load` returned.
+        prompts: (n,) token ids each, n ≥ 1.
+        requests: What to write after each prompt.
+        batch: Texts at once; 1 writes them one after the other.
+        acceptor: Decides; None is greedy.
+
+    Yields:
+        The number of a prompt, and a step of its text.
+
+    Raises:
+        UsageError: What `generate_batch` refuses, or several texts at once of a decoder that holds one.
+    """
+    target, speculator, statistics = decoder, Speculator(method="off"), Statistics()
+    if isinstance(decoder, SpeculatingDecoder):
+        target, speculator, statistics = decoder.target, decoder.speculator, decoder.statistics
+    if speculator.min_window == 2:
+        requests = [replace(each, min_window=2) for each in requests]
+    acceptor = Greedy() if acceptor is None else acceptor
+    if batch == 1:
+        steps = _one_by_one(target, speculator.drafter(), acceptor, prompts, requests)
+    else:
+        drafters = speculator.drafters(max(1, min(batch, len(prompts))))
+        steps = generate_batch(_batched(target, len(drafters)), drafters, acceptor, prompts, requests)
+    for number, step in steps:
+        statistics.add(step)
+        yield number, step
+
+
+def _one_by_one(
+    decoder: Decoder, drafter: Drafter, acceptor: Acceptor, prompts: Sequence[Tokens], requests: Sequence[Request]
+) -> Iterator[tuple[int, Step]]:
+    for number, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
+        for step in generate(decoder, drafter, acceptor, prompt, request):
+            yield number, step
+
+
+def _batched(decoder: Decoder, places: int) -> BatchDecoder:
+    if not hasattr(decoder, "batched"):
+        message = f"this {decoder.runtime} decoder writes one text at a time"
+        raise UsageError(message, fix="use a batch of 1, or the onnxruntime or transformers runtime")
+    found: BatchDecoder = decoder.batched(places)
+    return found
+
+
+def generate_batch(
+    decoder: BatchDecoder,
+    drafters: Sequence[Drafter],
+    acceptor: Acceptor,
+    prompts: Sequence[Tokens],
+    requests: Sequence[Request],
+) -> Iterator[tuple[int, Step]]:
+    """Write texts, as many at once as there are drafters.
+
+    A prompt is run by itself: padded to its length, a step of the other texts would cost as much as it does.
+
+    Args:
+        decoder: The target; its caches are used from the beginning.
+        drafters: One for each text that is written at once; none may share what it is told with another.
+        acceptor: Decides.
+        prompts: (n,) token ids each, n ≥ 1.
+        requests: What to write after each prompt.
+
+    Yields:
+        The number of a prompt, and a step of its text.
+
+    Raises:
+        UsageError: What `generate` refuses, of any prompt; another number of requests than prompts; more drafters than
+            the decoder has places, or none.
+        ValueError: The target's logits aren't numbers.
+    """
+    if not 1 <= len(drafters) <= decoder.places:
+        message = f"{len(drafters)} texts at once don't fit: this decoder holds {decoder.places}"
+        raise UsageError(message, fix=f"use 1 to {decoder.places} drafters, or a decoder with more places")
+    if len(prompts) != len(requests):
+        message = f"there are {len(prompts)} prompts and {len(requests)} requests"
+        raise UsageError(message, fix="give one request for each prompt")
+    for prompt, request in zip(prompts, requests, strict=True):
+        check(decoder, drafters[0], prompt, request)
+    waiting = deque(range(len(prompts)))
+
+    def begin(drafter: Drafter) -> _Running:
+        number = waiting.popleft()
+        return _Running(number, Row(drafter, acceptor, prompts[number], requests[number]))
+
+    running = [begin(drafter) for drafter, _ in zip(drafters, prompts, strict=False)]
+    while running:
+        ended = []
+        for place, step in _step(decoder, running):
+            yield running[place].number, step
+            if step.finish:
+                ended.append(place)
+        for place in reversed(ended):
+            if waiting:
+                running[place] = begin(running[place].row.drafter)
+            else:
+                _close_up(decoder, running, place)
+
+
+def _step(decoder: BatchDecoder, running: Sequence[_Running]) -> Iterator[tuple[int, Step]]:
+    """Run the first prompt that hasn't been, or else the windows of all texts; yield places and what was taken."""
+    fresh = next((place for place, each in enumerate(running) if each.row.position == 0), None)
+    places: Iterable[int] = range(len(running)) if fresh is None else (fresh,)
+    windows = []
+    for place in places:
+        row = running[place].row
+        tokens = row.window()
+        windows.append(Window(place, tokens, row.position, row.rows))
+    logits = decoder.forward(windows)
+    for i, place in enumerate(places):
+        row = running[place].row
+        step = row.take(logits[i])
+        if not step.finish:
+            shown = cast("HiddenBatchDecoder", decoder)
+            row.advance(shown.hidden(i, step.accepted) if row.drafter.reads_hidden else None)
+        yield place, step
+
+
+def _close_up(decoder: BatchDecoder, running: list[_Running], place: int) -> None:
+    """Give the place of a text that is over to the last one."""
+    last = running.pop()
+    if place < len(running):
+        decoder.move(len(running), place)
+        running[place] = last

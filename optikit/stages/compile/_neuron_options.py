@@ -1,0 +1,62 @@
+"""DOCSTRING optikit.stages.compile._neuron_options."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from optikit.models.facts import ModelFacts
+from optikit.stage import StageOptions
+from optikit.targets import Target
+
+Backend = Literal["optimum-neuron", "nxd-inference", "vllm-neuron"]
+
+
+PLATFORMS = {"inf2": "trn1", "trn1": "trn1", "trn1n": "trn1", "trn2": "trn2"}
+"""Instance families that optimum-neuron 0.4.5 compiles for → platform (optimum/neuron/utils/instance.py)."""
+
+
+class Options(StageOptions):
+    """Options of `compile: {engine: neuron}`."""
+
+    backend: Backend = "optimum-neuron"
+    """Library that compiles and serves."""
+    batch_size: int = Field(default=1, ge=1, le=1024)
+    """Sequences per step; compiled in."""
+    sequence_length: int = Field(default=2048, ge=16, le=1_048_576)
+    """Longest sequence in tokens, prompt and answer together; compiled in."""
+    tensor_parallel: int = Field(default=1, ge=1, le=64)
+    """Neuron cores that share the model, as the SDK counts them."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Dtype of weights and arithmetic."""
+    on_device_sampling: bool = True
+    """Choose tokens on the device; speculation with optimum-neuron needs it off."""
+    speculation_length: int = Field(default=0, ge=0, le=31)
+    """Tokens that are checked at once; 0 is no speculation."""
+    draft: str = ""
+    """Draft model for speculation: directory or hub id, as the instance sees it."""
+    speculation: Literal["vanilla", "fused"] = "vanilla"
+    """`vanilla`: draft and model are two programs; `fused`: one program drafts and checks (nxd-inference)."""
+    quantization_dtype: Literal["int8", "f8e4m3", "f8e5m2"] | None = None
+    """Weights that nxd-inference quantizes to, per channel, before it compiles; None leaves them as they are."""
+    quantized_checkpoints_path: str | None = None
+    """Directory on the instance for those weights."""
+    async_mode: bool = False
+    """Prepare the next step while the device works on this one (nxd-inference)."""
+    cache: str = "/var/tmp/neuron-compile-cache"  # noqa: S108 - the SDK's own default, on the instance
+    """Compile cache on the instance: a directory, or s3://BUCKET/PREFIX to share it between instances."""
+    sdk: str | None = None
+    """Neuron SDK on the instance, e.g. `2.31`: what is in maintenance there is warned about."""
+
+
+def instance_family(target: Target) -> str:
+    """Return the instance family of a target: `inf2` for `inf2.48xlarge` or `ml.inf2.48xlarge`."""
+    return target.name.removeprefix("ml.").split(".")[0]
+
+
+def need_bytes(options: Options, facts: ModelFacts) -> int:
+    """Return bytes of weights and cache on all cores together; int8 and fp8 of NxD Inference take one per weight."""
+    size = 4 if options.dtype == "float32" else 2
+    weights = facts.parameters * (1 if options.quantization_dtype else size)
+    return weights + facts.kv_cache_bytes(options.sequence_length, batch=options.batch_size, element_bytes=size)

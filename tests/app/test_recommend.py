@@ -1,0 +1,135 @@
+"""Recommendations: legal, ranked by floors, honest about quality, and a recipe that loads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from optikit.app.recommend import candidates, evidence, measured, reasons, recipe, within
+from optikit.cli.recommend import recommend
+from optikit.errors import RecipeError, UsageError
+from optikit.stages import VERBS
+from optikit.targets import rows
+from tests.rules import stacks
+
+MODEL = stacks.facts({})
+CPU = replace(rows()["cpu"], memory_gib=64.0, bandwidth_gb_s=40.0)
+app = typer.Typer()
+app.command()(recommend)
+
+
+def test_best_first_and_every_one_legal():
+    good = within(candidates(MODEL, CPU), None)
+    assert [one.gain for one in good] == sorted((one.gain for one in good), reverse=True)
+    assert good[0].name == "awq 4-bit + onnxruntime"
+    assert all(one.legal and one.floors.fits for one in good)
+    assert all(
+        [verb for verb, _, _ in one.stages] == sorted((v for v, _, _ in one.stages), key=VERBS.index) for one in good
+    )
+
+
+def test_gain_is_bytes_when_the_bandwidth_is_not_known():
+    known = {one.name: one.gain for one in candidates(MODEL, replace(CPU, bf16_tflops=None))}
+    unknown = {one.name: one.gain for one in candidates(MODEL, replace(CPU, bandwidth_gb_s=None))}
+    assert known.keys() == unknown.keys()
+    assert all(unknown[name] == pytest.approx(known[name], rel=0.1) for name in known)
+
+
+def test_group_size_divides_the_model():
+    odd = stacks.facts({"hidden": 4096, "intermediate": 11040})
+    groups = {options.get("group_size") for one in candidates(odd, CPU) for _, _, options in one.stages if options}
+    assert groups == {32}
+
+
+def test_quality_is_of_the_nearest_size():
+    by_name = {one.name: one for one in candidates(MODEL, CPU)}
+    assert by_name["gptq 4-bit + onnxruntime"].quality.ratio == 1.040
+    assert by_name["gptq 8-bit + onnxruntime"].quality is None
+    assert by_name["onnxruntime"].quality.ratio == 1.0
+    huge = replace(MODEL, linears={"w": (400_000, 400_000)})
+    assert all(one.quality is None for one in candidates(huge, CPU) if "4-bit" in one.name)
+
+
+def test_what_own_runs_measured_goes_before_what_was_published():
+    examples = Path(__file__).parents[2] / "examples"
+    (row,) = measured(examples / "smollm2-135m-awq-cpu")
+    assert (row["method"], row["bits"]) == ("awq", 4)
+    assert row["parameters"] == pytest.approx(0.1345, rel=1e-3)
+    assert 1 < row["ratio"] < 1.2
+    assert list(measured(examples / "smollm2-135m-sparsegpt-gptq-cpu")) == [], "pruning is part of that figure"
+    assert list(measured(examples / "smollm2-135m-llmcompressor-gptq-cpu")) == [], "another program's GPTQ"
+    small = replace(MODEL, linears={"w": (10_000, 12_800)})
+    by_name = {one.name: one for one in candidates(small, CPU, reports=[examples / "smollm2-135m-awq-cpu"])}
+    ours = by_name["awq 4-bit + onnxruntime"].quality
+    assert ours.ratio == row["ratio"]
+    assert ours.source.startswith("measured: ")
+
+
+def test_most_loss_rules_out_what_is_published_above_it():
+    ranked = candidates(MODEL, CPU)
+    names = [one.name for one in within(ranked, 0.045)]
+    assert "gptq 4-bit + onnxruntime" in names
+    assert "rtn 4-bit + onnxruntime" not in names
+    assert "gptq 8-bit + onnxruntime" in names
+
+
+def test_neuron_takes_no_packed_weights():
+    ranked = candidates(MODEL, rows()["inf2.48xlarge"])
+    assert [one.name for one in within(ranked, None)] == ["neuron"]
+    refused = next(one for one in ranked if one.name.startswith("gptq 4-bit"))
+    assert "neuron-no-awq-gptq" in [problem.code for problem in refused.problems]
+
+
+def test_small_memory_needs_few_bits():
+    """Dense weights and the cache of 16 sequences of 4096 tokens don't fit a T4; four bits do."""
+    ranked = candidates(MODEL, rows()["t4"], goal="throughput", length=4096)
+    names = [one.name for one in within(ranked, None)]
+    assert "as it is" not in names
+    assert names[0] == "awq 4-bit"
+
+
+@pytest.mark.parametrize("target", ["cpu", "l4", "inf2.48xlarge"])
+def test_recipe_of_the_best_loads(target, tmp_path):
+    from optikit.recipe.load import load
+
+    row = CPU if target == "cpu" else rows()[target]
+    best = within(candidates(MODEL, row), None)[0]
+    path = tmp_path / "r.yaml"
+    path.write_text(recipe(best, path, row, model="hf:a/b@0123456789012345678901234567890123456789", most_loss=0.1))
+    loaded = load(path).recipe
+    assert [(entry.verb, entry.method) for entry in loaded.stages] == [(v, m) for v, m, _ in best.stages]
+    assert loaded.gates["perplexity_ratio"].max == 1.1
+    assert all(reason in path.read_text() for reason in reasons(best))
+
+
+def test_published_figures_have_sources():
+    for row in evidence():
+        numbers = row["source"].split(": ")[1].split(" (")[0]
+        quantized, plain = map(float, numbers.split(" / "))
+        assert row["ratio"] == round(quantized / plain, 3)
+
+
+def test_command_line(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPTIKIT_HOME", str(tmp_path / "home"))
+    run = CliRunner()
+    out = tmp_path / "best.yaml"
+    result = run.invoke(app, [str(tiny_llama), "--out", str(out)], catch_exceptions=False)
+    assert result.stdout.startswith("1. ")
+    assert "floors" in result.stdout
+    assert out.exists()
+    rows_ = json.loads(run.invoke(app, [str(tiny_llama), "--json"], catch_exceptions=False).stdout)
+    assert any(row["recommended"] for row in rows_)
+    assert isinstance(run.invoke(app, [str(tiny_llama), "--target", "l5"]).exception, UsageError)
+
+
+def test_nothing_works_is_an_error(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPTIKIT_HOME", str(tmp_path / "home"))
+    extra = tmp_path / "my.toml"
+    extra.write_text('[dust]\ndevice = "cpu"\nmemory_gib = 0.00001\nengines = ["onnxruntime"]\n')
+    result = CliRunner().invoke(app, [str(tiny_llama), "--target", "dust", "--targets", str(extra)])
+    assert isinstance(result.exception, RecipeError)
