@@ -25,7 +25,6 @@ from optikit.host import versions
 from optikit.process.child import die_with_parent
 from optikit.process.failure import as_failure
 from optikit.process.memory import peak_memory_mib
-from optikit.stage import SERVERS_PEAK
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,7 +79,7 @@ def perform(directory: Path) -> dict[str, Any]:
         Exception: Whatever the stage raises; `main` turns it into a response.
     """
     from optikit import stages
-    from optikit.stage import Calibration, Emitting, Job
+    from optikit.stage import SERVERS_PEAK, Calibration, Emitting, Job
 
     request = json.loads((directory / "request.json").read_text(encoding="utf-8"))
     stage = stages.load(request["verb"], request["method"], request.get("backend", stages.OURS))

@@ -23,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DynamicCache
 
+from optikit.runtime.decoders.checks import cache_argument
+
 BATCH = 32
 """Most texts written at once."""
 ROOM = 8192
@@ -203,11 +205,10 @@ def _steps(
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     ending = torch.tensor(sorted(ends), dtype=torch.int64)
     cache = DynamicCache()
+    cached = cache_argument(model, cache)
     rows = torch.arange(len(prompts))
     for step in range(new_tokens):
-        output = model(
-            tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        output = model(tokens, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1, **cached)
         best = output.logits[:, -1].argmax(-1)
         yield rows.tolist(), best.tolist(), states.last
         kept = torch.nonzero(~torch.isin(best, ending)).flatten()

@@ -15,7 +15,8 @@ from optikit import environments
 from optikit import progress as showing
 from optikit.environments import definition as definitions
 from optikit.errors import OutOfMemoryError, StageFailedError, StageTimeoutError, UnavailableError
-from optikit.execution import execute, supervise
+from optikit.execution import execute
+from optikit.process import child
 from optikit.store.store import Store
 from tests.environments.wheelhouse import define, installed, wheel
 
@@ -111,7 +112,7 @@ def test_an_environment_removed_while_it_is_used_is_why_the_step_failed(step, ho
 
 
 def test_a_log_that_would_fill_the_disk_is_cut(step, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(supervise, "MOST_LOG_BYTES", 2**20)
+    monkeypatch.setattr(child, "MOST_LOG_BYTES", 2**20)
     said = "import os, time\n    for _ in range(200): os.write(1, b'x' * 2**20); time.sleep(0.005)\n    return {}"
     assert step(said)["ok"]
     kept = (tmp_path / "log.txt").stat().st_size

@@ -18,7 +18,6 @@ def codes() -> set[str]:
     sources = [
         *(PACKAGE / "recipe").glob("*.py"),
         *(PACKAGE / "plan").glob("*.py"),
-        PACKAGE / "gates.py",
         PACKAGE / "stages" / "measure" / "served.py",
         PACKAGE / "targets" / "target.py",
     ]

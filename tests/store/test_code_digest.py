@@ -23,14 +23,14 @@ def test_the_digest_changes_with_a_module_it_reaches_and_with_no_other(
 ) -> None:
     package = tmp_path / "optikit"
     package.mkdir()
-    (package / "stage.py").write_text("def run():\n    from optikit import helper\n")
+    (package / "method.py").write_text("def run():\n    from optikit import helper\n")
     (package / "helper.py").write_text("A = 1\n")
     (package / "other.py").write_text("B = 1\n")
     monkeypatch.setattr(code_digest, "ROOT", package)
 
     def digest() -> str:
         source_digest.cache_clear()
-        return source_digest("optikit.stage")
+        return source_digest("optikit.method")
 
     before = digest()
     (package / "other.py").write_text("B = 2\n")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 from optikit.errors import UsageError
 from optikit.runtime.decoder import Tokens
 
@@ -50,3 +53,14 @@ def check_room(length: int, max_tokens: int) -> None:
     if length > max_tokens:
         message = f"{length} tokens don't fit: this decoder holds {max_tokens}"
         raise UsageError(message, fix="shorten the prompt, ask for fewer tokens, or load it with a larger max_tokens")
+
+
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """Return a cache as the argument of a transformers model: `cache` since 5.24, which refuses the other soon.
+
+    Args:
+        model: A transformers model.
+        cache: Its keys and values.
+    """
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache}

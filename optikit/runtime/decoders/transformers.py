@@ -26,7 +26,7 @@ from transformers.utils import logging
 from optikit import formats, host
 from optikit.errors import InputMissingError, IntegrityError, UsageError
 from optikit.runtime.decoder import Logits, Tokens
-from optikit.runtime.decoders.checks import check_call, check_room
+from optikit.runtime.decoders.checks import cache_argument, check_call, check_room
 from optikit.runtime.decoders.transformers_batch import TorchBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -161,6 +161,7 @@ class TorchDecoder:
         # Nothing of the checkpoint's sampling settings, and no end-of-text: `greedy` has a fixed length.
         self._model.generation_config = GenerationConfig()
         self._cache = DynamicCache()
+        self._cached = cache_argument(self._model, self._cache)
         self._seen = self._states = torch.empty(0)
         self._model.get_output_embeddings().register_forward_pre_hook(self._keep_states)
         gc.collect()
@@ -181,7 +182,7 @@ class TorchDecoder:
         if position < filled:
             self._cache.crop(position - filled)
         inputs = torch.from_numpy(tokens)[None]
-        output = self._model(inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=rows or 0)
+        output = self._model(inputs, **self._cached, use_cache=True, logits_to_keep=rows or 0)
         self._states = self._seen[0]
         logits: Logits = output.logits[0].float().numpy()
         return logits

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from optikit.errors import UsageError
 from optikit.runtime.decoder import Logits, Window
-from optikit.runtime.decoders.checks import check_call
+from optikit.runtime.decoders.checks import cache_argument, check_call
 
 KINDS = {"full_attention", "sliding_attention"}
 """Kinds of layers whose memory of a text can be cut back to any length."""
@@ -143,7 +143,7 @@ class TorchBatch:
                 inputs,
                 attention_mask=self._masks(positions, max(each.position + len(each.tokens) for each in windows)),
                 position_ids=positions.clamp(min=0),
-                past_key_values=self._cache,
+                **cache_argument(self._model, self._cache),
                 use_cache=True,
                 logits_to_keep=max(each.rows for each in windows),
             )
