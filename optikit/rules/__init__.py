@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optikit.rules.engine import Rule, check, rules
+from optikit.rules.engine import Rule, check, packages, rules
 from optikit.rules.stack import Placed, Stack
 
-__all__ = ["Placed", "Rule", "Stack", "check", "rules"]
+__all__ = ["Placed", "Rule", "Stack", "check", "packages", "rules"]

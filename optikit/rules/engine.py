@@ -1,7 +1,7 @@
 """The rules: rows of compat.toml, read once; `check` says which of them a stack breaks.
 
 What a rule ranges over follows from the words it uses: `first`/`second` make it one of pairs of stages, `stage` one of
-single stages, `environment` one of environments; otherwise it is asked once of the whole stack.
+single stages; otherwise it is asked once of the whole stack.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from optikit.rules.stack import Scope, Stack
 from optikit.rules.vocabulary import unknown
 
 _PLACES = re.compile(r"\{([\w.-]+)\}")
-Range = Literal["pair", "stage", "environment", "stack"]
+Range = Literal["pair", "stage", "stack"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +57,7 @@ class Rule:
         roots = {path.split(".")[0] for path in fields(self.when)}
         if roots & {"first", "second"}:
             return "pair"
-        if "stage" in roots:
-            return "stage"
-        return "environment" if "environment" in roots else "stack"
+        return "stage" if "stage" in roots else "stack"
 
 
 def _rule(row: Mapping[str, Any]) -> Rule:
@@ -91,13 +89,18 @@ def rules() -> Mapping[str, Rule]:
     return read
 
 
+def packages() -> tuple[str, ...]:
+    """Return the distributions of the main environment whose versions some rule asks for."""
+    asked = (path for rule in rules().values() for path in fields(rule.when))
+    return tuple(sorted({path.removeprefix("package.") for path in asked if path.startswith("package.")}))
+
+
 def check(stack: Stack) -> Iterator[Problem]:
     """Yield every rule that the stack breaks, as problems whose `loc` points into the recipe. Pure."""
     common = view.common(stack)
     ranges: Mapping[Range, Callable[[Stack], Iterator[tuple[Scope, Loc]]]] = {
         "pair": view.pairs,
         "stage": view.stages,
-        "environment": view.environments,
         "stack": lambda _: iter([({}, ())]),
     }
     subjects = {name: [({**common, **own}, loc) for own, loc in items(stack)] for name, items in ranges.items()}
@@ -128,10 +131,12 @@ def _values(value: Any, scope: Scope) -> Any:
 
 
 def _place(rule: Rule, loc: Loc, stack: Stack) -> Loc:
-    """Find the value to blame: an option of the stage, of the compile stage for `serve`, or a key of the recipe."""
+    """Return the path of the value to blame: an option of a stage, what names the server, or a key of the recipe."""
     if loc:
         return (*loc, rule.at) if rule.at else loc
-    if rule.at.startswith("serve") and stack.compiled is not None:
+    if rule.at.startswith("serve"):
+        if stack.compiled is None:
+            return ("evaluate", "runtime")
         index, stage = stack.compiled
         option = rule.at.partition(".")[2]
         return ("stages", index, "compile", option) if option in stage.options else ("stages", index, "compile")

@@ -1,8 +1,8 @@
 """`Stack`: everything a compatibility rule may look at, and the flat words in which rules speak of it.
 
-The planner fills a `Stack` from a recipe; `common`, `stages`, `pairs` and `environments` lay it out as nested plain
-values, so that a row of compat.toml can name `target.device` or `final.heads` and nothing else (words.py lists every
-word). What isn't known is None, and a rule never fires on it.
+The planner fills a `Stack` from a recipe; `common`, `stages` and `pairs` lay it out as nested plain values, so that a
+row of compat.toml can name `target.device` or `final.heads` and nothing else (vocabulary.py lists every word). What
+isn't known is None, and a rule never fires on it.
 """
 
 from __future__ import annotations
@@ -50,12 +50,10 @@ class Stack:
         target: Where the artifact will run.
         model: Facts of the model that the recipe names.
         draft: Facts of the draft model, if the stack has one.
-        serve: How the artifact will be served, for what the compile stage's options don't say; words.py lists the
-            words: `engine`, `version`, `tensor_parallel`, `batch_size`, `sequence_length`, ...
-        environments: Packages by environment: {"main": {"transformers": "5.23.0"}}.
-        host: `optikit.host.describe()` of the machine that runs the recipe, plus `cuda` (a GPU is present) and
-            `offline`, where the planner knows.
-        evaluate: The recipe's `evaluate` section as plain values.
+        serve: How the artifact will be served, for what the compile stage's options don't say; vocabulary.py
+            lists the words: `engine`, `version`, `tensor_parallel`, `batch_size`, `sequence_length`, ...
+        packages: Versions of the main environment's packages: {"transformers": "5.23.0"}; None where nobody looked.
+        host: `optikit.host.describe()` of the machine that runs the recipe, plus `cuda` (a GPU is present).
         gates: Names of the recipe's gates.
     """
 
@@ -64,9 +62,8 @@ class Stack:
     model: ModelFacts | None = None
     draft: ModelFacts | None = None
     serve: Mapping[str, Any] = field(default_factory=dict)
-    environments: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    packages: Mapping[str, str] | None = None
     host: Mapping[str, Any] = field(default_factory=dict)
-    evaluate: Mapping[str, Any] = field(default_factory=dict)
     gates: Iterable[str] = ()
 
     @property
@@ -94,14 +91,12 @@ def common(stack: Stack) -> Scope:
         "serve": serve,
         "fit": _fit(stack, serve),
         "stack": {
-            "verbs": frozenset(stage.verb for stage in stack.stages),
             "methods": frozenset(stage.method for stage in stack.stages),
             "gates": frozenset(stack.gates),
-            "environments": frozenset(stack.environments),
+            "packages": stack.packages is not None,
         },
-        "package": stack.environments.get("main", {}),
+        "package": stack.packages or {},
         "host": _host(stack.host),
-        "evaluate": stack.evaluate,
     }
 
 
@@ -117,12 +112,6 @@ def pairs(stack: Stack) -> Iterator[tuple[Scope, Loc]]:
     for later, second in enumerate(views):
         for first in views[:later]:
             yield {"first": first, "second": second}, ("stages", later, stack.stages[later].verb)
-
-
-def environments(stack: Stack) -> Iterator[tuple[Scope, Loc]]:
-    """Yield each environment: its packages' versions, and its own name under `name`."""
-    for name, packages in stack.environments.items():
-        yield {"environment": {**packages, "name": name}}, ()
 
 
 def _stage(placed: Placed) -> dict[str, Any]:
@@ -178,21 +167,11 @@ def _facts(facts: ModelFacts | None) -> dict[str, Any]:
         "eos": _listed(facts.config.get("eos_token_id")),
         "input_width": gcd(*(columns for _, columns in shapes)) or None,
         "output_width": gcd(*(rows for rows, _ in shapes)) or None,
-        "uniform": _uniform(facts),
     }
 
 
 def _listed(value: Any) -> list[Any] | None:
     return None if value is None else sorted(value) if isinstance(value, list) else [value]
-
-
-def _uniform(facts: ModelFacts) -> bool:
-    """Whether linears of one name have one shape in every layer: all that a Hugging Face config can express."""
-    shapes: dict[str, set[tuple[int, int]]] = {}
-    for name, shape in facts.linears.items():
-        role = ".".join(part for part in name.split(".") if not part.isdigit())
-        shapes.setdefault(role, set()).add(shape)
-    return all(len(found) == 1 for found in shapes.values())
 
 
 def _target(target: Target) -> dict[str, Any]:
@@ -288,7 +267,6 @@ def _fit(stack: Stack, serve: Mapping[str, Any]) -> dict[str, Any]:
         "need_gb": need / 1e9,
         "memory_gb": memory,
         "shard_width": sharded // degree if degree and sharded % degree == 0 else None,
-        "vocab_difference": abs(stack.draft.vocab - final.vocab) if stack.draft and stack.final else None,
     }
 
 
@@ -308,5 +286,4 @@ def _host(host: Mapping[str, Any]) -> dict[str, Any]:
         "vendor": vendor,
         "isa": frozenset(host["isa"]) if "isa" in host else None,
         "cuda": host.get("cuda"),
-        "offline": host.get("offline"),
     }

@@ -27,7 +27,6 @@ FACTS: Mapping[str, str] = MappingProxyType(
         "eos": "eos_token_id, as a sorted list",
         "input_width": "greatest common divisor of the linears' input widths",
         "output_width": "greatest common divisor of the linears' output widths",
-        "uniform": "linears of one name have one shape in every layer",
     }
 )
 STAGE: Mapping[str, str] = MappingProxyType(
@@ -72,15 +71,13 @@ FIT: Mapping[str, str] = MappingProxyType(
         "need_gb": "weights and caches of model and draft, 10⁹ bytes",
         "memory_gb": "memory of the cores or accelerators used, 10⁹ bytes",
         "shard_width": "width of a row-parallel linear on one of tensor_parallel accelerators",
-        "vocab_difference": "rows by which the embeddings of draft and model differ",
     }
 )
 STACK: Mapping[str, str] = MappingProxyType(
     {
-        "verbs": "set: verbs of all stages",
         "methods": "set: methods of all stages",
         "gates": "set: gates of the recipe",
-        "environments": "set: environments whose packages are known",
+        "packages": "the versions of the main environment's packages are known",
     }
 )
 HOST: Mapping[str, str] = MappingProxyType(
@@ -88,7 +85,6 @@ HOST: Mapping[str, str] = MappingProxyType(
         "vendor": "amd or intel",
         "isa": "set: instruction sets",
         "cuda": "a CUDA device is present",
-        "offline": "no network may be used",
     }
 )
 SERVE: Mapping[str, str] = MappingProxyType(
@@ -105,15 +101,12 @@ SERVE: Mapping[str, str] = MappingProxyType(
         "sequence_length": "tokens of a sequence, prompt included",
         "beams": "beams",
         "temperature": "sampling temperature",
-        "flags": "set: flags of the builder",
         "quantization": "the server's quantization flag",
         "draft_quantization": "the same for the draft",
-        "allow_deprecated_quantization": "the server's flag of that name",
         "speculative_config": "vLLM's speculative_config",
         "speculative_draft_model": "LMI's option of that name",
         "num_speculative_tokens": "draft tokens per step",
         "speculation_length": "Neuron's name for the same",
-        "use_heterogeneous_vocab": "vLLM's option of that name",
         "async_mode": "NxD Inference's option of that name",
         "async_scheduling": "vLLM's option of that name",
         "overlap_scheduler": "TensorRT-LLM's overlap scheduler is on",
@@ -122,17 +115,12 @@ SERVE: Mapping[str, str] = MappingProxyType(
         "quantized_checkpoints_path": "NxD Inference's option of that name",
         "quantization_dtype": "NxD Inference's option of that name",
         "nki_kernels": "NKI kernels are on",
-        "engine_build": "TensorRT-LLM builds engines",
         "precision": "precision asked of the compiler",
         "execution_provider": "ONNX Runtime's execution provider",
         "draft_execution_provider": "the same for the draft",
         "ngram_size": "words matched by prompt lookup",
-        "weight_format": "optimum-intel's --weight-format",
-        "quant_mode": "optimum-intel's --quant-mode",
         "dataset": "calibration set of the compiler",
         "scale_estimation": "NNCF's option of that name",
-        "gptq": "NNCF's GPTQ",
-        "lora_correction": "NNCF's option of that name",
         "group_size": "weights that share a scale, for the compiler",
         "group_size_fallback": "what the compiler does where a group doesn't fit",
         "num_assistant_tokens": "OpenVINO's option of that name",
@@ -141,7 +129,7 @@ SERVE: Mapping[str, str] = MappingProxyType(
     }
 )
 
-OPEN = ("options", "environment", "package", "evaluate", "speculative_config")
+OPEN = ("options", "package", "speculative_config")
 """Words below which anything may stand: options of stages, packages, servers' own configuration."""
 
 WORDS: Mapping[str, Mapping[str, str]] = MappingProxyType(

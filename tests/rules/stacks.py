@@ -74,7 +74,7 @@ def stack(case: dict[str, Any]) -> Stack:
         model=model,
         draft=facts(case["draft"], base=SMALL) if "draft" in case else None,
         serve=case.get("serve", {}),
-        environments=case.get("environments", {}),
+        packages=case.get("packages"),
         host=case.get("host", {}),
         gates=case.get("gates", ()),
     )

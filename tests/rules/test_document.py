@@ -1,7 +1,8 @@
-"""The page of rules is what the rows say."""
+"""The pages of rules are what the rows say, and what the tests plan."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from optikit.rules import rules
@@ -26,3 +27,11 @@ def test_every_rule_has_a_family():
 def test_headings_do_not_repeat():
     headings = [line for line in markdown().splitlines() if line.startswith("## ")]
     assert len(headings) == len(set(headings))
+
+
+def test_page_of_recipes_is_up_to_date():
+    script = Path(__file__).parents[1] / "benchmarks" / "rules_fired.py"
+    spec = importlib.util.spec_from_file_location("rules_fired", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "python tests/benchmarks/rules_fired.py"

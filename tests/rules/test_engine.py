@@ -89,7 +89,6 @@ def test_unknown_column_is_refused():
         ({"target": {"device": "cpu"}}, "stack"),
         ({"stage": {"verb": "prune"}}, "stage"),
         ({"first": {"verb": "prune"}, "second": {"verb": "prune"}}, "pair"),
-        ({"environment": {"torch": {"set": True}}}, "environment"),
         ({"final": {"heads": {"not_divisible_by": "$stage.options.n"}}}, "stage"),
     ],
 )

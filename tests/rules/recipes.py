@@ -1,0 +1,206 @@
+"""Recipes out of cases.toml: the stack of a case as an author would write it, with a model that is only headers.
+
+A case names facts, stages and words of serving; a recipe has a model directory, options and a target. What a case says
+in words that no option sets (`serve.temperature`) is left out here: then the rule doesn't fire, and has to be listed as
+out of reach in test_every_rule_fires.py.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from optikit.errors import RecipeError
+from optikit.plan.make import make_plan
+from optikit.problems import Problem
+from optikit.recipe.load import load
+from optikit.rules import rules
+from optikit.stages import load as load_stage
+from optikit.store.store import Store
+
+LARGE = {"hidden": 256, "intermediate": 704, "layers": 2, "heads": 32, "kv_heads": 8, "head_dim": 8, "vocab": 320}
+SMALL = {**LARGE, "hidden": 128, "intermediate": 256, "layers": 1, "heads": 16, "kv_heads": 4}
+KEYS = {
+    "hidden": "hidden_size",
+    "intermediate": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "vocab": "vocab_size",
+    "max_positions": "max_position_embeddings",
+    "tied": "tie_word_embeddings",
+    "sliding_window": "sliding_window",
+    "model_type": "model_type",
+    "eos": "eos_token_id",
+    "bos": "bos_token_id",
+}
+"""Fact of a case → key of config.json."""
+W8A8 = {
+    "weights": {"num_bits": 8, "type": "int", "strategy": "channel"},
+    "input_activations": {"num_bits": 8, "type": "int"},
+}
+STORED = {
+    "int4_gptq": {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True, "desc_act": False},
+    "int8_gptq": {"quant_method": "gptq", "bits": 8, "group_size": 64, "sym": True, "desc_act": False},
+    "int4_awq": {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"},
+    "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "int8_w8a8": {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"group_0": W8A8}},
+}
+"""Trait of a case → `quantization_config`."""
+COMPILED = {
+    "tensorrt-llm": {"engine": "tensorrt-llm"},
+    "nxdi": {"engine": "neuron", "backend": "nxd-inference"},
+    "optimum-neuron": {"engine": "neuron", "backend": "optimum-neuron"},
+    "vllm-neuron": {"engine": "neuron", "backend": "vllm-neuron"},
+}
+"""Engine of a case without a compile stage → the stage that it comes from."""
+
+NEURON = ("inf", "trn")
+TEXT = "The river runs under the old green window, and nobody counts the stones. " * 200
+SELF = Path(__file__).parent
+CASES = tomllib.loads((SELF / "cases.toml").read_text(encoding="utf-8"))
+BY_HAND = tomllib.loads((SELF / "recipes.toml").read_text(encoding="utf-8"))
+
+Case = Mapping[str, Any]
+Tensor = tuple[str, tuple[int, ...], bytes]
+"""Dtype, shape, data."""
+
+
+def case_of(name: str) -> Case:
+    """Return what a rule's recipe is made of: the row by hand, or else its case."""
+    return BY_HAND.get(name) or {key: value for key, value in CASES[name].items() if key != "near"}
+
+
+def fired(case: Case, directory: Path) -> set[str]:
+    """Write a case as a recipe, plan it, and return the ids of the rules that it breaks."""
+    path, extra = directory / "recipe.yaml", directory / "targets.toml"
+    write_model(directory / "model", case.get("model", {}))
+    if "draft" in case:
+        write_model(directory / "draft", case["draft"], SMALL)
+    (directory / "prose.txt").write_text(TEXT, encoding="utf-8")
+    path.write_text(recipe(case), encoding="utf-8")
+    extra.write_text(targets(case), encoding="utf-8")
+    try:
+        found: Sequence[Problem] = make_plan(load(path), Store(directory / "store"), extra_targets=extra).warnings
+    except RecipeError as error:
+        found = error.problems
+    return {each.code for each in found if each.code in rules() and each.source == rules()[each.code].source}
+
+
+def recipe(case: Case) -> str:
+    """Return the recipe of a case, beside which its model, draft and text lie."""
+    target, serve = case.get("target", "cpu"), case.get("serve", {})
+    written: dict[str, Any] = {"model": "model", "target": target if isinstance(target, str) else target["name"]}
+    stages = list(_stages(case, written["target"], serve))
+    if case.get("calibrated", True) and any({"prune", "finetune", "quantize"} & stage.keys() for stage in stages):
+        written["calibration"] = {"text": "prose.txt", "samples": 4, "length": 32}
+    gates = {name: {"max": 2.0} for name in case.get("gates", ())}
+    is_served = serve.get("engine") == "vllm"
+    measured = {"perplexity": {"text": "prose.txt"}} if gates or is_served else {}
+    evaluate = measured | ({"runtime": "vllm"} if is_served else {})
+    found = written | {"stages": stages, "evaluate": evaluate, "gates": gates}
+    return yaml.safe_dump({key: value for key, value in found.items() if value}, sort_keys=False, width=110)
+
+
+def targets(case: Case) -> str:
+    """Return the rows of targets that a case brings along, as TOML."""
+    row = case.get("target", "cpu")
+    if isinstance(row, str):
+        return ""
+    return f"[{row['name']}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in row.items() if k != "name")
+
+
+def _stages(case: Case, target: str, serve: Case) -> Iterator[dict[str, Any]]:
+    """Yield the stages of a case; words of serving are options of its compile stage, which they may call for."""
+    lines = [line.split() for line in case.get("stages", [])]
+    for name, *words in lines:
+        verb, _, method = name.partition(".")
+        written = {"engine" if verb == "compile" else "method": method}
+        written |= {key: _value(key, value) for key, _, value in (word.partition("=") for word in words)}
+        if verb == "compile":
+            written |= _words(method, serve)
+        if "backend" in written:
+            written["backend"] = COMPILED.get(written["backend"], written)["backend"]
+        if verb == "speculate":
+            written |= {"prompts": "prose.txt"} | ({"model": "draft"} if method == "draft" and "draft" in case else {})
+        yield {verb: written}
+    engine = COMPILED.get(serve.get("engine", ""), {"engine": "neuron"} if target.startswith(NEURON) and serve else {})
+    if engine and not any(name.startswith("compile.") for name, *_ in lines):
+        yield {"compile": engine | _words(engine["engine"], serve)}
+
+
+def _value(key: str, text: str) -> Any:
+    return text if key in {"sdk", "version"} else yaml.safe_load(text)
+
+
+def _words(engine: str, serve: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the words of serving that are options of the compile stage."""
+    known = load_stage("compile", engine).Options.model_fields
+    return {name: value for name, value in serve.items() if name in known}
+
+
+def write_model(directory: Path, changes: Mapping[str, Any], base: Mapping[str, int] = LARGE) -> None:
+    """Write config.json, tokenizer.json and a safetensors file of zeros for a llama-like model."""
+    directory.mkdir(parents=True)
+    facts: dict[str, Any] = {**base, "model_type": "llama", "max_positions": 4096, "tied": False, "bos": 1, "eos": 2}
+    facts |= changes
+    config = {key: facts[name] for name, key in KEYS.items() if name in facts}
+    trait = next((trait for trait in changes.get("traits", []) if trait in STORED), "")
+    if trait or "quantization" in changes:
+        config["quantization_config"] = STORED.get(trait, {}) | changes.get("quantization", {})
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "tokenizer.json").write_text(json.dumps({"is": changes.get("tokenizer", "same")}))
+    _write(directory / "model.safetensors", dict(_tensors(facts, trait)))
+
+
+def _tensors(facts: Mapping[str, Any], trait: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor that planning looks for."""
+    hidden, inner, dtype = facts["hidden"], facts["intermediate"], facts.get("dtype", "F16")
+    width, narrow = facts["heads"] * facts["head_dim"], facts["kv_heads"] * facts["head_dim"]
+    shapes = {"self_attn.q_proj": (width, hidden), "self_attn.o_proj": (hidden, width)}
+    shapes |= dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), (narrow, hidden))
+    shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    yield "model.embed_tokens.weight", _zeros(dtype, facts["vocab"], hidden)
+    if not facts["tied"]:
+        yield "lm_head.weight", _zeros(dtype, facts["vocab"], hidden)
+    for layer in range(facts["layers"]):
+        for name, shape in shapes.items():
+            for suffix, tensor in _linear(shape, trait, dtype).items():
+                yield f"model.layers.{layer}.{name}.{suffix}", tensor
+
+
+def _linear(shape: tuple[int, int], trait: str, dtype: str) -> dict[str, Tensor]:
+    rows, columns = shape
+    if trait in {"int4_gptq", "int8_gptq"}:
+        return {"qweight": _zeros("I32", columns // (8 if "4" in trait[:4] else 4), rows)}
+    if trait == "int4_awq":
+        return {"qweight": _zeros("I32", columns, rows // 8)}
+    if trait == "nf4":
+        state = json.dumps({"shape": list(shape)}).encode()
+        packed = {"weight": _zeros("U8", rows * columns // 2, 1)}
+        return packed | {"weight.quant_state.bitsandbytes__nf4": ("U8", (len(state),), state)}
+    return {"weight": _zeros("I8" if trait == "int8_w8a8" else dtype, rows, columns)}
+
+
+def _zeros(dtype: str, *shape: int) -> Tensor:
+    size = {"BF16": 2, "F16": 2, "F32": 4, "I8": 1, "U8": 1, "I32": 4}[dtype]
+    for each in shape:
+        size *= each
+    return dtype, shape, bytes(size)
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file."""
+    header, at = {}, 0
+    for name, (dtype, shape, data) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(data)]}
+        at += len(data)
+    text = json.dumps(header).encode()
+    path.write_bytes(b"".join([struct.pack("<Q", len(text)), text, *(data for _, _, data in tensors.values())]))
