@@ -8,13 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from optikit.errors import OptikitError, RefusedError, StageFailedError
+from optikit.models import traits
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import read
 
 RUN_CODE = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".py"})
 """Suffixes of files that can run code when they are loaded."""
-SHOWN = frozenset({"dense", "int4_gptq", "int8_gptq", "int4_awq", "int8_w8a8", "int8_llm", "nf4"})
-"""Traits that a directory shows by itself; the plan carries the others."""
 
 
 def require(step: str, backend: str, dest: Path, planned: ModelFacts) -> None:
@@ -59,4 +58,5 @@ def _compared(planned: ModelFacts, found: ModelFacts) -> tuple[tuple[str, object
 
 
 def _traits(facts: ModelFacts) -> str:
-    return ", ".join(sorted(facts.traits & SHOWN)) or "none"
+    """Return the traits that a directory shows by itself; the plan carries the others."""
+    return ", ".join(sorted(row.trait for row in traits.of(facts.traits))) or "none"

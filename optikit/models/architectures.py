@@ -48,6 +48,10 @@ class Architecture:
         transposed: Linear weights are stored (in_features, out_features), as GPT-2's Conv1D does.
         keys: Figure of `ModelFacts` → key of config.json.
         requires: Config values under which this row is true; another value is refused.
+        engines: Engines and libraries that know the family.
+        windowless: Engines that leave its attention window out.
+        free_heads: Loaders read a head's width from config.json; else it is the hidden size over the heads.
+        gguf: `general.architecture` of a gguf file that becomes this family, or "".
     """
 
     model_type: str
@@ -62,6 +66,10 @@ class Architecture:
     transposed: bool = False
     keys: Mapping[str, str] = field(default_factory=lambda: USUAL_KEYS)
     requires: Mapping[str, Any] = field(default_factory=dict)
+    engines: tuple[str, ...] = ()
+    windowless: tuple[str, ...] = ()
+    free_heads: bool = False
+    gguf: str = ""
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -79,10 +87,15 @@ class Architecture:
                 yield f"{self.blocks}.{index}.{name}"
 
 
+_OWN = frozenset({"engines", "gguf"})
+"""Columns that are proven for each family, so that none comes from the row that another is like."""
+
+
 def _row(model_type: str, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     row = dict(rows[model_type])
     like = row.pop("like", None)
-    return row if like is None else {**_row(like, rows), **row}
+    inherited = {} if like is None else _row(like, rows)
+    return {key: value for key, value in inherited.items() if key not in _OWN} | row
 
 
 @cache
@@ -93,8 +106,7 @@ def _rows() -> Mapping[str, Architecture]:
     for model_type in rows:
         row = _row(model_type, rows)
         row["groups"] = tuple(tuple(group) for group in row["groups"])
-        row["feeders"] = tuple(row["feeders"])
-        row["bases"] = tuple(row["bases"])
+        row |= {key: tuple(row[key]) for key in ("feeders", "bases", "engines", "windowless") if key in row}
         row["keys"] = MappingProxyType({**USUAL_KEYS, **row.get("keys", {})})
         row["requires"] = MappingProxyType(row.get("requires", {}))
         found[model_type] = Architecture(model_type=model_type, **row)
@@ -109,3 +121,18 @@ def names() -> tuple[str, ...]:
 def find(model_type: str) -> Architecture | None:
     """Return the architecture of a `model_type`, or None."""
     return _rows().get(model_type)
+
+
+def known_to(engine: str) -> tuple[str, ...]:
+    """Return every `model_type` that an engine or library knows, too."""
+    return tuple(name for name, row in _rows().items() if engine in row.engines)
+
+
+def of_gguf(name: str) -> Architecture | None:
+    """Return what a gguf file of that `general.architecture` becomes, or None."""
+    return next((row for row in _rows().values() if row.gguf == name), None)
+
+
+def gguf_names() -> tuple[str, ...]:
+    """Return every `general.architecture` that is known."""
+    return tuple(row.gguf for row in _rows().values() if row.gguf)

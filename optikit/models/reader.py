@@ -10,16 +10,15 @@ from typing import Any
 
 from optikit.errors import IntegrityError, RecipeError
 from optikit.fileio import file_sha256
-from optikit.models import architectures, config, gguf_header, headers, quantization
+from optikit.models import architectures, config, gguf_header, headers, quantization, traits
 from optikit.models.architectures import USUAL_KEYS, Architecture
 from optikit.models.facts import ModelFacts, TensorFacts
 from optikit.models.gguf_header import GgufHeader
+from optikit.models.traits import Storage
 from optikit.problems import did_you_mean
 
 _INCOMPLETE = "the checkpoint is incomplete or isn't what config.json describes: get it again"
 
-GGUF_ARCHITECTURES: Mapping[str, str] = MappingProxyType({"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"})
-"""`general.architecture` of a gguf file → `model_type` of what it becomes."""
 GGUF_LINEARS: Mapping[str, str] = MappingProxyType(
     {
         "self_attn.q_proj": "attn_q",
@@ -31,7 +30,7 @@ GGUF_LINEARS: Mapping[str, str] = MappingProxyType(
         "mlp.down_proj": "ffn_down",
     }
 )
-"""Linear of a block → its name in a gguf file, for the architectures above."""
+"""Linear of a block → its name in a gguf file, for the families that have a gguf name."""
 GGUF_KEYS: Mapping[str, str] = MappingProxyType(
     {
         "hidden": "embedding_length",
@@ -64,7 +63,7 @@ def read(directory: Path) -> ModelFacts:
     scheme = quantization.scheme(settings, where)
     tensors = headers.read_directory(directory)
     figures = _figures(architecture.keys, settings, where)
-    stated = quantization.stated_shapes(directory, tensors) if scheme.trait == "nf4" else {}
+    stated = quantization.stated_shapes(directory, tensors) if scheme.states_shape else {}
     named = _prefixed(architecture, tensors)
     linears = _linears(architecture, scheme, named, figures["layers"], directory, stated)
     _check_embedding(architecture, tensors, figures, directory)
@@ -94,16 +93,15 @@ def read_gguf(path: Path) -> ModelFacts:
     """
     header = gguf_header.read_header(path)
     family = header.metadata.get("general.architecture")
-    model_type = GGUF_ARCHITECTURES.get(family) if isinstance(family, str) else None
-    if model_type is None:
-        fix = did_you_mean(str(family), GGUF_ARCHITECTURES)
+    architecture = architectures.of_gguf(family) if isinstance(family, str) and family else None
+    if architecture is None:
+        fix = did_you_mean(str(family), architectures.gguf_names())
         raise RecipeError(f"{path}: gguf architecture {family!r} isn't known here", fix=fix)
     if header.metadata.get("split.count", 0) not in (0, 1):
         raise RecipeError(f"{path} is one part of several", fix="join them with llama-gguf-split --merge")
-    architecture = _architecture(model_type, path)
     tensors = _gguf_tensors(architecture, header)
     figures = _gguf_figures(str(family), header, tensors, path)
-    linears = _linears(architecture, quantization.DENSE, tensors, figures["layers"], path)
+    linears = _linears(architecture, traits.rows()[traits.DENSE], tensors, figures["layers"], path)
     tied = "output.weight" not in header.tensors
     _check_embedding(architecture, tensors, figures, path)
     settings = {key: figures[name] for name, key in USUAL_KEYS.items() if name in figures}
@@ -115,7 +113,7 @@ def read_gguf(path: Path) -> ModelFacts:
         dtype="BF16",
         weight_bytes=sum(tensor.bytes for tensor in header.tensors.values()),
         traits=frozenset(),
-        config={"model_type": model_type, "tie_word_embeddings": tied, **settings},
+        config={"model_type": architecture.model_type, "tie_word_embeddings": tied, **settings},
     )
 
 
@@ -155,7 +153,7 @@ def _figures(keys: Mapping[str, str], settings: Mapping[str, Any], where: Path) 
 
 def _linears(
     architecture: Architecture,
-    scheme: quantization.Scheme,
+    scheme: Storage,
     tensors: Mapping[str, TensorFacts],
     layers: int,
     where: Path,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from math import gcd
 from typing import TYPE_CHECKING, Any
 
+from optikit.models import traits
 from optikit.problems import Loc
 
 if TYPE_CHECKING:
@@ -187,17 +188,6 @@ def _target(target: Target) -> dict[str, Any]:
     }
 
 
-_STORED: Mapping[str, Mapping[str, Any]] = {
-    "int4_gptq": {"quant_method": "gptq", "bits": 4, "type": "int"},
-    "int8_gptq": {"quant_method": "gptq", "bits": 8, "type": "int"},
-    "int4_awq": {"quant_method": "awq", "bits": 4, "type": "int"},
-    "int8_w8a8": {"quant_method": "compressed-tensors", "bits": 8, "type": "int", "strategy": "channel"},
-    "int8_llm": {"quant_method": "bitsandbytes", "bits": 8, "type": "int"},
-    "nf4": {"quant_method": "bitsandbytes", "bits": 4, "type": "float"},
-}
-"""What a trait says of how weights are stored."""
-
-
 def _weights(stack: Stack) -> dict[str, Any]:
     """Describe how the final weights are stored: the words of config.json's `quantization_config`.
 
@@ -208,12 +198,12 @@ def _weights(stack: Stack) -> dict[str, Any]:
         return {}
     config = facts.config.get("quantization_config")
     stored = dict(config) if isinstance(config, Mapping) else {}
-    traits = {word: value for trait in sorted(facts.traits & _STORED.keys()) for word, value in _STORED[trait].items()}
+    known = {word: value for row in traits.of(facts.traits) for word, value in row.words.items()}
     options = next((stage.options for stage in reversed(stack.stages) if stage.verb == "quantize"), {})
-    method = traits.get("quant_method", stored.get("quant_method"))
+    method = known.get("quant_method", stored.get("quant_method"))
     sparsity = stored.get("sparsity_config")
     return {
-        **traits,
+        **known,
         **_scheme(stored),
         **stored,
         **{key: value for key, value in options.items() if value is not None},

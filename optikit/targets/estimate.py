@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from optikit.models import traits
 from optikit.models.facts import ModelFacts
 from optikit.targets.target import Target
 
@@ -92,7 +93,7 @@ def operations_per_second(facts: ModelFacts, target: Target) -> float | None:
     Eight-bit activations run at the int8 rate; everything else is multiplied in 16 bits, whatever its storage.
     """
     rate = target.bf16_tflops or target.fp16_tflops
-    if "int8_w8a8" in facts.traits and target.int8_tops is not None:
+    if target.int8_tops is not None and any(row.integer_products for row in traits.of(facts.traits)):
         rate = target.int8_tops
     return None if rate is None else rate * 1e12 * target.count
 

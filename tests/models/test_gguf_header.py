@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from optikit.errors import IntegrityError, RecipeError
-from optikit.models import reader
+from optikit.models import architectures, reader
 from optikit.models.gguf_header import BLOCKS, read_header
 from tests.models import gguf_files
 
@@ -32,7 +32,7 @@ def test_types_are_those_of_the_format() -> None:
         assert GGML_QUANT_SIZES[kind] == (per_block, size)
 
 
-@pytest.mark.parametrize("family", reader.GGUF_ARCHITECTURES)
+@pytest.mark.parametrize("family", architectures.gguf_names())
 def test_names_are_those_of_the_format(family: str) -> None:
     names = get_tensor_name_map(MODEL_ARCH[family.upper()], 1)
     for linear, short in reader.GGUF_LINEARS.items():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from optikit.models import architectures
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
 from optikit.stage import Estimate, Facts, Job, StageOptions
@@ -30,8 +31,6 @@ NEEDS: frozenset[Trait] = frozenset({"dense"})
 CALIBRATED = True
 LIBRARIES = ("autoawq", "torch", "transformers", "tokenizers", "safetensors")
 ENVIRONMENT: str | None = "autoawq"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt_neox", "stablelm", "starcoder2")
-"""model_type values that AutoAWQ 0.2.9 has a class for (awq/models/auto.py), of those known here."""
 
 CLIPPED_ROWS = 64
 """Outputs that AutoAWQ's search for clipping takes at once (awq/quantize/quantizer.py, _compute_best_clip)."""
@@ -59,10 +58,9 @@ def grid_of(options: Options) -> ours.Options:
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
     """Yield what can't be packed, or what AutoAWQ has no class for."""
-    if facts.model_type not in FAMILIES:
-        message = (
-            f"AutoAWQ 0.2.9 doesn't know model_type {facts.model_type!r} (of those known here: {', '.join(FAMILIES)})"
-        )
+    known = architectures.known_to("autoawq")
+    if facts.model_type not in known:
+        message = f"AutoAWQ 0.2.9 doesn't know model_type {facts.model_type!r} (of those here: {', '.join(known)})"
         yield Problem(code="unknown-architecture", message=message, fix="use backend optikit", loc=("backend",))
     odd = [name for name, (rows, _) in facts.linears.items() if rows % CLIPPED_ROWS]
     if options.clip and odd:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from optikit.models import architectures
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
 from optikit.stage import Estimate, Facts, Job
@@ -30,8 +31,7 @@ ENVIRONMENT: str | None = None
 TARGETED = True
 
 
-NXD_MODEL_TYPES = frozenset({"llama", "mixtral", "dbrx"})
-"""What `inference_demo --model-type` takes (neuronx_distributed_inference/inference_demo.py)."""
+NXD = "nxd-inference"
 WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -45,9 +45,9 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
     if options.backend == "optimum-neuron" and target.device == "neuron" and family not in PLATFORMS:
         message = f"optimum-neuron 0.4.5 can't compile for {target.name}: it knows {', '.join(PLATFORMS)}"
         yield Problem(code="unknown-instance", message=message, fix="use backend vllm-neuron", loc=("backend",))
-    if options.backend == "nxd-inference" and facts.model_type not in NXD_MODEL_TYPES:
+    if options.backend == NXD and facts.model_type not in architectures.known_to(NXD):
         message = f"nxd-inference's command line doesn't know model_type {facts.model_type!r}"
-        fix = f"use backend optimum-neuron; known here: {', '.join(sorted(NXD_MODEL_TYPES))}"
+        fix = f"use backend optimum-neuron; known here: {', '.join(architectures.known_to(NXD))}"
         yield Problem(code="unknown-architecture", message=message, fix=fix, loc=("backend",))
     yield from _check_only_nxd(options)
     yield from _check_speculation(options)

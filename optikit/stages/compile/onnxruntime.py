@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
+from optikit.models import architectures, engines, traits
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
 from optikit.stage import Estimate, Facts, Job, StageOptions, directory_bytes
@@ -34,18 +35,9 @@ LIBRARIES = ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "tr
 ENVIRONMENT: str | None = None
 
 ENGINE = "onnxruntime"
-QUANTIZED: frozenset[Trait] = frozenset({"int4_gptq", "int8_gptq", "int4_awq"})
-READABLE: frozenset[Trait] = QUANTIZED | {"dense"}
+READABLE = traits.read_by(ENGINE)
+QUANTIZED = READABLE - {traits.DENSE}
 """How the weights may be stored: what the builder reads and what can be compared with its output."""
-MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"})
-"""Families of architectures.toml that the builder knows, too, and whose logits were compared with transformers'
-(onnxruntime-genai 0.18; its Gemma 3 doesn't read what transformers 5 writes)."""
-WINDOW_LEFT_OUT = frozenset({"mistral", "phi3"})
-"""Families whose attention window the builder leaves out."""
-ROPE_TYPES = frozenset({"default", "llama3", "linear", "yarn"})
-"""Rotary embeddings that the builder knows (models/builders/base.py, make_rope_init)."""
-GROUP_SIZES = frozenset({16, 32, 64, 128, 256})
-"""Block sizes of the MatMulNBits operator on a CPU."""
 TRIAL_TOKENS = 8
 """Tokens that a compiled artifact has to decode before it is accepted."""
 
@@ -85,15 +77,16 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
 
 
 def _check_family(facts: ModelFacts) -> Iterator[Problem]:
-    if facts.model_type not in MODEL_TYPES:
+    known, family = architectures.known_to(ENGINE), architectures.find(facts.model_type)
+    if facts.model_type not in known:
         message = f"onnxruntime-genai's builder doesn't know model_type {facts.model_type!r}"
-        yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(sorted(MODEL_TYPES))}")
-    rope = _rope_type(facts.config)
-    if rope not in ROPE_TYPES:
+        yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(sorted(known))}")
+    rope, ropes = _rope_type(facts.config), engines.find(ENGINE).ropes
+    if rope not in ropes:
         message = f"the builder doesn't know rotary embeddings of type {rope!r}"
-        yield Problem(code="unknown-rope", message=message, fix=f"known: {', '.join(sorted(ROPE_TYPES))}")
+        yield Problem(code="unknown-rope", message=message, fix=f"known: {', '.join(sorted(ropes))}")
     window = facts.sliding_window or facts.max_positions
-    if facts.model_type in WINDOW_LEFT_OUT and window < facts.max_positions:
+    if family is not None and ENGINE in family.windowless and window < facts.max_positions:
         message = f"the builder leaves out {facts.model_type}'s attention window: beyond {window} tokens results differ"
         yield Problem(code="window-left-out", message=message, fix=f"keep to {window} tokens", level="warning")
 
@@ -109,10 +102,10 @@ def _check_packing(options: Options, packing: Mapping[str, Any]) -> Iterator[Pro
         message = f"precision {options.precision} can't be made of weights that are already packed in {bits} bits"
         fix = "use precision: auto, or compile from the dense model"
         yield Problem(code="precision-already-chosen", message=message, fix=fix, loc=("precision",))
-    group = packing.get("group_size", 64)
-    if group not in GROUP_SIZES:
+    group, sizes = packing.get("group_size", 64), engines.find(ENGINE).groups
+    if group not in sizes:
         message = f"groups of {group} weights have no kernel in onnxruntime"
-        fix = f"quantize with group_size {', '.join(str(size) for size in sorted(GROUP_SIZES))}"
+        fix = f"quantize with group_size {', '.join(map(str, sizes))}"
         yield Problem(code="group-has-no-kernel", message=message, fix=fix)
     if packing.get("desc_act"):
         message = "groups in activation order (desc_act) have no int8 kernel in onnxruntime"
@@ -149,7 +142,7 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 def _bits(options: Options, facts: ModelFacts) -> int:
     """Return the bits per weight of the blocks' linears."""
     if facts.traits & QUANTIZED:
-        return 8 if "int8_gptq" in facts.traits else 4
+        return traits.bits(facts.traits)
     return {"int4": 4, "int8": 8}.get(options.precision, 32)
 
 

