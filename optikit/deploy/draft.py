@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
-SCHEDULES = ("constant", "heuristic")
 
 
 def problems(draft: ModelFacts, target: ModelFacts) -> Iterator[Problem]:

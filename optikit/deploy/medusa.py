@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -254,11 +254,3 @@ def _save(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None
 
 def _write_json(value: Mapping[str, Any], path: Path) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-LAYOUTS: Mapping[str, Callable[[HeadSet], dict[str, Tensor]]] = {
-    "v1": v1_tensors,
-    "vllm": vllm_tensors,
-    "nxdi": nxdi_tensors,
-}
-"""Names of each layout's tensors."""

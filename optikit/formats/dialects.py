@@ -86,10 +86,3 @@ def spoken(source: Path, dest: Path, version: str) -> Path:
         elif path.is_file():
             target.symlink_to(path.absolute())
     return dest
-
-
-def for_auto_gptq(directory: Path) -> None:
-    """Put beside a `gptq` model what auto-gptq 0.7 reads instead of config.json: quantize_config.json."""
-    config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    text = json.dumps(config["quantization_config"], indent=2) + "\n"
-    (directory / "quantize_config.json").write_text(text, encoding="utf-8")

@@ -69,10 +69,9 @@ class GgufTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class GgufHeader:
-    """What a gguf file says of itself; `counts` has the lengths of all arrays in `metadata`'s file."""
+    """What a gguf file says of itself; of long arrays nothing is kept."""
 
     metadata: Mapping[str, Any]
-    counts: Mapping[str, int]
     tensors: Mapping[str, GgufTensor]
 
 
@@ -96,7 +95,6 @@ class _Reader:
         self._content = content
         self._size = len(content)
         self._at = 0
-        self._counts: dict[str, int] = {}
 
     def header(self) -> GgufHeader:
         if self._take(4) != MAGIC:
@@ -115,7 +113,7 @@ class _Reader:
                 raise ValueError(msg)
             metadata[key] = self._value(self._number("I"), key)
         rows = [self._tensor() for _ in range(tensors)]
-        return GgufHeader(metadata=metadata, counts=self._counts, tensors=self._placed(rows, metadata))
+        return GgufHeader(metadata=metadata, tensors=self._placed(rows, metadata))
 
     def _take(self, length: int) -> bytes:
         if length > self._size - self._at:
@@ -153,7 +151,6 @@ class _Reader:
 
     def _array(self, key: str) -> tuple[Any, ...]:
         kind, count = self._number("I"), self._number("Q")
-        self._counts[key] = count
         if kind in _SCALARS:
             code = f"<{min(count, MOST_KEPT)}{_SCALARS[kind]}"
             width = struct.calcsize("<" + _SCALARS[kind])

@@ -29,8 +29,6 @@ Outcome = Literal["better", "worse", "no measurable difference", "not tested", "
 NLL = "nll.npy"
 """What a quality step keeps beside its figures: negative log-likelihoods, (windows, tokens)."""
 QUALITY = "measure-quality-"
-Z95 = 1.959964
-"""Normal quantile of a 95 % interval."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,9 +42,6 @@ REFUSED: Mapping[tuple[str, str, str], str] = MappingProxyType(
 pretrained model to do quantization requires CUDA available" and "Cannot access accelerator device when none is
 available"."""
 
-INTERNAL_VERBS = ("acquire", "measure")
-"""Steps that the plan adds itself: turning a source into a model directory, and measuring artifacts."""
-
 
 @cache
 def methods(verb: str) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Head layouts, loaded by the rules of the servers' own loaders: names, shapes, biases, configuration keys."""
 
 import json
+from typing import get_args
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from optikit.algorithms.medusa import MedusaHeads
 from optikit.deploy import medusa, support
 from optikit.errors import UsageError
+from optikit.stages.speculate.medusa import Layout
 
 VOCAB, HIDDEN = 260, 64
 
@@ -208,6 +210,6 @@ def test_support_has_rows_with_real_versions():
     for row in rows:
         SpecifierSet(row.versions)
         assert row.source
-    assert {row.what for row in rows} == {*medusa.LAYOUTS, "sequential", "sagemaker", "draft", "lookup"}
+    assert {row.what for row in rows} == {*get_args(Layout), "sequential", "sagemaker", "draft", "lookup"}
     assert "0.33.0" not in SpecifierSet(support.loads_in("vllm")["vllm"])
     assert "0.32.0" in SpecifierSet(support.loads_in("v1")["vllm"])

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from optikit import environments
 from optikit.formats import load_state
-from optikit.formats.dialects import for_auto_gptq, spoken
+from optikit.formats.dialects import spoken
 from optikit.store.store import Store
 from tests.conftest import build_tiny_llama, round_to_gptq
 
@@ -68,7 +68,8 @@ def test_autogptq_decodes_what_we_decode_from_a_gptq_directory(model: Path, tmp_
             tokens.append(int(ours(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
     environment = environments.ensure("auto-gptq", Store.default())
     older = spoken(packed, tmp_path / "older", "4.49")
-    for_auto_gptq(older)
+    settings = json.loads((older / "config.json").read_text())["quantization_config"]
+    (older / "quantize_config.json").write_text(json.dumps(settings))  # what auto-gptq 0.7 reads instead
     script = Path(__file__).with_name("autogptq_decodes.py")
     command = [environment.python, script, older, str(COUNT), *map(str, PROMPT)]
     variables = environment.variables({**os.environ, "HF_HUB_OFFLINE": "1"}, tmp_path)

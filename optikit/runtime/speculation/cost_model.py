@@ -39,10 +39,6 @@ class WindowCosts:
             return self.ms[last] + (m - last) * (self.ms[last] - self.ms[before]) / (last - before)
         return float(np.interp(m, lengths, [self.ms[each] for each in lengths]))
 
-    def relative(self, m: int) -> float:
-        """Return v(m) = T(m) / T(1)."""
-        return self.at(m) / self.at(1)
-
 
 def measure_windows(
     decoder: Decoder,

@@ -281,8 +281,3 @@ class Statistics:
     def acceptance_by_position(self) -> tuple[float, ...]:
         """Share of all steps that kept the draft token at position i: vLLM's per-position acceptance rate."""
         return tuple(count / self.steps for count in self.accepted)
-
-    @property
-    def conditional_acceptance(self) -> tuple[float, ...]:
-        """Probability that the draft token at position i is kept, given that there is one and those before it were."""
-        return tuple(kept / seen if seen else 0.0 for kept, seen in zip(self.accepted, self.judged, strict=True))

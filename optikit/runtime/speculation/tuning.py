@@ -151,30 +151,6 @@ def predict(
     return Prediction(ms_per_token=total / tokens, plain_ms_per_token=plain, statistics=found)
 
 
-def best_window(acceptance: Sequence[float], costs: WindowCosts, *, per_token_ms: float) -> tuple[int, float]:
-    """Return how many tokens to draft, and the speed-up to expect: argmax over k of E(k) T(1) / (k c + T(k + 1)).
-
-    Args:
-        acceptance: Probability that the i-th draft token is kept, given that those before it were.
-        costs: T(m).
-        per_token_ms: c: time to draft a token.
-
-    Returns:
-        (0, 1.0) where drafting doesn't pay.
-
-    >>> k, speedup = best_window([0.8] * 8, WindowCosts({1: 10.0, 9: 12.4}), per_token_ms=1.4)
-    >>> k, round(speedup, 2)
-    (4, 2.0)
-    >>> best_window([0.3] * 8, WindowCosts({1: 10.0, 9: 26.0}), per_token_ms=3.0)
-    (0, 1.0)
-    """
-    best = (0, 1.0)
-    for k in range(1, len(acceptance) + 1):
-        expected = tokens_per_step(acceptance[:k]) * costs.at(1) / (k * per_token_ms + costs.at(k + 1))
-        best = max(best, (k, expected), key=lambda each: each[1])
-    return best
-
-
 MATCHES = (1, 2, 3, 4, 5)
 """Lengths of match that tuning considers."""
 DRAFTS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16)

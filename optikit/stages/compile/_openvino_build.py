@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from optikit.stages.compile._openvino_options import Options
 
 TRIAL = "optikit.stages.compile._openvino_trial"
-MODEL = "openvino_model.xml"
-NOT_COPIED = frozenset({"artifact.json"})
 
 
 def export(options: Options, job: Job) -> dict[str, Any]:

@@ -32,7 +32,6 @@ TARGETED = True
 
 
 NXD = "nxd-inference"
-WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:

@@ -288,7 +288,6 @@ def test_statistics_count_what_was_drafted_judged_and_kept():
     assert found.accepted == [2, 2, 0, 0]
     assert found.acceptance_length == 2.0
     assert found.acceptance_by_position == (0.5, 0.5, 0, 0)
-    assert found.conditional_acceptance == (2 / 3, 1, 0, 0)
     assert found.by == {"lookup": (2, 7, 4), "medusa": (1, 1, 0)}
     assert Statistics().acceptance_length == 1
 
