@@ -1,15 +1,21 @@
-"""What a stage is: a module with these names. `mypy --strict` and the contract tests hold every stage to it.
+"""What a stage is: a module with the names of `Stage`. `mypy --strict` and the contract tests hold every stage to it.
 
-Planning calls `check`, `estimate` and `after` (pure, from facts alone, no torch); a worker calls `run`.
+A stage declares everything that others need to know of it: what it writes, what it reads, whether the target decides
+its result. Planning calls `inputs`, `check`, `estimate` and `after` (pure, from facts alone, no torch); a worker calls
+`run`, which gets what was declared and nothing else. Where the usual is enough, a module assigns a default of this one:
+
+    NEEDS, WRITES, USES_TARGET, ENVIRONMENT = DENSE, "model", False, MAIN
+    inputs, fits = calibrated, no_objection
+
 The module docstring is the method card: what, Paper, Helps, Hurts, Cost, Differs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
@@ -20,6 +26,92 @@ from optikit.targets import Target
 
 Facts = dict[str, Any]
 """What a stage found out while it ran, as JSON: layers quantized, fallbacks taken, bits per weight."""
+
+
+Writes = Literal["source", "model", "engine", "speculator", "measurement"]
+"""What a step leaves: the untouched model as a directory; a changed one; a compiled one; what drafts for a model; or
+figures."""
+MAIN: str | None = None
+"""The environment that optikit itself is installed in."""
+ANY: frozenset[Trait] = frozenset()
+DENSE: frozenset[Trait] = frozenset({"dense"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """Where planning finds something that a stage reads besides its model.
+
+    Attributes:
+        of: `calibration`: the recipe's calibration text. `prompts`: the text `spec`, or else the prompts of the speed
+            test. `model`: the model `spec`. `original`: the recipe's model before any stage. `step`: what the newest
+            earlier step of `made_by` left, where there is one. `machine`: processor and threads of this one. `plan`:
+            whatever the plan wires to it (measurements).
+        spec: What the author wrote for it; "" is nothing.
+        option: The option it was written in, as messages name it.
+        made_by: Verb and method.
+        split: Several processes may each calibrate on a part of the text (`optikit run --ranks`).
+    """
+
+    of: Literal["calibration", "prompts", "model", "original", "step", "machine", "plan"]
+    spec: str = ""
+    option: str = ""
+    made_by: tuple[str, str] = ("", "")
+    split: bool = False
+
+
+ORIGINAL = Input(of="original")
+MACHINE = Input(of="machine")
+PLANNED = Input(of="plan")
+
+
+def nothing(options: StageOptions) -> Mapping[str, Input]:
+    """Declare no inputs besides the model: the default of `Stage.inputs`."""
+    return {}
+
+
+def calibrated(options: StageOptions) -> Mapping[str, Input]:
+    """Declare the recipe's calibration text."""
+    return {"calibration": Input(of="calibration")}
+
+
+def split_calibrated(options: StageOptions) -> Mapping[str, Input]:
+    """Declare the recipe's calibration text, of which several processes may each take a part."""
+    return {"calibration": Input(of="calibration", split=True)}
+
+
+def no_objection(options: StageOptions, facts: ModelFacts, models: Mapping[str, ModelFacts]) -> Iterator[Problem]:
+    """Yield nothing: the default of `Stage.fits` for stages that read no other model."""
+    return iter(())
+
+
+class UndeclaredInputError(LookupError):
+    """A stage asked for an input that its `inputs` doesn't name: its key wouldn't change with it."""
+
+
+class Inputs(Mapping[str, Path]):
+    """Paths by role, as far as a stage has declared them; asking for another role is a defect, told as one."""
+
+    def __init__(self, found: Mapping[str, Path], declared: Collection[str]) -> None:
+        self._found = {role: path for role, path in found.items() if role in declared}
+        self._declared = frozenset(declared)
+
+    def _require(self, role: object) -> None:
+        if role not in self._declared:
+            raise UndeclaredInputError(f"input {role!r} is not declared by the stage's `inputs(options)`")
+
+    def __getitem__(self, role: str) -> Path:
+        self._require(role)
+        return self._found[role]
+
+    def __contains__(self, role: object) -> bool:
+        self._require(role)
+        return role in self._found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
 
 
 class StageOptions(BaseModel):
@@ -79,13 +171,13 @@ class Job:
         source: Model directory to read; never written to.
         dest: Empty directory to write the result to.
         scratch: Directory that survives a killed run of the same step: finished blocks wait here for the resume.
-        inputs: Other artifacts that the step reads, by role (`baseline`, `text`, `prompts`, …).
-        calibration: Calibration text, for stages that ask for it.
+        inputs: What the stage declared to read, by role (`baseline`, `text`, `prompts`, …).
+        calibration: Calibration text, for stages that declare it.
         seed: Seeds every random choice of the step.
         device: torch device: `cpu` or `cuda`.
         threads: CPU threads to use.
         max_memory_bytes: Bound on the step's memory, or None.
-        target: Where the artifact will run, for stages that write for it (`TARGETED = True`).
+        target: Where the artifact will run, for stages that declare `USES_TARGET`.
         progress: Called with (done, total, what).
     """
 
@@ -120,13 +212,23 @@ class Stage(Protocol):
     """One line for `optikit stages`."""
     NEEDS: frozenset[Trait]
     """Traits that the source must have."""
-    CALIBRATED: bool
-    """Reads the recipe's calibration text."""
+    WRITES: Writes
+    """What it leaves."""
+    USES_TARGET: bool
+    """The target decides its result: `run` gets it, and it is part of the cache key."""
     LIBRARIES: tuple[str, ...]
     """Distributions whose versions change the result: part of the cache key."""
     ENVIRONMENT: str | None
-    """Managed environment to run in; None is the main one."""
+    """Managed environment to run in; `MAIN` is optikit's own."""
     Options: type[StageOptions]
+
+    def inputs(self, options: Any) -> Mapping[str, Input]:
+        """Return what it reads besides its model, by role; all of it is part of the cache key. Pure."""
+        ...
+
+    def fits(self, options: Any, facts: ModelFacts, models: Mapping[str, ModelFacts]) -> Iterator[Problem]:
+        """Yield why the models that it reads, by role, don't go with the one it gets. Pure."""
+        ...
 
     def check(self, options: Any, facts: ModelFacts, target: Target) -> Iterator[Problem]:
         """Yield what these options can't do to this model on this target. Pure; `loc` is relative to the options."""
@@ -146,6 +248,15 @@ class Stage(Protocol):
 
 
 @runtime_checkable
+class Speculating(Protocol):
+    """A stage module that writes a speculator, which is measured and tuned on the compiled model."""
+
+    def measured(self, options: Any) -> dict[str, Any]:
+        """Return how `measure speculation` chooses and judges what these options ask for, as options of its own."""
+        ...
+
+
+@runtime_checkable
 class Emitting(Protocol):
     """A stage module whose work may be left to another machine, and finished there."""
 
@@ -154,9 +265,11 @@ class Emitting(Protocol):
         ...
 
     def finish(self, options: Any, job: Job) -> Facts:
-        """Finish the folder `job.inputs["emitted"]` in `job.dest`, return what was found out."""
+        """Finish the folder `job.inputs[EMITTED]` in `job.dest`, return what was found out."""
         ...
 
 
+EMITTED = "emitted"
+"""Fact of a stage that left its work to another machine, and the input that holds its folder when it is finished."""
 SERVERS_PEAK = "servers_peak_memory_mib"
 """Fact of a stage that started servers: the memory of all of them, which the kernel doesn't count as its children's."""

@@ -13,27 +13,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from optikit import runtime, targets
 from optikit.errors import InputMissingError, UsageError
 from optikit.execution.execute import Settings, execute
 from optikit.models import reader
 from optikit.models.facts import ModelFacts
-from optikit.plan.context import Context, here, tokens_of
-from optikit.plan.make import named_texts
-from optikit.plan.measure_steps import quality_options, tasks_options
-from optikit.plan.model import Plan, Step
+from optikit.plan import measurements
+from optikit.plan.context import Context, Found, resolve_texts
+from optikit.plan.model import BASELINE, Plan, Step
 from optikit.progress import make as make_progress
 from optikit.recipe.schema import Evaluate, Gate, Recipe
 from optikit.report import assemble
 from optikit.store.keys import cache_key
-from optikit.store.sources import ModelSource, TextSource, resolve_text
+from optikit.store.sources import ModelSource
 from optikit.store.store import Store
 
 if TYPE_CHECKING:
     from optikit.evaluation.results import Report
-    from optikit.stage import StageOptions
 
 GENAI = "genai_config.json"
 
@@ -166,10 +164,7 @@ def make(subject: Subject, request: Request, store: Store, *, note: Callable[[st
         target=target,
         model=source,
         facts=subject.facts,
-        texts={
-            role: resolve_text(text, store, base=request.base, offline=request.offline, note=note)
-            for role, text in named_texts(recipe).items()
-        },
+        texts=resolve_texts(recipe, store, base=request.base, offline=request.offline, note=note),
     )
     return Plan(
         recipe=recipe,
@@ -186,57 +181,23 @@ def make(subject: Subject, request: Request, store: Store, *, note: Callable[[st
 
 
 def _steps(subject: Subject, context: Context) -> Iterator[Step]:
+    """Yield the measuring steps: what lies there is the baseline, and nothing is compared with it."""
     wanted = context.recipe.evaluate
+    measured = measurements.Subject(name=BASELINE, key="", runtime=subject.runtime, facts=subject.facts)
+    tokenizer = _placed(subject.tokenizer)
     if wanted.perplexity is not None:
-        text = context.texts["perplexity"]
-        options = quality_options(subject.runtime, wanted.perplexity)
-        yield _step(subject, context, "quality", "measure-quality-baseline", options, {"text": text})
+        yield measurements.quality_step(context, measured, tokenizer, None, keep_logits=False)
     if wanted.tasks:
-        options = tasks_options(subject.runtime, wanted.tasks)
-        texts = {f"task:{task.name}": context.texts[f"tasks.{task.name}"] for task in wanted.tasks}
-        yield _step(subject, context, "tasks", "measure-tasks-baseline", options, texts)
+        yield measurements.tasks_step(context, measured, tokenizer, None)
     if wanted.speed is not None:
-        speculator = {"speculator": "speculator"} if subject.speculator else {}
-        arm = {"name": "baseline", "role": "model", "runtime": subject.runtime, "dtype": "auto", **speculator}
+        found = {"model": _placed(subject.place), "tokenizer": tokenizer}
+        found |= {"speculator": _placed(subject.speculator)} if subject.speculator else {}
+        drafting = {"speculator": "speculator"} if subject.speculator else {}
+        arm = {"name": "baseline", "role": "model", "runtime": subject.runtime, "dtype": "auto", **drafting}
         options = {"arms": [arm], **wanted.speed.model_dump(exclude={"prompts"})}
-        prompts = context.texts["prompts" if wanted.speed.prompts else "perplexity"]
-        yield _step(subject, context, "speed", "measure-speed", options, {"prompts": prompts})
+        yield measurements.speed_step(context, options, "", found)
 
 
-def _step(
-    subject: Subject,
-    context: Context,
-    method: str,
-    name: str,
-    options: Mapping[str, Any],
-    texts: Mapping[str, TextSource],
-) -> Step:
-    stage = context.stage("measure", method)
-    chosen: StageOptions = stage.Options.model_validate(options)
-    files = {role: str(text.path) for role, text in texts.items()} | {"tokenizer": str(subject.tokenizer.absolute())}
-    if method == "speed":
-        files["model"] = str(subject.place.absolute())
-    if method == "speed" and subject.speculator:
-        files["speculator"] = str(subject.speculator.absolute())
-    digests = {role: text.digest for role, text in texts.items()}
-    return Step(
-        name=name,
-        verb="measure",
-        method=method,
-        options=chosen,
-        key=context.key(
-            "measure",
-            method,
-            chosen,
-            model=context.model.digest,
-            texts=digests,
-            host=here() if method == "speed" else {},
-        ),
-        source="",
-        files=files,
-        estimate=stage.estimate(
-            chosen, subject.facts, context.target, tokens_of(texts["text"]) if "text" in texts else 0
-        ),
-        before=subject.facts,
-        after=subject.facts,
-    )
+def _placed(directory: Path) -> Found:
+    """Return a directory as an input; its content is part of the model's digest."""
+    return Found(path=str(directory.absolute()))

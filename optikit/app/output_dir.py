@@ -57,7 +57,7 @@ def write(out: Path, loaded: LoadedRecipe, plan: Plan, artifacts: Mapping[str, A
             digest = _place(source, partial / name, out / name)
             files[name] = {"size": source.stat().st_size, "sha256": digest}
         (partial / "recipe.yaml").write_text(loaded.text, encoding="utf-8")
-        lock = lock_entries((plan.model, *plan.texts.values()))
+        lock = lock_entries((plan.model, *plan.texts.values(), *plan.models.values()))
         (partial / "optikit.lock").write_text(json.dumps(lock, indent=1), encoding="utf-8")
         (partial / MANIFEST).write_text(json.dumps(_manifest(plan, files), indent=1), encoding="utf-8")
         _swap(partial, out)
@@ -70,7 +70,7 @@ def write(out: Path, loaded: LoadedRecipe, plan: Plan, artifacts: Mapping[str, A
 def _layout(plan: Plan, artifacts: Mapping[str, Artifact]) -> Iterator[tuple[str, Path]]:
     """Yield (name in the output, file) of everything that is shipped."""
     done = [step for step in plan.steps if step.key in artifacts]
-    directories = [step for step in done if step.verb not in ("compile", "speculate")]
+    directories = [step for step in done if step.writes in ("source", "model")]
     if directories:
         yield from _files("model", artifacts[directories[-1].key])
     elif plan.model.format == "safetensors":
@@ -78,11 +78,11 @@ def _layout(plan: Plan, artifacts: Mapping[str, Artifact]) -> Iterator[tuple[str
             if path.is_file() and path.suffix not in UNSAFE_SUFFIXES:
                 yield f"model/{path.name}", path
     for step in done:
-        if step.verb == "compile":
+        if step.writes == "engine":
             yield from _files(f"compiled/{step.method}", artifacts[step.key])
     speculation = [step for step in plan.measures if step.method == "speculation" and step.key in artifacts]
     for step in (*done, *speculation):
-        if step.verb == "speculate" or step in speculation:
+        if step.writes == "speculator" or step in speculation:
             yield from _files("speculator", artifacts[step.key])
 
 

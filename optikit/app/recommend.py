@@ -22,7 +22,7 @@ from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.rules.engine import check
 from optikit.rules.stack import Placed, Stack
-from optikit.stages import load, methods
+from optikit.stages import load, method_key, methods
 from optikit.targets import Target
 from optikit.targets.estimate import Floors, floors
 
@@ -278,7 +278,7 @@ def _compiled(one: Candidate) -> bool:
 
 def _stage_lines(verb: str, method: str, options: Mapping[str, Any]) -> Iterator[str]:
     yield f"  - {verb}:"
-    yield f"      {'engine' if verb == 'compile' else 'method'}: {method}"
+    yield f"      {method_key(verb)}: {method}"
     for name, value in options.items():
         yield f"      {name}: {value}"
 

@@ -6,7 +6,7 @@ import shlex
 import shutil
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from optikit.errors import DiskError, GateFailedError, UsageError
 from optikit.execution.execute import Settings, execute
 from optikit.plan import Plan, make_plan
 from optikit.plan import frozen as frozen_plan
+from optikit.plan.measurements import SCORING
 from optikit.progress import make as make_progress
 from optikit.recipe import limits
 from optikit.recipe.load import load
@@ -39,15 +40,11 @@ class Request:
     recipe: Path
     out: Path
     overrides: tuple[str, ...] = ()
-    until: str | None = None
-    offline: bool = False
     progress: str = "auto"
     device: str = "auto"
     targets: Path | None = None
     junit: Path | None = None
-    lock_timeout: float | None = None
-    ranks: int = 1
-    resume: bool = False
+    settings: Settings = field(default_factory=Settings)
 
 
 def run_recipe(request: Request) -> Report | None:
@@ -72,26 +69,19 @@ def run_recipe(request: Request) -> Report | None:
         plan = make_plan(
             loaded,
             store,
-            offline=request.offline,
+            offline=request.settings.offline,
             device=_device(request.device),
             extra_targets=request.targets,
             note=progress.note,
         )
         if frozen is not None:
             frozen_plan.require_same(frozen, plan, loaded)
-        _require_step(plan, request.until)
+        _require_step(plan, request.settings.until)
         _require_disk(plan, store)
         for warning in plan.warnings:
             progress.note(f"warning: {warning.message}")
-        settings = Settings(
-            until=request.until,
-            lock_timeout=request.lock_timeout,
-            offline=request.offline,
-            ranks=request.ranks,
-            resume=request.resume,
-        )
-        execution = execute(plan, store, progress, settings, partial(stop_at_gate, plan))
-    if request.until is not None:
+        execution = execute(plan, store, progress, request.settings, partial(stop_at_gate, plan))
+    if request.settings.until is not None:
         output_dir.write(request.out, loaded, plan, execution.artifacts)
         return None
     plan, rolled_back = roll_back(plan, execution.artifacts)
@@ -160,8 +150,8 @@ def stop_at_gate(plan: Plan, finished: Step, artifacts: Mapping[str, Artifact]) 
     Raises:
         GateFailedError: Naming step, gate, value and limit.
     """
-    made = next((step for step in plan.steps if step.key == finished.source and step.verb != "acquire"), None)
-    if made is None or finished.method != "quality":
+    made = next((step for step in plan.steps if step.name == finished.subject), None)
+    if made is None or finished.method not in SCORING:
         return
     judged = assemble.judge(plan.until(made.name), artifacts, on_fail="stop")
     failed = [judge.said(result, made.name) for result in judged if result.verdict == "fail"]
@@ -176,7 +166,7 @@ def roll_back(plan: Plan, artifacts: Mapping[str, Artifact]) -> tuple[Plan, str]
     Raises:
         GateFailedError: Not one step passes them.
     """
-    made = [step for step in plan.steps if step.verb not in ("acquire", "speculate")]
+    made = [step for step in plan.steps if step.writes in ("model", "engine")]
     if not any(limits.asked(plan.recipe.gates, "rollback")):
         return plan, ""
     failed: list[str] = []

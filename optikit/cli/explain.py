@@ -175,10 +175,10 @@ def _stage_text(verb: str, method: str, backend: str) -> str:
     import inspect
 
     from optikit.cli._table import table
-    from optikit.stages import OURS, load
+    from optikit.stages import OURS, load, method_key
 
     stage = load(verb, method, backend)
-    key = "engine" if verb == "compile" else "method"
+    key = method_key(verb)
     named = "" if backend == OURS else f", backend: {backend}"
     rows = [("option", "default", "what")]
     for name, field in stage.Options.model_fields.items():

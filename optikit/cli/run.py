@@ -60,21 +60,18 @@ def run(
     Finished steps are kept in the store: running again continues where it stopped, or does nothing.
     """
     from optikit.app.run import Request, run_recipe
+    from optikit.execution.execute import Settings
 
     report = run_recipe(
         Request(
             recipe=recipe,
             out=out,
             overrides=tuple(set_ or ()),
-            until=until,
-            offline=offline,
             progress=progress.value,
             device=device.value,
             targets=targets,
             junit=junit,
-            lock_timeout=lock_timeout,
-            ranks=ranks,
-            resume=resume,
+            settings=Settings(until=until, lock_timeout=lock_timeout, offline=offline, resume=resume, ranks=ranks),
         )
     )
     if report is None:

@@ -32,13 +32,14 @@ def _row(verb: str, method: str) -> dict[str, Any]:
     from optikit.stages import OURS, backend_names, load
 
     stage = load(verb, method)
+    inputs = stage.inputs(stage.Options.model_construct())  # as it is with default options
     others = {name: load(verb, method, name) for name in backend_names(verb, method) if name != OURS}
     return {
         "verb": verb,
         "method": method,
         "summary": stage.SUMMARY,
         "needs": sorted(stage.NEEDS),
-        "calibrated": stage.CALIBRATED,
+        "calibrated": any(one.of == "calibration" for one in inputs.values()),
         "environment": stage.ENVIRONMENT,
         "options": stage.Options.model_json_schema(),
         "backends": {

@@ -6,6 +6,7 @@ Numbers are finite: JSON has no word for the others, and what overflowed was not
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -182,6 +183,36 @@ class Ratio(_Frozen):
     ci95: Interval
     noise_floor: float
     verdict: Literal["faster", "slower", "no measurable change"]
+
+
+Ratios = Mapping[str, Ratio]
+"""Ratios of two models by what was timed: `decode`, `prefill`."""
+
+
+class Machine(_Frozen):
+    """The machine before and after timing; `steal_share` is what its hypervisor gave to others, null if untold."""
+
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+    steal_share: float | None
+
+
+class Timing(_Frozen):
+    """Facts that timing models in turns leaves and the report reads; every mapping but `noise` is by arm."""
+
+    arms: Mapping[str, Speed]
+    intervals: Mapping[str, Mapping[str, Interval]]
+    ratios: Mapping[str, Ratios]
+    """Against the first arm."""
+    last_against: Mapping[str, Ratios]
+    """Of the last arm against each other one."""
+    chain: Mapping[str, Ratios]
+    """Against the arm before, of those whose stages build on each other."""
+    noise: Ratios
+    """Of the first arm against itself."""
+    prompts: int
+    """How many there were."""
+    host: Machine
 
 
 class StepReport(_Frozen):

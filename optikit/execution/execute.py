@@ -16,19 +16,17 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from optikit import environments, fileio, host, stages
+from optikit import environments, host, stages
 from optikit.errors import InterruptError, OptikitError, StageFailedError, TerminatedError
 from optikit.execution import check_backend, supervise
-from optikit.process import failure
-from optikit.stage import Emitting
+from optikit.fileio import write_json
+from optikit.process.failure import raise_failure
+from optikit.stage import EMITTED, Emitting
 from optikit.store.store import Artifact, Manifest, Store, cache_key
 
 if TYPE_CHECKING:
     from optikit.plan import Plan, Step
     from optikit.progress import Progress, Status
-
-WRITES_MODEL = ("prune", "finetune", "quantize")
-"""Verbs whose result is a model directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,23 +86,14 @@ def execute(
     Raises:
         OptikitError: The first step that fails, by the table of exit codes; finished steps stay in the store.
     """
-    artifacts: dict[str, Artifact] = {}
-    statuses: dict[str, Status] = {}
+    executor = _Executor(plan, store, progress, settings)
     steps = _until(plan.order, settings.until)
     progress.plan([step.name for step in steps])
     with _Signals():
         for step in steps:
-            progress.start(step.name)
-            try:
-                artifact, status = _one(step, plan, artifacts, store, progress, settings)
-            except OptikitError:
-                progress.finish(step.name, "failed", 0.0, 0.0)
-                raise
-            artifacts[step.key], statuses[step.name] = artifact, status
-            manifest = artifact.manifest
-            progress.finish(step.name, status, manifest.seconds, manifest.peak_memory_mib)
-            finished(step, artifacts)
-    return Execution(artifacts=artifacts, statuses=statuses)
+            executor.step(step)
+            finished(step, executor.artifacts)
+    return Execution(artifacts=executor.artifacts, statuses=executor.statuses)
 
 
 def _until(steps: tuple[Step, ...], name: str | None) -> tuple[Step, ...]:
@@ -113,135 +102,134 @@ def _until(steps: tuple[Step, ...], name: str | None) -> tuple[Step, ...]:
     return steps[: [step.name for step in steps].index(name) + 1]
 
 
-def _one(
-    step: Step,
-    plan: Plan,
-    artifacts: Mapping[str, Artifact],
-    store: Store,
-    progress: Progress,
-    settings: Settings,
-) -> tuple[Artifact, Status]:
-    """Return what a step made, now or before; of what was emitted, what became of it where its tools are."""
-    perform = partial(_perform, plan=plan, artifacts=artifacts, store=store, progress=progress, settings=settings)
-    stage = stages.load(step.verb, step.method, step.backend)
-    finished = replace(step, key=cache_key(finishes=step.key))
-    if not isinstance(stage, Emitting):
-        return _kept(step, lambda: perform(step), store, progress, settings)
-    found = store.find(finished.key)
-    if found is not None:
-        return found, "cached"
-    artifact, status = _kept(step, lambda: perform(step), store, progress, settings)
-    if status != "emitted" or not settings.resume:
-        return artifact, status
-    why = stage.absent(step.options)
-    if why:
-        progress.note(f"{step.name} stays emitted: {why}")
-        return artifact, status
-    return _kept(finished, lambda: perform(finished, emitted=artifact.path), store, progress, settings)
+@dataclass(frozen=True)
+class _Executor:
+    """A plan on its way: what is made so far, and how the next step is made."""
 
+    plan: Plan
+    store: Store
+    progress: Progress
+    settings: Settings
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+    """By step key."""
+    statuses: dict[str, Status] = field(default_factory=dict)
+    """By step name."""
 
-def _kept(
-    step: Step, perform: Callable[[], Artifact], store: Store, progress: Progress, settings: Settings
-) -> tuple[Artifact, Status]:
-    """Return what is in the store, or what one process at a time makes."""
-    found = store.find(step.key)
-    if found is not None:
-        return found, _status(found, "cached")
-    with store.lock(step.key, timeout=settings.lock_timeout, waiting=progress.note):
-        found = store.find(step.key)  # whoever held the lock may have done the work
+    def step(self, step: Step) -> None:
+        """Bring about what a step makes, and tell of it."""
+        self.progress.start(step.name)
+        try:
+            artifact, status = self._made(step)
+        except OptikitError:
+            self.progress.finish(step.name, "failed", 0.0, 0.0)
+            raise
+        self.artifacts[step.key], self.statuses[step.name] = artifact, status
+        self.progress.finish(step.name, status, artifact.manifest.seconds, artifact.manifest.peak_memory_mib)
+
+    def _made(self, step: Step) -> tuple[Artifact, Status]:
+        """Return what a step made, now or before; of what was emitted, what became of it where its tools are."""
+        stage = stages.load(step.verb, step.method, step.backend)
+        if not isinstance(stage, Emitting):
+            return self._kept(step)
+        finished = replace(step, key=cache_key(finishes=step.key))
+        found = self.store.find(finished.key)
+        if found is not None:
+            return found, "cached"
+        artifact, status = self._kept(step)
+        if status != "emitted" or not self.settings.resume:
+            return artifact, status
+        why = stage.absent(step.options)
+        if why:
+            self.progress.note(f"{step.name} stays emitted: {why}")
+            return artifact, status
+        return self._kept(finished, emitted=artifact.path)
+
+    def _kept(self, step: Step, emitted: Path | None = None) -> tuple[Artifact, Status]:
+        """Return what is in the store, or what one process at a time makes."""
+        found = self.store.find(step.key)
         if found is not None:
             return found, _status(found, "cached")
-        artifact = perform()
-        return artifact, _status(artifact, "executed")
+        with self.store.lock(step.key, timeout=self.settings.lock_timeout, waiting=self.progress.note):
+            found = self.store.find(step.key)  # whoever held the lock may have done the work
+            if found is not None:
+                return found, _status(found, "cached")
+            artifact = self._perform(step, emitted)
+            return artifact, _status(artifact, "executed")
+
+    def _perform(self, step: Step, emitted: Path | None) -> Artifact:
+        """Do a step in a process of its own and keep its result; with `emitted`, finish that folder."""
+        directory = self.store.job_dir(step.key)
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        dest = self.store.staging(step.key)
+        request = self._request(step, emitted)
+        places = {"dest": str(dest), "scratch": str(self.store.scratch(step.key))}
+        write_json(directory / "request.json", request | places)
+        try:
+            response = self._response(step, directory)
+            if not response["ok"]:
+                raise_failure(response, step=step.name, log=directory / "log.txt")
+            if step.backend != stages.OURS and step.writes == "model":
+                check_backend.require(step.name, step.backend, dest, step.after)
+            artifact = self.store.commit(step.key, dest, _manifest(step, request, response))
+        finally:
+            shutil.rmtree(dest, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
+        return artifact
+
+    def _response(self, step: Step, directory: Path) -> dict[str, Any]:
+        """Do a step in the interpreter that it asks for, and return what its process answered."""
+        timeout, observe = self.plan.recipe.timeout, partial(self.progress.update, step.name)
+        if step.environment is None:
+            return supervise.respond(step.name, directory, timeout=timeout, observe=observe)
+        with environments.use(
+            step.environment,
+            self.store,
+            offline=self.settings.offline,
+            note=self.progress.note,
+            progress=observe,
+        ) as environment:
+            try:
+                response = supervise.respond(
+                    step.name, directory, timeout=timeout, observe=observe, environment=environment
+                )
+            except StageFailedError:
+                environment.require(step.name)
+                raise
+            if not response["ok"]:
+                environment.require(step.name)
+            return response
+
+    def _path(self, key: str) -> str:
+        """Return where an artifact lies; "" is the model that the recipe names."""
+        return str(self.artifacts[key].path if key else self.plan.model.path)
+
+    def _request(self, step: Step, emitted: Path | None) -> dict[str, Any]:
+        """Return what the worker is told: what the stage declared to use, and nothing else."""
+        ranks = self.settings.ranks if step.split and step.environment is None else 1
+        inputs = {role: self._path(key) for role, key in step.inputs.items()} | dict(step.files)
+        uses_target = stages.load(step.verb, step.method, step.backend).USES_TARGET
+        return {
+            "verb": step.verb,
+            "method": step.method,
+            "backend": step.backend,
+            "options": step.options.model_dump(mode="json"),
+            "source": self._path(step.source),
+            "inputs": inputs | ({EMITTED: str(emitted)} if emitted else {}),
+            "finish": emitted is not None,
+            "calibration": step.calibration,
+            "seed": self.plan.recipe.seed,
+            "device": self.plan.device,
+            "threads": max(1, self.settings.threads // ranks),
+            "ranks": ranks,
+            "max_memory_bytes": self.plan.max_memory_bytes,
+            "target": asdict(self.plan.target) if uses_target else None,
+        }
 
 
 def _status(artifact: Artifact, done: Status) -> Status:
     """Say `emitted` of files whose work is left to another machine, whether written now or before."""
-    return "emitted" if artifact.manifest.facts.get("emitted") else done
-
-
-def _perform(
-    step: Step,
-    *,
-    plan: Plan,
-    artifacts: Mapping[str, Artifact],
-    store: Store,
-    progress: Progress,
-    settings: Settings,
-    emitted: Path | None = None,
-) -> Artifact:
-    """Do a step in a process of its own and keep its result; with `emitted`, finish what that folder was left for."""
-    directory = store.job_dir(step.key)
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    dest = store.staging(step.key)
-    request = _request(step, plan, artifacts, settings)
-    request |= {"dest": str(dest), "scratch": str(store.scratch(step.key))}
-    if emitted is not None:
-        request |= {"finish": True, "inputs": {**request["inputs"], "emitted": str(emitted)}}
-    fileio.write_json(directory / "request.json", request)
-    try:
-        response = _response(directory, step, plan.recipe.timeout, store, progress, settings)
-        if not response["ok"]:
-            failure.raise_failure(response, step=step.name, log=directory / "log.txt")
-        if step.backend != stages.OURS and step.verb in WRITES_MODEL:
-            check_backend.require(step.name, step.backend, dest, step.after)
-        artifact = store.commit(step.key, dest, _manifest(step, request, response))
-    finally:
-        shutil.rmtree(dest, ignore_errors=True)
-    shutil.rmtree(directory, ignore_errors=True)
-    return artifact
-
-
-def _response(
-    directory: Path, step: Step, timeout: float | None, store: Store, progress: Progress, settings: Settings
-) -> dict[str, Any]:
-    """Do a step in the interpreter that it asks for, and return what its process answered."""
-    observe = partial(progress.update, step.name)
-    if step.environment is None:
-        return supervise.respond(step.name, directory, timeout=timeout, observe=observe)
-    using = environments.use(step.environment, store, offline=settings.offline, note=progress.note, progress=observe)
-    with using as environment:
-        try:
-            response = supervise.respond(
-                step.name, directory, timeout=timeout, observe=observe, environment=environment
-            )
-        except StageFailedError:
-            environment.require(step.name)
-            raise
-        if not response["ok"]:
-            environment.require(step.name)
-        return response
-
-
-def source_path(step: Step, plan: Plan, artifacts: Mapping[str, Artifact]) -> Path:
-    """Return the model directory (or gguf file) that a step reads."""
-    return artifacts[step.source].path if step.source else plan.model.path
-
-
-def _request(step: Step, plan: Plan, artifacts: Mapping[str, Artifact], settings: Settings) -> dict[str, Any]:
-    inputs = {role: str(artifacts[key].path if key else plan.model.path) for role, key in step.inputs.items()}
-    return {
-        "verb": step.verb,
-        "method": step.method,
-        "backend": step.backend,
-        "options": step.options.model_dump(mode="json"),
-        "source": str(source_path(step, plan, artifacts)),
-        "inputs": inputs | dict(step.files),
-        "calibration": step.calibration,
-        "seed": plan.recipe.seed,
-        "device": plan.device,
-        "threads": max(1, settings.threads // _ranks(step, settings)),
-        "ranks": _ranks(step, settings),
-        "max_memory_bytes": plan.max_memory_bytes,
-        "target": asdict(plan.target),
-    }
-
-
-def _ranks(step: Step, settings: Settings) -> int:
-    """Return how many processes do a step: one, unless it walks blocks with calibration text."""
-    shared = step.calibration is not None and step.verb in ("prune", "quantize") and step.environment is None
-    return settings.ranks if shared else 1
+    return "emitted" if artifact.manifest.facts.get(EMITTED) else done
 
 
 def _manifest(step: Step, request: Mapping[str, Any], response: Mapping[str, Any]) -> Manifest:

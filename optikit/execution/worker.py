@@ -29,6 +29,7 @@ from optikit.process.memory import peak_memory_mib
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from optikit.stage import Calibration
     from optikit.targets import Target
 
 SECONDS_BETWEEN_EVENTS = 0.1
@@ -72,6 +73,13 @@ def _target(fields: dict[str, Any] | None) -> Target | None:
     return Target(**values)
 
 
+def _calibration(fields: dict[str, Any] | None) -> Calibration | None:
+    """Return the calibration text that a request describes."""
+    from optikit.stage import Calibration
+
+    return Calibration(**{**fields, "text": Path(fields["text"])}) if fields else None
+
+
 def perform(directory: Path) -> dict[str, Any]:
     """Do the work of a job directory and return the response.
 
@@ -79,12 +87,13 @@ def perform(directory: Path) -> dict[str, Any]:
         Exception: Whatever the stage raises; `main` turns it into a response.
     """
     from optikit import stages
-    from optikit.stage import SERVERS_PEAK, Calibration, Emitting, Job
+    from optikit.stage import EMITTED, SERVERS_PEAK, Emitting, Inputs, Job
 
     request = json.loads((directory / "request.json").read_text(encoding="utf-8"))
     stage = stages.load(request["verb"], request["method"], request.get("backend", stages.OURS))
     options = stage.Options.model_validate(request["options"])
-    calibration = request["calibration"]
+    finishing = bool(request.get("finish")) and isinstance(stage, Emitting)
+    declared = {*stage.inputs(options), *((EMITTED,) if finishing else ())}
     dest, scratch = Path(request["dest"]), Path(request["scratch"])
     if rank():  # writes the same as the first process, for nobody
         scratch = scratch / f"rank-{rank()}"
@@ -95,17 +104,17 @@ def perform(directory: Path) -> dict[str, Any]:
         source=Path(request["source"]),
         dest=dest,
         scratch=scratch,
-        inputs={role: Path(path) for role, path in request["inputs"].items()},
-        calibration=calibration and Calibration(**{**calibration, "text": Path(calibration["text"])}),
+        inputs=Inputs({role: Path(path) for role, path in request["inputs"].items()}, declared),
+        calibration=_calibration(request["calibration"]) if "calibration" in declared else None,
         seed=request["seed"],
         device=_device(request["device"]),
         threads=request["threads"],
         max_memory_bytes=request["max_memory_bytes"],
-        target=_target(request.get("target")),
+        target=_target(request.get("target")) if stage.USES_TARGET else None,
         **({} if rank() else {"progress": _reporter(directory / "events.jsonl")}),
     )
     started = time.monotonic()
-    do = stage.finish if request.get("finish") and isinstance(stage, Emitting) else stage.run
+    do = stage.finish if finishing and isinstance(stage, Emitting) else stage.run
     facts = do(options, job)
     return {
         "ok": True,

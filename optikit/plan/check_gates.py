@@ -89,7 +89,7 @@ def _obstacles(each: Asked, recipe: Recipe, target: Target | None) -> Iterator[O
         yield "judges a result, but the recipe has no stages", "add a stage, or remove the gate"
     elif part and not getattr(recipe.evaluate, part):
         yield _left_out(part)
-    elif part == "speed" and recipe.stages[-1].verb != "compile":
+    elif part == "speed" and recipe.stages[-1].stage.WRITES != "engine":
         yield "limits speed, which is timed on a compiled artifact", "end the stages with `compile`, or remove the gate"
     elif each.metric == PRICE and target is not None and (target.usd_per_hour is None or target.device != "cpu"):
         why = "has no price per hour" if target.usd_per_hour is None else "charges for an accelerator, not timed here"

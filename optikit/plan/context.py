@@ -1,25 +1,51 @@
-"""What every part of planning reads: the recipe with its sources resolved; and how a step gets its key."""
+"""What every part of planning reads: the recipe with its sources resolved; and how a step is put together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from optikit import environments, host, stages
 from optikit.host import versions
 from optikit.models.facts import ModelFacts
-from optikit.recipe.schema import Recipe
-from optikit.stage import Stage, StageOptions
+from optikit.plan.model import Step
+from optikit.recipe.schema import Recipe, StageEntry, Text
+from optikit.stage import Input, Stage, StageOptions, UndeclaredInputError
 from optikit.store.code_digest import source_digest
-from optikit.store.sources import ModelSource, TextSource
+from optikit.store.sources import ModelSource, TextSource, resolve_model, resolve_text
 from optikit.store.store import cache_key
 from optikit.targets import Target
 
-KEY_SCHEMA = 1
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from optikit.store.store import Store
+
+KEY_SCHEMA = 2
 """Raised when the meaning of a cache key changes."""
 BYTES_PER_TOKEN = 4
 """Of prose, by tokenizers of 32,000 to 150,000 words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What the plan found for one input of a stage: an artifact of the store, or files with their digest.
+
+    Attributes:
+        key: Key of the artifact; "" where it is none, or the original model as it lies there.
+        digest: Of the files; for an artifact its key says it all.
+        path: Of the files; "" for an artifact.
+    """
+
+    key: str = ""
+    digest: str = ""
+    path: str = ""
+
+
+def given(source: TextSource | ModelSource) -> Found:
+    """Return a resolved source as an input."""
+    return Found(digest=source.digest, path=str(source.path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +53,10 @@ class Context:
     """A recipe with its sources resolved.
 
     Attributes:
-        device: torch device that calibrated stages will use.
+        device: torch device that stages will compute on.
         facts: Facts of the untouched model.
-        texts: Resolved texts by role: `calibration`, `perplexity`, `prompts`.
-        drafts: Resolved draft models by the index of the stage that names one.
+        texts: Resolved texts by role: `calibration`, `perplexity`, `prompts`, `tasks.NAME`, `stages[0].prompts`.
+        models: Resolved models that stages name besides the recipe's, by role: `stages[0].draft`.
     """
 
     recipe: Recipe
@@ -39,30 +65,103 @@ class Context:
     model: ModelSource
     facts: ModelFacts
     texts: Mapping[str, TextSource]
-    drafts: Mapping[int, ModelSource] = field(default_factory=dict)
+    models: Mapping[str, ModelSource] = field(default_factory=dict)
 
-    def stage(self, verb: str, method: str, backend: str = stages.OURS) -> Stage:
-        """Import a stage module."""
-        return stages.load(verb, method, backend)
+    def step(
+        self,
+        name: str,
+        what: tuple[str, str],
+        options: StageOptions,
+        *,
+        on: tuple[str, ModelFacts],
+        found: Mapping[str, Found] | None = None,
+        backend: str = stages.OURS,
+        subject: str = "",
+        tokens: int = 0,
+    ) -> Step:
+        """Return a step with its key: everything that decides its result, and nothing else.
 
-    def key(self, verb: str, method: str, options: StageOptions, *, backend: str | None = None, **parts: Any) -> str:
-        """Return the cache key of a step: everything that decides its result, and nothing else.
+        Never part of it: paths, times, user names, the number of threads of what isn't timed.
 
-        Never part of it: paths, times, user names, the number of threads.
+        Args:
+            name: Its name in the plan.
+            what: Verb and method.
+            options: The stage's options.
+            on: The model that it reads: key, "" for the original one, and facts.
+            found: What was found for its inputs, by role.
+            backend: Who does the work.
+            subject: Name of the step that it measures.
+            tokens: Of the texts that it reads.
+
+        Raises:
+            UndeclaredInputError: A role in `found` isn't one of the stage's inputs.
         """
-        who = stages.OURS if backend is None else backend
-        stage = self.stage(verb, method, who)
-        return cache_key(
-            schema=KEY_SCHEMA,
+        (verb, method), (source, facts) = what, on
+        stage = stages.load(verb, method, backend)
+        declared = stage.inputs(options)
+        inputs = dict(found or {})
+        if not inputs.keys() <= declared.keys():
+            message = f"{verb} {method} gets {sorted(inputs.keys() - declared.keys())}, which it doesn't declare"
+            raise UndeclaredInputError(message)
+        return Step(
+            name=name,
             verb=verb,
             method=method,
-            code=source_digest(stages.module(verb, method, who)),
-            options=options.model_dump(mode="json"),
-            seed=self.recipe.seed,
-            **({} if backend is None else {"backend": backend}),
-            **_installed(stage),
-            **parts,
+            backend=backend,
+            writes=stage.WRITES,
+            subject=subject,
+            options=options,
+            key=cache_key(
+                schema=KEY_SCHEMA,
+                verb=verb,
+                method=method,
+                backend=backend,
+                code=source_digest(stages.module(verb, method, backend)),
+                options=options.model_dump(mode="json"),
+                seed=self.recipe.seed,
+                device=self.device,
+                parent=source or self.model.digest,
+                inputs={role: one.key or one.digest or self.model.digest for role, one in inputs.items()},
+                **_installed(stage),
+                **self._surroundings(stage, declared),
+            ),
+            source=source,
+            inputs={role: one.key for role, one in inputs.items() if not one.path},
+            files={role: one.path for role, one in inputs.items() if one.path and declared[role].of != "calibration"},
+            calibration=self.calibration if "calibration" in inputs else None,
+            split=any(one.split for one in declared.values()),
+            environment=stage.ENVIRONMENT,
+            estimate=stage.estimate(options, facts, self.target, tokens),
+            before=facts,
+            after=stage.after(options, facts),
         )
+
+    def _surroundings(self, stage: Stage, declared: Mapping[str, Input]) -> dict[str, Any]:
+        """Return what else decides a result: the target, this machine, the instructions that its arithmetic has."""
+        found: dict[str, Any] = {"target": asdict(self.target)} if stage.USES_TARGET else {}
+        kinds = {one.of for one in declared.values()}
+        if "machine" in kinds:
+            found["machine"] = {"cpu": host.cpu_model(), "threads": host.threads()}
+        if kinds & {"calibration", "prompts"}:  # it runs the model, in bf16 where the processor can
+            found["isa"] = host.isa()
+        return found
+
+    @property
+    def calibration(self) -> dict[str, Any] | None:
+        """The calibration text as a worker is told of it; None where the recipe has none."""
+        wanted = self.recipe.calibration
+        if wanted is None:
+            return None
+        return {"text": str(self.texts["calibration"].path), "samples": wanted.samples, "length": wanted.length}
+
+    def stage_text(self, index: int, role: str) -> TextSource | None:
+        """Return the prompts of a stage: its own, or else those of the speed test."""
+        return self.texts.get(at(index, role)) or self.texts.get("prompts")
+
+
+def at(index: int, role: str) -> str:
+    """Return the role of an input of the stage at `index` among all texts and models of a recipe."""
+    return f"stages[{index}].{role}"
 
 
 def _installed(stage: Stage) -> dict[str, Any]:
@@ -72,11 +171,47 @@ def _installed(stage: Stage) -> dict[str, Any]:
     return {"environment": environments.find(stage.ENVIRONMENT).digest}
 
 
-def here() -> dict[str, Any]:
-    """Return what of this machine decides a speed."""
-    return {"cpu": host.cpu_model(), "threads": host.threads()}
+def stage_inputs(recipe: Recipe) -> Iterator[tuple[int, StageEntry, str, Input]]:
+    """Yield every input that a recipe's stages declare, with the stage's index and entry, and the input's role."""
+    for index, entry in enumerate(recipe.stages):
+        for role, wanted in entry.stage.inputs(entry.options).items():
+            yield index, entry, role, wanted
 
 
-def tokens_of(text: TextSource) -> int:
-    """Return about how many tokens a text has, by its size: nobody has read it yet."""
-    return text.path.stat().st_size // BYTES_PER_TOKEN
+def named_texts(recipe: Recipe) -> dict[str, Text]:
+    """Return the texts that a recipe names, by what they are for."""
+    named: dict[str, Text | None] = {"calibration": recipe.calibration, "perplexity": recipe.evaluate.perplexity}
+    speed = recipe.evaluate.speed
+    if speed is not None and speed.prompts:
+        named["prompts"] = Text(text=speed.prompts)
+    named |= {f"tasks.{task.name}": task for task in recipe.evaluate.tasks}
+    for index, _, role, wanted in stage_inputs(recipe):
+        if wanted.of == "prompts" and wanted.spec:
+            named[at(index, role)] = Text(text=wanted.spec)
+    return {role: text for role, text in named.items() if text is not None}
+
+
+def resolve_texts(
+    recipe: Recipe, store: Store, *, base: Path, offline: bool, note: Callable[[str], None]
+) -> dict[str, TextSource]:
+    """Fetch every text that a recipe names; return them by role."""
+    return {
+        role: resolve_text(text, store, base=base, offline=offline, note=note)
+        for role, text in named_texts(recipe).items()
+    }
+
+
+def resolve_models(
+    recipe: Recipe, store: Store, *, base: Path, offline: bool, note: Callable[[str], None]
+) -> dict[str, ModelSource]:
+    """Fetch every model that a recipe's stages name besides its own; return them by role."""
+    return {
+        at(index, role): resolve_model(wanted.spec, store, base=base, offline=offline, note=note)
+        for index, _, role, wanted in stage_inputs(recipe)
+        if wanted.of == "model" and wanted.spec
+    }
+
+
+def tokens_of(texts: Iterable[TextSource]) -> int:
+    """Return about how many tokens texts have, by their size: nobody has read them yet."""
+    return sum(text.path.stat().st_size for text in texts) // BYTES_PER_TOKEN

@@ -66,6 +66,7 @@ def _content(plan: Plan, loaded: LoadedRecipe) -> dict[str, Any]:
         "recipe": {"text": loaded.text, "written": loaded.written},
         "model": {"resolved": plan.model.resolved, "sha256": plan.model.digest},
         "texts": {role: text.digest for role, text in plan.texts.items()},
+        "models": {role: model.digest for role, model in plan.models.items()},
         "target": asdict(plan.target),
         "steps": {step.name: _step(step) for step in (*plan.steps, *plan.measures)},
     }
@@ -76,8 +77,8 @@ def _content(plan: Plan, loaded: LoadedRecipe) -> dict[str, Any]:
 def _step(step: Step) -> dict[str, Any]:
     return {
         "options": step.options.model_dump(mode="json"),
-        "code": source_digest(f"optikit.stages.{step.verb}.{step.method}"),
-        "versions": versions(stages.load(step.verb, step.method).LIBRARIES),
+        "code": source_digest(stages.module(step.verb, step.method, step.backend)),
+        "versions": versions(stages.load(step.verb, step.method, step.backend).LIBRARIES),
         "key": step.key,
         "estimate_seconds": step.estimate.seconds,
         "estimate_peak_bytes": step.estimate.peak_bytes,

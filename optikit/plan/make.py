@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optikit import environments, host, rules, targets
-from optikit.deploy.draft import problems as draft_problems
+from optikit import environments, host, rules, stages, targets
 from optikit.errors import RecipeError
 from optikit.host import versions
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import read, read_gguf
 from optikit.plan import check_gates
 from optikit.plan.check_texts import problems as text_problems
-from optikit.plan.context import Context
+from optikit.plan.context import Context, Found, at, given, resolve_models, resolve_texts
 from optikit.plan.measure_served import problems as served_problems
-from optikit.plan.measure_steps import measure_steps, runtime_problems, scored_steps, stage_prompts
+from optikit.plan.measure_steps import measure_steps, runtime_problems
+from optikit.plan.measurements import scored_steps
 from optikit.plan.model import Plan, Step
 from optikit.problems import Problem
-from optikit.recipe.schema import Recipe, StageEntry, Text, as_written, parse_size, step_name
-from optikit.stage import Stage
-from optikit.store.sources import resolve_model, resolve_text
+from optikit.recipe.schema import as_written, parse_size, step_name
+from optikit.stage import Input
+from optikit.store.sources import resolve_model
 from optikit.targets import Target
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def make_plan(
         model=context.model,
         facts=context.facts,
         texts=context.texts,
+        models=context.models,
         steps=steps,
         measures=measures,
         max_memory_bytes=limit,
@@ -91,14 +92,8 @@ def _resolve(
         target=target,
         model=model,
         facts=read_gguf(model.path) if model.format == "gguf" else read(model.path),
-        texts={
-            role: resolve_text(text, store, base=loaded.base, offline=offline, note=note)
-            for role, text in named_texts(recipe).items()
-        },
-        drafts={
-            index: resolve_model(spec, store, base=loaded.base, offline=offline, note=note)
-            for index, spec in _drafts(recipe).items()
-        },
+        texts=resolve_texts(recipe, store, base=loaded.base, offline=offline, note=note),
+        models=resolve_models(recipe, store, base=loaded.base, offline=offline, note=note),
     )
 
 
@@ -109,27 +104,6 @@ def _target(loaded: LoadedRecipe, extra: Path | None) -> Target:
         problem = targets.unknown(name, targets.names(extra))
         raise _error(loaded, [problem.at(loaded.marks.mark(problem.loc))])
     return target
-
-
-def named_texts(recipe: Recipe) -> dict[str, Text]:
-    """Return the texts that a recipe names, by what they are for."""
-    named: dict[str, Text | None] = {"calibration": recipe.calibration, "perplexity": recipe.evaluate.perplexity}
-    speed = recipe.evaluate.speed
-    if speed is not None and speed.prompts:
-        named["prompts"] = Text(text=speed.prompts)
-    named |= {f"tasks.{task.name}": task for task in recipe.evaluate.tasks}
-    for index, entry in enumerate(recipe.stages):
-        own = getattr(entry.options, "prompts", "")
-        if own:
-            named[f"stages[{index}].prompts"] = Text(text=own)
-    return {role: text for role, text in named.items() if text is not None}
-
-
-def _drafts(recipe: Recipe) -> dict[int, str]:
-    """Return the draft models that stages name, by the index of the stage."""
-    speculating = ((index, entry.options) for index, entry in enumerate(recipe.stages) if entry.verb == "speculate")
-    named = {index: str(getattr(options, "model", "") or "") for index, options in speculating}
-    return {index: spec for index, spec in named.items() if spec}
 
 
 def _refuse(loaded: LoadedRecipe, problems: Iterable[Problem]) -> tuple[Problem, ...]:
@@ -161,13 +135,11 @@ def _steps(context: Context) -> tuple[tuple[Step, ...], list[Problem]]:
     facts = steps[-1].after if steps else context.facts
     problems: list[Problem] = []
     for index, entry in enumerate(context.recipe.stages):
-        stage = context.stage(entry.verb, entry.method, entry.backend)
-        complaints = (*_stage_problems(context, stage, entry, facts), *_draft_problems(context, index, facts))
-        found = [p.under("stages", index, entry.verb) for p in complaints]
+        found = [p.under("stages", index, entry.verb) for p in _stage_problems(context, index, facts)]
         problems += found
         if any(problem.code == "needs-trait" for problem in found):
             break
-        step = _stage_step(context, stage, index, facts, steps)
+        step = _stage_step(context, index, facts, steps)
         steps.append(step)
         facts = step.after
     return tuple(steps), problems
@@ -175,65 +147,51 @@ def _steps(context: Context) -> tuple[tuple[Step, ...], list[Problem]]:
 
 def _acquire(context: Context) -> Iterator[Step]:
     """Yield the step that turns a gguf file into a model directory; a directory needs none."""
-    if context.model.format != "gguf":
-        return
-    stage = context.stage("acquire", "gguf")
-    options = stage.Options()
-    yield Step(
-        name="0-acquire-gguf",
-        verb="acquire",
-        method="gguf",
-        options=options,
-        key=context.key("acquire", "gguf", options, parent=context.model.digest),
-        source="",
-        estimate=stage.estimate(options, context.facts, context.target, 0),
-        before=context.facts,
-        after=stage.after(options, context.facts),
-    )
+    if context.model.format == "gguf":
+        options = stages.load("acquire", "gguf").Options()
+        yield context.step("0-acquire-gguf", ("acquire", "gguf"), options, on=("", context.facts))
 
 
-def _parent(steps: Sequence[Step]) -> str:
-    """Return the key of the newest model directory: a compiled artifact is terminal, and a speculator lies beside."""
-    directories = [step.key for step in steps if step.verb not in ("compile", "speculate")]
-    return directories[-1] if directories else ""
-
-
-def _calibrated(stage: Stage, entry: StageEntry) -> bool:
-    """Return whether a stage reads calibration text: always, or with some options only."""
-    asks = getattr(stage, "calibrated", None)
-    return bool(asks(entry.options)) if asks else stage.CALIBRATED
-
-
-def _stage_problems(context: Context, stage: Stage, entry: StageEntry, facts: ModelFacts) -> Iterator[Problem]:
+def _stage_problems(context: Context, index: int, facts: ModelFacts) -> Iterator[Problem]:
+    """Yield why a stage can't do its work on a model with these facts."""
+    entry = context.recipe.stages[index]
+    stage = entry.stage
     missing = sorted(stage.NEEDS - facts.traits)
     if missing:
         has = ", ".join(sorted(facts.traits))
         message = f"{entry.method} needs a model that is {missing[0]}, but gets one that is {has}"
         yield Problem(code="needs-trait", message=message, fix="remove or reorder the stages before it")
         return
-    if _calibrated(stage, entry) and context.recipe.calibration is None:
-        message = f"{entry.method} reads calibration text, and the recipe names none"
-        fix = "add `calibration: {text: …}` to the recipe"
-        yield Problem(code="needs-calibration", message=message, fix=fix)
-    speed = context.recipe.evaluate.speed
-    if getattr(entry.options, "prompts", None) == "" and not (speed and speed.prompts):
-        message = f"{entry.method} is chosen and judged on prompts, and the recipe names none"
-        fix = "add `prompts: FILE.jsonl` to the stage, or to `evaluate: {speed: …}`"
-        yield Problem(code="needs-prompts", message=message, fix=fix)
+    for role, wanted in stage.inputs(entry.options).items():
+        yield from _input_problems(context, index, role, wanted)
+    models = dict(_model_facts(context, index))
+    yield from stage.fits(entry.options, facts, models)
     yield from stage.check(entry.options, facts, context.target)
 
 
-def _draft_problems(context: Context, index: int, facts: ModelFacts) -> Iterator[Problem]:
-    """Yield why the draft model that a stage names can't serve this model."""
-    draft = context.drafts.get(index)
-    if draft is None:
-        return
-    if draft.format != "safetensors":
-        message, fix = f"{draft.spec} is a gguf file", "name a directory that transformers can load"
-        yield Problem(code="draft-format", message=message, fix=fix, loc=("model",))
-        return
-    for problem in draft_problems(read(draft.path), facts):
-        yield problem.under("model")
+def _input_problems(context: Context, index: int, role: str, wanted: Input) -> Iterator[Problem]:
+    """Yield why an input that a stage declares can't be had."""
+    method = context.recipe.stages[index].method
+    if wanted.of == "calibration" and context.recipe.calibration is None:
+        message = f"{method} reads calibration text, and the recipe names none"
+        yield Problem(code="needs-calibration", message=message, fix="add `calibration: {text: …}` to the recipe")
+    if wanted.of == "prompts" and context.stage_text(index, role) is None:
+        message = f"{method} is chosen and judged on prompts, and the recipe names none"
+        fix = f"add `{wanted.option}: FILE.jsonl` to the stage, or `prompts:` to `evaluate: {{speed: …}}`"
+        yield Problem(code="needs-prompts", message=message, fix=fix)
+    model = context.models.get(at(index, role))
+    if model is not None and model.format != "safetensors":
+        message, fix = f"{model.spec} is a gguf file", "name a directory that transformers can load"
+        yield Problem(code="draft-format", message=message, fix=fix, loc=(wanted.option,))
+
+
+def _model_facts(context: Context, index: int) -> Iterator[tuple[str, ModelFacts]]:
+    """Yield the facts of the models that a stage names, by role."""
+    entry = context.recipe.stages[index]
+    for role in entry.stage.inputs(entry.options):
+        model = context.models.get(at(index, role))
+        if model is not None and model.format == "safetensors":
+            yield role, read(model.path)
 
 
 def _engine_steps(context: Context, steps: Sequence[Step]) -> tuple[Step, ...]:
@@ -242,78 +200,52 @@ def _engine_steps(context: Context, steps: Sequence[Step]) -> tuple[Step, ...]:
     Nothing where the recipe doesn't ask for attribution, or the engine can't take one of these models.
     """
     wanted = context.recipe.evaluate
-    if not wanted.attribution or wanted.speed is None or not steps or steps[-1].verb != "compile":
+    if not wanted.attribution or wanted.speed is None or not steps or steps[-1].writes != "engine":
         return ()
     index = len(context.recipe.stages) - 1
-    entry = context.recipe.stages[index]
-    stage = context.stage(entry.verb, entry.method, entry.backend)
-    acquired = [step for step in steps if step.verb == "acquire"]
-    written = [step for step in steps[:-1] if step.verb not in ("acquire", "speculate")]
+    acquired = [step for step in steps if step.writes == "source"]
+    written = [step for step in steps if step.writes == "model"]
     found = []
     for count in range(len(written)):
         before = [*acquired, *written[:count]]
         facts = before[-1].after if before else context.facts
-        if any(problem.level == "error" for problem in _stage_problems(context, stage, entry, facts)):
+        if any(problem.level == "error" for problem in _stage_problems(context, index, facts)):
             return ()
         name = written[count - 1].name if count else "baseline"
-        found.append(replace(_stage_step(context, stage, index, facts, before), name=f"engine-{name}"))
+        found.append(replace(_stage_step(context, index, facts, before), name=f"engine-{name}"))
     return tuple(found)
 
 
-def _stage_step(context: Context, stage: Stage, index: int, facts: ModelFacts, before: Sequence[Step]) -> Step:
+def _stage_step(context: Context, index: int, facts: ModelFacts, before: Sequence[Step]) -> Step:
     entry = context.recipe.stages[index]
-    parent = _parent(before)
-    wanted = context.recipe.calibration if _calibrated(stage, entry) else None
-    calibration, digest, tokens = None, "", 0
-    if wanted is not None:
-        text = context.texts["calibration"]
-        calibration = {"text": str(text.path), "samples": wanted.samples, "length": wanted.length}
-        digest = f"{text.digest}:{wanted.samples}x{wanted.length}"
-        tokens = wanted.samples * wanted.length
-    prompts, draft = stage_prompts(context, index), context.drafts.get(index)
-    return Step(
-        name=step_name(index, entry),
-        verb=entry.verb,
-        method=entry.method,
+    directories = [step.key for step in before if step.writes in ("source", "model")]
+    calibration = context.recipe.calibration
+    return context.step(
+        step_name(index, entry),
+        (entry.verb, entry.method),
+        entry.options,
+        on=(directories[-1] if directories else "", facts),
+        found=dict(_found(context, index, before)),
         backend=entry.backend,
-        options=entry.options,
-        key=context.key(
-            entry.verb,
-            entry.method,
-            entry.options,
-            backend=entry.backend,
-            parent=parent or context.model.digest,
-            calibration=digest,
-            **({"prompts": prompts.digest} if prompts else {}),
-            **({"draft": draft.digest} if draft else {}),
-            **({"target": asdict(context.target)} if getattr(stage, "TARGETED", False) else {}),
-            device=context.device,
-            # decides whether matrix products run in bf16
-            isa=host.isa() if stage.CALIBRATED or prompts else (),
-        ),
-        source=parent,
-        inputs=_inputs(stage, entry, before),
-        files=({"prompts": str(prompts.path)} if prompts else {}) | ({"draft": str(draft.path)} if draft else {}),
-        calibration=calibration,
-        environment=stage.ENVIRONMENT,
-        estimate=stage.estimate(entry.options, facts, context.target, tokens),
-        before=facts,
-        after=stage.after(entry.options, facts),
+        tokens=calibration.samples * calibration.length if calibration else 0,
     )
 
 
-def _inputs(stage: Stage, entry: StageEntry, before: Sequence[Step]) -> dict[str, str]:
-    """Return the keys of what a stage reads besides its model, by role.
-
-    They are no part of its own key: they lie on its model's way, and that decides its model's key.
-    """
-    found = {}
-    if hasattr(entry.options, "teacher"):
-        found["teacher"] = before[0].key if before and before[0].verb == "acquire" else ""
-    for role, wanted in getattr(stage, "READS", {}).items():
-        keys = [step.key for step in before if (step.verb, step.method) == wanted]
-        found |= {role: keys[-1]} if keys else {}
-    return found
+def _found(context: Context, index: int, before: Sequence[Step]) -> Iterator[tuple[str, Found]]:
+    """Yield what there is of the inputs that a stage declares, by role."""
+    entry, calibration = context.recipe.stages[index], context.recipe.calibration
+    for role, wanted in entry.stage.inputs(entry.options).items():
+        if wanted.of == "calibration" and calibration is not None:
+            text = given(context.texts["calibration"])
+            yield role, replace(text, digest=f"{text.digest}:{calibration.samples}x{calibration.length}")
+        elif wanted.of == "original":
+            yield role, Found(key=next((step.key for step in before if step.writes == "source"), ""))
+        elif wanted.of == "step":
+            keys = [step.key for step in before if (step.verb, step.method) == wanted.made_by]
+            yield from ((role, Found(key=key)) for key in keys[-1:])
+        else:
+            source = context.stage_text(index, role) if wanted.of == "prompts" else context.models.get(at(index, role))
+            yield from ((role, given(one)) for one in (source,) if one is not None)
 
 
 def _stack(context: Context, steps: Sequence[Step]) -> rules.Stack:
@@ -351,10 +283,11 @@ def _serving(context: Context) -> dict[str, str]:
 
 def _fitting_drafts(context: Context, planned: Mapping[str, Step]) -> Iterator[ModelFacts]:
     """Yield facts of drafts that fit; rules about one that doesn't would only say it again."""
-    for index, draft in context.drafts.items():
-        step = planned.get(step_name(index, context.recipe.stages[index]))
-        if step is not None and not any(_draft_problems(context, index, step.before)):
-            yield read(draft.path)
+    for index, entry in enumerate(context.recipe.stages):
+        step, models = planned.get(step_name(index, entry)), dict(_model_facts(context, index))
+        if step is None or any(entry.stage.fits(entry.options, step.before, models)):
+            continue
+        yield from models.values()
 
 
 def _unjudged(loaded: LoadedRecipe, context: Context, measures: Sequence[Step]) -> Iterator[Problem]:

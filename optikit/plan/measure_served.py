@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
+from optikit import stages
 from optikit.models.facts import ModelFacts
-from optikit.plan.context import Context, here, tokens_of
-from optikit.plan.model import QUALITY, Step
+from optikit.plan.context import Context, Found, given, tokens_of
+from optikit.plan.measurements import measuring, speed_step
+from optikit.plan.model import Step
 from optikit.problems import Problem
 from optikit.recipe.schema import Evaluate, SpeedOptions
 
@@ -17,7 +18,7 @@ ALONE = "measure-served"
 
 
 def served_steps(
-    context: Context, steps: Sequence[Step], written: Sequence[Step], baseline: str, before: Sequence[Step]
+    context: Context, steps: Sequence[Step], written: Sequence[Step], original: str, before: Sequence[Step]
 ) -> Iterator[Step]:
     """Yield the step that serves what the stages wrote last, with what they made for drafting, and times it.
 
@@ -25,75 +26,45 @@ def served_steps(
         context: The recipe, resolved.
         steps: All steps of it.
         written: Those that wrote a model.
-        baseline: Key of the untouched model; "" is the source itself.
+        original: Key of the untouched model; "" is the source itself.
         before: Steps that measure; the first scores the baseline, where perplexity is asked for.
     """
     wanted = context.recipe.evaluate
-    stage = context.stage("measure", "served")
-    options = stage.Options.model_validate(served_options(wanted))
-    source, facts = (written[-1].key, written[-1].after) if written else (baseline, context.facts)
-    inputs = {"tokenizer": baseline}
-    texts = {}
+    source, facts = (written[-1].key, written[-1].after) if written else (original, context.facts)
+    found = {"tokenizer": Found(key=original)}
     if wanted.perplexity is not None:
-        inputs["baseline"] = before[0].key
-        texts["text"] = context.texts["perplexity"]
+        found |= {"baseline": Found(key=before[0].key), "text": given(context.texts["perplexity"])}
     if wanted.speed is not None:
-        texts["prompts"] = context.texts["prompts" if wanted.speed.prompts else "perplexity"]
-    speculators = [step.key for step in steps if step.verb == "speculate"]
-    inputs |= {"speculator": speculators[-1]} if speculators else {}
-    parts: dict[str, Any] = {
-        "parent": source or context.model.digest,
-        "inputs": inputs,
-        "texts": {role: text.digest for role, text in texts.items()},
-        "host": here(),
-    }
-    tokens = tokens_of(texts["text"]) if "text" in texts else 0
-    served = Step(
-        name=f"{QUALITY}{written[-1].name}" if written and wanted.perplexity is not None else ALONE,
-        verb="measure",
-        method="served",
-        options=options,
-        key=context.key("measure", "served", options, **parts),
-        source=source,
-        inputs=inputs,
-        files={role: str(text.path) for role, text in texts.items()},
-        environment=stage.ENVIRONMENT,
-        estimate=stage.estimate(options, facts, context.target, tokens),
-        before=facts,
-        after=facts,
+        found["prompts"] = given(context.texts["prompts" if wanted.speed.prompts else "perplexity"])
+    speculators = [Found(key=step.key) for step in steps if step.writes == "speculator"]
+    found |= {"speculator": speculators[-1]} if speculators else {}
+    scored = written[-1].name if written and wanted.perplexity is not None else ""
+    served = context.step(
+        f"measure-quality-{scored}" if scored else ALONE,
+        ("measure", "served"),
+        measuring("served", served_options(wanted)),
+        on=(source, facts),
+        found=found,
+        subject=scored,
+        tokens=tokens_of([context.texts["perplexity"]] if wanted.perplexity is not None else []),
     )
     yield served
     if wanted.speed is not None and written:
-        yield _speed(context, wanted.speed, served, baseline)
+        yield _speed(context, wanted.speed, served, original)
 
 
-def _speed(context: Context, wanted: SpeedOptions, served: Step, baseline: str) -> Step:
+def _speed(context: Context, wanted: SpeedOptions, served: Step, original: str) -> Step:
     """Return the step that times the result and the untouched model in turns, each on a server of its own."""
-    stage = context.stage("measure", "served_speed")
     drafting = {"speculator": "speculator"} if "speculator" in served.inputs else {}
     arms = [
         {"name": "baseline", "role": "baseline", "runtime": "vllm"},
         {"name": "result", "role": "result", "runtime": "vllm", **drafting},
     ]
-    options = stage.Options.model_validate({"arms": arms, **wanted.model_dump(exclude={"prompts"})})
-    prompts = context.texts["prompts" if wanted.prompts else "perplexity"]
-    inputs = {"baseline": baseline, "result": served.source, "tokenizer": baseline}
-    inputs |= {"speculator": served.inputs["speculator"]} if drafting else {}
-    parts: dict[str, Any] = {
-        "parent": context.model.digest,
-        "inputs": inputs,
-        "prompts": prompts.digest,
-        "host": here(),
-    }
-    return replace(
-        served,
-        name="measure-speed",
-        method="served_speed",
-        options=options,
-        key=context.key("measure", "served_speed", options, **parts),
-        inputs=inputs,
-        files={"prompts": str(prompts.path)},
-        estimate=stage.estimate(options, context.facts, context.target, 0),
+    options = {"arms": arms, **wanted.model_dump(exclude={"prompts"})}
+    keys = {"baseline": original, "result": served.source, "tokenizer": original}
+    keys |= {"speculator": served.inputs["speculator"]} if drafting else {}
+    return speed_step(
+        context, options, served.source, {role: Found(key=key) for role, key in keys.items()}, "served_speed"
     )
 
 
@@ -119,13 +90,13 @@ def problems(context: Context, steps: Sequence[Step]) -> Iterator[Problem]:
         fix = "add `perplexity: {text: …}` or `speed: {…}`, or leave runtime out"
         yield Problem(code="nothing-to-serve", message=message, fix=fix, loc=(*at, "runtime"))
         return
-    compiled = next((step for step in steps if step.verb == "compile"), None)
+    compiled = next((step for step in steps if step.writes == "engine"), None)
     if compiled is not None:
         message = f"{wanted.runtime} serves a model directory, and the last stage compiles for {compiled.method}"
         fix = "leave `runtime` out: a compiled model is measured by its own engine; or remove the compile stage"
         yield Problem(code="compiled-not-served", message=message, fix=fix, loc=(*at, "runtime"))
         return
     facts: ModelFacts = steps[-1].after if steps else context.facts
-    stage = context.stage("measure", "served")
+    stage = stages.load("measure", "served")
     for problem in stage.check(stage.Options.model_validate(served_options(wanted)), facts, context.target):
         yield problem.under(*at)

@@ -2,54 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
-from typing import Any
 
-from optikit.models.facts import ModelFacts
-from optikit.plan.context import Context, here, tokens_of
+from optikit.plan.context import Context, Found, given
 from optikit.plan.measure_served import served_steps
-from optikit.plan.model import QUALITY, Step
+from optikit.plan.measurements import Subject, measuring, quality_step, speed_step, tasks_step
+from optikit.plan.model import BASELINE, Step
 from optikit.problems import Problem
-from optikit.recipe.schema import PerplexityOptions, SpeedOptions, TaskOptions
-from optikit.store.sources import TextSource
+from optikit.recipe.schema import SpeedOptions
+from optikit.stage import Speculating
 
 COMPILED_RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
 """Which runtime on this machine loads a compiled artifact, by trait."""
 
+SPECULATION = "measure-speculation"
+"""Name of the step that judges a speculator."""
 OPTIONAL = {"openvino": "optikit[openvino]"}
 """Runtimes that are no dependency of optikit, each with what installs it."""
 
 
 def runtime(step: Step) -> str:
     """Name the runtime here that loads what a step wrote; empty where none can: a speculator is no model by itself."""
-    if step.verb == "speculate":
-        return ""
-    if step.verb != "compile":
-        return "transformers"
+    if step.writes != "engine":
+        return "" if step.writes == "speculator" else "transformers"
     return next((COMPILED_RUNTIMES[trait] for trait in step.after.traits if trait in COMPILED_RUNTIMES), "")
 
 
 def measure_steps(context: Context, steps: Sequence[Step], engines: Sequence[Step] = ()) -> tuple[Step, ...]:
     """Return the measuring steps that a recipe asks for; `engines` compile earlier models, to be timed as well."""
     wanted = context.recipe.evaluate
-    baseline = steps[0].key if steps and steps[0].verb == "acquire" else ""
-    written = [step for step in steps if step.verb != "acquire" and runtime(step)]
+    original = next((step.key for step in steps if step.writes == "source"), "")
+    baseline = Subject(name=BASELINE, key=original, runtime="transformers", facts=context.facts)
+    written = [step for step in steps if step.writes in ("model", "engine") and runtime(step)]
+    made = [Subject(name=step.name, key=step.key, runtime=runtime(step), facts=step.after) for step in written]
     found: list[Step] = []
     is_served = wanted.runtime == "vllm"
     if wanted.perplexity is not None:
-        found += _quality(context, wanted.perplexity, written[:-1] if is_served else written, baseline)
-    if wanted.tasks:
-        found += _tasks(context, written[-1:], baseline)
+        found += _each(quality_step, context, baseline, made[:-1] if is_served else made)
+    if wanted.tasks:  # logits tell what every step does; answers tell whether what is shipped still does its work
+        found += _each(tasks_step, context, baseline, made[-1:])
     if is_served:
-        return (*found, *served_steps(context, steps, written, baseline, found))
-    if not written or written[-1].verb != "compile":
+        return (*found, *served_steps(context, steps, written, original, found))
+    if not written or written[-1].writes != "engine":
         return tuple(found)
-    speculators = [(index, step) for index, step in enumerate(_stages(steps)) if step.verb == "speculate"]
-    choices = [_speculation(context, index, step, written[-1], baseline) for index, step in speculators]
+    choices = [
+        _speculation(context, index, step, written[-1], original)
+        for index, step in enumerate(each for each in steps if each.writes != "source")
+        if step.writes == "speculator"
+    ]
     found += choices
     if wanted.speed is not None:
-        found += [*engines, _speed(context, wanted.speed, written, baseline, choices, engines)]
+        found += [*engines, _speed(context, wanted.speed, written, original, choices, engines)]
     return tuple(found)
 
 
@@ -63,149 +67,40 @@ def runtime_problems(steps: Sequence[Step], measures: Sequence[Step]) -> Iterato
             yield Problem(code="library-missing", message=message, fix=fix, loc=("evaluate",))
 
 
-def scored_steps(measures: Sequence[Step]) -> frozenset[str]:
-    """Return the names of the steps whose quality is measured."""
-    return frozenset(step.name.removeprefix(QUALITY) for step in measures if step.name.startswith(QUALITY))
-
-
-def _stages(steps: Sequence[Step]) -> Sequence[Step]:
-    """Return the steps that the author wrote, in their order."""
-    return [step for step in steps if step.verb != "acquire"]
-
-
-def stage_prompts(context: Context, index: int) -> TextSource | None:
-    """Return the prompts of a stage that reads some: its own, or else those of the speed test."""
-    if not hasattr(context.recipe.stages[index].options, "prompts"):
-        return None
-    return context.texts.get(f"stages[{index}].prompts") or context.texts.get("prompts")
-
-
-def _speculation(context: Context, index: int, speculator: Step, result: Step, baseline: str) -> Step:
-    stage = context.stage("measure", "speculation")
-    names = ("tune", "chat", "new_tokens", "remember", "template", "prompt_tokens", "judged_part")
-    wanted = {name: getattr(speculator.options, name) for name in names}
-    wanted["prompts"] = getattr(speculator.options, "judged")  # noqa: B009 - the options of any stage of this verb
-    options = stage.Options.model_validate({"runtime": runtime(result), **wanted})
-    prompts = stage_prompts(context, index)
-    files = {"prompts": str(prompts.path)} if prompts else {}
-    inputs = {"speculator": speculator.key, "tokenizer": baseline}
-    parts: dict[str, Any] = {
-        "parent": result.key,
-        "inputs": inputs,
-        "prompts": prompts.digest if prompts else "",
-        "host": here(),
-    }
-    return Step(
-        name="measure-speculation",
-        verb="measure",
-        method="speculation",
-        options=options,
-        key=context.key("measure", "speculation", options, **parts),
-        source=result.key,
-        inputs=inputs,
-        files=files,
-        estimate=stage.estimate(options, result.after, context.target, 0),
-        before=result.after,
-        after=result.after,
+def _speculation(context: Context, index: int, speculator: Step, result: Step, original: str) -> Step:
+    maker = context.recipe.stages[index].stage
+    assert isinstance(maker, Speculating)  # noqa: S101 - the contract tests hold every stage that writes one to it
+    options = {"runtime": runtime(result), **maker.measured(speculator.options)}
+    prompts = context.stage_text(index, "prompts")
+    return context.step(
+        SPECULATION,
+        ("measure", "speculation"),
+        measuring("speculation", options),
+        on=(result.key, result.after),
+        found={"speculator": Found(key=speculator.key), "tokenizer": Found(key=original)}
+        | ({"prompts": given(prompts)} if prompts else {}),
     )
 
 
-def _loaded(engine: str) -> dict[str, Any]:
-    """Return how quality is measured: torch models in float32, so that their own rounding is not a part of it."""
-    return {"runtime": engine, "dtype": "float32" if engine == "transformers" else "auto"}
-
-
-def quality_options(engine: str, wanted: PerplexityOptions) -> dict[str, Any]:
-    """Return options of `measure quality`."""
-    return _loaded(engine) | wanted.model_dump(include={"protocol", "window", "windows", "stride"})
-
-
-def tasks_options(engine: str, wanted: Sequence[TaskOptions]) -> dict[str, Any]:
-    """Return options of `measure tasks`."""
-    fields = {"name", "items", "most_tokens", "stop"}
-    return _loaded(engine) | {"tasks": [task.model_dump(include=fields) for task in wanted]}
-
-
-def _quality(context: Context, wanted: PerplexityOptions, written: Sequence[Step], baseline: str) -> Iterator[Step]:
-    reference = _quality_step(context, wanted, "baseline", ("transformers", baseline, context.facts), baseline, "")
-    yield reference
-    for step in written:
-        subject = (runtime(step), step.key, step.after)
-        yield _quality_step(context, wanted, step.name, subject, baseline, reference.key)
-
-
-def _quality_step(
+def _each(
+    step: Callable[[Context, Subject, Found, Step | None], Step],
     context: Context,
-    wanted: PerplexityOptions,
-    name: str,
-    subject: tuple[str, str, ModelFacts],
-    baseline: str,
-    reference: str,
-) -> Step:
-    engine, source, facts = subject
-    stage = context.stage("measure", "quality")
-    text = context.texts["perplexity"]
-    options = stage.Options.model_validate(quality_options(engine, wanted) | {"keep_logits": not reference})
-    inputs = {"tokenizer": baseline} | ({"baseline": reference} if reference else {})
-    parent = source or context.model.digest
-    return Step(
-        name=f"{QUALITY}{name}",
-        verb="measure",
-        method="quality",
-        options=options,
-        key=context.key("measure", "quality", options, parent=parent, inputs=inputs, text=text.digest),
-        source=source,
-        inputs=inputs,
-        files={"text": str(text.path)},
-        estimate=stage.estimate(options, facts, context.target, tokens_of(text)),
-        before=facts,
-        after=facts,
-    )
-
-
-def _tasks(context: Context, written: Sequence[Step], baseline: str) -> Iterator[Step]:
-    """Yield the steps that put tasks to the baseline and to the result: twice all items, however many steps there are.
-
-    Logits tell what every step does to quality; answers tell whether what is shipped still does its work.
-    """
-    reference = _tasks_step(context, "baseline", ("transformers", baseline, context.facts), baseline, "")
+    baseline: Subject,
+    made: Sequence[Subject],
+) -> Iterator[Step]:
+    """Yield the step that measures the baseline, and those that compare each other model with it."""
+    tokenizer = Found(key=baseline.key)
+    reference = step(context, baseline, tokenizer, None)
     yield reference
-    for step in written:
-        yield _tasks_step(context, step.name, (runtime(step), step.key, step.after), baseline, reference.key)
-
-
-def _tasks_step(
-    context: Context, name: str, subject: tuple[str, str, ModelFacts], baseline: str, reference: str
-) -> Step:
-    engine, source, facts = subject
-    stage = context.stage("measure", "tasks")
-    wanted = context.recipe.evaluate.tasks
-    options = stage.Options.model_validate(tasks_options(engine, wanted))
-    texts = {task.name: context.texts[f"tasks.{task.name}"] for task in wanted}
-    inputs = {"tokenizer": baseline} | ({"baseline": reference} if reference else {})
-    parts: dict[str, Any] = {"parent": source or context.model.digest, "inputs": inputs}
-    return Step(
-        name=f"measure-tasks-{name}",
-        verb="measure",
-        method="tasks",
-        options=options,
-        key=context.key(
-            "measure", "tasks", options, tasks={name: text.digest for name, text in texts.items()}, **parts
-        ),
-        source=source,
-        inputs=inputs,
-        files={f"task:{name}": str(text.path) for name, text in texts.items()},
-        estimate=stage.estimate(options, facts, context.target, 0),
-        before=facts,
-        after=facts,
-    )
+    for subject in made:
+        yield step(context, subject, tokenizer, reference)
 
 
 def _speed(
     context: Context,
     wanted: SpeedOptions,
     written: Sequence[Step],
-    baseline: str,
+    original: str,
     choices: Sequence[Step],
     engines: Sequence[Step],
 ) -> Step:
@@ -227,29 +122,9 @@ def _speed(
     arms += own_arms
     chain = ["baseline", *(arm["name"] for arm in own_arms), "result"] if engines else []
     arms.append({"name": "result", "role": "result", "runtime": runtime(result), "dtype": "auto", **speculator})
-    stage = context.stage("measure", "speed")
-    options = stage.Options.model_validate({"arms": arms, "chain": chain, **wanted.model_dump(exclude={"prompts"})})
-    prompts = context.texts["prompts" if wanted.prompts else "perplexity"]
-    inputs = {"baseline": baseline, "result": result.key, "tokenizer": baseline}
+    inputs = {"baseline": original, "result": result.key, "tokenizer": original}
     inputs |= {step.name: step.key for step in engines}
     # What the stage made and what was chosen of it, as they lie together in the output.
     inputs |= {"speculator": choices[-1].key, "made": choices[-1].inputs["speculator"]} if choices else {}
-    parts: dict[str, Any] = {
-        "parent": context.model.digest,
-        "inputs": inputs,
-        "prompts": prompts.digest,
-        "host": here(),
-    }
-    return Step(
-        name="measure-speed",
-        verb="measure",
-        method="speed",
-        options=options,
-        key=context.key("measure", "speed", options, **parts),
-        source=result.key,
-        inputs=inputs,
-        files={"prompts": str(prompts.path)},
-        estimate=stage.estimate(options, context.facts, context.target, 0),
-        before=result.after,
-        after=result.after,
-    )
+    options = {"arms": arms, "chain": chain, **wanted.model_dump(exclude={"prompts"})}
+    return speed_step(context, options, result.key, {role: Found(key=key) for role, key in inputs.items()})

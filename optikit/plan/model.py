@@ -10,12 +10,12 @@ from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.recipe import limits
 from optikit.recipe.schema import Recipe
-from optikit.stage import Estimate, StageOptions
+from optikit.stage import Estimate, StageOptions, Writes
 from optikit.store.sources import ModelSource, TextSource
 from optikit.targets import Target
 
-QUALITY = "measure-quality-"
-"""Before the name of the step whose quality a step measures."""
+BASELINE = "baseline"
+"""Subject of a step that measures the untouched model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +26,15 @@ class Step:
         name: Short and unique in the plan: `1-quantize-gptq`, `measure-speed`.
         verb, method: Which stage module does it.
         backend: Who does the work.
+        writes: What it leaves.
+        subject: Name of the step that it measures, `baseline` for the untouched model; "" where it measures none alone.
         options: The stage's validated options.
         key: sha256 hex of everything that decides the result; its name in the store.
         source: Key of the artifact it reads as its model, or "" for the original model.
         inputs: Other artifacts by role → key ("" for the original model).
         files: Plain input files by role → absolute path.
         calibration: Request of calibration text: {text, samples, length}, or None.
+        split: Several processes may each calibrate on a part of the text.
         environment: Managed environment, or None.
         estimate: Expected time, memory, disk.
         before: Facts of the model that it reads.
@@ -42,12 +45,15 @@ class Step:
     verb: str
     method: str
     backend: str = "optikit"
+    writes: Writes
+    subject: str = ""
     options: StageOptions
     key: str
     source: str
     inputs: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     calibration: Mapping[str, Any] | None = None
+    split: bool = False
     environment: str | None = None
     estimate: Estimate
     before: ModelFacts
@@ -69,6 +75,7 @@ class Plan:
     model: ModelSource
     facts: ModelFacts
     texts: Mapping[str, TextSource]
+    models: Mapping[str, ModelSource] = field(default_factory=dict)
     steps: tuple[Step, ...]
     measures: tuple[Step, ...]
     max_memory_bytes: int | None
@@ -106,5 +113,4 @@ class Plan:
     @property
     def baseline_key(self) -> str:
         """Key of the untouched model's directory, "" where the source is that directory."""
-        first = self.steps[0] if self.steps else None
-        return first.key if first and first.verb == "acquire" else ""
+        return next((step.key for step in self.steps if step.writes == "source"), "")

@@ -53,7 +53,7 @@ def _length(plan: Plan) -> int:
 
 def _row(step: Step, *, cached: bool) -> tuple[str, ...]:
     estimate = step.estimate
-    writes = ", ".join(sorted(step.after.traits)) if step.verb != "measure" else ""
+    writes = ", ".join(sorted(step.after.traits)) if step.writes != "measurement" else ""
     if cached:
         return (step.name, "cached", "", "", "", writes)
     figures = (_seconds(estimate.seconds), _mib(estimate.peak_bytes), _mib(estimate.disk_bytes))

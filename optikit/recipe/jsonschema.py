@@ -12,7 +12,6 @@ from typing import Any
 
 from optikit import stages
 from optikit.recipe.schema import GATE_METRICS, Recipe
-from optikit.recipe.validate import method_key
 
 Schema = dict[str, Any]
 
@@ -116,7 +115,7 @@ def _written(verb: str, method: str, backend: str, prefix: str, who: Schema) -> 
     stage = stages.load(verb, method, backend)
     template = f"#/definitions/{prefix}-{{model}}"
     options, definitions = _parts(stage.Options.model_json_schema(ref_template=template), f"{prefix}-")
-    key = method_key(verb)
+    key = stages.method_key(verb)
     properties = {
         key: {"const": method},
         "backend": {**who, "default": backend, "description": "Who does the work."},

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from optikit import records
-from optikit.stage import StageOptions
+from optikit import records, stages
+from optikit.stage import Stage, StageOptions
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -227,8 +227,13 @@ class StageEntry(_Frozen):
 
     verb: str
     method: str
-    backend: str = "optikit"
+    backend: str = stages.OURS
     options: StageOptions
+
+    @property
+    def stage(self) -> Stage:
+        """The module that does it."""
+        return stages.load(self.verb, self.method, self.backend)
 
 
 class Recipe(_Frozen):
@@ -288,9 +293,10 @@ def step_name(index: int, entry: StageEntry) -> str:
 
 def as_written(entry: StageEntry) -> dict[str, Any]:
     """Return a stage entry as the author would write it, defaults included."""
-    key = "engine" if entry.verb == "compile" else "method"
-    backend = {} if entry.backend == "optikit" else {"backend": entry.backend}
-    return {entry.verb: {key: entry.method, **backend, **entry.options.model_dump(mode="json")}}
+    backend = {} if entry.backend == stages.OURS else {"backend": entry.backend}
+    return {
+        entry.verb: {stages.method_key(entry.verb): entry.method, **backend, **entry.options.model_dump(mode="json")}
+    }
 
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

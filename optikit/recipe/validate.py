@@ -27,11 +27,6 @@ class _Bad(Exception):  # noqa: N818 - a problem on its way to the list of all p
         self.problem = Problem(code=code, message=message, fix=fix, loc=loc)
 
 
-def method_key(verb: str) -> str:
-    """Return the key that names a stage's method: `engine` for compile, `method` for the rest."""
-    return "engine" if verb == "compile" else "method"
-
-
 def check(root: Node) -> tuple[Recipe | None, tuple[Problem, ...]]:
     """Validate a resolved recipe.
 
@@ -107,7 +102,7 @@ def _not(value: Any) -> str:
 def _entry(item: Node, at: Loc, marks: Marks, problems: list[Problem]) -> StageEntry | None:
     verb = _verb(item, at)
     at = (*at, verb)
-    key = method_key(verb)
+    key = stages.method_key(verb)
     written = item.child(verb)
     if written is None or not isinstance(written.value, dict):
         value = plain(written) if written else None
@@ -169,7 +164,7 @@ def _no_verb(names: list[str], at: Loc) -> _Bad:
     name = names[0]
     owner = next((verb for verb in stages.VERBS if name in stages.methods(verb)), None)
     if owner is not None:
-        fix = f"write `{owner}: {{{method_key(owner)}: {name}}}`"
+        fix = f"write `{owner}: {{{stages.method_key(owner)}: {name}}}`"
         return _Bad("unknown-verb", f"{name!r} is a method of {owner}, not a verb", fix, (*at, name))
     return _Bad("unknown-verb", f"unknown verb {name!r}", did_you_mean(name, stages.VERBS), (*at, name))
 

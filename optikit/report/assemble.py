@@ -23,14 +23,16 @@ from optikit.evaluation.results import (
     Measurement,
     OtherBaseline,
     Quality,
-    Ratio,
     Report,
     Served,
     Speed,
     Speedup,
     StepReport,
+    Timing,
 )
 from optikit.plan import check_gates
+from optikit.plan.measurements import SCORING
+from optikit.plan.model import BASELINE
 from optikit.recipe import limits
 from optikit.recipe.schema import as_written
 from optikit.report import judge as judging
@@ -44,11 +46,9 @@ if TYPE_CHECKING:
 
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".onnx", ".data", ".bin", ".xml", ".engine", ".plan", ".neff"})
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "onnxruntime", "onnxruntime-genai")
-BASELINE, RESULT = "baseline", "result"
-QUALITY = "measure-quality-"
-TASKS = "measure-tasks-"
-SPEED = "measure-speed"
-SPECULATION = "measure-speculation"
+RESULT = "result"
+SPEED = ("speed", "served_speed")
+"""Methods of `measure` that time models in turns."""
 NLL = "nll.npy"
 SECTIONS = frozenset(Quality.model_fields)
 """Facts of a quality or tasks step that are the measurement itself; the rest is detail."""
@@ -88,7 +88,7 @@ def report(
         recipe=_recipe(plan),
         model=_model(plan),
         target=asdict(plan.target),
-        host=host.describe() | {"while_timing": run.speed_facts.get("host")},
+        host=host.describe() | {"while_timing": run.timing.host.model_dump() if run.timing else None},
         versions={"optikit": __version__, "python": platform.python_version(), **host.versions(LIBRARIES)},
         baseline=run.baseline,
         result=run.result,
@@ -133,10 +133,12 @@ class _Run:
     statuses: Mapping[str, str]
 
     @cached_property
-    def speed_facts(self) -> Mapping[str, Any]:
-        """What the speed test found; empty where there was none."""
-        found = self._measure(SPEED)
-        return found.manifest.facts if found else {}
+    def timing(self) -> Timing | None:
+        """What the speed test found; None where there was none."""
+        found = self._measured(SPEED)
+        return (
+            Timing.model_validate({name: found.manifest.facts[name] for name in Timing.model_fields}) if found else None
+        )
 
     @cached_property
     def baseline(self) -> Measurement:
@@ -148,7 +150,7 @@ class _Run:
     @cached_property
     def result(self) -> Measurement:
         """The last artifact."""
-        stages = [step for step in self.plan.steps if step.verb not in ("acquire", "speculate")]
+        stages = [step for step in self.plan.steps if step.writes in ("model", "engine")]
         stages = [step for step in stages if not self.emitted(step)]
         return self.measurement(stages[-1], last=True) if stages else self.baseline
 
@@ -159,7 +161,7 @@ class _Run:
     @cached_property
     def speculation(self) -> dict[str, Any] | None:
         """What speculation brought, and whether it is on; None where there is none."""
-        found = self._measure(SPECULATION)
+        found = self._measured(("speculation",))
         return dict(found.manifest.facts["speculation"]) if found else None
 
     @cached_property
@@ -175,10 +177,10 @@ class _Run:
         size = weight_bytes(self.artifacts[step.key]) or None  # a folder for a server holds no weights of its own
         if self.emitted(step):
             return Measurement(size_bytes=size, reason=f"emitted: {step.method} runs elsewhere, nothing was measured")
-        if step.verb == "speculate":
+        if step.writes == "speculator":
             return Measurement(size_bytes=size, reason="it changes no weights; what it brings is told as speculation")
-        quality = self._quality(BASELINE if step.verb == "acquire" else step.name)
-        return self._measurement(size, quality, RESULT if is_last and step.verb != "acquire" else "")
+        quality = self._quality(_subject(step))
+        return self._measurement(size, quality, RESULT if is_last and step.writes != "source" else "")
 
     def _measurement(self, size: int | None, quality: Quality | None, arm: str) -> Measurement:
         speed = self._speed(arm)
@@ -209,12 +211,14 @@ class _Run:
                 else "speed: timed only where the last step compiled for a runtime on this machine"
             )
 
-    def _measure(self, name: str) -> Artifact | None:
-        step = next((step for step in self.plan.measures if step.name == name), None)
-        return self.artifacts.get(step.key) if step else None
+    def _measured(self, methods: Sequence[str], subject: str = "") -> Artifact | None:
+        """Return what one of some methods measured of the step `subject`, or of several together."""
+        found = (step for step in self.plan.measures if step.method in methods and subject in ("", step.subject))
+        return next((self.artifacts[step.key] for step in found if step.key in self.artifacts), None)
 
     def _quality(self, name: str) -> Quality | None:
-        found = [each.manifest.facts for each in (self._measure(TASKS + name), self._measure(QUALITY + name)) if each]
+        measured = (self._measured(("tasks",), name), self._measured(SCORING, name))
+        found = [each.manifest.facts for each in measured if each]
         if not found:
             return None
         facts = {
@@ -223,21 +227,18 @@ class _Run:
         return Quality.model_validate(facts)
 
     def _speed(self, arm: str) -> Speed | None:
-        found = self.speed_facts.get("arms", {}).get(arm)
-        return Speed.model_validate(found) if found else None
+        return self.timing.arms.get(arm) if self.timing else None
 
     def speedup(self, arm: str) -> Speedup:
         """Return an arm's speed against the baseline's."""
-        ratios = self.speed_facts.get("ratios", {}).get(arm, {})
-        return Speedup(**{what: Ratio.model_validate(ratio) for what, ratio in ratios.items()})
+        return Speedup(**self.timing.ratios.get(arm, {})) if self.timing else Speedup()
 
     def other_baselines(self) -> Iterator[OtherBaseline]:
         """Yield further baselines; their speed-up is the result's against them, over the same rounds."""
-        for name, ratios in self.speed_facts.get("last_against", {}).items():
-            speed = self._speed(name)
-            if speed is not None:
-                against = Speedup(**{what: Ratio.model_validate(ratio) for what, ratio in ratios.items()})
-                yield OtherBaseline(name=name, speed=speed, speedup=against)
+        if self.timing is None:
+            return
+        for name, ratios in self.timing.last_against.items():
+            yield OtherBaseline(name=name, speed=self.timing.arms[name], speedup=Speedup(**ratios))
 
     @cached_property
     def values(self) -> Mapping[str, Value]:
@@ -274,10 +275,9 @@ class _Run:
             for what, ratio in (("decode", ratios.decode), ("prefill", ratios.prefill))
         }
         speed = self.result.speed
-        intervals = self.speed_facts.get("intervals", {}).get(RESULT, {})
+        intervals = self.timing.intervals.get(RESULT, {}) if self.timing else {}
         for name in ("tpot_ms_p50", "ttft_ms_p50", "peak_memory_mib"):
-            interval = cast("tuple[float, float] | None", tuple(intervals[name]) if name in intervals else None)
-            found[name] = Value(value=getattr(speed, name), ci95=interval) if speed else missing
+            found[name] = Value(value=getattr(speed, name), ci95=intervals.get(name)) if speed else missing
         if speed is None:
             return found | dict.fromkeys(("joules_per_output_token", check_gates.PRICE), missing)
         found["joules_per_output_token"] = Value(value=speed.joules_per_output_token, reason=speed.energy_reason)
@@ -287,7 +287,7 @@ class _Run:
     def step(self, step: Step, measurement: Measurement | None) -> StepReport:
         """Return one step's part of the report."""
         manifest = self.artifacts[step.key].manifest
-        facts = manifest.facts if step.verb != "measure" else _details(manifest.facts)
+        facts = manifest.facts if step.writes != "measurement" else _details(manifest.facts)
         return StepReport(
             name=step.name,
             verb=step.verb,
@@ -309,9 +309,9 @@ class _Run:
     def attribution(self) -> Iterator[dict[str, Any]]:
         """Yield what each step alone did to perplexity and size: against the artifact it was made from."""
         for step in self.plan.steps:
-            if step.verb == "acquire" or self.emitted(step):
+            if step.writes == "source" or self.emitted(step):
                 continue
-            if step.verb == "speculate":
+            if step.writes == "speculator":
                 measured = (self.speculation or {}).get("speedup")
                 yield {"step": step.name} | ({"decode_speedup": measured} if measured else {})
                 continue
@@ -327,16 +327,16 @@ class _Run:
 
     def _own_speed(self, step: Step) -> dict[str, Any]:
         """Return what a step alone did to decode speed on the result's engine; nothing where that was not asked for."""
-        chain = self.speed_facts.get("chain", {})
-        if not chain:
+        if self.timing is None or not self.timing.chain:
             return {}
-        name = "engine-baseline" if step.verb == "compile" else f"engine-{step.name}"
+        chain = self.timing.chain
+        name = "engine-baseline" if step.writes == "engine" else f"engine-{step.name}"
         decode = chain.get(name, chain["result"])["decode"]
-        return {"decode_speedup": {"value": decode["value"], "ci95": decode["ci95"]}}
+        return {"decode_speedup": {"value": decode.value, "ci95": list(decode.ci95)}}
 
     def _perplexity_ratio(self, parent: Step | None, step: Step) -> dict[str, Any] | None:
-        before = self._measure(QUALITY + (BASELINE if parent is None or parent.verb == "acquire" else parent.name))
-        after = self._measure(QUALITY + step.name)
+        before = self._measured(SCORING, _subject(parent) if parent else BASELINE)
+        after = self._measured(SCORING, step.name)
         if before is None or after is None:
             return None
         import numpy as np
@@ -360,36 +360,39 @@ class _Run:
             yield f"{step.name} was emitted: size and quality are those of the weights that it will compile."
         if self.speculation is not None and self.speculation["chosen"] == "off":
             yield f"Speculation by {self.speculation['method']} was measured and is switched off: it doesn't pay here."
-        facts = self.speed_facts
-        if not facts:
-            return
-        yield from self._timing_warnings(facts)
+        if self.timing is not None:
+            yield from self._timing_warnings(self.timing)
 
     def _source_types(self) -> frozenset[str]:
         """Return the tensor types of the file that the model was unpacked from."""
-        unpacked = [self.artifacts[step.key].manifest.facts for step in self.plan.steps if step.verb == "acquire"]
+        unpacked = [self.artifacts[step.key].manifest.facts for step in self.plan.steps if step.writes == "source"]
         return frozenset(name for facts in unpacked for name in facts.get("tensor_types", ()))
 
-    def _timing_warnings(self, facts: Mapping[str, Any]) -> Iterator[str]:
-        if self.statuses.get(SPEED) == "cached":
+    def _timing_warnings(self, timing: Timing) -> Iterator[str]:
+        if any(self.statuses.get(step.name) == "cached" for step in self.plan.measures if step.method in SPEED):
             yield "Speed was timed in an earlier run on this machine and taken from the store."
-        before = facts["host"]["before"]
+        before = timing.host.before
         load = before["load_average_1min"]
         if load is not None and load > BUSY * before["threads"]:
             on = f"a load of {load:.1f} on {before['threads']} threads"
             yield f"When timing began the machine was already busy: {on}."
-        steal = facts["host"]["steal_share"]
+        steal = timing.host.steal_share
         if steal is not None and steal > MUCH_STEAL:
             yield f"While timing, the hypervisor gave {steal:.0%} of the processor time to other machines."
-        floor = facts["noise"]["decode"]["noise_floor"]
+        floor = timing.noise["decode"].noise_floor
         if floor > MUCH_NOISE:
             yield f"The machine was noisy: the baseline differs from itself by up to {floor:.0%} in decode speed."
-        timed = next(iter(facts["arms"].values()))
-        runs = timed["repetitions"]
-        if timed["ttft_ms_p95"] is None:
+        timed = next(iter(timing.arms.values()))
+        runs = timed.repetitions
+        if timed.ttft_ms_p95 is None:
             yield f"95th percentiles are left out: {runs} repetitions are too few, {FOR_P95} are needed."
-        if facts["prompts"] < runs:
-            yield f"The text has only {facts['prompts']} prompts of that length: some were decoded more than once."
+        if timing.prompts < runs:
+            yield f"The text has only {timing.prompts} prompts of that length: some were decoded more than once."
+
+
+def _subject(step: Step) -> str:
+    """Return the subject of what measures a step: the untouched model, unpacked or not, is the baseline."""
+    return BASELINE if step.writes == "source" else step.name
 
 
 def _ratio(size: int | None, before: int | None) -> Value:

@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin
 
 from optikit.problems import Problem
 from optikit.rules import yaml_edit
-from optikit.stages import load, methods
+from optikit.stages import load, method_key, methods
 
 Attempt = Callable[[str], Sequence[Problem]]
 """Plans a recipe text and returns what is wrong with it; nothing runs. Warnings may be among it."""
@@ -199,7 +199,7 @@ def _written(block: yaml_edit.Block) -> list[str]:
 
 
 def _key(block: yaml_edit.Block) -> str:
-    return "engine" if block.verb == "compile" else "method"
+    return method_key(block.verb)
 
 
 def _name(block: yaml_edit.Block) -> str:

@@ -51,6 +51,11 @@ def methods(verb: str) -> tuple[str, ...]:
     return tuple(sorted(name.replace("_", "-") for name in names if not name.startswith("_")))
 
 
+def method_key(verb: str) -> str:
+    """Return the key of a recipe that names a verb's method: `engine` for compile, `method` for the rest."""
+    return "engine" if verb == "compile" else "method"
+
+
 def registry() -> Mapping[str, tuple[str, ...]]:
     """Every public verb with its methods."""
     return MappingProxyType({verb: methods(verb) for verb in VERBS})

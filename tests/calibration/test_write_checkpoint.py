@@ -49,7 +49,9 @@ def make(method: str, options: dict[str, Any], source: Path, prose: Path, direct
         source=source,
         dest=directory / "model",
         scratch=directory / "scratch",
-        calibration=Calibration(text=prose, samples=8, length=64) if stage.CALIBRATED else None,
+        calibration=Calibration(text=prose, samples=8, length=64)
+        if "calibration" in stage.inputs(stage.Options())
+        else None,
     )
     return directory / "model", stage.run(stage.Options(**options), job)
 

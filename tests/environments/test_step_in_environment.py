@@ -21,8 +21,9 @@ from optikit.store.store import Store
 from tests.environments.wheelhouse import define, installed, wheel
 
 STAGE = """
-from optikit.stage import StageOptions
-SUMMARY, NEEDS, CALIBRATED, LIBRARIES, ENVIRONMENT = "", frozenset(), False, ("alpha",), "tiny"
+from optikit.stage import ANY, StageOptions, no_objection, nothing
+SUMMARY, NEEDS, WRITES, USES_TARGET, LIBRARIES, ENVIRONMENT = "", ANY, "model", False, ("alpha",), "tiny"
+inputs, fits = nothing, no_objection
 class Options(StageOptions):
     bits: int = 4
 def run(options, job):
@@ -69,7 +70,9 @@ def step(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
         (tmp_path / "request.json").write_text(json.dumps(request))
         what: Any = SimpleNamespace(name="1-quantize-foreign", environment="tiny")
         store, progress = Store(home / "home"), showing.make("none")
-        return execute._response(tmp_path, what, timeout, store, progress, execute.Settings(offline=True))
+        plan: Any = SimpleNamespace(recipe=SimpleNamespace(timeout=timeout))
+        executor = execute._Executor(plan, store, progress, execute.Settings(offline=True))
+        return executor._response(what, tmp_path)
 
     return do
 

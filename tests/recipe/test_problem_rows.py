@@ -26,8 +26,7 @@ def codes() -> set[str]:
 
 def test_every_code_of_loading_and_planning_is_explained():
     named = {code for code in codes() if code in explain._problems() or explain._problem(code)}
-    libraries = {"huggingface-hub", "optimum-intel"}
-    assert codes() - named == libraries
+    assert codes() == named
 
 
 def test_every_explained_code_is_one():

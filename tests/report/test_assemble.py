@@ -9,10 +9,11 @@ from subprocess import run
 import numpy as np
 import pytest
 
+from optikit import stages
 from optikit.app.run import roll_back, stop_at_gate
 from optikit.errors import GateFailedError
 from optikit.evaluation import statistics
-from optikit.evaluation.results import Divergence, Perplexity, Quality, Ratio, Speed
+from optikit.evaluation.results import Divergence, Perplexity, Quality, Ratio, Speed, Timing
 from optikit.models.facts import ModelFacts
 from optikit.plan.model import Plan, Step
 from optikit.recipe.schema import (
@@ -62,11 +63,13 @@ def key(name):
     return cache_key(name=name)
 
 
-def step(name, verb, method, source=""):
+def step(name, verb, method, source="", subject=""):
     return Step(
         name=name,
         verb=verb,
         method=method,
+        writes=stages.load(verb, method).WRITES,
+        subject=subject,
         options=Options(),
         key=key(name),
         source=source,
@@ -83,7 +86,7 @@ STEPS = (
 )
 MEASURED = ("baseline", "1-quantize-gptq", "2-compile-onnxruntime")
 MEASURES = (
-    *(step(f"measure-quality-{name}", "measure", "quality") for name in MEASURED),
+    *(step(f"measure-quality-{name}", "measure", "quality", subject=name) for name in MEASURED),
     step("measure-speed", "measure", "speed"),
 )
 
@@ -180,6 +183,7 @@ SPEED_FACTS = {
     "intervals": {"result": {"ttft_ms_p50": [45, 55], "tpot_ms_p50": [4.9, 5.1]}},
     "ratios": {"transformers-float32": ratio(0.5), "result": ratio(5.0)},
     "last_against": {"transformers-float32": ratio(10.0)},
+    "chain": {},
     "noise": ratio(1.0),
     "host": {"before": {"threads": 2, "load_average_1min": 7.5}, "after": {}, "steal_share": 0.2},
     "prompts": 1,
@@ -450,7 +454,8 @@ def test_a_result_that_fails_is_rolled_back_to_the_last_step_that_passes(chained
 
 def test_each_step_has_its_own_speed_where_attribution_was_asked_for(tmp_path, artifacts, monkeypatch):
     facts = SPEED_FACTS | {"chain": {"engine-baseline": ratio(2.0), "result": ratio(2.5)}}
-    monkeypatch.setattr(assemble._Run, "speed_facts", facts)
+    timing = Timing.model_validate({name: facts[name] for name in Timing.model_fields})
+    monkeypatch.setattr(assemble._Run, "timing", timing)
     rows = {row["step"]: row for row in report(plan(tmp_path), artifacts).attribution}
     assert rows["1-quantize-gptq"]["decode_speedup"]["value"] == 2.5
     assert rows["2-compile-onnxruntime"]["decode_speedup"]["value"] == 2.0

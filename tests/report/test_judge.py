@@ -93,7 +93,7 @@ def test_overall_is_the_worst():
 
 
 def recipe(gate, last="compile", **evaluate):
-    entries = (StageEntry(verb=last, method="any", options=StageOptions()),) if last else ()
+    entries = (StageEntry(verb=last, method=stages.methods(last)[0], options=StageOptions()),) if last else ()
     return Recipe(model="m", stages=entries, evaluate=Evaluate(**evaluate), gates={gate: Gate(max=1)})
 
 

@@ -105,7 +105,11 @@ def perform(row: Row, source: Path, prose: Path, directory: Path, **changes: Any
     """Run a stage in this process; return its facts."""
     for name in ("model", "scratch"):
         (directory / name).mkdir(parents=True, exist_ok=True)
-    calibration = Calibration(text=prose, samples=SAMPLES, length=LENGTH) if row.stage.CALIBRATED else None
+    calibration = (
+        Calibration(text=prose, samples=SAMPLES, length=LENGTH)
+        if "calibration" in row.stage.inputs(row.stage.Options())
+        else None
+    )
     places = {"source": source, "dest": directory / "model", "scratch": directory / "scratch"}
     job = Job(**places, inputs={"teacher": source}, calibration=calibration, **changes)
     return row.stage.run(row.stage.Options(**row.options), job)

@@ -19,14 +19,17 @@ from typing import Any
 from optikit.errors import StageFailedError
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job, StageOptions, directory_bytes
+from optikit.stage import ANY, MAIN, Estimate, Facts, Job, StageOptions, directory_bytes, no_objection, nothing
 from optikit.targets import Target
 
 SUMMARY = "dequantize a gguf file to a bf16 model directory"
-NEEDS: frozenset[Trait] = frozenset()
-CALIBRATED = False
+NEEDS = ANY
+WRITES = "source"
+USES_TARGET = False
 LIBRARIES = ("torch", "transformers", "gguf", "safetensors", "tokenizers")
-ENVIRONMENT: str | None = None
+ENVIRONMENT = MAIN
+inputs = nothing
+fits = no_objection
 
 
 class Options(StageOptions):

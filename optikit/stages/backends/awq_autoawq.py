@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from optikit.models import architectures
-from optikit.models.facts import ModelFacts, Trait
+from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job, StageOptions
+from optikit.stage import DENSE, Estimate, Facts, Job, StageOptions, calibrated, no_objection
 from optikit.stages.quantize import awq as ours
 from optikit.targets import Target
 
@@ -27,10 +27,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SUMMARY = "AWQ by AutoAWQ 0.2.9, in an environment of its own"
-NEEDS: frozenset[Trait] = frozenset({"dense"})
-CALIBRATED = True
+NEEDS = DENSE
+WRITES = "model"
+USES_TARGET = False
 LIBRARIES = ("autoawq", "torch", "transformers", "tokenizers", "safetensors")
 ENVIRONMENT: str | None = "autoawq"
+inputs = calibrated
+fits = no_objection
 
 CLIPPED_ROWS = 64
 """Outputs that AutoAWQ's search for clipping takes at once (awq/quantize/quantizer.py, _compute_best_clip)."""

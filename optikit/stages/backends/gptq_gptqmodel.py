@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from optikit.errors import StageFailedError
-from optikit.models.facts import ModelFacts, Trait
+from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job, StageOptions, directory_bytes
+from optikit.stage import DENSE, Estimate, Facts, Job, StageOptions, calibrated, directory_bytes, no_objection
 from optikit.stages.quantize import gptq as ours
 from optikit.stages.quantize._grid import chosen, ignored, quantization_config
 from optikit.targets import Target
@@ -28,10 +28,13 @@ if TYPE_CHECKING:
     from optikit.formats.checkpoint import Checkpoint
 
 SUMMARY = "GPTQ by GPTQModel 7.6, in an environment of its own"
-NEEDS: frozenset[Trait] = frozenset({"dense"})
-CALIBRATED = True
+NEEDS = DENSE
+WRITES = "model"
+USES_TARGET = False
 LIBRARIES = ("gptqmodel", "torch", "transformers", "tokenizers", "safetensors")
 ENVIRONMENT: str | None = "gptqmodel"
+inputs = calibrated
+fits = no_objection
 PACKED = 32
 """Inputs and outputs that it packs at a time (nn_modules/qlinear/__init__.py, pack_block)."""
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from optikit.errors import StageFailedError
-from optikit.models.facts import ModelFacts, Trait
+from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job, StageOptions, directory_bytes
+from optikit.stage import DENSE, Estimate, Facts, Job, StageOptions, calibrated, directory_bytes, no_objection
 from optikit.stages.quantize import gptq as ours
 from optikit.stages.quantize._grid import ignored, quantization_config
 from optikit.targets import Target
@@ -29,10 +29,13 @@ if TYPE_CHECKING:
     from optikit.formats.checkpoint import Checkpoint, Entry
 
 SUMMARY = "GPTQ by llm-compressor 0.14, in an environment of its own"
-NEEDS: frozenset[Trait] = frozenset({"dense"})
-CALIBRATED = True
+NEEDS = DENSE
+WRITES = "model"
+USES_TARGET = False
 LIBRARIES = ("llmcompressor", "compressed-tensors", "torch", "transformers", "tokenizers", "safetensors")
 ENVIRONMENT: str | None = "llm-compressor"
+inputs = calibrated
+fits = no_objection
 
 
 class Options(StageOptions):

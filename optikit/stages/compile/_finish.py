@@ -10,15 +10,10 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from optikit.process import program, server
+from optikit.stage import EMITTED, Job
 
-if TYPE_CHECKING:
-    from optikit.stage import Job
-
-EMITTED = "emitted"
-"""Which of a job's inputs is the folder."""
 MANIFEST = "artifact.json"
 GPU = Path("/dev/nvidiactl")
 LOG = "finish.log"

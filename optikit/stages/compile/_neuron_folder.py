@@ -12,7 +12,7 @@ from optikit.errors import IntegrityError
 from optikit.fileio import file_sha256
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import read
-from optikit.stage import Facts, Job
+from optikit.stage import EMITTED, Facts, Job
 from optikit.stages.compile import _neuron_job, _neuron_readme
 from optikit.stages.compile._neuron_options import PLATFORMS, Options, instance_family, need_bytes
 from optikit.stages.compile._overlay import overlay
@@ -57,7 +57,7 @@ def write(options: Options, job: Job) -> Facts:
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
     finish = "sh serve.sh" if options.backend == "vllm-neuron" else "sh compile.sh"
-    return {"emitted": True, "backend": options.backend, "finish": finish, "files": sorted(files), "key": record["key"]}
+    return {EMITTED: True, "backend": options.backend, "finish": finish, "files": sorted(files), "key": record["key"]}
 
 
 def description(options: Options, facts: ModelFacts, target: Target, source: Path) -> dict[str, Any]:

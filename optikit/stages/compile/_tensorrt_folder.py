@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from optikit.errors import IntegrityError, StageFailedError
 from optikit.models.reader import read
+from optikit.stage import EMITTED
 from optikit.stages.compile import _onnx_build, _tensorrt_run
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def write(options: Options, job: Job) -> Facts:
     }
     for name, text in files.items():
         (job.dest / name).write_text(text, encoding="utf-8")
-    return {"emitted": True, "finish": "python3 run.py", "files": sorted(files), **found}
+    return {EMITTED: True, "finish": "python3 run.py", "files": sorted(files), **found}
 
 
 def checked(graph: Path, facts: ModelFacts) -> dict[str, Any]:

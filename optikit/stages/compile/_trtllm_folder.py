@@ -9,7 +9,7 @@ from typing import Any
 from optikit.errors import IntegrityError
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import read
-from optikit.stage import Facts, Job
+from optikit.stage import EMITTED, Facts, Job
 from optikit.stages.compile._overlay import overlay
 from optikit.stages.compile._trtllm_options import Options
 from optikit.targets import Target
@@ -40,7 +40,7 @@ def write(options: Options, job: Job) -> Facts:
         path = job.dest / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    return {"emitted": True, "version": options.version, "finish": "sh serve.sh", "files": sorted(files)}
+    return {EMITTED: True, "version": options.version, "finish": "sh serve.sh", "files": sorted(files)}
 
 
 def settings(options: Options) -> dict[str, Any]:

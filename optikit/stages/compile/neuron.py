@@ -17,18 +17,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from optikit.models import architectures
-from optikit.models.facts import ModelFacts, Trait
+from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job
+from optikit.stage import ANY, MAIN, Estimate, Facts, Job, no_objection, nothing
 from optikit.stages.compile._neuron_options import PLATFORMS, Options, instance_family
 from optikit.targets import Target
 
 SUMMARY = "job folder for AWS Inferentia and Trainium: scripts and configuration, compiled on the instance"
-NEEDS: frozenset[Trait] = frozenset()
-CALIBRATED = False
+NEEDS = ANY
+WRITES = "engine"
+USES_TARGET = True
 LIBRARIES = ("neuronx-cc", "optimum-neuron")
-ENVIRONMENT: str | None = None
-TARGETED = True
+ENVIRONMENT = MAIN
+inputs = nothing
+fits = no_objection
 
 
 NXD = "nxd-inference"

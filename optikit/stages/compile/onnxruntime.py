@@ -23,16 +23,19 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from optikit.models import architectures, engines, traits
-from optikit.models.facts import ModelFacts, Trait
+from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job, StageOptions, directory_bytes
+from optikit.stage import ANY, MAIN, Estimate, Facts, Job, StageOptions, directory_bytes, no_objection, nothing
 from optikit.targets import Target
 
 SUMMARY = "ONNX Runtime graph for CPUs: int4 or int8 from gptq and awq weights, float32 from dense ones"
-NEEDS: frozenset[Trait] = frozenset()
-CALIBRATED = False
+NEEDS = ANY
+WRITES = "engine"
+USES_TARGET = False
 LIBRARIES = ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers")
-ENVIRONMENT: str | None = None
+ENVIRONMENT = MAIN
+inputs = nothing
+fits = no_objection
 
 ENGINE = "onnxruntime"
 READABLE = traits.read_by(ENGINE)

@@ -15,25 +15,32 @@ Note    AMD processors aren't supported officially: the trial decode is what tel
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from optikit.models import architectures
-from optikit.models.facts import ModelFacts, Trait
+from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job
+from optikit.stage import DENSE, Estimate, Facts, Input, Job, no_objection
 from optikit.stages.compile._openvino_options import Options, calibrated, group
 from optikit.targets import Target
 
 SUMMARY = "OpenVINO IR for CPUs: int8 or int4 weights by NNCF, with AWQ and scale estimation if asked for"
-NEEDS: frozenset[Trait] = frozenset({"dense"})
-CALIBRATED = False
+NEEDS = DENSE
+WRITES = "engine"
+USES_TARGET = False
 LIBRARIES = ("openvino", "openvino-genai", "openvino-tokenizers", "nncf", "optimum-intel", "transformers", "torch")
 ENVIRONMENT: str | None = "openvino"
+fits = no_objection
 
 ENGINE = "openvino"
 TRIAL_TOKENS = 8
 """Tokens that a compiled artifact has to decode before it is accepted."""
+
+
+def inputs(options: Options) -> Mapping[str, Input]:
+    """Declare calibration text where these options look at it."""
+    return {"calibration": Input(of="calibration")} if calibrated(options) else {}
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:

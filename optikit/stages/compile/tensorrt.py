@@ -16,18 +16,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from optikit.models import architectures
-from optikit.models.facts import ModelFacts, Trait
+from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job
+from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, no_objection, nothing
 from optikit.stages.compile._tensorrt_options import Options
 from optikit.targets import Target
 
 SUMMARY = "ONNX graph for TensorRT on NVIDIA GPUs: built and checked here, made an engine of on the GPU"
-NEEDS: frozenset[Trait] = frozenset({"dense"})
-CALIBRATED = False
+NEEDS = DENSE
+WRITES = "engine"
+USES_TARGET = True
 LIBRARIES = ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers")
-ENVIRONMENT: str | None = None
-TARGETED = True
+ENVIRONMENT = MAIN
+inputs = nothing
+fits = no_objection
 
 ENGINE = "tensorrt"
 BUILDER = "onnxruntime"

@@ -15,18 +15,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from optikit.models.facts import ModelFacts, Trait
+from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job
+from optikit.stage import ANY, MAIN, Estimate, Facts, Job, no_objection, nothing
 from optikit.stages.compile._trtllm_options import Options
 from optikit.targets import Target
 
 SUMMARY = "serving folder for TensorRT-LLM on NVIDIA GPUs: configuration and scripts, started on the GPU"
-NEEDS: frozenset[Trait] = frozenset()
-CALIBRATED = False
+NEEDS = ANY
+WRITES = "engine"
+USES_TARGET = True
 LIBRARIES = ("tensorrt-llm",)
-ENVIRONMENT: str | None = None
-TARGETED = True
+ENVIRONMENT = MAIN
+inputs = nothing
+fits = no_objection
 
 ENGINE = "tensorrt-llm"
 PORT = "8179"

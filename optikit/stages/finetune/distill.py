@@ -10,14 +10,14 @@ Differs only the last layer's predictions are compared, no hidden states; zeros 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from pydantic import Field
 
-from optikit.models.facts import ModelFacts, Trait
+from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job
+from optikit.stage import DENSE, MAIN, ORIGINAL, Estimate, Facts, Input, Job, calibrated, no_objection
 from optikit.stages.finetune._training import (
     WholeOptions,
     after_training,
@@ -28,10 +28,12 @@ from optikit.stages.finetune._training import (
 from optikit.targets import Target
 
 SUMMARY = "distill: train all weights towards the unpruned model's predictions"
-NEEDS: frozenset[Trait] = frozenset({"dense"})
-CALIBRATED = True
+NEEDS = DENSE
+WRITES = "model"
+USES_TARGET = False
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "bitsandbytes")
-ENVIRONMENT: str | None = None
+ENVIRONMENT = MAIN
+fits = no_objection
 
 PROMPT = 32
 """Tokens of a calibration window that the teacher continues."""
@@ -46,6 +48,11 @@ class Options(WholeOptions):
     """What the predictions are compared on: the calibration text, or what the teacher writes after its beginnings."""
     temperature: float = Field(default=1.0, ge=0.1, le=20)
     """Softens both predictions: above 1, unlikely tokens count more."""
+
+
+def inputs(options: Options) -> Mapping[str, Input]:
+    """Declare the text, and the model as it was before any stage."""
+    return {**calibrated(options), "teacher": ORIGINAL}
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from optikit.models.facts import ModelFacts, Trait
+from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job
+from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, calibrated, no_objection
 from optikit.stages.finetune._training import (
     WholeOptions,
     after_training,
@@ -24,10 +24,13 @@ from optikit.stages.finetune._training import (
 from optikit.targets import Target
 
 SUMMARY = "full: train all weights on text, zeros stay zeros"
-NEEDS: frozenset[Trait] = frozenset({"dense"})
-CALIBRATED = True
+NEEDS = DENSE
+WRITES = "model"
+USES_TARGET = False
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "bitsandbytes")
-ENVIRONMENT: str | None = None
+ENVIRONMENT = MAIN
+inputs = calibrated
+fits = no_objection
 
 
 class Options(WholeOptions):

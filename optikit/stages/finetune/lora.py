@@ -14,9 +14,9 @@ from importlib.util import find_spec
 
 from pydantic import Field
 
-from optikit.models.facts import ModelFacts, Trait
+from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job
+from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, calibrated, no_objection
 from optikit.stages.finetune._training import (
     TrainingOptions,
     after_training,
@@ -27,10 +27,13 @@ from optikit.stages.finetune._training import (
 from optikit.targets import Target
 
 SUMMARY = "LoRA: train low-rank updates of all linears on text, merged at the end"
-NEEDS: frozenset[Trait] = frozenset({"dense"})
-CALIBRATED = True
+NEEDS = DENSE
+WRITES = "model"
+USES_TARGET = False
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "bitsandbytes")
-ENVIRONMENT: str | None = None
+ENVIRONMENT = MAIN
+inputs = calibrated
+fits = no_objection
 
 
 class Options(TrainingOptions):

@@ -20,9 +20,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from optikit.models.facts import ModelFacts, Trait
+from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job
+from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, calibrated, no_objection
 from optikit.stages.finetune._training import (
     LOGIT_COPIES,
     MOST_TOKENS,
@@ -35,10 +35,13 @@ from optikit.stages.finetune._training import (
 from optikit.targets import Target
 
 SUMMARY = "Medusa-2: train low-rank updates and Medusa heads together, before quantization"
-NEEDS: frozenset[Trait] = frozenset({"dense"})
-CALIBRATED = True
+NEEDS = DENSE
+WRITES = "model"
+USES_TARGET = False
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "bitsandbytes")
-ENVIRONMENT: str | None = None
+ENVIRONMENT = MAIN
+inputs = calibrated
+fits = no_objection
 
 PROMPT = 32
 """Tokens of a calibration window that the model continues."""

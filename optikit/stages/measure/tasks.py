@@ -11,7 +11,7 @@ Differs choices are judged by log-likelihood per character of the choice; answer
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,9 +22,9 @@ from optikit.evaluation import texts
 from optikit.evaluation.task_items import Choice, Question
 from optikit.evaluation.task_items import kind as kind_of
 from optikit.evaluation.task_items import read as read_task
-from optikit.models.facts import ModelFacts, Trait
+from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job, StageOptions
+from optikit.stage import ANY, MAIN, PLANNED, Estimate, Facts, Input, Job, StageOptions, no_objection
 from optikit.targets import Target
 
 if TYPE_CHECKING:
@@ -36,10 +36,12 @@ if TYPE_CHECKING:
     from optikit.runtime.decoder import Decoder
 
 SUMMARY = "right answers to tasks, and the items that flipped against the baseline"
-NEEDS: frozenset[Trait] = frozenset()
-CALIBRATED = False
+NEEDS = ANY
+WRITES = "measurement"
+USES_TARGET = False
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "onnxruntime", "onnxruntime-genai", "openvino")
-ENVIRONMENT: str | None = None
+ENVIRONMENT = MAIN
+fits = no_objection
 
 ITEMS, ABOUT = "items.jsonl", "about.json"
 FLOPS = 60e9
@@ -83,6 +85,11 @@ class Options(StageOptions):
 def role(name: str) -> str:
     """Return the input that holds a task's items."""
     return f"task:{name}"
+
+
+def inputs(options: Options) -> Mapping[str, Input]:
+    """Declare every task's items, whose tokens, and the answers that these are compared with."""
+    return dict.fromkeys((*(role(task.name) for task in options.tasks), "tokenizer", "baseline"), PLANNED)
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:

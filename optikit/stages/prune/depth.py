@@ -15,16 +15,29 @@ from dataclasses import replace
 from pydantic import Field
 
 from optikit.models import architectures
-from optikit.models.facts import DTYPE_BYTES, ModelFacts, Trait
+from optikit.models.facts import DTYPE_BYTES, ModelFacts
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job, StageOptions, directory_bytes
+from optikit.stage import (
+    DENSE,
+    MAIN,
+    Estimate,
+    Facts,
+    Job,
+    StageOptions,
+    directory_bytes,
+    no_objection,
+    split_calibrated,
+)
 from optikit.targets import Target
 
 SUMMARY = "depth: leave out decoder blocks by their measured influence"
-NEEDS: frozenset[Trait] = frozenset({"dense"})
-CALIBRATED = True
+NEEDS = DENSE
+WRITES = "model"
+USES_TARGET = False
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
-ENVIRONMENT: str | None = None
+ENVIRONMENT = MAIN
+inputs = split_calibrated
+fits = no_objection
 
 
 class Options(StageOptions):

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from optikit.models.facts import ModelFacts, Trait
+from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job, directory_bytes
+from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, directory_bytes, no_objection, nothing
 from optikit.stages.prune._pattern import PatternOptions, after_pattern, check_pattern, leave, pattern_of
 from optikit.targets import Target
 
 SUMMARY = "magnitude: the smallest weights become zero, without calibration"
-NEEDS: frozenset[Trait] = frozenset({"dense"})
-CALIBRATED = False
+NEEDS = DENSE
+WRITES = "model"
+USES_TARGET = False
 LIBRARIES = ("torch", "safetensors")
-ENVIRONMENT: str | None = None
+ENVIRONMENT = MAIN
+inputs = nothing
+fits = no_objection
 
 
 class Options(PatternOptions):

@@ -19,9 +19,9 @@ from pydantic import Field
 
 from optikit.models import architectures
 from optikit.models.architectures import Architecture
-from optikit.models.facts import DTYPE_BYTES, ModelFacts, Trait
+from optikit.models.facts import DTYPE_BYTES, ModelFacts
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job, StageOptions
+from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, StageOptions, no_objection, split_calibrated
 from optikit.stages import _blockwise_cost
 from optikit.targets import Target
 
@@ -29,10 +29,13 @@ if TYPE_CHECKING:
     from optikit.calibration.methods.width import Coupling
 
 SUMMARY = "width: remove MLP channels and attention heads, equally many in every block"
-NEEDS: frozenset[Trait] = frozenset({"dense"})
-CALIBRATED = True
+NEEDS = DENSE
+WRITES = "model"
+USES_TARGET = False
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
-ENVIRONMENT: str | None = None
+ENVIRONMENT = MAIN
+inputs = split_calibrated
+fits = no_objection
 
 
 class Options(StageOptions):

@@ -12,18 +12,21 @@ from collections.abc import Iterator, Mapping
 
 from pydantic import Field
 
-from optikit.models.facts import ModelFacts, Trait
+from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job
+from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, no_objection, split_calibrated
 from optikit.stages import _blockwise_cost
 from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, ignored, quantization_config
 from optikit.targets import Target
 
 SUMMARY = "GPTQ: 4- or 8-bit weights, rounding guided by calibration text"
-NEEDS: frozenset[Trait] = frozenset({"dense"})
-CALIBRATED = True
+NEEDS = DENSE
+WRITES = "model"
+USES_TARGET = False
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
-ENVIRONMENT: str | None = None
+ENVIRONMENT = MAIN
+inputs = split_calibrated
+fits = no_objection
 
 
 class Options(GridOptions):

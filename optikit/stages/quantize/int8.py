@@ -22,7 +22,17 @@ from pydantic import Field
 from optikit.models import architectures
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job, StageOptions, directory_bytes
+from optikit.stage import (
+    DENSE,
+    MAIN,
+    Estimate,
+    Facts,
+    Job,
+    StageOptions,
+    directory_bytes,
+    no_objection,
+    split_calibrated,
+)
 from optikit.stages import _blockwise_cost
 from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, chosen, ignored
 from optikit.stages.quantize._grid import quantization_config as gptq_config
@@ -30,10 +40,13 @@ from optikit.stages.quantize.awq import findings
 from optikit.targets import Target
 
 SUMMARY = "INT8: 8-bit weights, and 8-bit activations with w8a8"
-NEEDS: frozenset[Trait] = frozenset({"dense"})
-CALIBRATED = True
+NEEDS = DENSE
+WRITES = "model"
+USES_TARGET = False
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
-ENVIRONMENT: str | None = None
+ENVIRONMENT = MAIN
+inputs = split_calibrated
+fits = no_objection
 
 
 SERVERS = {"w8a8": "vllm", "llm_int8": "transformers"}

@@ -16,17 +16,20 @@ from dataclasses import replace
 from typing import Any
 
 from optikit.models import architectures
-from optikit.models.facts import ModelFacts, Trait
+from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job, StageOptions, directory_bytes
+from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, StageOptions, directory_bytes, no_objection, nothing
 from optikit.stages.quantize._grid import GridOptions, check_grid, chosen, ignored
 from optikit.targets import Target
 
 SUMMARY = "NF4: 4-bit weights without calibration, for transformers with bitsandbytes"
-NEEDS: frozenset[Trait] = frozenset({"dense"})
-CALIBRATED = False
+NEEDS = DENSE
+WRITES = "model"
+USES_TARGET = False
 LIBRARIES = ("torch", "safetensors")
-ENVIRONMENT: str | None = None
+ENVIRONMENT = MAIN
+inputs = nothing
+fits = no_objection
 
 SERVER = "transformers"
 BLOCK = 64

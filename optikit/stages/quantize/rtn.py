@@ -11,17 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from optikit.models.facts import ModelFacts, Trait
+from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job, directory_bytes
+from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, directory_bytes, no_objection, nothing
 from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, ignored, quantization_config
 from optikit.targets import Target
 
 SUMMARY = "round to nearest: 4- or 8-bit weights without calibration"
-NEEDS: frozenset[Trait] = frozenset({"dense"})
-CALIBRATED = False
+NEEDS = DENSE
+WRITES = "model"
+USES_TARGET = False
 LIBRARIES = ("torch", "safetensors")
-ENVIRONMENT: str | None = None
+ENVIRONMENT = MAIN
+inputs = nothing
+fits = no_objection
 
 
 class Options(GridOptions):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from optikit import records
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import StageOptions
+from optikit.stage import Input, StageOptions
 
 
 class PromptOptions(StageOptions):
@@ -40,6 +40,17 @@ class PromptOptions(StageOptions):
     exact: bool = False
     """Never run one token alone, so that texts equal those of plain decoding with the same kernels token by token; some
     engines round one token otherwise than several."""
+
+
+def inputs(options: PromptOptions) -> Mapping[str, Input]:
+    """Declare the prompts."""
+    return {"prompts": Input(of="prompts", spec=options.prompts, option="prompts")}
+
+
+def measured(options: PromptOptions) -> dict[str, Any]:
+    """Return how `measure speculation` chooses and judges what these options ask for, as options of its own."""
+    fields = {"tune", "chat", "new_tokens", "remember", "template", "prompt_tokens", "judged_part"}
+    return options.model_dump(include=fields) | {"prompts": options.judged}
 
 
 def check(options: PromptOptions, facts: ModelFacts) -> Iterator[Problem]:

@@ -15,7 +15,7 @@ The text stays the model's own: every draft token is checked.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,9 +23,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from optikit.errors import StageFailedError
 from optikit.models import architectures
-from optikit.models.facts import ModelFacts, Trait
+from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job, directory_bytes
+from optikit.stage import ANY, MAIN, Estimate, Facts, Input, Job, directory_bytes
 from optikit.stages.speculate import _prompts
 from optikit.stages.speculate._prompts import PromptOptions
 from optikit.targets import Target
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SUMMARY = "draft model: given, or made by leaving out blocks and distilling; lossless"
-NEEDS: frozenset[Trait] = frozenset()
-CALIBRATED = False
+NEEDS = ANY
+WRITES = "speculator"
+USES_TARGET = False
 LIBRARIES: tuple[str, ...] = (
     "torch",
     "transformers",
@@ -45,7 +46,8 @@ LIBRARIES: tuple[str, ...] = (
     "onnxruntime",
     "onnxruntime-genai",
 )
-ENVIRONMENT: str | None = None
+ENVIRONMENT = MAIN
+measured = _prompts.measured
 
 COMPARED = 8192
 """Tokens on which predictions are compared while distilling: those that the model writes most."""
@@ -94,6 +96,21 @@ class Options(PromptOptions):
     def making(self) -> Make | None:
         """How to make the draft; None where one is given."""
         return None if self.model else self.make or Make()
+
+
+def inputs(options: Options) -> Mapping[str, Input]:
+    """Declare the prompts, and the draft where one is named."""
+    given = {"draft": Input(of="model", spec=options.model, option="model")} if options.model else {}
+    return {**_prompts.inputs(options), **given}
+
+
+def fits(options: Options, facts: ModelFacts, models: Mapping[str, ModelFacts]) -> Iterator[Problem]:
+    """Yield why the draft that is named can't serve this model."""
+    from optikit.deploy.draft import problems
+
+    for draft in models.values():
+        for problem in problems(draft, facts):
+            yield problem.under("model")
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:

@@ -20,18 +20,22 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
-from optikit.models.facts import ModelFacts, Trait
+from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job
+from optikit.stage import ANY, MAIN, Estimate, Facts, Job, no_objection
 from optikit.stages.speculate import _prompts
 from optikit.stages.speculate._prompts import PromptOptions
 from optikit.targets import Target
 
 SUMMARY = "prompt lookup: speculate that a text repeats itself; lossless, no training"
-NEEDS: frozenset[Trait] = frozenset()
-CALIBRATED = False
+NEEDS = ANY
+WRITES = "speculator"
+USES_TARGET = False
 LIBRARIES: tuple[str, ...] = ()
-ENVIRONMENT: str | None = None
+ENVIRONMENT = MAIN
+inputs = _prompts.inputs
+measured = _prompts.measured
+fits = no_objection
 
 
 class Options(PromptOptions):

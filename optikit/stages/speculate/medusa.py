@@ -20,15 +20,15 @@ and chosen there.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from optikit.formats.medusa import tensors
-from optikit.models.facts import ModelFacts, Trait
+from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import Estimate, Facts, Job
+from optikit.stage import ANY, MAIN, Estimate, Facts, Input, Job, no_objection
 from optikit.stages.speculate import _prompts
 from optikit.stages.speculate._prompts import PromptOptions
 from optikit.targets import Target
@@ -42,16 +42,17 @@ if TYPE_CHECKING:
     from optikit.training.self_generated import OwnText
 
 SUMMARY = "Medusa-1 heads, trained on what the final weights write; lossless"
-NEEDS: frozenset[Trait] = frozenset()
-CALIBRATED = False
+NEEDS = ANY
+WRITES = "speculator"
+USES_TARGET = False
 LIBRARIES: tuple[str, ...] = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
-ENVIRONMENT: str | None = None
+ENVIRONMENT = MAIN
+fits = no_objection
+measured = _prompts.measured
 
 DRAFT_VOCAB = 8192
 """Tokens that heads draft by default: an output layer of 49,152 rows costs as much as a fifth of SmolLM2-135M."""
 LOG = "training.jsonl"
-READS = {"start": ("finetune", "medusa2")}
-"""Earlier steps whose artifact it reads, too, where a recipe has them: by role, verb and method."""
 Layout = Literal["v1", "vllm", "nxdi"]
 
 
@@ -95,6 +96,11 @@ class Options(PromptOptions):
         if self.layouts is None:
             return () if self.sequential else ("v1", "vllm")
         return self.layouts
+
+
+def inputs(options: Options) -> Mapping[str, Input]:
+    """Declare the prompts, and heads to start from where a step before has trained some."""
+    return {**_prompts.inputs(options), "start": Input(of="step", made_by=("finetune", "medusa2"))}
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
