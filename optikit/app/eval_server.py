@@ -61,9 +61,9 @@ def measure(request: Request) -> Report:
     from optikit.report import summary, write
 
     started = time.monotonic()
-    client = Client(request.url, timeout_s=request.timeout_s, key=_key(request.key_from))
+    wanted = Client(request.url, timeout_s=request.timeout_s, key=_key(request.key_from))
     texts = _texts(request)
-    with make_progress(request.progress) as progress:
+    with wanted as client, make_progress(request.progress) as progress:
         model = request.model or client.models()[0]
         progress.note(f"measuring {model} at {request.url}")
         served, quality = None, None

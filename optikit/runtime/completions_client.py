@@ -1,28 +1,28 @@
 """A client of servers that speak OpenAI's completions API.
 
 Streamed completions with the time of every piece, and the log-probabilities of a prompt where the server echoes them.
-Standard library only: a load test's client is small.
+What a server tells is checked before it becomes a figure.
 """
 
 from __future__ import annotations
 
-import http.client
-import json
-import socket
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
-from urllib.parse import urlsplit
 
-from optikit.errors import StageTimeoutError, UnavailableError, UsageError
+from optikit.errors import UnavailableError
+from optikit.runtime.http_exchange import Answer, RefusedByServerError, Server
 
-QUOTED = 200
-"""Characters of a server's answer that an error message quotes."""
-MOST_BYTES = 64 * 2**20
-"""Longest answer that is read."""
-NUMBERED = "token_id:"
+__all__ = ["Client", "Echo", "Prompt", "RefusedByServerError", "Streamed", "TokenEcho"]
+
+TOKEN_ID_PREFIX = "token_id:"  # noqa: S105 - a token of text
 """What vLLM writes before a token's number where it is asked for numbers."""
+PIECES_PER_TOKEN = 2
+"""A stream of more pieces than this for each token asked for ignores `max_tokens`, and may never end."""
+MOST_TOKENS = 2**31
+"""No prompt has more tokens; a server that counts more is wrong."""
 Prompt = str | Sequence[int]
 """A text, or tokens where a server takes them."""
 
@@ -74,11 +74,11 @@ class TokenEcho:
 
 
 class Client:
-    """A server's completions endpoint.
+    """A server's completions endpoint; its connections are closed at the end of a `with` block.
 
     Args:
         url: Base address, with or without `/v1`.
-        timeout_s: Seconds without a byte after which the server counts as hung.
+        timeout_s: Seconds for a connection, for the begin of an answer, for each next token, and for its end.
         key: API key, sent as a bearer token; "" is none. Never part of a message.
 
     Raises:
@@ -86,16 +86,14 @@ class Client:
     """
 
     def __init__(self, url: str, *, timeout_s: float, key: str = "") -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UsageError(f"{url!r} is no http or https address", fix="write http://HOST:PORT/v1")
-        port = f":{parts.port}" if parts.port else ""
-        self.url = f"{parts.scheme}://{parts.hostname}{port}{parts.path}"  # no user, password or query: it is printed
-        self.parts = parts
-        path = parts.path.rstrip("/")
-        self.base = path if path.endswith("/v1") else f"{path}/v1"
-        self.timeout_s = timeout_s
-        self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self._server = Server(url, timeout_s=timeout_s, key=key)
+        self.url = self._server.url
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.close()
 
     def models(self) -> tuple[str, ...]:
         """Return the models that the server offers.
@@ -104,202 +102,187 @@ class Client:
             UnavailableError: It can't be reached, drops the connection, or answers anything but a list.
             StageTimeoutError: It hangs.
         """
-        with _Exchange(self, "GET", "/models") as answer:
+        with self._server.exchange("GET", "/models") as answer:
             listed = answer.json()
         rows = listed.get("data") if isinstance(listed, dict) else None
         names = [row.get("id") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
         found = tuple(name for name in names if isinstance(name, str))
         if not found:
-            raise UnavailableError(f"{self.url} lists no models", fix="name one with --model")
+            message = f"{self.url} lists no models: {self._server.quote(repr(listed))}"
+            raise UnavailableError(message, fix="name one with --model")
         return found
 
     def stream(self, model: str, prompt: Prompt, new_tokens: int, *, extra: Mapping[str, Any]) -> Streamed:
-        """Complete a prompt greedily, streamed; errors as `models`, and `Refused` where it doesn't take a parameter."""
-        prompt = prompt if isinstance(prompt, str) else list(prompt)
-        request = {"model": model, "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "stream": True}
+        """Complete a prompt greedily, streamed.
+
+        Raises:
+            UnavailableError: As in `models`, or nothing to time came.
+            RefusedByServerError: The server doesn't take a parameter.
+            StageTimeoutError: It hangs.
+        """
         start = time.perf_counter_ns()
         pieces: list[int] = []
         usage: Mapping[str, Any] = {}
-        with _Exchange(self, "POST", "/completions", {**request, **extra}) as answer:
-            for event in answer.events():
-                usage = event.get("usage") or usage
-                if any(choice.get("text") or choice.get("token_ids") for choice in event.get("choices") or ()):
-                    pieces.append(time.perf_counter_ns())
+        with self._server.exchange("POST", "/completions", {**_streamed(model, prompt, new_tokens), **extra}) as answer:
+            for at, event in answer.events():
+                usage = _usage(answer, event) or usage
+                if any(_writes(answer, choice) for choice in _choices(answer, event)):
+                    pieces.append(at)
+                    answer.expect("no next token came")
+                if len(pieces) > PIECES_PER_TOKEN * new_tokens:
+                    raise answer.failed(f"went on after {len(pieces)} pieces of {new_tokens} tokens")
+            prompted, written = (_count(answer, usage, name) for name in ("prompt_tokens", "completion_tokens"))
+            if written is not None and written > new_tokens:
+                raise answer.malformed(f"{new_tokens} tokens", usage)
         if len(pieces) < 2:
             message = f"{self.url} streamed {len(pieces)} pieces of {new_tokens} tokens: nothing to time"
             raise UnavailableError(message, fix="see that it streams, and that the prompt doesn't end the text")
-        prompted, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        return Streamed(
-            start_ns=start,
-            piece_ns=tuple(pieces),
-            prompt_tokens=prompted if isinstance(prompted, int) else None,
-            output_tokens=written if isinstance(written, int) and written > 0 else None,
-        )
+        return Streamed(start_ns=start, piece_ns=tuple(pieces), prompt_tokens=prompted, output_tokens=written or None)
 
     def tokens(self, model: str, prompt: Sequence[int], new_tokens: int) -> Iterator[int]:
         """Yield exactly `new_tokens` greedy tokens after a prompt, each when it comes; the end of a text is ignored.
 
         Only servers that tell numbers of tokens, as vLLM does. Errors as `stream`.
         """
-        request = {"model": model, "prompt": list(prompt), "max_tokens": new_tokens, "temperature": 0, "stream": True}
-        request |= {"ignore_eos": True, "return_token_ids": True}
+        request = _streamed(model, prompt, new_tokens) | {"ignore_eos": True, "return_token_ids": True}
         count = 0
-        with _Exchange(self, "POST", "/completions", request) as answer:
-            for event in answer.events():
-                for choice in event.get("choices") or ():
-                    for token in choice.get("token_ids") or ():
+        with self._server.exchange("POST", "/completions", request) as answer:
+            for _, event in answer.events():
+                for choice in _choices(answer, event):
+                    for token in _token_ids(answer, choice):
                         count += 1
-                        yield int(token)
+                        yield token
+                        answer.expect("no next token came")
+                if count > new_tokens:
+                    break
         if count != new_tokens:
             message = f"{self.url} told {count} tokens of {new_tokens}"
             raise UnavailableError(message, fix="ask a server that takes `return_token_ids` and `ignore_eos`")
 
     def prompt_logprobs(self, model: str, prompt: str) -> Echo | None:
-        """Return ln p of every token of a prompt but the first; None where the server doesn't echo them."""
+        """Return ln p of every token of a prompt but the first; None where the server doesn't echo them.
+
+        Raises:
+            UnavailableError: As in `models`, or numbers that are no log-probabilities.
+            StageTimeoutError: The server hangs.
+        """
         request = {"model": model, "prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
         try:
-            with _Exchange(self, "POST", "/completions", request) as answer:
-                found = answer.json()
+            with self._server.exchange("POST", "/completions", request) as answer:
+                return _echo(answer, prompt)
         except RefusedByServerError:
             return None
-        try:
-            told = found["choices"][0]["logprobs"]
-            values, tokens = told["token_logprobs"], told.get("tokens")
-        except (KeyError, IndexError, TypeError, AttributeError):
-            return None
-        numbers = values[1:] if isinstance(values, list) else []
-        if not numbers or not all(map(_is_number, numbers)):
-            return None
-        first = tokens[0] if isinstance(tokens, list) and tokens and isinstance(tokens[0], str) else ""
-        return Echo(logprobs=tuple(map(float, numbers)), scored_bytes=len(prompt.encode()) - len(first.encode()))
 
     def token_logprobs(self, model: str, tokens: Sequence[int]) -> TokenEcho | None:
         """Return ln p of every token of a prompt but the first, and the likeliest one in its place.
 
-        None where the server doesn't echo them by number; vLLM does.
+        None where the server doesn't echo them by number; vLLM does. Errors as `prompt_logprobs`.
         """
         request = {"model": model, "prompt": list(tokens), "max_tokens": 0, "echo": True, "logprobs": 1}
         try:
             wanted = {**request, "temperature": 0, "return_tokens_as_token_ids": True}
-            with _Exchange(self, "POST", "/completions", wanted) as answer:
-                found = answer.json()
-            told = found["choices"][0]["logprobs"]
-            echoed = [int(each.removeprefix(NUMBERED)) for each in told["tokens"]]
-            numbers = told["token_logprobs"][1 : len(tokens)]
-            best = [max(each.items(), key=lambda pair: pair[1])[0] for each in told["top_logprobs"][1 : len(tokens)]]
-            likeliest = tuple(int(each.removeprefix(NUMBERED)) for each in best)
-        except (RefusedByServerError, KeyError, IndexError, TypeError, AttributeError, ValueError):
+            with self._server.exchange("POST", "/completions", wanted) as answer:
+                return _token_echo(answer, tokens)
+        except RefusedByServerError:
             return None
-        if echoed[: len(tokens)] != list(tokens) or not numbers or not all(map(_is_number, numbers)):
-            return None
-        return TokenEcho(logprobs=tuple(map(float, numbers)), top1=likeliest)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _streamed(model: str, prompt: Prompt, new_tokens: int) -> dict[str, Any]:
+    prompt = prompt if isinstance(prompt, str) else list(prompt)
+    return {"model": model, "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "stream": True}
 
 
-class RefusedByServerError(UnavailableError):
-    """The server answered that the request is wrong (400 to 422): most often it doesn't know a parameter."""
+def _choices(answer: Answer, event: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the choices of an event or an answer; none where it only tells usage."""
+    choices = event.get("choices")
+    if choices is None:
+        return []
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+        raise answer.malformed("choices", choices)
+    return choices
 
 
-class _Exchange:
-    """One request with its answer; whatever goes wrong in between becomes an error that says so."""
-
-    def __init__(self, client: Client, method: str, path: str, body: Mapping[str, Any] | None = None) -> None:
-        self._client = client
-        parts = client.parts
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connection = kind(parts.hostname or "", parts.port, timeout=client.timeout_s)
-        self._response: http.client.HTTPResponse | None = None
-        self._what = f"{method} {client.base}{path}"
-        self._request = (method, client.base + path, json.dumps(body) if body is not None else None)
-
-    def __enter__(self) -> Self:
-        method, path, body = self._request
-        try:
-            self._connection.request(method, path, body, self._client.headers)
-            self._response = self._connection.getresponse()
-            if self._response.status != http.HTTPStatus.OK:
-                raise self._refusal(self._response.status, self._response.read(MOST_BYTES))
-        except (OSError, http.client.HTTPException) as error:
-            self._close()
-            raise self._failure(error) from error
-        except UnavailableError:
-            self._close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._response is not None:
-            self._response.close()  # it may own the socket
-        self._connection.close()
-
-    def json(self) -> Any:
-        """Return the whole answer."""
-        return self._parsed(self._read())
-
-    def events(self) -> Iterator[dict[str, Any]]:
-        """Yield the events of a stream up to [DONE]."""
-        while line := self._line():
-            name, _, data = line.decode("utf-8", "replace").strip().partition(":")
-            if name != "data":
-                continue
-            if data.strip() == "[DONE]":
-                return
-            event = self._parsed(data.strip().encode())
-            if not isinstance(event, dict):
-                raise self._nonsense(data.encode())
-            if event.get("error"):
-                raise self._failed(f"failed in the middle of its answer: {str(event['error'])[:QUOTED]}")
-            yield event
-        raise self._failed("dropped the connection in the middle of its answer")
-
-    def _read(self) -> bytes:
-        return self._received(lambda response: response.read(MOST_BYTES))
-
-    def _line(self) -> bytes:
-        return self._received(lambda response: response.readline(MOST_BYTES))
-
-    def _received(self, get: Callable[[http.client.HTTPResponse], bytes]) -> bytes:
-        if self._response is None:
-            return b""
-        try:
-            return get(self._response)
-        except (OSError, http.client.HTTPException) as error:
-            raise self._failure(error) from error
-
-    def _parsed(self, data: bytes) -> Any:
-        try:
-            return json.loads(data)
-        except ValueError:
-            raise self._nonsense(data) from None
-
-    def _nonsense(self, data: bytes) -> UnavailableError:
-        return self._failed(f"answered something else than JSON: {_quoted(data)}")
-
-    def _refusal(self, status: int, data: bytes) -> UnavailableError:
-        message = f"{self._client.url}: {self._what} answered {status}: {_quoted(data)}"
-        if status in (400, 404, 422):
-            return RefusedByServerError(message, fix="check the address and --model")
-        if status in (401, 403):
-            return UnavailableError(message, fix="name the variable that holds its API key: --key-from VARIABLE")
-        return UnavailableError(message, fix="look at the server's log")
-
-    def _failed(self, what: str) -> UnavailableError:
-        return UnavailableError(f"{self._client.url}: {self._what}: the server {what}", fix="look at the server's log")
-
-    def _failure(self, error: OSError | http.client.HTTPException) -> StageTimeoutError | UnavailableError:
-        if isinstance(error, TimeoutError):
-            message = f"{self._client.url}: {self._what}: nothing came for {self._client.timeout_s:g} s"
-            return StageTimeoutError(message, fix="raise --timeout, or look at what the server does")
-        if isinstance(error, ConnectionRefusedError | socket.gaierror):
-            return UnavailableError(f"{self._client.url} can't be reached: {error}", fix="start it, check the address")
-        return self._failed(f"dropped the connection ({type(error).__name__})")
+def _writes(answer: Answer, choice: Mapping[str, Any]) -> bool:
+    """Tell whether a choice carries text or tokens."""
+    written = choice.get("text")
+    if not isinstance(written, str | None):
+        raise answer.malformed("a text", written)
+    return bool(written or _token_ids(answer, choice))
 
 
-def _quoted(data: bytes) -> str:
-    return data.decode("utf-8", "replace").strip()[:QUOTED] or "nothing"
+def _token_ids(answer: Answer, choice: Mapping[str, Any]) -> list[int]:
+    tokens = choice.get("token_ids") or []
+    if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < MOST_TOKENS for token in tokens):
+        raise answer.malformed("token numbers", tokens)
+    return tokens
+
+
+def _usage(answer: Answer, event: Mapping[str, Any]) -> Mapping[str, Any]:
+    usage = event.get("usage") or {}
+    if not isinstance(usage, dict):
+        raise answer.malformed("a usage", usage)
+    return usage
+
+
+def _count(answer: Answer, usage: Mapping[str, Any], name: str) -> int | None:
+    count = usage.get(name)
+    if count is None or (type(count) is int and 0 <= count < MOST_TOKENS):
+        return count
+    raise answer.malformed(f"a number of {name}", count)
+
+
+def _logprobs(answer: Answer) -> Mapping[str, Any] | None:
+    """Return the log-probabilities of the only choice; None where there are none."""
+    found = answer.json()
+    choices = _choices(answer, found) if isinstance(found, dict) else []
+    if not choices:
+        raise answer.malformed("an answer", found)
+    told = choices[0].get("logprobs")
+    if not isinstance(told, dict | None):
+        raise answer.malformed("log-probabilities", told)
+    return told
+
+
+def _numbers(answer: Answer, values: object) -> tuple[float, ...]:
+    """Return log-probabilities, nats, but for the first token's, which has none."""
+    if not isinstance(values, list):
+        raise answer.malformed("log-probabilities", values)
+    for value in values[1:]:
+        if type(value) not in (int, float) or not -sys.float_info.max <= value <= 0:
+            raise answer.malformed("a log-probability", value)
+    return tuple(map(float, values[1:]))
+
+
+def _echo(answer: Answer, prompt: str) -> Echo | None:
+    told = _logprobs(answer)
+    if told is None or not told.get("token_logprobs"):
+        return None
+    numbers, tokens = _numbers(answer, told["token_logprobs"]), told.get("tokens") or []
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise answer.malformed("tokens", tokens)
+    if tokens and len(tokens) != len(numbers) + 1:
+        raise answer.malformed(f"{len(numbers) + 1} log-probabilities of {len(tokens)} tokens", tokens)
+    first = tokens[0] if tokens and prompt.startswith(tokens[0]) else ""  # a token that begins every text is not of it
+    scored = len(prompt.encode()) - len(first.encode())
+    if not numbers:
+        return None
+    if scored <= 0:
+        raise answer.malformed("a first token that is the whole prompt", tokens)
+    return Echo(logprobs=numbers, scored_bytes=scored)
+
+
+def _token_echo(answer: Answer, tokens: Sequence[int]) -> TokenEcho | None:
+    told = _logprobs(answer)
+    if told is None:
+        return None
+    try:
+        echoed = [int(each.removeprefix(TOKEN_ID_PREFIX)) for each in told["tokens"]]
+        best = [max(each.items(), key=lambda pair: pair[1])[0] for each in told["top_logprobs"][1 : len(tokens)]]
+        likeliest = tuple(int(each.removeprefix(TOKEN_ID_PREFIX)) for each in best)
+        values = told["token_logprobs"][: len(tokens)]
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+        return None
+    numbers = _numbers(answer, values)
+    if echoed[: len(tokens)] != list(tokens) or not numbers:
+        return None
+    return TokenEcho(logprobs=numbers, top1=likeliest)

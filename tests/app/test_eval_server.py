@@ -76,7 +76,7 @@ def test_a_server_that_knows_only_the_standard_is_timed_and_its_quality_has_a_re
 @pytest.mark.parametrize(
     ("fault", "error", "said"),
     [
-        ("hang", StageTimeoutError, "POST /v1/completions: nothing came for 0.5 s"),
+        ("hang", StageTimeoutError, "POST /v1/completions: no answer began within 0.5 s"),
         ("500", UnavailableError, "answered 500: .*out of"),
         ("nonsense", UnavailableError, "streamed 0 pieces|dropped the connection"),
         ("drop", UnavailableError, "dropped the connection"),

@@ -60,7 +60,7 @@ class ServedDecoder:
         self.max_tokens = max_tokens
         self._server = ExitStack()
         url, self._group = self._server.enter_context(vllm_server.serving(how, log=log, start_s=hang_s))
-        self._client = Client(url, timeout_s=hang_s)
+        self._client = self._server.enter_context(Client(url, timeout_s=hang_s))
 
     def greedy(self, prompt: Tokens, new_tokens: int) -> Iterator[int]:
         """Yield exactly `new_tokens` greedy tokens after `prompt` (n,), each as soon as the server tells it."""

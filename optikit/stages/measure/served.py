@@ -150,7 +150,7 @@ def run(options: Options, job: Job) -> Facts:
     job.progress(0, 1, "server started")
     with ExitStack() as stack:
         url, group = stack.enter_context(vllm_server.serving(how, log=job.scratch / LOG, start_s=options.start_s))
-        client = Client(url, timeout_s=options.hang_s)
+        client = stack.enter_context(Client(url, timeout_s=options.hang_s))
         if options.scored:
             found |= _scored(options, job, client, facts)
         if options.timed:
