@@ -154,7 +154,7 @@ def stop_at_gate(plan: Plan, finished: Step, artifacts: Mapping[str, Artifact]) 
     if made is None or finished.method not in SCORING:
         return
     judged = assemble.judge(plan.until(made.name), artifacts, on_fail="stop")
-    failed = [judge.said(result, made.name) for result in judged if result.verdict == "fail"]
+    failed = [judge.describe(result, made.name) for result in judged if result.verdict == "fail"]
     if failed:
         fix = "change that step or the gate; `on_fail: keep_going` would measure the rest. Finished steps are kept"
         raise GateFailedError(f"stopped after {made.name}: {'; '.join(failed)}", fix=fix)
@@ -174,7 +174,7 @@ def roll_back(plan: Plan, artifacts: Mapping[str, Artifact]) -> tuple[Plan, str]
         judged = assemble.judge(plan.until(step.name), artifacts, on_fail="rollback")
         if judged and all(result.value is None for result in judged):
             continue  # emitted: nothing was measured of it
-        wrong = [judge.said(result, step.name) for result in judged if result.verdict == "fail"]
+        wrong = [judge.describe(result, step.name) for result in judged if result.verdict == "fail"]
         if not wrong:
             ended = f"Rolled back to {step.name}: " + "; ".join(failed)
             return (plan.until(step.name), ended + ".") if failed else (plan, "")

@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from optikit.runtime.decoder import Decoder
-    from optikit.runtime.generate import Talker
+    from optikit.runtime.generate import TextGenerator
 
 
 def generate(
@@ -45,22 +45,24 @@ def generate(
     asked = _read_prompts(prompts) if prompts is not None else ()
     _, place = runtime.find(directory)
     decoder = runtime.load(directory)
-    from optikit.runtime.generate import Talker
+    from optikit.runtime.generate import TextGenerator
 
-    talker = Talker(decoder, place)
+    generator = TextGenerator(decoder, place)
     if prompt is None:
-        _answer_all(decoder, talker, asked, max_tokens=max_tokens, chat=chat, batch=batch, stats=stats)
+        _answer_all(decoder, generator, asked, max_tokens=max_tokens, chat=chat, batch=batch, stats=stats)
         return
-    _answer(decoder, talker, prompt, max_tokens=max_tokens, chat=chat, stats=stats)
+    _answer(decoder, generator, prompt, max_tokens=max_tokens, chat=chat, stats=stats)
 
 
-def _answer(decoder: Decoder, talker: Talker, prompt: str, *, max_tokens: int, chat: bool, stats: bool) -> None:
+def _answer(
+    decoder: Decoder, generator: TextGenerator, prompt: str, *, max_tokens: int, chat: bool, stats: bool
+) -> None:
     """Stream one answer."""
     import sys
 
-    tokens = talker.encode(prompt, chat=chat)
+    tokens = generator.encode(prompt, chat=chat)
     times = []
-    for chunk in talker.answer(tokens, max_tokens):
+    for chunk in generator.answer(tokens, max_tokens):
         times.append(chunk.at_ns)
         sys.stdout.write(chunk.text)
         sys.stdout.flush()
@@ -70,15 +72,22 @@ def _answer(decoder: Decoder, talker: Talker, prompt: str, *, max_tokens: int, c
 
 
 def _answer_all(
-    decoder: Decoder, talker: Talker, prompts: Sequence[str], *, max_tokens: int, chat: bool, batch: int, stats: bool
+    decoder: Decoder,
+    generator: TextGenerator,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int,
+    chat: bool,
+    batch: int,
+    stats: bool,
 ) -> None:
     """Print answers as JSON Lines, in the order of their prompts."""
     import json
     import time
 
-    tokens = [talker.encode(each, chat=chat) for each in prompts]
+    tokens = [generator.encode(each, chat=chat) for each in prompts]
     begun, written = time.perf_counter(), 0
-    for prompt, answer in zip(prompts, talker.answers(tokens, max_tokens, batch=batch), strict=True):
+    for prompt, answer in zip(prompts, generator.answers(tokens, max_tokens, batch=batch), strict=True):
         written += answer.tokens
         line = {"prompt": prompt, "text": answer.text, "tokens": answer.tokens, "finish": answer.finish}
         typer.echo(json.dumps(line, ensure_ascii=False))

@@ -15,7 +15,7 @@ from typing import Literal
 
 from optikit import text
 from optikit.evaluation.results import GateResult, Report
-from optikit.report import gate_words, markdown, wording
+from optikit.report import gates, markdown, wording
 
 Level = Literal["error", "warning", "notice"]
 
@@ -38,12 +38,14 @@ def publish(report: Report, environ: Mapping[str, str] = os.environ) -> None:
 
 def commands(report: Report) -> tuple[str, ...]:
     """Return the annotations: failed gates as errors, inconclusive ones and warnings as warnings, else a notice."""
-    failed = [("optikit gate failed", _said(gate)) for gate in report.gates if gate.verdict == "fail"]
-    doubtful = [("optikit gate inconclusive", _said(gate)) for gate in report.gates if gate.verdict == "inconclusive"]
+    failed = [("optikit gate failed", _described(gate)) for gate in report.gates if gate.verdict == "fail"]
+    doubtful = [
+        ("optikit gate inconclusive", _described(gate)) for gate in report.gates if gate.verdict == "inconclusive"
+    ]
     warned = [("optikit", warning) for warning in report.warnings]
     lines = [*_some("error", failed), *_some("warning", [*doubtful, *warned])]
     if not failed and not doubtful:
-        lines.append(command("notice", "optikit", f"{wording.headline(report)}. {gate_words.sentence(report)}"))
+        lines.append(command("notice", "optikit", f"{wording.headline(report)}. {gates.sentence(report)}"))
     return tuple(lines)
 
 
@@ -73,11 +75,11 @@ def _data(value: str) -> str:
     return text.clean(value).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
-def _said(gate: GateResult) -> str:
-    interval = gate_words.interval(gate)
+def _described(gate: GateResult) -> str:
+    interval = gates.interval(gate)
     reach = f" (95 % interval {interval})" if interval else ""
     reason = f": {gate.reason}" if gate.reason else ""
-    return f"{gate_words.name(gate)} is {gate_words.value(gate)}{reach}, limit {gate.limit}{reason}"
+    return f"{gates.name(gate)} is {gates.value(gate)}{reach}, limit {gate.limit}{reason}"
 
 
 def _some(level: Level, found: list[tuple[str, str]]) -> list[str]:

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from optikit import text
 from optikit.evaluation.results import GateResult, Measurement, Report, StepReport
-from optikit.report import figures, gate_words, server_table, svg, task_table, wording
+from optikit.report import figures, gates, server_table, svg, task_table, wording
 from optikit.report import speculation_table as speculating
 from optikit.report.definitions import DEFINITIONS, needed
 from optikit.report.values import listed, table
@@ -75,7 +75,7 @@ class Row:
 MODULES: Mapping[str, Any] = {
     "view": wording,
     "figures": figures,
-    "judged": gate_words,
+    "gates_text": gates,
     "tasks": task_table,
     "served": server_table,
     "text": text,
@@ -165,7 +165,7 @@ def _tiles(report: Report) -> Iterator[Tile]:
 
 
 def _gate(report: Report, gate: GateResult, index: int) -> Gate:
-    value, interval = gate_words.value(gate), gate_words.interval(gate)
+    value, interval = gates.value(gate), gates.interval(gate)
     reach = f", 95 % interval {interval}" if interval else ""
     return Gate(
         result=gate,
@@ -174,10 +174,10 @@ def _gate(report: Report, gate: GateResult, index: int) -> Gate:
         picture=svg.interval(
             gate.value,
             gate.ci95,
-            gate_words.bounds(report, gate.name, gate.step),
+            gates.bounds(report, gate.name, gate.step),
             gate.verdict,
             ident=f"gate{index}",
-            title=f"{gate_words.name(gate)}: {value}{reach}, limit {gate.limit}: {gate.verdict}",
+            title=f"{gates.name(gate)}: {value}{reach}, limit {gate.limit}: {gate.verdict}",
         ),
     )
 
@@ -214,7 +214,7 @@ def _tradeoff(report: Report) -> tuple[Markup, tuple[tuple[str, str, str], ...]]
     if not any(point.kind == "result" and point.ratio is not None for point in points):
         return NOTHING, ()
     before = next((p.speed for p in points if p.kind == "baseline"), None)
-    slowest = gate_words.bounds(report, "decode_speedup")[0]
+    slowest = gates.bounds(report, "decode_speedup")[0]
     limit = slowest * before if slowest is not None and before is not None else None
     rows = tuple(
         (
@@ -228,7 +228,7 @@ def _tradeoff(report: Report) -> tuple[Markup, tuple[tuple[str, str, str], ...]]
     picture = svg.tradeoff(
         points,
         speed_limit=(limit, None),
-        ratio_limit=gate_words.bounds(report, "perplexity_ratio"),
+        ratio_limit=gates.bounds(report, "perplexity_ratio"),
         description=f"Decode speed to the right, perplexity relative to the baseline upwards is better. {described}.",
     )
     return picture, rows

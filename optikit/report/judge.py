@@ -64,7 +64,7 @@ def _judge(gate: Asked, step: str, found: Value) -> GateResult:
     return GateResult(
         name=gate.metric,
         step=step,
-        limit=said_limit(gate.limit),
+        limit=describe_limit(gate.limit),
         value=found.value,
         ci95=found.ci95,
         verdict=verdict,
@@ -85,7 +85,7 @@ def limit_verdict(interval: Interval, *, at_least: float | None = None, at_most:
     return "pass" if inside and not math.isnan(low + high) else "inconclusive"
 
 
-def said_limit(gate: Limit) -> str:
+def describe_limit(gate: Limit) -> str:
     """Return a gate's limit as text: `min 4`, `max 1.15`, `min 0.5, max 0.7`."""
     bounds = (("min", gate.min), ("max", gate.max))
     return ", ".join(f"{name} {bound:g}" for name, bound in bounds if bound is not None)
@@ -97,7 +97,7 @@ def overall(results: Iterable[GateResult]) -> Verdict:
     return next((verdict for verdict in ("fail", "inconclusive") if verdict in verdicts), "pass")
 
 
-def said(result: GateResult, place: str = "") -> str:
+def describe(result: GateResult, place: str = "") -> str:
     """Return a judged gate as words: `perplexity_ratio after 1-prune-wanda is 1.31 (1.28 to 1.34), limit max 1.1`.
 
     Where it is said of the step `place`, that isn't said again.

@@ -10,7 +10,7 @@ from xml.etree import ElementTree as ET
 
 from optikit import text
 from optikit.evaluation.results import GateResult, Report, StepReport
-from optikit.report import gate_words, wording
+from optikit.report import gates, wording
 
 
 def render(report: Report) -> str:
@@ -41,9 +41,9 @@ def _timestamp(iso: str) -> str:
 
 
 def _gate(suite: ET.Element, gate: GateResult) -> None:
-    case = ET.SubElement(suite, "testcase", classname="gates", name=gate_words.name(gate), time="0")
-    interval = gate_words.interval(gate)
-    seen = f"{gate_words.value(gate)}{f' ({interval})' if interval else ''}, limit {gate.limit}"
+    case = ET.SubElement(suite, "testcase", classname="gates", name=gates.name(gate), time="0")
+    interval = gates.interval(gate)
+    seen = f"{gates.value(gate)}{f' ({interval})' if interval else ''}, limit {gate.limit}"
     said = text.clean(f"{seen}: {gate.reason}" if gate.reason else seen)
     if gate.verdict == "pass":
         ET.SubElement(case, "system-out").text = said

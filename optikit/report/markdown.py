@@ -12,7 +12,7 @@ from typing import Any
 
 from optikit import text
 from optikit.evaluation.results import Report, StepReport
-from optikit.report import figures, gate_words, server_table, task_table, values, wording
+from optikit.report import figures, gates, server_table, task_table, values, wording
 from optikit.report import speculation_table as speculating
 
 _ACTIVE = re.compile(r"([\\`*_{}\[\]|~$<>&]|^[-+#]|(?<=^\d)[.)](?=\s))")
@@ -60,7 +60,7 @@ def _row(cells: Iterable[str]) -> str:
 
 def _blocks(report: Report) -> Iterator[list[str]]:
     yield [f"## {_MARK[report.verdict]} {escape(wording.headline(report))}"]
-    yield [f"**{report.verdict}** · {escape(gate_words.sentence(report))}"]
+    yield [f"**{report.verdict}** · {escape(gates.sentence(report))}"]
     yield [f"Done: {escape(wording.what_was_done(report))}"]
     yield from _gates(report)
     yield from _figures(report)
@@ -78,10 +78,10 @@ def _gates(report: Report) -> Iterator[list[str]]:
         return
     rows = (
         (
-            code(gate_words.name(gate)),
+            code(gates.name(gate)),
             escape(gate.limit),
-            escape(gate_words.value(gate)),
-            gate_words.interval(gate) or "–",
+            escape(gates.value(gate)),
+            gates.interval(gate) or "–",
             f"{_MARK[gate.verdict]} {gate.verdict}" + (f": {escape(gate.reason)}" if gate.reason else ""),
         )
         for gate in report.gates

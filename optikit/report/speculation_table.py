@@ -11,7 +11,7 @@ from optikit.report import values
 
 DRAFTERS: Mapping[str, str] = {
     "lookup": "prompt lookup",
-    "recall": "n-grams of earlier answers",
+    "ngram": "n-grams of earlier answers",
     "medusa": "Medusa heads",
     "draft": "draft model",
     "off": "none: it doesn't pay here",
@@ -32,11 +32,11 @@ def grouped(given: Mapping[str, Any], *, drawn: bool) -> tuple[tuple[str, Rows],
         given: `speculation` of a report.
         drawn: Whether `DRAWN` are pictures and not told in words.
     """
-    told = {str(key): value for key, value in given.items() if not (drawn and key in DRAWN)}
-    keys = {title: [key for key in group if key in told] for title, group in GROUPS.items()}
-    keys[FURTHER] = [key for key in told if key not in WORDS]
+    known = {str(key): value for key, value in given.items() if not (drawn and key in DRAWN)}
+    keys = {title: [key for key in group if key in known] for title, group in GROUPS.items()}
+    keys[FURTHER] = [key for key in known if key not in WORDS]
     return tuple(
-        (title, tuple(row for key in names for row in _told(key, told[key]))) for title, names in keys.items() if names
+        (title, tuple(row for key in names for row in _rows(key, known[key]))) for title, names in keys.items() if names
     )
 
 
@@ -62,7 +62,7 @@ def sentence(given: Mapping[str, Any]) -> str:
     return f"{said} was predicted; {same}."
 
 
-def _told(key: str, value: Any) -> Iterator[tuple[str, str]]:
+def _rows(key: str, value: Any) -> Iterator[tuple[str, str]]:
     known = WORDS.get(key)
     if known is None or value is None:
         yield from values.listed({key: value}) if known is None else [(known[0], "–")]
@@ -178,7 +178,7 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, Callable[[Any], Shown]]]] = {
         "kernel_noise": ("largest difference between the engine's kernels, logits", values.worded),
     },
     "Why this drafter": {
-        "predicted_alone": ("speed-up predicted for one drafter alone", _alone),
+        "predicted_single_drafter": ("speed-up predicted for one drafter alone", _alone),
         "drafting_ms": ("cost of heads or draft model", _costs),
         "window_ms": ("verification cost T(m): time of a forward pass of m tokens", _windows),
     },

@@ -11,7 +11,7 @@ from pathlib import Path
 from optikit import text
 from optikit.evaluation.results import Report
 from optikit.progress import is_terminal, say
-from optikit.report import figures, gate_words, wording
+from optikit.report import figures, gates, wording
 
 WIDTH = 80
 Styled = tuple[str, str]
@@ -45,7 +45,7 @@ def _lines(report: Report, out: Path, width: int) -> Iterator[list[Styled]]:
     yield [("", "")]
     yield [(lead, style), (f"  {said[0]}", "bold")]
     yield from ([(f"{'':{len(lead)}}  {line}", "bold")] for line in said[1:])
-    for line in textwrap.wrap(gate_words.sentence(report), width - len(lead) - 2):
+    for line in textwrap.wrap(gates.sentence(report), width - len(lead) - 2):
         yield [(f"{'':{len(lead)}}  {line}", "")]
     yield from _gates(report)
     yield from _figures(report)
@@ -65,7 +65,7 @@ def _gates(report: Report) -> Iterator[list[Styled]]:
     yield [("", "")]
     yield _cells(("gate", "limit", "measured", "95 % interval"), (22, 11, 12, 17), "<>>>", "dim")
     for gate in report.gates:
-        values = (gate_words.name(gate), text.clean(gate.limit), gate_words.value(gate), gate_words.interval(gate))
+        values = (gates.name(gate), text.clean(gate.limit), gates.value(gate), gates.interval(gate))
         line = _cells(values, (22, 11, 12, 17), "<>>>")
         yield [*line, (f"   {gate.verdict}", _VERDICT[gate.verdict][1])]
 

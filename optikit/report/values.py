@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from optikit import text
-from optikit.report import gate_words
+from optikit.report import gates
 
 
 def listed(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -44,7 +44,7 @@ def _named(name: str, value: Any) -> str:
     """Write a value of a known name in that name's unit."""
     if name == "step":
         return text.step_words(str(value))
-    return gate_words.number(name, value) if _is_number(value) else worded(value)
+    return gates.number(name, value) if _is_number(value) else worded(value)
 
 
 def worded(value: Any) -> str:

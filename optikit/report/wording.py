@@ -1,7 +1,7 @@
 """A report in sentences, before any markup: what the Markdown, the page, the terminal and CI all say.
 
-Nothing here measures or judges; it chooses, names and words what `schema.Report` holds. `figures` has the table,
-`judged` the gates.
+Nothing here measures or judges; it chooses, names and words what `results.Report` holds. `figures` has the table,
+`gates` what gates decided.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from optikit import text
 from optikit.errors import CannotCreateError, DiskError, InputMissingError, IntegrityError
 from optikit.evaluation.results import Report
-from optikit.report import html, markdown
+from optikit.report import former_names, html, markdown
 
 JSON = "report.json"
 
@@ -37,7 +37,7 @@ def render(report: Report, out: Path) -> None:
 
 
 def load(path: Path) -> Report:
-    """Read a report from its JSON file, or from the directory that holds one.
+    """Read a report from its JSON file, or from the directory that holds one; facts get the names that they have now.
 
     Raises:
         InputMissingError: There is none.
@@ -52,7 +52,7 @@ def load(path: Path) -> Report:
     except OSError as error:
         raise DiskError(f"{file}: {error.strerror}", fix="check that the file can be read") from error
     try:
-        return Report.model_validate_json(content)
+        return former_names.renamed(Report.model_validate_json(content))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"

@@ -37,7 +37,7 @@ class Answer:
     finish: Finish
 
 
-class Talker:
+class TextGenerator:
     """A decoder with its tokenizer.
 
     Args:

@@ -190,7 +190,7 @@ def test_steps_are_judged_by_what_was_measured_after_them():
     result, step = ({"perplexity_ratio": Value(value=value)} for value in (1.1, 1.08))
     first, second = judge.judge(limits, result, {"prune.wanda": ("1-prune-wanda", step)})
     assert (first.step, first.verdict, second.step, second.verdict) == ("", "pass", "1-prune-wanda", "fail")
-    assert judge.said(second) == "perplexity_ratio after 1-prune-wanda is 1.08, limit max 1.05"
+    assert judge.describe(second) == "perplexity_ratio after 1-prune-wanda is 1.08, limit max 1.05"
     (_, lost) = judge.judge(limits, result)
     assert (lost.verdict, lost.reason) == ("inconclusive", "not measured")
 

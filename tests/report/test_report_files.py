@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 
 from optikit.errors import CannotCreateError, DiskError, InputMissingError, IntegrityError
-from optikit.report import write
+from optikit.report import compare, former_names, speculation_table, write
 
 
 def test_what_is_written_is_read_back(full_report, hostile_report, tmp_path):
@@ -38,6 +40,23 @@ def test_what_is_no_report_is_said_to_be_none(content, tmp_path):
     (tmp_path / "report.json").write_bytes(content)
     with pytest.raises(IntegrityError, match="not a report"):
         write.load(tmp_path)
+
+
+def test_an_older_report_of_the_same_schema_renders_and_compares_under_the_names_of_now(tmp_path):
+    recorded = Path(__file__).parent / "recorded" / "schema_1_medusa.json"
+    assert {"predicted_alone", "rounded_for_want_of_a_hessian"} < set(re.findall(r"\w+", recorded.read_text()))
+    report = write.load(recorded)
+    assert report.speculation["predicted_single_drafter"] == {"lookup": 1.7615160191269055, "medusa": 1.0}
+    assert list(report.speculation["by_drafter"]) == ["ngram", "lookup"]
+    assert {"rtn_fallback", "damping_increased"} < set(report.steps[1].facts)
+    write.write(report, tmp_path)
+    assert write.load(tmp_path) == report
+    page = (tmp_path / "report.md").read_text()
+    assert "speed-up predicted for one drafter alone: prompt lookup" in page
+    assert "acceptance rate: n-grams of earlier answers" in page
+    assert speculation_table.FURTHER not in dict(speculation_table.grouped(report.speculation, drawn=False))
+    assert not {*former_names.NOW} & set(re.findall(r"\w+", (tmp_path / "report.json").read_text()))
+    assert compare.compare(*(compare.Run(name=name, report=report) for name in "ab")).lines
 
 
 def test_a_newer_schema_is_refused(full_report, tmp_path):

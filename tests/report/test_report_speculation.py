@@ -1,11 +1,10 @@
 """Figures of speculation in the words of the field; what isn't what it should be is told as it stands."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from optikit.report import speculation_table
+from optikit.report import speculation_table, write
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FOUND = {
@@ -15,7 +14,7 @@ FOUND = {
     "predicted_speedup": 1.9,
     "speedup_without_loops": None,
     "acceptance_by_position": [0.5, 0.25],
-    "by_drafter": {"recall": {"steps": 39, "drafted": 64, "accepted": 16}},
+    "by_drafter": {"ngram": {"steps": 39, "drafted": 64, "accepted": 16}},
     "drafting_ms": {"ask": 0.99, "per_token": 0.0},
     "window_ms": {"1": 4.0, "2": 5.5},
     "latency_ms": {"plain": {"p50": 300.0, "p90": 410.0}},
@@ -83,5 +82,5 @@ def test_nonsense_is_told_as_it_stands(nonsense):
 
 @pytest.mark.parametrize("name", ["smollm2-135m-gptq-medusa-cpu", "smollm2-135m-lookup-cpu"])
 def test_every_figure_of_a_recorded_run_has_a_name(name):
-    found = json.loads((EXAMPLES / name / "report.json").read_text(encoding="utf-8"))["speculation"]
+    found = write.load(EXAMPLES / name).speculation
     assert set(found) <= set(speculation_table.WORDS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from optikit.evaluation.results import Flip, GateResult, Measurement, Quality, Ratio, Speedup, TaskResult, TasksVerdict
-from optikit.report import figures, gate_words, task_table, wording
+from optikit.report import figures, gates, task_table, wording
 from optikit.report.definitions import DEFINITIONS, needed
 from optikit.report.values import listed, table
 
@@ -47,12 +47,12 @@ def test_size_that_hardly_moved_is_unchanged(full_report):
 
 
 def test_verdict_sentence_names_the_gates_that_decide(full_report, thin_report):
-    assert gate_words.sentence(full_report) == "All 3 gates pass."
+    assert gates.sentence(full_report) == "All 3 gates pass."
     failed = GateResult(name="decode_speedup", limit="min 6", value=5.2, ci95=(5.0, 5.4), verdict="fail")
     report = full_report.model_copy(update={"verdict": "fail", "gates": (*full_report.gates, failed)})
-    assert gate_words.sentence(report) == "1 of 4 gates fails: decode_speedup is 5.20×, limit min 6."
-    assert gate_words.sentence(thin_report).startswith("The gate is inconclusive: decode_speedup is not measured")
-    assert gate_words.sentence(full_report.model_copy(update={"gates": ()})) == "No gates were set."
+    assert gates.sentence(report) == "1 of 4 gates fails: decode_speedup is 5.20×, limit min 6."
+    assert gates.sentence(thin_report).startswith("The gate is inconclusive: decode_speedup is not measured")
+    assert gates.sentence(full_report.model_copy(update={"gates": ()})) == "No gates were set."
 
 
 def test_figures_without_a_value_say_so_instead_of_a_number(full_report):
@@ -70,9 +70,9 @@ def test_reasons_come_from_every_place_that_has_one(full_report):
 
 
 def test_bounds_come_from_the_recipe_and_nothing_is_guessed(full_report, thin_report):
-    assert gate_words.bounds(full_report, "perplexity_ratio") == (None, 1.15)
-    assert gate_words.bounds(full_report, "unknown") == (None, None)
-    assert gate_words.bounds(thin_report, "decode_speedup") == (None, None)
+    assert gates.bounds(full_report, "perplexity_ratio") == (None, 1.15)
+    assert gates.bounds(full_report, "unknown") == (None, None)
+    assert gates.bounds(thin_report, "decode_speedup") == (None, None)
 
 
 def test_every_figure_has_a_definition(full_report):
@@ -182,4 +182,4 @@ def test_a_model_measured_as_it_is_has_no_before(full_report):
     ],
 )
 def test_a_gate_is_written_in_the_unit_of_its_metric(gate, value, written):
-    assert gate_words.number(gate, value) == written
+    assert gates.number(gate, value) == written

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from optikit import runtime
 from optikit.cli.generate import generate
 from optikit.errors import InputMissingError, UsageError
-from optikit.runtime.generate import Talker
+from optikit.runtime.generate import TextGenerator
 
 app = typer.Typer()
 app.command()(generate)
@@ -32,9 +32,9 @@ class Scripted:
 
 
 def said(tiny_llama, text, *after, max_tokens=40, room=64):
-    tokens = Talker(Scripted([]), tiny_llama).encode(text, chat=False).tolist()
-    talker = Talker(Scripted([*tokens, *after], room), tiny_llama)
-    return [chunk.text for chunk in talker.answer(np.array([5, 6]), max_tokens)]
+    tokens = TextGenerator(Scripted([]), tiny_llama).encode(text, chat=False).tolist()
+    generator = TextGenerator(Scripted([*tokens, *after], room), tiny_llama)
+    return [chunk.text for chunk in generator.answer(np.array([5, 6]), max_tokens)]
 
 
 def test_tokens_come_back_as_text_character_by_character(tiny_llama):
@@ -61,46 +61,46 @@ def test_an_answer_stops_where_the_cache_ends(tiny_llama):
 
 
 def test_a_prompt_becomes_a_turn_where_there_is_a_template(tiny_llama, tmp_path):
-    plain = Talker(Scripted([]), tiny_llama)
+    plain = TextGenerator(Scripted([]), tiny_llama)
     assert plain.encode("hi", chat=True).tolist() == plain.encode("hi", chat=False).tolist()
     shutil.copytree(tiny_llama, directory := tmp_path / "model")
     template = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
     )
     (directory / "chat_template.jinja").write_text(template)
-    talker = Talker(Scripted([]), directory)
-    assert talker.encode("hi", chat=True).tolist() == plain.encode("[user]hi>", chat=False).tolist()
-    assert talker.encode("hi", chat=False).tolist() == plain.encode("hi", chat=False).tolist()
+    generator = TextGenerator(Scripted([]), directory)
+    assert generator.encode("hi", chat=True).tolist() == plain.encode("[user]hi>", chat=False).tolist()
+    assert generator.encode("hi", chat=False).tolist() == plain.encode("hi", chat=False).tolist()
 
 
 def test_no_prompt_and_no_tokenizer(tiny_llama, tmp_path):
     with pytest.raises(UsageError, match="the prompt is empty"):
-        Talker(Scripted([]), tiny_llama).encode("", chat=True)
+        TextGenerator(Scripted([]), tiny_llama).encode("", chat=True)
     with pytest.raises(InputMissingError, match=r"no tokenizer\.json"):
-        Talker(Scripted([]), tmp_path)
+        TextGenerator(Scripted([]), tmp_path)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_answers_come_in_the_order_of_their_prompts(tiny_llama, batch):
     decoder = runtime.load(tiny_llama, dtype="float32", threads=1)
-    talker = Talker(decoder, tiny_llama)
-    prompts = [talker.encode(each, chat=False) for each in ("stone", "a", "the river", "st", "light and")]
-    wanted = [list(talker.answer(each, 9)) for each in prompts]
-    talker.ends = frozenset({*talker.ends, next(decoder.greedy(prompts[1], 1))})  # one ends at once, others go on
-    found = list(talker.answers(prompts, 9, batch=batch))
+    generator = TextGenerator(decoder, tiny_llama)
+    prompts = [generator.encode(each, chat=False) for each in ("stone", "a", "the river", "st", "light and")]
+    wanted = [list(generator.answer(each, 9)) for each in prompts]
+    generator.ends = frozenset({*generator.ends, next(decoder.greedy(prompts[1], 1))})  # one ends at once, others go on
+    found = list(generator.answers(prompts, 9, batch=batch))
     assert (found[1].text, found[1].tokens, found[1].finish) == ("", 0, "eos")
     for answer, chunks in zip(found, wanted, strict=True):
         assert answer.finish == "eos" or answer.tokens == 9
         assert "".join(chunk.text for chunk in chunks).startswith(answer.text.rstrip("\N{REPLACEMENT CHARACTER}"))
     assert [each.tokens for each in found].count(9) >= 2
     with pytest.raises(UsageError, match="513 tokens don't fit"):
-        next(talker.answers([np.zeros(512, np.int64)], 4))
+        next(generator.answers([np.zeros(512, np.int64)], 4))
 
 
 def test_a_decoder_for_one_text_says_so(tiny_llama):
-    talker = Talker(Scripted([5, 6]), tiny_llama)
+    generator = TextGenerator(Scripted([5, 6]), tiny_llama)
     with pytest.raises(UsageError, match="this script decoder writes one text at a time"):
-        next(talker.answers([np.array([5])], 4, batch=2))
+        next(generator.answers([np.array([5])], 4, batch=2))
 
 
 @pytest.mark.parametrize(
@@ -145,8 +145,8 @@ def test_the_command_prints_the_text_of_greedy_decoding(tiny_onnx, tiny_llama, t
     if compiled:
         shutil.copytree(tiny_onnx, tmp_path / "out" / "compiled" / "onnxruntime")
     decoder = runtime.load(tmp_path / "out")
-    prompt = Talker(decoder, tiny_llama).encode("stone", chat=False)
-    wanted = "".join(chunk.text for chunk in Talker(decoder, tiny_llama).answer(prompt, 6))
+    prompt = TextGenerator(decoder, tiny_llama).encode("stone", chat=False)
+    wanted = "".join(chunk.text for chunk in TextGenerator(decoder, tiny_llama).answer(prompt, 6))
     result = CliRunner().invoke(app, [str(tmp_path / "out"), "--prompt", "stone", "--max-tokens", "6", "--stats"])
     assert result.exit_code == 0, result.output
     assert result.stdout == wanted + "\n"

@@ -81,7 +81,7 @@ class Drafter(Protocol):
         ...
 
 
-class Silent:
+class NoDraft:
     """Never drafts: plain decoding through the same loop."""
 
     reads_hidden = False
@@ -263,8 +263,8 @@ class Medusa:
         return Draft(kept, self.name) if len(kept) else EMPTY
 
 
-class Foreseen(NamedTuple):
-    """What a model-based drafter would guess at every place of a known text.
+class CachedDrafts(NamedTuple):
+    """What heads or a draft model guess at every place of a known text.
 
     Attributes:
         tokens: (m, k): row i is what it guesses once i + 1 tokens of the text are known.
@@ -275,11 +275,11 @@ class Foreseen(NamedTuple):
     sure: Probabilities
 
 
-class Foresight:
-    """Drafts what was foreseen: stands for heads or a draft model where a text is replayed many times.
+class CachedDrafter:
+    """Drafts from a cache: stands for heads or a draft model where a text is replayed many times.
 
     Args:
-        foreseen: Of the text that is replayed.
+        cached: Drafts at every place of the text that is replayed.
         name: The drafter that it stands for.
         length: Most tokens to draft.
         gate: As that drafter's.
@@ -287,8 +287,8 @@ class Foresight:
 
     reads_hidden = False
 
-    def __init__(self, foreseen: Foreseen, *, name: str, length: int, gate: float) -> None:
-        self._foreseen = foreseen
+    def __init__(self, cached: CachedDrafts, *, name: str, length: int, gate: float) -> None:
+        self._cached = cached
         self._name = name
         self._length = length
         self._gate = gate
@@ -303,10 +303,10 @@ class Foresight:
         self._known += len(tokens)
 
     def draft(self, limit: int, _rng: np.random.Generator, /) -> Draft:
-        """Return what was foreseen here, as far as the gate lets it through."""
+        """Return the cached draft at this place, as far as the gate lets it through."""
         row = self._known - 1
-        sure = int((np.cumprod(self._foreseen.sure[row]) >= self._gate).sum())
-        kept = self._foreseen.tokens[row, : min(limit, self._length, sure)]
+        sure = int((np.cumprod(self._cached.sure[row]) >= self._gate).sum())
+        kept = self._cached.tokens[row, : min(limit, self._length, sure)]
         return Draft(kept, self._name) if len(kept) else EMPTY
 
 

@@ -1,4 +1,4 @@
-"""`Recall`: draft what the model usually wrote after the last few tokens, by a table of its own earlier texts.
+"""`NGramDrafter`: draft what the model usually wrote after the last few tokens, from a datastore of its own texts.
 
 Paper   He et al. 2023, REST, arXiv:2311.08252: drafts retrieved from a datastore instead of computed by a model
 Cost    a binary search per token and length of context; 16 bytes per n-gram
@@ -32,8 +32,8 @@ MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
-class NGrams:
-    """The likeliest successor of every n-gram, n from 1 to `LONGEST`.
+class NGramDatastore:
+    """The likeliest successor of every n-gram of the model's own texts, n from 1 to `LONGEST`.
 
     Attributes:
         keys: (entries,) uint64, ascending: hashes of n-grams. A collision costs a wrong guess, nothing else.
@@ -73,8 +73,8 @@ def _hashes(windows: NDArray[np.int64]) -> NDArray[np.uint64]:
     return value
 
 
-def build(texts: Sequence[tuple[Tokens, Tokens]]) -> NGrams:
-    """Build the table from (prompt, text) pairs; a prompt's end is context, but only the text is ever a successor."""
+def build(texts: Sequence[tuple[Tokens, Tokens]]) -> NGramDatastore:
+    """Build a datastore from (prompt, text) pairs; a prompt's end is context, but only the text is ever a successor."""
     seen = [_successors(prompt, text, n) for prompt, text in texts for n in range(1, LONGEST + 1)]
     keys = np.concatenate([np.empty(0, np.uint64), *(each for each, _ in seen)])
     tokens = np.concatenate([np.empty(0, np.int64), *(each for _, each in seen)])
@@ -92,7 +92,7 @@ def _successors(prompt: Tokens, text: Tokens, n: int) -> tuple[NDArray[np.uint64
     return _hashes(windows), text[missing:]
 
 
-def _likeliest(keys: NDArray[np.uint64], tokens: Tokens) -> NGrams:
+def _likeliest(keys: NDArray[np.uint64], tokens: Tokens) -> NGramDatastore:
     """Return each key once, with its most frequent token (the lowest of equals)."""
     order = np.lexsort((tokens, keys))
     keys, tokens = keys[order], tokens[order]
@@ -104,45 +104,45 @@ def _likeliest(keys: NDArray[np.uint64], tokens: Tokens) -> NGrams:
     first = np.flatnonzero(np.r_[len(pairs) > 0, keys[pairs][1:] != keys[pairs][:-1]])
     totals = np.add.reduceat(counts, first) if len(first) else counts
     best = pairs[first]
-    return NGrams(keys[best], tokens[best], (counts[first] / (totals + 1)).astype(np.float32))
+    return NGramDatastore(keys[best], tokens[best], (counts[first] / (totals + 1)).astype(np.float32))
 
 
-def save(table: NGrams, path: Path) -> None:
-    """Write a table."""
-    save_file({"keys": table.keys, "tokens": table.tokens, "sure": table.sure}, path)
+def save(datastore: NGramDatastore, path: Path) -> None:
+    """Write a datastore."""
+    save_file({"keys": datastore.keys, "tokens": datastore.tokens, "sure": datastore.sure}, path)
 
 
-def load(path: Path) -> NGrams:
-    """Read a table.
+def load(path: Path) -> NGramDatastore:
+    """Read a datastore.
 
     Raises:
         IntegrityError: It isn't one.
     """
     try:
         found = load_file(path)
-        table = NGrams(found["keys"], found["tokens"], found["sure"])
+        table = NGramDatastore(found["keys"], found["tokens"], found["sure"])
     except (OSError, SafetensorError, KeyError) as error:
-        message = f"{path} isn't a table of n-grams: {error}"
+        message = f"{path} isn't a datastore of n-grams: {error}"
         raise IntegrityError(message, fix="run the recipe again") from error
     if not len(table.keys) == len(table.tokens) == len(table.sure) or np.any(table.keys[1:] <= table.keys[:-1]):
         raise IntegrityError(f"{path} holds n-grams out of order", fix="run the recipe again")
     return table
 
 
-class Recall:
-    """Drafts along the table while the product of how sure its steps are stays above a gate.
+class NGramDrafter:
+    """Drafts along the likeliest successors while the product of their confidences stays above a gate.
 
     Args:
-        table: Of the model's own texts.
+        datastore: Of the model's own texts.
         gate: Least product.
         length: Most tokens to draft.
     """
 
     reads_hidden = False
-    name = "recall"
+    name = "ngram"
 
-    def __init__(self, table: NGrams, *, gate: float = 0.4, length: int = 4) -> None:
-        self._table = table
+    def __init__(self, datastore: NGramDatastore, *, gate: float = 0.4, length: int = 4) -> None:
+        self._datastore = datastore
         self._gate = gate
         self._length = length
         self._end: list[int] = []
@@ -160,7 +160,7 @@ class Recall:
         context, sure = list(self._end), 1.0
         start = len(context)
         while len(context) - start < min(limit, self._length):
-            found = self._table.after(context)
+            found = self._datastore.after(context)
             if found is None or (sure := sure * found[1]) < self._gate:
                 break
             context.append(found[0])

@@ -1,10 +1,10 @@
-"""`speculator/`: what a `speculate` stage left, what was chosen of it here, and a decoder that uses both.
+"""`speculator/`: what a `speculate` stage left, how it was tuned here, and a decoder that uses both.
 
     speculator.json      written by the stage: the method and its parameters
     heads.safetensors    beside it: Medusa heads
     draft/               beside it: a draft model as a Hugging Face directory; draft/onnxruntime is what runs here
-    choice.json          written where the compiled model was measured: what pays on this machine, or that nothing does
-    recall.safetensors   beside it: n-grams of the model's own texts, where recalling them pays
+    tuning.json          written where the compiled model was measured: what pays on this machine, or that nothing does
+    ngrams.safetensors   beside it: a datastore of the model's own texts, where drafting from it pays
 
 A `SpeculatingDecoder` is a `Decoder` like any other: its greedy texts are those of the decoder in it, sooner.
 """
@@ -23,24 +23,26 @@ from optikit.runtime.speculation import fingerprint, ngram_table
 from optikit.runtime.speculation.acceptors import Greedy
 from optikit.runtime.speculation.decoding_loop import Request, Statistics, generate
 from optikit.runtime.speculation.drafters import (
+    CachedDrafter,
+    CachedDrafts,
     Drafter,
     DraftModel,
     FirstOf,
-    Foreseen,
-    Foresight,
     Medusa,
+    NoDraft,
     PromptLookup,
-    Silent,
 )
-from optikit.runtime.speculation.ngram_table import NGrams, Recall
+from optikit.runtime.speculation.ngram_table import NGramDatastore, NGramDrafter
 
 if TYPE_CHECKING:
     from optikit.runtime.speculation.medusa_session import HeadSession
 
 Method = Literal["lookup", "medusa", "draft", "off"]
 SPECULATOR = "speculator.json"
-CHOICE = "choice.json"
-RECALL = "recall.safetensors"
+TUNING = "tuning.json"
+DATASTORE = "ngrams.safetensors"
+FORMER = {TUNING: "choice.json", DATASTORE: "recall.safetensors"}
+"""What older outputs call the same files."""
 DRAFT = "draft"
 COMPILED_DRAFT = "draft/onnxruntime"
 AHEAD = 8
@@ -55,11 +57,11 @@ class Speculator:
         method: `lookup`; `medusa` and `draft` ask heads or a draft model where nothing could be looked up; `off` where
             nothing pays.
         lengths: Of a lookup: tokens that matched → tokens to draft.
-        gate: Of recalling: how sure a chain of guesses has to be.
+        gate: How sure a chain of the n-gram datastore has to be.
         ahead: Tokens that heads or the draft model draft at most; 0 doesn't ask them.
         ahead_gate: How sure they have to be of a chain.
         min_window: As in `speculate.Request`.
-        table: N-grams to recall; None for none.
+        datastore: N-grams of the model's own texts to draft from; None for none.
         heads: Medusa heads.
         draft: Draft model; nothing else may use its cache.
         draft_directory: Where it was read from, tokenizer and all.
@@ -71,37 +73,37 @@ class Speculator:
     ahead: int = 0
     ahead_gate: float = 0.4
     min_window: Literal[1, 2] = 1
-    table: NGrams | None = field(default=None, compare=False, repr=False)
+    datastore: NGramDatastore | None = field(default=None, compare=False, repr=False)
     heads: HeadSession | None = field(default=None, compare=False, repr=False)
     draft: Decoder | None = field(default=None, compare=False, repr=False)
     draft_directory: Path | None = field(default=None, compare=False, repr=False)
 
     def as_json(self) -> dict[str, Any]:
-        """Return what `read` reads, but for the table; JSON's keys are text."""
+        """Return what `read` reads, but for the datastore; JSON's keys are text."""
         lengths = {str(n): k for n, k in self.lengths.items()}
         found = {"method": self.method, "lengths": lengths, "gate": self.gate, "min_window": self.min_window}
         return found | ({"ahead": self.ahead, "ahead_gate": self.ahead_gate} if self.method in MODELS else {})
 
-    def drafter(self, foreseen: Foreseen | None = None) -> Drafter:
-        """Return a new drafter: the text's own repetitions, then habits, then a model, then single tokens seen before.
+    def drafter(self, cached: CachedDrafts | None = None) -> Drafter:
+        """Return a new drafter: prompt lookup, the n-gram datastore, heads or a draft model, lookup of one token.
 
         Args:
-            foreseen: What the model would say of a known text, to be asked in its place.
+            cached: Drafts of a known text, used in the place of the model.
         """
         if self.method == "off":
-            return Silent()
+            return NoDraft()
         longer = {n: k for n, k in self.lengths.items() if n > 1}
         single = {n: k for n, k in self.lengths.items() if n == 1}
         parts: list[Drafter] = [PromptLookup(longer)] if longer else []
-        if self.table is not None:
-            parts.append(Recall(self.table, gate=self.gate))
-        model = self._model(foreseen)
+        if self.datastore is not None:
+            parts.append(NGramDrafter(self.datastore, gate=self.gate))
+        model = self._model(cached)
         if model is not None:
             parts.append(model)
         parts += [PromptLookup(single)] if single else []
         if len(parts) == 2 and longer and single:  # nothing in between: one table does the work of two
             return PromptLookup(self.lengths)
-        return FirstOf(parts) if len(parts) > 1 else parts[0] if parts else Silent()
+        return FirstOf(parts) if len(parts) > 1 else parts[0] if parts else NoDraft()
 
     def drafters(self, count: int) -> list[Drafter]:
         """Return new drafters for texts that are written at once; a draft model gets a cache for each.
@@ -118,12 +120,12 @@ class Speculator:
             speculators += [replace(self, draft=another()) for _ in range(count - 1)]
         return [(speculators[i] if i < len(speculators) else self).drafter() for i in range(count)]
 
-    def _model(self, foreseen: Foreseen | None) -> Drafter | None:
+    def _model(self, cached: CachedDrafts | None) -> Drafter | None:
         """Return the drafter that has weights."""
         if self.ahead == 0:
             return None
-        if foreseen is not None:
-            return Foresight(foreseen, name=self.method, length=self.ahead, gate=self.ahead_gate)
+        if cached is not None:
+            return CachedDrafter(cached, name=self.method, length=self.ahead, gate=self.ahead_gate)
         if self.heads is not None:
             return Medusa(self.heads, length=self.ahead, gate=self.ahead_gate)
         if self.draft is not None:
@@ -133,7 +135,7 @@ class Speculator:
     @property
     def drafts(self) -> bool:
         """Whether it ever drafts."""
-        return self.method != "off" and bool(self.lengths or self.table is not None or self.ahead)
+        return self.method != "off" and bool(self.lengths or self.datastore is not None or self.ahead)
 
 
 MODELS = ("medusa", "draft")
@@ -177,22 +179,28 @@ def _require_known(speculator: Speculator) -> None:
 
 
 def read(directory: Path) -> Speculator:
-    """Read a speculator directory: what was chosen where the model was measured, else what the stage wrote.
+    """Read a speculator directory: as tuned where the model was measured, else as the stage wrote it.
 
     Raises:
         InputMissingError: There is neither.
         IntegrityError: A file is damaged.
     """
-    for name in (CHOICE, SPECULATOR):
-        path = directory / name
+    for path in (_present(directory, TUNING), directory / SPECULATOR):
         if path.is_file():
             try:
                 value = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise IntegrityError(f"{path} is not JSON: {error}", fix="run the recipe again") from error
-            table = ngram_table.load(directory / RECALL) if (directory / RECALL).is_file() else None
-            return _with_weights(replace(from_json(value, path), table=table), directory)
+            stored = _present(directory, DATASTORE)
+            datastore = ngram_table.load(stored) if stored.is_file() else None
+            return _with_weights(replace(from_json(value, path), datastore=datastore), directory)
     raise InputMissingError(f"{directory} has no {SPECULATOR}", fix="give the speculator directory of a run")
+
+
+def _present(directory: Path, name: str) -> Path:
+    """Return a file of the directory, under its former name where only that is there."""
+    former = directory / FORMER[name]
+    return former if former.is_file() and not (directory / name).is_file() else directory / name
 
 
 def _with_weights(speculator: Speculator, directory: Path) -> Speculator:
@@ -210,13 +218,13 @@ def _with_weights(speculator: Speculator, directory: Path) -> Speculator:
     return replace(speculator, draft=draft, draft_directory=directory / DRAFT)
 
 
-def write_choice(speculator: Speculator, directory: Path, about: Mapping[str, Any]) -> tuple[str, ...]:
-    """Write what was chosen, with what else there is to say of it; return the names of the files."""
-    (directory / CHOICE).write_text(json.dumps(speculator.as_json() | dict(about), indent=1), encoding="utf-8")
-    if speculator.table is None or speculator.method == "off":
-        return (CHOICE,)
-    ngram_table.save(speculator.table, directory / RECALL)
-    return (CHOICE, RECALL)
+def write_tuning(speculator: Speculator, directory: Path, about: Mapping[str, Any]) -> tuple[str, ...]:
+    """Write how it was tuned, and further facts; return the names of the files."""
+    (directory / TUNING).write_text(json.dumps(speculator.as_json() | dict(about), indent=1), encoding="utf-8")
+    if speculator.datastore is None or speculator.method == "off":
+        return (TUNING,)
+    ngram_table.save(speculator.datastore, directory / DATASTORE)
+    return (TUNING, DATASTORE)
 
 
 class SpeculatingDecoder:

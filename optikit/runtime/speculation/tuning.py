@@ -19,7 +19,7 @@ from optikit.runtime.decoder import Decoder, Tokens
 from optikit.runtime.speculation import ngram_table
 from optikit.runtime.speculation.cost_model import FREE, DraftCosts, WindowCosts
 from optikit.runtime.speculation.decoding_loop import HiddenDecoder, Statistics, Step
-from optikit.runtime.speculation.drafters import EMPTY, Drafter, Foreseen, Hidden, confidence
+from optikit.runtime.speculation.drafters import EMPTY, CachedDrafts, Drafter, Hidden, confidence
 from optikit.runtime.speculation.speculator import AHEAD, Speculator
 
 WORTHWHILE = 1.03
@@ -34,17 +34,17 @@ class Written:
         prompt: (n,).
         text: (m,), m ≥ 1: what it wrote.
         hidden: (m, hidden): the states that predicted each token; None where no drafter needs them.
-        foreseen: What heads or a draft model would say of it; None where there are none.
+        cached_drafts: What heads or a draft model guess at every place of it; None where there are none.
     """
 
     prompt: Tokens
     text: Tokens
     hidden: Hidden | None = None
-    foreseen: Foreseen | None = None
+    cached_drafts: CachedDrafts | None = None
 
 
-def foresee(speculator: Speculator, decoder: Decoder, written: Written) -> Written:
-    """Return a text with what the speculator's heads or draft model would guess at every place of it.
+def cache_drafts(speculator: Speculator, decoder: Decoder, written: Written) -> Written:
+    """Return a text with what the speculator's heads or draft model guess at every place of it.
 
     Args:
         speculator: With the weights that it asks, or without any.
@@ -59,7 +59,7 @@ def foresee(speculator: Speculator, decoder: Decoder, written: Written) -> Writt
     else:
         return written
     tokens, sure = (np.stack(each) for each in zip(*guesses, strict=True))
-    return replace(written, foreseen=Foreseen(tokens, sure))
+    return replace(written, cached_drafts=CachedDrafts(tokens, sure))
 
 
 def _states(decoder: Decoder, written: Written) -> Hidden:
@@ -164,7 +164,7 @@ def price(
     speculator: Speculator, texts: Sequence[Written], costs: WindowCosts, drafting: DraftCosts = FREE
 ) -> Prediction:
     """Predict what a speculator brings on texts that the model wrote."""
-    steps = (step for each in texts for step in replay(speculator.drafter(each.foreseen), each))
+    steps = (step for each in texts for step in replay(speculator.drafter(each.cached_drafts), each))
     asked = drafting if speculator.ahead else FREE
     return predict(steps, costs, drafting=asked, min_window=speculator.min_window)
 
@@ -181,7 +181,7 @@ def tune(
     """Return the speculator with the best predicted speed: coordinate descent over its lengths and its gates.
 
     Args:
-        given: Where the descent begins; its table, if it has one, stays. The texts may not be part of that table.
+        given: Where the descent begins; its datastore, if it has one, stays; the texts may not be part of it.
         texts: What the model wrote for prompts of the kind that it will get.
         costs: T(m).
         drafting: What asking heads or a draft model costs.
@@ -196,9 +196,9 @@ def tune(
         return price(speculator, texts, costs, drafting).ms_per_token
 
     moves = [partial(_drafting, n=n, k=k) for n in sorted({*matches, *given.lengths}, reverse=True) for k in drafts]
-    moves += [partial(_gated, gate=gate) for gate in GATES if given.table is not None]
+    moves += [partial(_gated, gate=gate) for gate in GATES if given.datastore is not None]
     if given.ahead:
-        most = max((each.foreseen.tokens.shape[1] for each in texts if each.foreseen), default=given.ahead)
+        most = max((each.cached_drafts.tokens.shape[1] for each in texts if each.cached_drafts), default=given.ahead)
         moves += [partial(_looking, ahead=k) for k in AHEAD_LENGTHS if k <= most]
         moves += [partial(_sure, gate=gate) for gate in AHEAD_GATES]
     best, least = given, cost(given)
@@ -210,7 +210,7 @@ def tune(
             found = least if trial == best else cost(trial)
             if found < least * (1 - 1e-6):
                 best, least, improved = trial, found, True
-    return best if least < costs.at(1) * (1 - 1e-6) else replace(best, lengths={}, table=None, ahead=0)
+    return best if least < costs.at(1) * (1 - 1e-6) else replace(best, lengths={}, datastore=None, ahead=0)
 
 
 def _drafting(speculator: Speculator, *, n: int, k: int) -> Speculator:
@@ -234,33 +234,33 @@ def _sure(speculator: Speculator, *, gate: float) -> Speculator:
     return replace(speculator, ahead_gate=gate)
 
 
-def tune_with_recall(
+def tune_with_datastore(
     given: Speculator,
     remembered: Sequence[Written],
     texts: Sequence[Written],
     costs: WindowCosts,
     drafting: DraftCosts = FREE,
 ) -> Speculator:
-    """Tune with a table of remembered texts and without one, and return the faster; its table then holds all texts.
+    """Tune with a datastore of remembered texts and without one, and return the faster; it then holds all texts.
 
     Args:
         given: Where tuning begins.
-        remembered: Texts for the table alone; where there are fewer than `texts`, half of those go into the table, too,
+        remembered: Texts for the datastore alone; where there are fewer than `texts`, half of those go there, too,
             and the others tune.
         texts: To tune with.
         costs: T(m).
         drafting: What asking heads or a draft model costs.
     """
     few = len(remembered) < len(texts)
-    table_texts, tuning = ([*remembered, *texts[::2]], texts[1::2]) if few else (remembered, texts)
+    stored, tuning = ([*remembered, *texts[::2]], texts[1::2]) if few else (remembered, texts)
     plain = tune(given, tuning, costs, drafting=drafting)
-    table = ngram_table.build([(each.prompt, each.text) for each in table_texts])
-    recalling = tune(replace(given, table=table), tuning, costs, drafting=drafting)
-    prices = [price(one, tuning, costs, drafting) for one in (plain, recalling)]
-    if recalling.table is None or prices[0].ms_per_token <= prices[1].ms_per_token:
+    datastore = ngram_table.build([(each.prompt, each.text) for each in stored])
+    with_datastore = tune(replace(given, datastore=datastore), tuning, costs, drafting=drafting)
+    prices = [price(one, tuning, costs, drafting) for one in (plain, with_datastore)]
+    if with_datastore.datastore is None or prices[0].ms_per_token <= prices[1].ms_per_token:
         return plain
     everything = [(each.prompt, each.text) for each in (*remembered, *texts)]
-    return replace(recalling, table=ngram_table.build(everything))
+    return replace(with_datastore, datastore=ngram_table.build(everything))
 
 
 def tokens_per_step(acceptance: Sequence[float]) -> float:

@@ -28,7 +28,7 @@ from optikit.targets import Target
 
 if TYPE_CHECKING:
     from optikit.runtime.decoder import Decoder, Tokens
-    from optikit.runtime.generate import Talker
+    from optikit.runtime.generate import TextGenerator
     from optikit.runtime.speculation.cost_model import DraftCosts, WindowCosts
     from optikit.runtime.speculation.speculator import Speculator
     from optikit.runtime.speculation.tuning import Written
@@ -94,21 +94,21 @@ def after(options: Options, facts: ModelFacts) -> ModelFacts:
 
 
 def run(options: Options, job: Job) -> Facts:
-    """Measure `job.source` with `job.inputs["speculator"]` on `job.inputs["prompts"]`; write choice.json.
+    """Measure `job.source` with `job.inputs["speculator"]` on `job.inputs["prompts"]`; write tuning.json.
 
     Raises:
         InputMissingError: Too few prompts that fit the context.
         StageFailedError: A speculated text differs from the plain one, and not for a tie.
     """
     from optikit.runtime import load
-    from optikit.runtime.generate import Talker
+    from optikit.runtime.generate import TextGenerator
     from optikit.runtime.speculation import speculator, tuning
     from optikit.runtime.speculation.cost_model import measure_drafting, measure_windows
 
     decoder = load(job.source, runtime=options.runtime, threads=job.threads)
-    talker = Talker(decoder, job.inputs["tokenizer"])
-    writer = Writer(decoder, options.new_tokens, talker.ends)
-    used, spare = _prompts(options, job, talker, decoder)
+    generator = TextGenerator(decoder, job.inputs["tokenizer"])
+    writer = Writer(decoder, options.new_tokens, generator.ends)
+    used, spare = _prompts(options, job, generator, decoder)
     given = speculator.read(job.inputs["speculator"])
     speculator.require_fit(decoder, given)
     total = len(used) + len(spare)
@@ -116,14 +116,14 @@ def run(options: Options, job: Job) -> Facts:
     costs = measure_windows(decoder, context)
     drafting = measure_drafting(given, context)
     remembered = _texts(writer, spare, job, 0, total)
-    texts = [tuning.foresee(given, decoder, each) for each in _texts(writer, used[::2], job, len(spare), total)]
+    texts = [tuning.cache_drafts(given, decoder, each) for each in _texts(writer, used[::2], job, len(spare), total)]
     trial = _tuned(given, remembered, texts, costs, drafting) if options.tune else given
     noise = lossless.kernel_noise(decoder, texts)
     pairs = _pairs(writer, trial, used[1::2], job, total)
     found = _measured(pairs, costs, drafting, trial, job.seed) | lossless.compare(writer, trial, pairs, noise)
     chosen = _named(trial if _pays(found) else replace(trial, method="off"))
     told = {name: found[name] for name in ("speedup", "predicted_speedup")}
-    files = speculator.write_choice(chosen, job.dest, told)
+    files = speculator.write_tuning(chosen, job.dest, told)
     return {
         "speculation": {
             "method": given.method,
@@ -131,22 +131,24 @@ def run(options: Options, job: Job) -> Facts:
             "lossless": True,
             **_parameters(trial),
             **found,
-            "predicted_alone": _alone(given, texts, costs, drafting),
+            "predicted_single_drafter": _alone(given, texts, costs, drafting),
             "drafting_ms": {"ask": drafting.ask_ms, "per_token": drafting.per_token_ms},
             "window_ms": {str(m): ms for m, ms in costs.ms.items()},
         },
-        "remembered_texts": len(remembered) + len(texts) if trial.table else 0,
+        "remembered_texts": len(remembered) + len(texts) if trial.datastore else 0,
         "files": list(files),
     }
 
 
-def _prompts(options: Options, job: Job, talker: Talker, decoder: Decoder) -> tuple[list[Tokens], list[Tokens]]:
+def _prompts(
+    options: Options, job: Job, generator: TextGenerator, decoder: Decoder
+) -> tuple[list[Tokens], list[Tokens]]:
     """Return the prompts to choose and judge on, and some to remember, as tokens, in an order that the seed decides."""
     path = job.inputs["prompts"]
     divided = texts.divided(
         path,
         texts.tokenizer(job.inputs["tokenizer"]),
-        lambda prompt: talker.encode(prompt, chat=options.chat),
+        lambda prompt: generator.encode(prompt, chat=options.chat),
         judged=options.prompts,
         template=options.template,
         length=options.prompt_tokens,
@@ -172,7 +174,7 @@ def _parameters(speculator: Speculator) -> dict[str, Any]:
     asked = speculator.ahead > 0
     return {
         "lengths": speculator.as_json()["lengths"],
-        "gate": speculator.gate if speculator.table else None,
+        "gate": speculator.gate if speculator.datastore else None,
         "ahead": speculator.ahead,
         "ahead_gate": speculator.ahead_gate if asked else None,
     }
@@ -231,7 +233,7 @@ def _tuned(
     """Return the speculator with the best prediction; as it was given where none beats plain decoding."""
     from optikit.runtime.speculation import tuning
 
-    found = tuning.tune_with_recall(given, remembered, texts, costs, drafting)
+    found = tuning.tune_with_datastore(given, remembered, texts, costs, drafting)
     return found if found.drafts else given
 
 

@@ -30,17 +30,17 @@ def written(options: PromptOptions, job: Job, tokens: int) -> tuple[Any, list[li
     from optikit.algorithms.precision import compute_dtype
     from optikit.process.allocator import one_arena, return_memory
     from optikit.runtime.decoders.transformers import TorchDecoder
-    from optikit.runtime.generate import Talker
+    from optikit.runtime.generate import TextGenerator
     from optikit.training import self_generated
 
     dtype = str(compute_dtype(job.device)).removeprefix("torch.")
     decoder = TorchDecoder(job.source, dtype=dtype, threads=job.threads)
-    talker = Talker(decoder, job.source)
+    generator = TextGenerator(decoder, job.source)
     path = job.inputs["prompts"]
     found = texts.divided(
         path,
         texts.tokenizer(job.source),
-        lambda prompt: talker.encode(prompt, chat=options.chat),
+        lambda prompt: generator.encode(prompt, chat=options.chat),
         judged=options.judged,
         template=options.template,
         length=options.prompt_tokens,
@@ -66,7 +66,7 @@ def written(options: PromptOptions, job: Job, tokens: int) -> tuple[Any, list[li
         decoder.model,
         used,
         new_tokens=options.new_tokens,
-        ends=talker.ends,
+        ends=generator.ends,
         folder=job.scratch / "own-text",
         observe=observe,
     )

@@ -13,7 +13,7 @@ from optikit.runtime.decoders import onnxruntime_batch
 from optikit.runtime.speculation.acceptors import Greedy, SampleMatch, Sampling
 from optikit.runtime.speculation.batch_loop import generate_batch
 from optikit.runtime.speculation.decoding_loop import Request, generate
-from optikit.runtime.speculation.drafters import FirstOf, Medusa, PromptLookup, Silent
+from optikit.runtime.speculation.drafters import FirstOf, Medusa, NoDraft, PromptLookup
 
 RNG = np.random.default_rng(0)
 TEXTS = [RNG.integers(3, 259, n) for n in (31, 7, 50)]
@@ -67,7 +67,7 @@ def heads(hidden, *_):
 
 
 MADE = {
-    "silent": Silent,
+    "silent": NoDraft,
     "lookup": lambda: PromptLookup({2: 5, 1: 2}),
     "heads": lambda: FirstOf([PromptLookup({3: 4}), Medusa(heads)]),
 }
@@ -98,7 +98,7 @@ def test_the_last_position_of_a_cache_may_be_used(tiny_onnx, decoder):
     small = runtime.load(tiny_onnx, threads=1, max_tokens=40).batched(2)
     prompts, requests = [TEXTS[0], TEXTS[1]], [Request(max_new_tokens=9), Request(max_new_tokens=33)]
     texts = [[], []]
-    for number, step in generate_batch(small, [Silent(), Silent()], Greedy(), prompts, requests):
+    for number, step in generate_batch(small, [NoDraft(), NoDraft()], Greedy(), prompts, requests):
         texts[number] += step.tokens
     for prompt, text in zip(prompts, texts, strict=True):
         assert text == list(decoder.greedy(prompt, len(text)))

@@ -16,7 +16,7 @@ from optikit.runtime.decoders.transformers_batch import TorchBatch
 from optikit.runtime.speculation.acceptors import Greedy, SampleMatch, Sampling
 from optikit.runtime.speculation.batch_loop import generate_batch
 from optikit.runtime.speculation.decoding_loop import Request, generate
-from optikit.runtime.speculation.drafters import FirstOf, Medusa, PromptLookup, Silent
+from optikit.runtime.speculation.drafters import FirstOf, Medusa, NoDraft, PromptLookup
 from optikit.runtime.speculation.logits_processors import RepetitionPenalty
 
 RNG = np.random.default_rng(0)
@@ -102,7 +102,7 @@ def heads(hidden, *_):
 @pytest.mark.parametrize("drafter", ["silent", "lookup", "heads"])
 def test_texts_are_those_of_the_loop_for_one(decoder, drafter, acceptor):
     made = {
-        "silent": Silent,
+        "silent": NoDraft,
         "lookup": lambda: PromptLookup({2: 5, 1: 2}),
         "heads": lambda: FirstOf([PromptLookup({3: 4}), Medusa(heads)]),
     }[drafter]

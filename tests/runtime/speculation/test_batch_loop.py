@@ -11,7 +11,7 @@ from optikit.errors import UsageError
 from optikit.runtime.speculation.acceptors import Greedy, Rejection, SampleMatch, Sampling, Typical
 from optikit.runtime.speculation.batch_loop import generate_batch, write
 from optikit.runtime.speculation.decoding_loop import Request, generate
-from optikit.runtime.speculation.drafters import DraftModel, FirstOf, Medusa, PromptLookup, Silent
+from optikit.runtime.speculation.drafters import DraftModel, FirstOf, Medusa, NoDraft, PromptLookup
 from optikit.runtime.speculation.logits_processors import RepetitionPenalty, StopStrings
 from optikit.runtime.speculation.speculator import SpeculatingDecoder, Speculator
 from tests.runtime.speculation.markov import MarkovBatch, MarkovDecoder, Scripted
@@ -40,7 +40,7 @@ class Reused:
 
 HEADS = Reused()
 DRAFTERS = {
-    "silent": Silent,
+    "silent": NoDraft,
     "right": lambda: Scripted(right),
     "sometimes": lambda: Scripted(sometimes),
     "lookup": lambda: PromptLookup({2: 4, 1: 2}),
@@ -105,7 +105,7 @@ def test_every_text_is_the_one_that_is_written_alone(asked, names, acceptor):
 def test_a_text_that_ends_makes_room_at_once():
     prompts = [np.array([1, i % 8]) for i in range(7)]
     wanted = [Request(max_new_tokens=3 + i % 3) for i in range(7)]
-    steps, decoder = together(prompts, wanted, [Silent() for _ in range(3)])
+    steps, decoder = together(prompts, wanted, [NoDraft() for _ in range(3)])
     assert [sum(len(step.tokens) for step in each) for each in steps] == [3, 4, 5, 3, 4, 5, 3]
     after_prompts = [len(places) for places in decoder.forwards if len(places) > 1]
     full = [count for count in after_prompts if count == 3]
@@ -128,9 +128,9 @@ def test_the_last_texts_stand_side_by_side():
 
 
 def test_fewer_prompts_than_places_and_none():
-    steps, _ = together([np.array([1])], [Request(max_new_tokens=4)], [Silent() for _ in range(4)])
+    steps, _ = together([np.array([1])], [Request(max_new_tokens=4)], [NoDraft() for _ in range(4)])
     assert len(steps[0]) == 4
-    assert together([], [], [Silent()])[0] == []
+    assert together([], [], [NoDraft()])[0] == []
 
 
 @pytest.mark.parametrize(
@@ -147,10 +147,10 @@ def test_requests_without_meaning_are_refused_before_anything_is_written(drafter
     decoder = MarkovBatch(2, max_tokens=24)
     wanted = [Request(**request_)] * len(prompts)
     with pytest.raises(UsageError, match=told):
-        together([np.array(each, np.int64) for each in prompts], wanted, [Silent()] * drafters, decoder=decoder)
+        together([np.array(each, np.int64) for each in prompts], wanted, [NoDraft()] * drafters, decoder=decoder)
     assert decoder.forwards == []
     with pytest.raises(UsageError, match="1 prompts and 2 requests"):
-        together([np.array([1])], [Request(max_new_tokens=1)] * 2, [Silent()], decoder=decoder)
+        together([np.array([1])], [Request(max_new_tokens=1)] * 2, [NoDraft()], decoder=decoder)
 
 
 class Holder(MarkovDecoder):
@@ -205,4 +205,4 @@ def test_numbers_that_are_none_stop_the_loop():
     decoder.rows[1].table[:] = np.nan
     prompts, wanted = [np.array([1]), np.array([2])], [Request(max_new_tokens=3)] * 2
     with pytest.raises(ValueError, match="largest logit is nan"):
-        together(prompts, wanted, [Silent(), Silent()], decoder=decoder)
+        together(prompts, wanted, [NoDraft(), NoDraft()], decoder=decoder)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from optikit.errors import UsageError
 from optikit.runtime.speculation.acceptors import Greedy, Rejection, SampleMatch, Sampling, Typical
 from optikit.runtime.speculation.decoding_loop import Request, Statistics, Step, generate
-from optikit.runtime.speculation.drafters import DraftModel, FirstOf, Medusa, PromptLookup, Silent
+from optikit.runtime.speculation.drafters import DraftModel, FirstOf, Medusa, NoDraft, PromptLookup
 from optikit.runtime.speculation.logits_processors import RepetitionPenalty, StopStrings
 from tests.runtime.speculation.markov import MarkovDecoder, Scripted
 
@@ -40,7 +40,7 @@ def sometimes(text, limit, rng):
 
 
 DRAFTERS = {
-    "silent": Silent,
+    "silent": NoDraft,
     "right": lambda: Scripted(right),
     "wrong": lambda: Scripted(wrong),
     "random": lambda: Scripted(lambda _text, limit, rng: rng.integers(0, 8, min(limit, 5))),
@@ -97,7 +97,7 @@ def test_the_text_ends_where_plain_decoding_ends(seed, name, eos, budget, factor
         "processors": (RepetitionPenalty(factor),) if factor else (),
     }
     text, steps = write(DRAFTERS[name](), prompt, **request)
-    expected, alone = write(Silent(), prompt, **request)
+    expected, alone = write(NoDraft(), prompt, **request)
     assert text == expected
     assert steps[-1].finish == alone[-1].finish
     for step in steps:
@@ -162,7 +162,7 @@ def test_the_context_may_be_filled_to_the_last_token(min_window):
     text, _ = write(DRAFTERS["right"](), [1, 2, 3, 4], decoder=decoder, max_new_tokens=20, min_window=min_window)
     assert text == plain([1, 2, 3, 4], 20)
     with pytest.raises(UsageError, match="25 tokens don't fit"):
-        write(Silent(), [1, 2, 3, 4], decoder=decoder, max_new_tokens=21)
+        write(NoDraft(), [1, 2, 3, 4], decoder=decoder, max_new_tokens=21)
 
 
 def test_stop_strings_over_the_borders_of_tokens():
@@ -189,7 +189,7 @@ def test_stop_strings_look_behind_tokens_without_text():
 )
 def test_requests_without_meaning_are_refused(prompt, request_, text):
     with pytest.raises(UsageError, match=text):
-        write(Silent(), prompt, **request_)
+        write(NoDraft(), prompt, **request_)
 
 
 def test_heads_need_a_decoder_that_shows_hidden_states():
@@ -220,7 +220,7 @@ def test_numbers_that_are_none_stop_the_loop():
     decoder = MarkovDecoder()
     decoder.table[:] = np.nan
     with pytest.raises(ValueError, match="largest logit is nan"):
-        write(Silent(), [1], decoder=decoder, max_new_tokens=4)
+        write(NoDraft(), [1], decoder=decoder, max_new_tokens=4)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from optikit.algorithms.medusa import MedusaHeads
 from optikit.runtime.decoders.transformers import TorchDecoder
 from optikit.runtime.speculation.acceptors import Greedy, Rejection, SampleMatch, Sampling, Typical
 from optikit.runtime.speculation.decoding_loop import Request, Statistics, generate
-from optikit.runtime.speculation.drafters import DraftModel, FirstOf, Medusa, PromptLookup, Silent
+from optikit.runtime.speculation.drafters import DraftModel, FirstOf, Medusa, NoDraft, PromptLookup
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def guess(heads: MedusaHeads):
 def test_every_drafter_leaves_the_text_of_transformers(target, small, tiny_llama, name, min_window):
     lookup = PromptLookup({2: 5, 1: 2})
     drafter = {
-        "silent": Silent,
+        "silent": NoDraft,
         "lookup": lambda: lookup,
         "draft": lambda: DraftModel(small, vocab=260, length=4),
         "itself": lambda: DraftModel(TorchDecoder(tiny_llama, dtype="float32", threads=1), vocab=260, length=4),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from optikit.errors import UsageError
 from optikit.runtime.speculation.acceptors import Sampling
-from optikit.runtime.speculation.drafters import EMPTY, DraftModel, FirstOf, Medusa, PromptLookup, Silent
+from optikit.runtime.speculation.drafters import EMPTY, DraftModel, FirstOf, Medusa, NoDraft, PromptLookup
 from tests.runtime.speculation.markov import MarkovDecoder, Scripted
 
 RNG = np.random.default_rng(0)
@@ -188,4 +188,4 @@ def test_the_first_drafter_with_an_answer_is_taken():
     assert (draft.by, draft.tokens.tolist()) == ("lookup", [3, 1])
     assert not both.reads_hidden
     assert FirstOf([lookup, Medusa(lambda _state, _newest: (ids(), ids()))]).reads_hidden
-    assert FirstOf([Silent(), Silent()]).draft(4, RNG) is EMPTY
+    assert FirstOf([NoDraft(), NoDraft()]).draft(4, RNG) is EMPTY

@@ -1,4 +1,4 @@
-"""Recall: the table against counting by hand, and drafts that follow it."""
+"""NGramDrafter: the table against counting by hand, and drafts that follow it."""
 
 from collections import Counter, defaultdict
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from optikit.errors import IntegrityError
 from optikit.runtime.speculation import ngram_table
 from optikit.runtime.speculation.drafters import EMPTY
-from optikit.runtime.speculation.ngram_table import LONGEST, Recall
+from optikit.runtime.speculation.ngram_table import LONGEST, NGramDrafter
 
 RNG = np.random.default_rng(0)
 documents = st.lists(
@@ -65,7 +65,7 @@ def test_drafts_follow_the_table_up_to_the_gate():
     often = ngram_table.build(arrays([([0], text)] * 20))
 
     def draft(table, gate, limit=8, length=8):
-        drafter = Recall(table, gate=gate, length=length)
+        drafter = NGramDrafter(table, gate=gate, length=length)
         drafter.start(np.array([0]))
         drafter.extend(np.array([1, 2]), None)
         return drafter.draft(limit, RNG).tokens.tolist()
@@ -76,7 +76,7 @@ def test_drafts_follow_the_table_up_to_the_gate():
     assert draft(often, 0.4, length=2) == [3, 4]
     assert draft(often, 0.4, limit=1) == [3]
     assert draft(once, 0.6) == []
-    drafter = Recall(often)
+    drafter = NGramDrafter(often)
     drafter.start(np.array([99, 98]))
     assert drafter.draft(4, RNG) is EMPTY
 
@@ -99,9 +99,9 @@ def test_tables_are_files(tmp_path):
 def test_damaged_tables_are_named(tmp_path):
     path = tmp_path / "table.safetensors"
     path.write_bytes(b"nonsense")
-    with pytest.raises(IntegrityError, match="isn't a table"):
+    with pytest.raises(IntegrityError, match="isn't a datastore"):
         ngram_table.load(path)
     table = ngram_table.build(arrays([([1], [2, 3, 2, 4])]))
-    ngram_table.save(ngram_table.NGrams(table.keys[::-1].copy(), table.tokens, table.sure), path)
+    ngram_table.save(ngram_table.NGramDatastore(table.keys[::-1].copy(), table.tokens, table.sure), path)
     with pytest.raises(IntegrityError, match="out of order"):
         ngram_table.load(path)

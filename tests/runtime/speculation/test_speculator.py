@@ -1,4 +1,4 @@
-"""Speculator directories: read back what was written, prefer what was chosen, refuse what is damaged."""
+"""Speculator directories: read back what was written, prefer what was tuned, refuse what is damaged."""
 
 import json
 from dataclasses import replace
@@ -9,7 +9,7 @@ import pytest
 from optikit import runtime
 from optikit.errors import InputMissingError, IntegrityError
 from optikit.runtime.speculation import ngram_table, speculator
-from optikit.runtime.speculation.drafters import PromptLookup, Silent
+from optikit.runtime.speculation.drafters import NoDraft, PromptLookup
 from optikit.runtime.speculation.speculator import SpeculatingDecoder, Speculator
 from tests.runtime.speculation.markov import MarkovDecoder
 
@@ -19,7 +19,7 @@ LOOKUP = Speculator(method="lookup", lengths={3: 8, 2: 4}, min_window=2)
 def test_what_was_written_is_read(tmp_path):
     (tmp_path / "speculator.json").write_text(json.dumps(LOOKUP.as_json() | {"loads_in": {"vllm": ">=0.10"}}))
     assert speculator.read(tmp_path) == LOOKUP
-    (tmp_path / "choice.json").write_text(json.dumps(LOOKUP.as_json() | {"method": "off"}))
+    (tmp_path / "tuning.json").write_text(json.dumps(LOOKUP.as_json() | {"method": "off"}))
     assert speculator.read(tmp_path).method == "off"
 
 
@@ -51,13 +51,13 @@ def test_drafters_by_method():
     drafter = LOOKUP.drafter()
     assert isinstance(drafter, PromptLookup)
     assert drafter.lengths == {3: 8, 2: 4}
-    assert isinstance(Speculator(method="off").drafter(), Silent)
-    assert isinstance(Speculator(method="lookup").drafter(), Silent)
+    assert isinstance(Speculator(method="off").drafter(), NoDraft)
+    assert isinstance(Speculator(method="lookup").drafter(), NoDraft)
 
 
 def test_habits_come_between_long_matches_and_single_tokens():
-    table = ngram_table.build([(np.array([9]), np.array([5, 6, 7]))] * 9)
-    drafter = replace(LOOKUP, lengths={2: 3, 1: 1}, table=table).drafter()
+    datastore = ngram_table.build([(np.array([9]), np.array([5, 6, 7]))] * 9)
+    drafter = replace(LOOKUP, lengths={2: 3, 1: 1}, datastore=datastore).drafter()
     rng = np.random.default_rng(0)
 
     def by(*text):
@@ -66,24 +66,34 @@ def test_habits_come_between_long_matches_and_single_tokens():
         return draft.by, draft.tokens.tolist()
 
     assert by(5, 1, 2, 3, 5, 1) == ("lookup", [2, 3, 5])
-    assert by(1, 3, 1, 2, 5) == ("recall", [6, 7])
+    assert by(1, 3, 1, 2, 5) == ("ngram", [6, 7])
     assert by(1, 3, 2, 1) == ("lookup", [3])
-    only = replace(LOOKUP, lengths={}, table=table).drafter()
+    only = replace(LOOKUP, lengths={}, datastore=datastore).drafter()
     only.start(np.array([5]))
-    assert only.draft(8, rng).by == "recall"
+    assert only.draft(8, rng).by == "ngram"
 
 
-def test_a_choice_brings_its_table(tmp_path):
-    table = ngram_table.build([(np.array([9]), np.array([5, 6, 7]))])
-    files = speculator.write_choice(replace(LOOKUP, table=table), tmp_path, {"predicted_speedup": 1.5})
-    assert files == ("choice.json", "recall.safetensors")
+def test_a_tuned_speculator_brings_its_datastore(tmp_path):
+    datastore = ngram_table.build([(np.array([9]), np.array([5, 6, 7]))])
+    files = speculator.write_tuning(replace(LOOKUP, datastore=datastore), tmp_path, {"predicted_speedup": 1.5})
+    assert files == ("tuning.json", "ngrams.safetensors")
     found = speculator.read(tmp_path)
     assert found == LOOKUP
-    assert found.table.after([5]) == table.after([5])
-    assert json.loads((tmp_path / "choice.json").read_text())["predicted_speedup"] == 1.5
+    assert found.datastore.after([5]) == datastore.after([5])
+    assert json.loads((tmp_path / "tuning.json").read_text())["predicted_speedup"] == 1.5
     (tmp_path / "off").mkdir()
-    off = speculator.write_choice(replace(LOOKUP, table=table, method="off"), (tmp_path / "off"), {})
-    assert off == ("choice.json",)
+    off = speculator.write_tuning(replace(LOOKUP, datastore=datastore, method="off"), (tmp_path / "off"), {})
+    assert off == ("tuning.json",)
+
+
+def test_older_outputs_are_read_under_their_names(tmp_path):
+    datastore = ngram_table.build([(np.array([9]), np.array([5, 6, 7]))])
+    for name in speculator.write_tuning(replace(LOOKUP, datastore=datastore), tmp_path, {}):
+        (tmp_path / name).rename(tmp_path / speculator.FORMER[name])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["choice.json", "recall.safetensors"]
+    found = speculator.read(tmp_path)
+    assert found == LOOKUP
+    assert found.datastore.after([5]) == datastore.after([5])
 
 
 def test_a_speculating_decoder_is_a_decoder_with_the_same_texts():

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from optikit.runtime.speculation.acceptors import Greedy
 from optikit.runtime.speculation.cost_model import DraftCosts, WindowCosts, measure_windows
 from optikit.runtime.speculation.decoding_loop import Request, Statistics, generate
-from optikit.runtime.speculation.drafters import DraftModel, FirstOf, Medusa, PromptLookup, Silent
+from optikit.runtime.speculation.drafters import DraftModel, FirstOf, Medusa, NoDraft, PromptLookup
 from optikit.runtime.speculation.speculator import Speculator
-from optikit.runtime.speculation.tuning import Written, foresee, predict, replay, tune, tune_with_recall
+from optikit.runtime.speculation.tuning import Written, cache_drafts, predict, replay, tune, tune_with_datastore
 from tests.runtime.speculation.markov import MarkovDecoder
 
 FLAT = WindowCosts({1: 10.0, 32: 10.0})
@@ -66,7 +66,7 @@ def knowing(hidden, newest):
 )
 def test_replays_take_the_steps_of_the_loop(seed, count, name):
     made = {
-        "silent": Silent,
+        "silent": NoDraft,
         "lookup": PromptLookup,
         "draft": lambda: DraftModel(MarkovDecoder(seed=7), vocab=8, length=3),
         "medusa": lambda: Medusa(heads, gate=0.4),
@@ -83,9 +83,9 @@ def test_what_is_foreseen_is_what_heads_say_in_the_loop(seed):
     speculator = Speculator(method="medusa", ahead=3, ahead_gate=0.4, heads=knowing)
     prompt = np.random.default_rng(seed).integers(0, 8, 4).tolist()
     steps = run(speculator.drafter(), prompt, 40)
-    told = foresee(speculator, MarkovDecoder(), replace(written(prompt, 40), hidden=None))
+    told = cache_drafts(speculator, MarkovDecoder(), replace(written(prompt, 40), hidden=None))
     assert [step.accepted for step in steps[1:-1]] == [2] * (len(steps) - 2)
-    assert replay(speculator.drafter(told.foreseen), told) == steps[1:]
+    assert replay(speculator.drafter(told.cached_drafts), told) == steps[1:]
 
 
 @pytest.mark.parametrize("min_window", [1, 2])
@@ -151,18 +151,18 @@ def test_tuning_is_not_worse_than_where_it_began_nor_than_a_single_rule():
 @pytest.mark.parametrize("remembered", [0, 12])
 def test_habits_are_recalled_where_that_pays(remembered):
     texts, judged = phrases(5, 8), phrases(6, 8)
-    found = tune_with_recall(LOOKUP, phrases(7, remembered), texts, QUIET)
-    assert found.table is not None
+    found = tune_with_datastore(LOOKUP, phrases(7, remembered), texts, QUIET)
+    assert found.datastore is not None
     assert price(found, judged, QUIET) < price(tune(LOOKUP, texts, QUIET), judged, QUIET) * 0.97
     everything = sum(len(each.text) for each in (*phrases(7, remembered), *texts))
-    assert len(found.table.keys) > everything  # up to four n-grams end at each token
+    assert len(found.datastore.keys) > everything  # up to four n-grams end at each token
 
 
 def test_nothing_is_recalled_from_noise():
     rng = np.random.default_rng(0)
     noise = [Written(rng.integers(0, 5000, 10), rng.integers(0, 5000, 60)) for _ in range(6)]
-    found = tune_with_recall(LOOKUP, noise[:2], noise[2:], QUIET)
-    assert (found.lengths, found.table) == ({}, None)
+    found = tune_with_datastore(LOOKUP, noise[:2], noise[2:], QUIET)
+    assert (found.lengths, found.datastore) == ({}, None)
 
 
 def test_window_costs_are_measured_behind_the_context():

@@ -49,7 +49,7 @@ def test_a_step_measures_chooses_and_writes_its_choice(job, tune):
     assert chosen.method == found["chosen"]
     assert set(facts["files"]) == {path.name for path in job.dest.iterdir()}
     assert found["window_ms"]["1"] > 0
-    assert found["predicted_alone"]["lookup"] >= 1
+    assert found["predicted_single_drafter"]["lookup"] >= 1
     json.dumps(facts)
 
 

@@ -113,7 +113,7 @@ def test_a_run_measures_and_every_text_stays(made, target, prompts, tmp_path):
     facts = speculation.run(options, job)
     assert facts["speculation"]["method"] == "draft"
     assert facts["speculation"]["exact_match"] + facts["speculation"]["explained_ties"] / 4 == 1
-    assert set(facts["speculation"]["predicted_alone"]) == {"lookup", "draft"}
+    assert set(facts["speculation"]["predicted_single_drafter"]) == {"lookup", "draft"}
     assert facts["speculation"]["drafting_ms"]["per_token"] > 0
     only = replace(speculator.read(made[0]), lengths={}, ahead_gate=0.0)
     (tmp_path / "alone" / "speculator.json").write_text(json.dumps(only.as_json()))

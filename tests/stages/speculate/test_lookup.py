@@ -149,7 +149,7 @@ def test_a_whole_run_measures_chooses_and_generates_the_same_text(recipe, tmp_pa
     low, high = found["speedup"]["ci95"]
     assert low <= found["speedup"]["value"] <= high
     assert (found["chosen"] == "off") == (min(found["speedup"]["value"], found["predicted_speedup"]) < 1.03)
-    assert {path.name for path in (out / "speculator").iterdir()} == {"speculator.json", "choice.json"}
+    assert {path.name for path in (out / "speculator").iterdir()} == {"speculator.json", "tuning.json"}
     assert (out / "model" / "model.safetensors").is_file()
     assert speculator.read(out / "speculator").method == found["chosen"]
     assert report["result"]["size_bytes"] > 0

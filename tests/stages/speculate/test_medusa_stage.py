@@ -13,7 +13,7 @@ from optikit import runtime, targets
 from optikit.errors import InputMissingError, IntegrityError, StageFailedError, UsageError
 from optikit.models.reader import read
 from optikit.runtime.decoders.transformers import TorchDecoder
-from optikit.runtime.generate import Talker
+from optikit.runtime.generate import TextGenerator
 from optikit.runtime.speculation import speculator
 from optikit.runtime.speculation.fingerprint import weights_digest
 from optikit.runtime.speculation.medusa_session import HeadSession
@@ -169,8 +169,8 @@ def test_a_run_measures_lookup_and_heads_and_chooses(made, tiny_gptq, tiny_onnx_
     assert found["method"] == "medusa"
     assert found["chosen"] in ("medusa", "lookup", "off")
     assert found["unexplained"] == 0
-    assert set(found["predicted_alone"]) == {"lookup", "medusa"}
-    assert min(found["predicted_alone"].values()) >= 1
+    assert set(found["predicted_single_drafter"]) == {"lookup", "medusa"}
+    assert min(found["predicted_single_drafter"].values()) >= 1
     assert found["drafting_ms"]["ask"] > 0
     alone = tmp_path / "alone"
     shutil.copytree(made[0], alone)
@@ -207,9 +207,9 @@ def test_sequential_heads_draft_what_is_accepted_and_change_no_text(sequential, 
     only = replace(speculator.read(sequential[0]), lengths={}, ahead_gate=0.0)
     assert only.heads.sequential
     speculating = speculator.speculating(decoder, only)
-    talker = Talker(decoder, tiny_gptq)
+    generator = TextGenerator(decoder, tiny_gptq)
     for line in prompts.read_text().splitlines()[:4]:
-        prompt = talker.encode(json.loads(line)["prompt"], chat=True)
+        prompt = generator.encode(json.loads(line)["prompt"], chat=True)
         assert list(speculating.greedy(prompt, 40)) == list(decoder.greedy(prompt, 40))
     _, drafted, accepted = speculating.statistics.by["medusa"]
     assert accepted > 0.1 * drafted
