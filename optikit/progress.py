@@ -24,7 +24,8 @@ from optikit import text
 from optikit.errors import UsageError
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich import progress
+    from rich.console import Console
 
 
 Status = Literal["executed", "cached", "emitted", "failed"]
@@ -233,47 +234,79 @@ def _ending(status: Status, seconds: float, peak_mib: float, note: str) -> str:
     return f" {facts}{f': {text.clean(note)}' if note else ''}"
 
 
+class _Memory:
+    """Highest memory seen of this process's children, sampled at most once a second; as text, for the display."""
+
+    def __init__(self) -> None:
+        self._peak = 0
+        self._sampled = 0.0
+
+    def __str__(self) -> str:
+        if time.monotonic() - self._sampled >= 1.0:
+            self._sampled = time.monotonic()
+            self._peak = max(self._peak, sum(_resident_bytes()))
+        return text.size(self._peak) if self._peak else ""
+
+
 class Live(Progress):
     """On a terminal: finished steps above, the running one redrawn with its bar, time and memory."""
 
     def __init__(self, stream: TextIO, console: Console | None = None) -> None:
+        from rich import progress
         from rich.console import Console
-        from rich.live import Live as Display
-        from rich.spinner import Spinner
+        from rich.table import Column
 
         super().__init__(stream)
         self._console = console or Console(file=stream)
-        self._spinner = Spinner("dots", style="cyan")
-        self._running: _Running | None = None
-        self._began = time.monotonic()
-        self._memory = _Memory()
+
+        def words(field: str) -> progress.TextColumn:
+            """Return a column of one line of text, which is never read as markup."""
+            return progress.TextColumn(f"{{task.{field}}}", markup=False, table_column=Column(no_wrap=True))
+
         # Standard streams stay as they are: what a verb prints to stdout must not end up on the console's stream.
-        self._display = Display(
-            get_renderable=self._draw,
+        self._display = progress.Progress(
+            progress.SpinnerColumn(style="cyan"),
+            words("description"),
+            progress.BarColumn(14),
+            progress.TimeElapsedColumn(),
+            words("fields[far]"),
+            words("fields[memory]"),
             console=self._console,
             refresh_per_second=4,
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
         )
+        self._all = self._display.add_task("in all", total=None, far="", memory="")
+        self._running: tuple[str, progress.TaskID] | None = None
+
+    def plan(self, names: Sequence[str]) -> None:
+        """See `Progress`."""
+        super().plan(names)
+        self._display.update(self._all, total=len(names))
 
     def start(self, name: str) -> None:
         """See `Progress`."""
-        self._memory = _Memory()
-        self._running = _Running(name, time.monotonic())
         self._safely(self._display.start)
+        self._safely(lambda: self._begin(name))
+
+    def _begin(self, name: str) -> None:
+        self._display.update(self._all, far=self._position(name))
+        task = self._display.add_task(text.step_words(name), total=None, far="", memory=_Memory())
+        self._running = (name, task)
 
     def update(self, name: str, done: int, total: int, what: str) -> None:
         """See `Progress`."""
-        running = self._running
-        if running is not None and running.name == name:
-            running.done, running.total, running.what = done, total, what
+        if self._running is not None and self._running[0] == name:
+            far = f"{done}/{total} {text.clean(what)}" if total else ""
+            self._display.update(self._running[1], completed=done, total=total or None, far=far)
 
     def finish(self, name: str, status: Status, seconds: float, peak_mib: float, note: str = "") -> None:
         """See `Progress`."""
         from rich.text import Text
 
-        self._running = None
+        self._end()
+        self._display.advance(self._all)
         mark, style = {
             "executed": ("✓", "green"),
             "cached": ("•", "cyan"),
@@ -297,8 +330,13 @@ class Live(Progress):
 
     def close(self) -> None:
         """See `Progress`."""
-        self._running = None
+        self._end()
         self._safely(self._display.stop)
+
+    def _end(self) -> None:
+        if self._running is not None:
+            self._display.remove_task(self._running[1])
+            self._running = None
 
     def _safely(self, action: Callable[[], object]) -> None:
         with suppress(OSError, ValueError):  # a closed terminal must not end hours of work
@@ -309,41 +347,6 @@ class Live(Progress):
 
     def _label_width(self) -> int:
         return min(40, max((len(text.step_words(name)) for name in self._names), default=24))
-
-    def _draw(self) -> RenderableType:
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
-        running = self._running
-        if running is None:
-            return Text("")
-        label = Text(f"{text.step_words(running.name):<{self._label_width()}}", no_wrap=True, overflow="ellipsis")
-        bar = ProgressBar(total=running.total, completed=running.done, width=14) if running.total else Text("")
-        peak = self._memory.peak_mib()
-        facts = (running.far(), text.duration(running.seconds()), text.memory(peak) if peak else "")
-        grid = Table.grid(padding=(0, 1))
-        words = Text(" ".join(fact for fact in facts if fact), style="dim", no_wrap=True, overflow="ellipsis")
-        grid.add_row(self._spinner, label, bar, words)
-        overall = f"  {self._position(running.name)}{text.duration(time.monotonic() - self._began)} in all"
-        grid_of_two = Table.grid()
-        grid_of_two.add_row(grid)
-        grid_of_two.add_row(Text(overall, style="dim"))
-        return grid_of_two
-
-
-class _Memory:
-    """Highest memory seen of this process's children, sampled at most once a second."""
-
-    def __init__(self) -> None:
-        self._peak = 0
-        self._sampled = 0.0
-
-    def peak_mib(self) -> float:
-        if time.monotonic() - self._sampled >= 1.0:
-            self._sampled = time.monotonic()
-            self._peak = max(self._peak, sum(_resident_bytes()))
-        return self._peak / 2**20
 
 
 def _resident_bytes() -> Iterator[int]:

@@ -200,6 +200,7 @@ with showing.make("auto") as progress:
     for done in range(4):
         progress.update(names[0], done, 30, "blocks")
         time.sleep(0.15)
+    time.sleep(0.3)  # drawn four times a second
     progress.note("waiting for " + names[1])
     progress.finish(names[0], "executed", 31.2, 1126.4)
     progress.start(names[1])
