@@ -1,4 +1,4 @@
-"""Perplexity: exp of the mean negative log-likelihood per scored token; which are scored, `metrics.protocols` says.
+"""Perplexity: exp of the mean negative log-likelihood per scored token; which are scored, `perplexity_protocols` says.
 
 Arithmetic is float64: a mean over thousands of float32 log-probabilities would lose the digits that are compared.
 """

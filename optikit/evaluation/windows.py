@@ -27,7 +27,7 @@ class CutOptions(StageOptions):
     """How a text is cut into windows."""
 
     protocol: Literal["windows", "gptq", "hf", "lmeval"] = "windows"
-    """How the text is cut, see `metrics.protocols`."""
+    """How the text is cut, see `perplexity_protocols`."""
     window: int = Field(default=512, ge=2)
     """Tokens per window."""
     windows: int | None = Field(default=16, ge=2)

@@ -115,13 +115,13 @@ def _perplexity(a: Run, b: Run) -> Line | None:
 
         ratio, ci95 = statistics.perplexity_ratio(a.nll, b.nll)
         how = f"paired over {text.plural(len(a.nll), 'window')}, bootstrap"
-        return replace(line, ratio=ratio, ci95=ci95, outcome=_judged(ci95, higher_is_better=False), how=how)
+        return replace(line, ratio=ratio, ci95=ci95, outcome=_outcome(ci95, higher_is_better=False), how=how)
     lost = "the log-likelihoods of the windows are no longer in the store"
     same = _baseline_differs(a, b) is None
     if same and one.ratio and one.ratio_ci95 and other.ratio and other.ratio_ci95:
         ratio, ci95 = _quotient((one.ratio, one.ratio_ci95), (other.ratio, other.ratio_ci95))
         how = f"intervals of both runs combined, so too wide: {lost}"
-        return replace(line, ratio=ratio, ci95=ci95, outcome=_judged(ci95, higher_is_better=False), how=how)
+        return replace(line, ratio=ratio, ci95=ci95, outcome=_outcome(ci95, higher_is_better=False), how=how)
     return replace(line, ratio=other.value / one.value, how=f"no interval: {lost}")
 
 
@@ -195,7 +195,7 @@ def _timed(a: Run, b: Run, line: Line, rates: tuple[float, float]) -> Line:
         return replace(line, ratio=rates[1] / rates[0], how=f"no interval: {why}")
     ratio, ci95 = _quotient((pair[0].value, pair[0].ci95), (pair[1].value, pair[1].ci95))
     floor = max(pair[0].noise_floor, pair[1].noise_floor)
-    outcome = _judged(ci95, higher_is_better=True) if abs(ratio - 1) >= floor else "no measurable difference"
+    outcome = _outcome(ci95, higher_is_better=True) if abs(ratio - 1) >= floor else "no measurable difference"
     how = f"quotient of both speed-ups over the same baseline, noise floor ±{100 * floor:.1f} %"
     return replace(line, ratio=ratio, ci95=ci95, outcome=outcome, how=how)
 
@@ -248,7 +248,7 @@ def _quotient(a: tuple[float, Interval], b: tuple[float, Interval]) -> tuple[flo
     return math.exp(middle), (math.exp(middle - below), math.exp(middle + above))
 
 
-def _judged(ci95: Interval, *, higher_is_better: bool) -> Outcome:
+def _outcome(ci95: Interval, *, higher_is_better: bool) -> Outcome:
     if ci95[0] <= 1 <= ci95[1]:
         return "no measurable difference"
     return "better" if (ci95[0] > 1) == higher_is_better else "worse"

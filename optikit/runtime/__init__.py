@@ -1,4 +1,4 @@
-"""Runtimes: one `Decoder` protocol, whoever multiplies the matrices.
+"""Runtimes behind one `Decoder` protocol: transformers, onnxruntime, OpenVINO.
 
     from optikit import runtime
     decoder = runtime.load(Path("out/compiled/onnxruntime"))

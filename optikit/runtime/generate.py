@@ -106,14 +106,14 @@ class TextGenerator:
         requests = [Request(max_new_tokens=min(max_tokens, room - len(each)), eos=self.ends) for each in prompts]
         written: list[list[int]] = [[] for _ in prompts]
         ended: dict[int, Finish] = {}
-        told = 0
+        yielded = 0
         for number, step in write(self._decoder, prompts, requests, batch=batch):
             written[number] += step.tokens
             if step.finish:
                 ended[number] = step.finish
-            while told in ended:
-                yield self._answer(written[told], ended[told])
-                told += 1
+            while yielded in ended:
+                yield self._answer(written[yielded], ended[yielded])
+                yielded += 1
 
     def _answer(self, tokens: list[int], finish: Finish) -> Answer:
         kept = tokens[:-1] if finish == "eos" else tokens

@@ -1,4 +1,4 @@
-"""What a call to a decoder may ask for: checked in one place, so that every runtime refuses in the same words."""
+"""Checks of a decoder's arguments, in one place, so that every runtime refuses in the same words."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ class _Call:
 
 
 class OnnxDecoder:
-    """A compiled model with its cache; see `protocol.Decoder`.
+    """A compiled model with its cache; see `decoder.Decoder`.
 
     Args:
         directory: What `compile: {engine: onnxruntime}` wrote, or any directory of the builder.
@@ -177,7 +177,7 @@ class OnnxDecoder:
         return own
 
     def forward(self, tokens: Tokens, position: int, rows: int | None = None) -> Logits:
-        """Run `tokens` (m,) at `position`; see `protocol.Decoder.forward`."""
+        """Run `tokens` (m,) at `position`; see `decoder.Decoder.forward`."""
         check_call(tokens, position, rows=rows, filled=self._filled, vocab=self.vocab, max_tokens=self.max_tokens)
         logits = np.empty((rows or len(tokens), self.vocab), np.float32)
         states = np.empty((1, len(logits), self._layout.hidden), np.float32)
@@ -191,7 +191,7 @@ class OnnxDecoder:
         return logits
 
     def hidden(self, row: int) -> NDArray[np.float32]:
-        """Return what the output head read for a row of the last `forward`; see `speculate.HiddenDecoder`."""
+        """Return what the output head read for a row of the last `forward`; see `decoding_loop.HiddenDecoder`."""
         state: NDArray[np.float32] = self._states[0, row]
         return state
 
@@ -211,7 +211,7 @@ class OnnxDecoder:
         return OnnxBatch(self._layout, places=places, max_tokens=self.max_tokens, threads=self.threads)
 
     def greedy(self, prompt: Tokens, new_tokens: int) -> Iterator[int]:
-        """Yield `new_tokens` greedy tokens after `prompt`; see `protocol.Decoder.greedy`."""
+        """Yield `new_tokens` greedy tokens after `prompt`; see `decoder.Decoder.greedy`."""
         check_call(prompt, 0, filled=0, vocab=self.vocab, max_tokens=self.max_tokens)
         check_room(len(prompt) + new_tokens, self.max_tokens)
         row = self._last_row

@@ -135,7 +135,7 @@ def _gather_before_head(graph: onnx.GraphProto, position: int) -> None:
 
 
 class OnnxBatch:
-    """Caches for several texts on one graph; see `protocol.BatchDecoder`.
+    """Caches for several texts on one graph; see `decoder.BatchDecoder`.
 
     Args:
         layout: Of the compiled directory.
@@ -188,7 +188,7 @@ class OnnxBatch:
         self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
     def forward(self, windows: Sequence[Window]) -> list[Logits]:
-        """Run windows of different texts; see `protocol.BatchDecoder.forward`."""
+        """Run windows of different texts; see `decoder.BatchDecoder.forward`."""
         for place, tokens, position, rows in windows:
             filled = self._filled[place]
             check_call(tokens, position, rows=rows, filled=filled, vocab=self.vocab, max_tokens=self.max_tokens)
@@ -246,12 +246,12 @@ class OnnxBatch:
                     self._output(_of(present, text), buffer)
 
     def hidden(self, window: int, row: int) -> NDArray[np.float32]:
-        """Return what the output head read for a row of a window's logits; see `batched.HiddenBatchDecoder`."""
+        """Return what the output head read for a row of a window's logits; see `batch_loop.HiddenBatchDecoder`."""
         state: NDArray[np.float32] = self._states[0, self._first_rows[window] + row]
         return state
 
     def move(self, source: int, target: int) -> None:
-        """Put the cache of `source` in that of `target`; see `protocol.BatchDecoder.move`. Nothing is copied."""
+        """Put the cache of `source` in that of `target`; see `decoder.BatchDecoder.move`. Nothing is copied."""
         caches, filled = self._caches, self._filled
         caches[source], caches[target] = caches[target], caches[source]
         filled[target], filled[source] = filled[source], 0

@@ -94,7 +94,7 @@ def _context(directory: Path) -> int:
 
 
 class OpenVinoDecoder:
-    """A compiled model with its cache; see `protocol.Decoder`.
+    """A compiled model with its cache; see `decoder.Decoder`.
 
     Args:
         directory: What `compile: {engine: openvino}` wrote, or any decoder with a state that optimum-intel exported.
@@ -144,7 +144,7 @@ class OpenVinoDecoder:
             raise IntegrityError(f"OpenVINO can't load {path}: {error}", fix="compile the model again") from error
 
     def forward(self, tokens: Tokens, position: int, rows: int | None = None) -> Logits:
-        """Run `tokens` (m,) at `position`; see `protocol.Decoder.forward`."""
+        """Run `tokens` (m,) at `position`; see `decoder.Decoder.forward`."""
         check_call(tokens, position, rows=rows, filled=self._filled, vocab=self.vocab, max_tokens=self.max_tokens)
         self._cut(position)
         logits = np.empty((rows or len(tokens), self.vocab), np.float32)
@@ -158,7 +158,7 @@ class OpenVinoDecoder:
         return logits
 
     def greedy(self, prompt: Tokens, new_tokens: int) -> Iterator[int]:
-        """Yield `new_tokens` greedy tokens after `prompt`; see `protocol.Decoder.greedy`."""
+        """Yield `new_tokens` greedy tokens after `prompt`; see `decoder.Decoder.greedy`."""
         check_call(prompt, 0, filled=0, vocab=self.vocab, max_tokens=self.max_tokens)
         check_room(len(prompt) + new_tokens, self.max_tokens)
         self._cut(0)

@@ -124,7 +124,7 @@ class _Streamer:
 
 
 class TorchDecoder:
-    """A Hugging Face directory with its cache; see `protocol.Decoder`.
+    """A Hugging Face directory with its cache; see `decoder.Decoder`.
 
     Args:
         directory: Dense, or packed in a format that `optikit.formats` reads.
@@ -176,7 +176,7 @@ class TorchDecoder:
 
     @torch.inference_mode()
     def forward(self, tokens: Tokens, position: int, rows: int | None = None) -> Logits:
-        """Run `tokens` (m,) at `position`; see `protocol.Decoder.forward`."""
+        """Run `tokens` (m,) at `position`; see `decoder.Decoder.forward`."""
         filled = self._cache.get_seq_length()
         check_call(tokens, position, rows=rows, filled=filled, vocab=self.vocab, max_tokens=self.max_tokens)
         if position < filled:
@@ -188,7 +188,7 @@ class TorchDecoder:
         return logits
 
     def hidden(self, row: int) -> NDArray[np.float32]:
-        """Return what the output head read for a row of the last `forward`; see `speculate.HiddenDecoder`."""
+        """Return what the output head read for a row of the last `forward`; see `decoding_loop.HiddenDecoder`."""
         state: NDArray[np.float32] = self._states[row].float().numpy()
         return state
 
@@ -201,7 +201,7 @@ class TorchDecoder:
         return TorchBatch(self._model, places=places, max_tokens=self.max_tokens)
 
     def greedy(self, prompt: Tokens, new_tokens: int) -> Iterator[int]:
-        """Yield `new_tokens` greedy tokens after `prompt`; see `protocol.Decoder.greedy`."""
+        """Yield `new_tokens` greedy tokens after `prompt`; see `decoder.Decoder.greedy`."""
         check_call(prompt, 0, filled=0, vocab=self.vocab, max_tokens=self.max_tokens)
         check_room(len(prompt) + new_tokens, self.max_tokens)
         queue: SimpleQueue[Any] = SimpleQueue()

@@ -91,7 +91,7 @@ class _Layer(DynamicLayer):  # type: ignore[misc]  # it comes untyped
 
 
 class TorchBatch:
-    """Caches for several texts on one model; see `protocol.BatchDecoder`.
+    """Caches for several texts on one model; see `decoder.BatchDecoder`.
 
     Args:
         model: A transformers decoder; others may use it, too.
@@ -131,7 +131,7 @@ class TorchBatch:
 
     @torch.inference_mode()
     def forward(self, windows: Sequence[Window]) -> list[Logits]:
-        """Run windows of different texts; see `protocol.BatchDecoder.forward`."""
+        """Run windows of different texts; see `decoder.BatchDecoder.forward`."""
         for place, tokens, position, rows in windows:
             filled = self._filled[place]
             check_call(tokens, position, rows=rows, filled=filled, vocab=self.vocab, max_tokens=self.max_tokens)
@@ -192,13 +192,13 @@ class TorchBatch:
         return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
     def hidden(self, window: int, row: int) -> NDArray[np.float32]:
-        """Return what the output head read for a row of a window's logits; see `batched.HiddenBatchDecoder`."""
+        """Return what the output head read for a row of a window's logits; see `batch_loop.HiddenBatchDecoder`."""
         state: NDArray[np.float32] = self._states[window, row - self._rows[window]].float().numpy()
         return state
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
-        """Put the cache of `source` in that of `target`; see `protocol.BatchDecoder.move`."""
+        """Put the cache of `source` in that of `target`; see `decoder.BatchDecoder.move`."""
         for layer in self._layers:
             layer.move(source, target)
         self._filled[target], self._filled[source] = self._filled[source], 0

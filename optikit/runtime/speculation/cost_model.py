@@ -1,4 +1,4 @@
-"""What speculation costs here, by the clock: a forward of m tokens, and asking heads or a draft model."""
+"""Measured costs of speculation: a forward of m tokens, and asking heads or a draft model."""
 
 from __future__ import annotations
 

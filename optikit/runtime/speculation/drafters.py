@@ -148,7 +148,7 @@ class PromptLookup:
 
 
 class DraftModel:
-    """A small decoder writes ahead; Leviathan et al., arXiv:2211.17192.
+    """A small decoder that writes ahead; Leviathan et al., arXiv:2211.17192.
 
     Args:
         decoder: The small model; nothing else may use its cache.
@@ -322,12 +322,12 @@ class FirstOf:
         return any(each.reads_hidden for each in self._drafters)
 
     def start(self, prompt: Tokens, /) -> None:
-        """Tell all of them."""
+        """Pass it on to every drafter."""
         for each in self._drafters:
             each.start(prompt)
 
     def extend(self, tokens: Tokens, hidden: Hidden | None, /) -> None:
-        """Tell all of them."""
+        """Pass it on to every drafter."""
         for each in self._drafters:
             each.extend(tokens, hidden)
 

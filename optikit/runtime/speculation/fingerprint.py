@@ -1,4 +1,4 @@
-"""Whose heads these are: a digest of the weights that a speculator was made for, to be told from any other model's.
+"""Fingerprint of the weights that a speculator was made for, so that it is never used beside others.
 
 Heads read hidden states, so beside other weights of the same shape they load, guess nonsense and only cost time.
 """

@@ -1,4 +1,4 @@
-"""What a user asks of a text beside its likelihood: where it stops, and what it may not repeat.
+"""Logits processors and stopping: what a text may not repeat, and where it ends.
 
 Both are asked at every position of a speculated window, with the text as it would be there: a penalty that only knew
 the text before the window would let a draft repeat itself.

@@ -53,7 +53,7 @@ class HeadSession:
         sequential: Whether each sees the tokens drafted before it.
         width: Width of the hidden states that they read.
         vocab: Tokens of the model that they were trained for.
-        base: `origin.weights_digest` of that model; "" where it wasn't noted.
+        base: `fingerprint.weights_digest` of that model; "" where it wasn't noted.
 
     Raises:
         IntegrityError: The file isn't what a `speculate: {method: medusa}` stage writes.

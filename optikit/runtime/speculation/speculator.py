@@ -60,7 +60,7 @@ class Speculator:
         gate: How sure a chain of the n-gram datastore has to be.
         ahead: Tokens that heads or the draft model draft at most; 0 doesn't ask them.
         ahead_gate: How sure they have to be of a chain.
-        min_window: As in `speculate.Request`.
+        min_window: As in `decoding_loop.Request`.
         datastore: N-grams of the model's own texts to draft from; None for none.
         heads: Medusa heads.
         draft: Draft model; nothing else may use its cache.
@@ -228,7 +228,7 @@ def write_tuning(speculator: Speculator, directory: Path, about: Mapping[str, An
 
 
 class SpeculatingDecoder:
-    """A decoder whose `greedy` speculates; see `protocol.Decoder`.
+    """A decoder whose `greedy` speculates; see `decoder.Decoder`.
 
     Attributes:
         target: The decoder that it checks drafts with.
@@ -249,11 +249,11 @@ class SpeculatingDecoder:
         self.max_tokens = decoder.max_tokens
 
     def forward(self, tokens: Tokens, position: int, rows: int | None = None) -> Logits:
-        """Run `tokens` (m,) at `position`; see `protocol.Decoder.forward`."""
+        """Run `tokens` (m,) at `position`; see `decoder.Decoder.forward`."""
         return self.target.forward(tokens, position, rows)
 
     def greedy(self, prompt: Tokens, new_tokens: int) -> Iterator[int]:
-        """Yield `new_tokens` greedy tokens after `prompt`; see `protocol.Decoder.greedy`."""
+        """Yield `new_tokens` greedy tokens after `prompt`; see `decoder.Decoder.greedy`."""
         request = Request(max_new_tokens=new_tokens, min_window=self._min_window)
         for step in generate(self.target, self._drafter, Greedy(), prompt, request):
             self.statistics.add(step)

@@ -1,4 +1,4 @@
-"""Which drafter, how far, or none: decided by what a forward of m tokens costs here and by what was really accepted.
+"""Tuning of a speculator: which drafter, how many tokens, or none, by measured costs and by replayed acceptance.
 
 Speculation pays where (tokens per step) × T(1) exceeds T(m) plus the time to draft, T(m) being the time of a forward of
 m tokens. T is measured: kernels jump where one expects them flat. Acceptance is replayed on texts that the model wrote

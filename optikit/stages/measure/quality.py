@@ -4,7 +4,7 @@ The model is asked through the runtime that will serve it, so what a compiled gr
 The baseline's run keeps its logits, and every candidate is compared with those same logits, streamed from disk.
 
 Paper   perplexity protocols of GPTQ (arXiv:2210.17323), transformers' documentation and lm-evaluation-harness, see
-        `metrics.protocols`; divergence statistics of llama.cpp's `perplexity --kl-divergence`
+        `perplexity_protocols`; divergence statistics of llama.cpp's `perplexity --kl-divergence`
 Cost    one forward pass over the text (`hf`: window / stride passes); the baseline keeps two bytes per scored token and
         vocabulary entry, 4 GiB at most: divergence is that of the windows whose logits fit
 Differs intervals come from a bootstrap over windows: tokens of one window depend on each other

@@ -4,7 +4,7 @@ Quality is that of the very windows that other runtimes read, by token, from the
 echoes. Speed is what clients see, one at a time and several. With a speculator beside the model the server drafts, and
 counts how much of that it accepts.
 
-Paper   PagedAttention: Kwon et al. 2023, arXiv:2309.06180; perplexity protocols: see `metrics.protocols`
+Paper   PagedAttention: Kwon et al. 2023, arXiv:2309.06180; perplexity protocols: see `perplexity_protocols`
 Helps   a directory that vLLM loads here is loaded by the same code on a GPU; other kernels compute there
 Hurts   nothing but time: importing vLLM and loading a model takes half a minute on two free cores
 Cost    one start of the server, one pass over the windows, and the requests

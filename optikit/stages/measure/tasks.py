@@ -153,7 +153,7 @@ def run(options: Options, job: Job) -> Facts:
 
 
 class _Tokenizer:
-    """The baseline's tokenizer, as `metrics.tasks` asks of one: with the token that opens a text where it has one.
+    """The baseline's tokenizer, as `evaluation.tasks` asks of one: with the token that opens a text where it has one.
 
     As lm-eval has it: Llama reads worse without its <s>. What a tokenizer puts at the end would part prompt and choice.
     """

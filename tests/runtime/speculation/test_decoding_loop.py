@@ -284,7 +284,7 @@ def test_statistics_count_what_was_drafted_judged_and_kept():
         found.add(step)
     assert (found.steps, found.tokens) == (4, 7)
     assert found.drafted == [3, 2, 2, 1]
-    assert found.judged == [3, 2, 1, 0]
+    assert found.verified == [3, 2, 1, 0]
     assert found.accepted == [2, 2, 0, 0]
     assert found.acceptance_length == 2.0
     assert found.acceptance_by_position == (0.5, 0.5, 0, 0)
