@@ -241,7 +241,6 @@ class Statistics:
         steps: Forwards of the target.
         tokens: Tokens that they wrote.
         drafted: Steps that drafted a token at position i, i from 0.
-        verified: Steps that came as far as deciding on it: those before it were kept.
         accepted: Steps that kept it.
         by: Steps, drafted and accepted tokens of each drafter.
     """
@@ -249,7 +248,6 @@ class Statistics:
     steps: int = 0
     tokens: int = 0
     drafted: list[int] = field(default_factory=list)
-    verified: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     by: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
@@ -259,9 +257,7 @@ class Statistics:
             return
         self.steps += 1
         self.tokens += len(step.tokens)
-        refused = step.accepted < min(step.drafted, len(step.tokens))
-        reached = (step.drafted, step.accepted + refused, step.accepted)
-        for counts, upto in zip((self.drafted, self.verified, self.accepted), reached, strict=True):
+        for counts, upto in ((self.drafted, step.drafted), (self.accepted, step.accepted)):
             counts.extend([0] * (step.drafted - len(counts)))
             for position in range(upto):
                 counts[position] += 1

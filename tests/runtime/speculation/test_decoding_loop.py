@@ -272,7 +272,7 @@ def test_a_lossy_acceptor_may_change_the_text():
     assert text != plain([1, 2], 40)
 
 
-def test_statistics_count_what_was_drafted_judged_and_kept():
+def test_statistics_count_what_was_drafted_and_kept():
     found = Statistics()
     for step in (
         Step((5,), 0, 0, "prompt", None),
@@ -284,7 +284,6 @@ def test_statistics_count_what_was_drafted_judged_and_kept():
         found.add(step)
     assert (found.steps, found.tokens) == (4, 7)
     assert found.drafted == [3, 2, 2, 1]
-    assert found.verified == [3, 2, 1, 0]
     assert found.accepted == [2, 2, 0, 0]
     assert found.acceptance_length == 2.0
     assert found.acceptance_by_position == (0.5, 0.5, 0, 0)
