@@ -58,8 +58,8 @@ LIMIT_NEARLY_REACHED = 0.8
 """Share of the address space that a process has had when whatever fails in it fails for want of memory."""
 TAIL_BYTES = 2**16
 """Bytes at the end of a log in which the cause of a death is looked for; a log may have gigabytes."""
-TAIL_LINES = 12
-"""Lines of a log that an error message quotes, each up to 500 characters."""
+TAIL_LINES, TAIL_ERRORS = 12, 6
+"""Last lines of a log that an error message quotes, each up to 500 characters, and of the errors told before them."""
 _ERROR_LINE = re.compile(r"^\w[\w.]*Error\b|^\s+Value error")
 
 
@@ -162,10 +162,11 @@ def no_answer(what: str, seconds: float, log: Path, *, fix: str) -> StageTimeout
 
 
 def tail(log: Path) -> str:
-    """Return the end of a log, as an error message quotes it; where it told of errors, the lines that do."""
-    lines = _last(log).strip().splitlines()
-    told = [line for line in lines if _ERROR_LINE.search(line)]
-    return "\n".join(line[:500] for line in (told or lines)[-TAIL_LINES:]) or "(empty)"
+    """Return the end of a log, as an error message quotes it: its last lines, and errors that it told before them.
+
+    A server's last error is often that another one happened; a program's is the end of its traceback.
+    """
+    return "\n".join(line[:500] for line in _telling_lines(log)) or "(empty)"
 
 
 def _signal(code: int) -> signal.Signals | None:
@@ -179,12 +180,14 @@ def _of_dead(code: int, number: signal.Signals | None, log: Path) -> Cause | Non
         return Exit.IO
     if code == Exit.IO:
         return Exit.IO
-    return cause_in("\n".join(_last(log).strip().splitlines()[-TAIL_LINES:]))
+    return cause_in("\n".join(_telling_lines(log)))
 
 
-def _last(log: Path) -> str:
+def _telling_lines(log: Path) -> list[str]:
     if not log.exists():
-        return ""
+        return []
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - TAIL_BYTES))
-        return file.read().decode("utf-8", "replace")
+        lines = file.read().decode("utf-8", "replace").strip().splitlines()
+    errors = [place for place, line in enumerate(lines) if _ERROR_LINE.search(line)][-TAIL_ERRORS:]
+    return [lines[place] for place in sorted({*errors, *range(max(0, len(lines) - TAIL_LINES), len(lines))})]

@@ -288,10 +288,10 @@ class TestDeath:
             assert "SIGBUS" in error.message
         assert type(self.of(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGBUS)")) is StageFailedError
 
-    def test_of_a_long_log_the_lines_with_errors_are_told(self, tmp_path: Path) -> None:
+    def test_of_a_long_log_the_end_is_told_and_errors_before_it(self, tmp_path: Path) -> None:
         log = tmp_path / "log"
-        log.write_text("noise\n" * 10**6 + "ValueError: the cause\n" + "noise\n" * 20)
-        assert failure.tail(log) == "ValueError: the cause"
+        log.write_text("noise\n" * 10**6 + "ValueError: the cause\n" + "noise\n" * 20 + "RuntimeError: see above\n")
+        assert failure.tail(log) == "ValueError: the cause\n" + "noise\n" * 11 + "RuntimeError: see above"
         log.write_text("y" * 10**6)
         assert failure.tail(log) == "y" * 500
         log.write_bytes(b"\xff" * 10 + b"\n" + b"z\n" * 100)
