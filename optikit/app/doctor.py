@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import json
 import platform
 import shutil
 import sys
@@ -15,13 +16,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from optikit import host
-from optikit.errors import OptikitError
+from optikit.errors import OptikitError, UnavailableError
+from optikit.process import program, variables
+
+if TYPE_CHECKING:
+    from optikit.targets.probe import Probe
 
 Status = Literal["ok", "warn", "fail"]
 GIB = 2**30
+CALIBRATION_S = 120
+"""How long the measurement of this machine may take, seconds: it takes some ten where nothing else runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +209,31 @@ def calibration() -> Finding:
         busy = f"{detail}; measured at load {probe.load:.1f} per thread, so too low"
         return Finding(what="calibration", status="warn", detail=busy, fix=fix)
     return Finding(what="calibration", status="ok", detail=detail)
+
+
+def calibrate(file: Path | None = None) -> Probe:
+    """Measure this machine in a child process, keep the result, and return it.
+
+    Args:
+        file: Where to keep it; None is beside the store, where estimates look for it.
+
+    Raises:
+        UnavailableError: The child failed or took longer than two minutes.
+    """
+    from optikit.targets import probe
+
+    environ = variables.kept() | variables.threads(host.threads())
+    try:
+        done = program.run(program.module(probe.__name__), environ=environ, seconds=CALIBRATION_S)
+    except TimeoutError as error:
+        raise UnavailableError(f"the measurement {error}", fix="try again when the machine is quiet") from error
+    if done.code != 0:
+        last = (done.errors.strip().splitlines() or ["no output"])[-1]
+        fix = "check that torch imports: python -c 'import torch'"
+        raise UnavailableError(f"the measurement failed: {last}", fix=fix)
+    measured = probe.Probe(**json.loads(done.output))
+    probe.keep(measured, file)
+    return measured
 
 
 def hub() -> Finding:

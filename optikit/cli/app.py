@@ -104,7 +104,12 @@ def main() -> None:
         sys.exit(int(Exit.OK))  # the reader of our output has seen enough
     except Exception as error:  # noqa: BLE001 - a bug is reported as one, with all that is needed to mend it
         from optikit.cli.crash import write_report
+        from optikit.process.failure import ran_out
 
+        known = ran_out(error)
+        if known is not None:
+            sys.stderr.write(_told(known))
+            sys.exit(int(known.code))
         sys.stderr.write(f"error: optikit has a bug: {error!r}\nfix: send us this report: {write_report(error)}\n")
         sys.exit(int(Exit.BUG))
 

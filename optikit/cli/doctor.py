@@ -21,14 +21,13 @@ def doctor(
     import json as json_library
     from dataclasses import asdict
 
+    from optikit.app.doctor import calibrate as calibrate_machine
     from optikit.app.doctor import examine
     from optikit.errors import Exit
 
     if calibrate:
-        from optikit.targets.probe import measure
-
         typer.echo("measuring this machine...", err=True)
-        measure()
+        calibrate_machine()
     findings = list(examine(online=online))
     if json:
         typer.echo(json_library.dumps([asdict(finding) for finding in findings], indent=1))

@@ -2,7 +2,7 @@
 
     environment = ensure("autoawq", store)             # built on first use, milliseconds afterwards
     with use("autoawq", store) as environment:         # the same, and `optikit env gc` leaves it alone meanwhile
-        subprocess.run([environment.python, …])
+        program.run([str(environment.python), …])
 
 A stage that names one (`ENVIRONMENT = "autoawq"`) needs nothing of this: the runner starts its worker in that
 interpreter, with optikit on its path and nothing else of the main environment. So whatever such a stage imports has to

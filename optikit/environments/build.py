@@ -10,12 +10,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,11 +24,11 @@ from optikit.environments.definition import find
 from optikit.environments.environment import MARKER, Environment, locate
 from optikit.errors import StageFailedError, UnavailableError
 from optikit.fileio import write_json
+from optikit.process import child, program
 
 if TYPE_CHECKING:
     from optikit.store.store import Store
 
-POLL_SECONDS = 0.2
 Progress = Callable[[int, int, str], None]
 
 
@@ -150,8 +148,8 @@ def interpreter(version: str) -> Path:
 def _is_version(python: str, version: str) -> bool:
     # A shim of a version manager is there even when its version isn't.
     command = [python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
-    said = subprocess.run(command, capture_output=True, text=True, check=False)
-    return said.returncode == 0 and said.stdout.strip() == version
+    said = program.run(command)
+    return said.code == 0 and said.output.strip() == version
 
 
 def _has_pip() -> bool:
@@ -199,27 +197,14 @@ def _run(
 ) -> None:
     """Run one command of a build, its output to the log, and count packages meanwhile."""
     total = len(environment.definition.pins)
-    with environment.log.open("ab") as log:
-        began = log.tell()
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=_variables(environment) | (more or {}),
-            start_new_session=True,
-        )
-        try:
-            while child.poll() is None:
-                progress(min(_count(environment), total), total, "packages")
-                time.sleep(POLL_SECONDS)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-    if child.returncode:
-        said = environment.log.read_bytes()[began:].decode("utf-8", "replace")
-        raise failure(environment.definition.name, said, environment.log)
+    name, began = environment.definition.name, environment.log.stat().st_size
+    environ = _variables(environment) | (more or {})
+    with child.started(command, environ=environ, log=environment.log, kept=True) as installer:
+        code = installer.watch(name, between=lambda: progress(min(_count(environment), total), total, "packages"))
+    if code:
+        said = environment.log.read_bytes()
+        told = said[began:] or said  # it was begun anew
+        raise failure(name, told.decode("utf-8", "replace"), environment.log)
 
 
 def _variables(environment: Environment) -> dict[str, str]:

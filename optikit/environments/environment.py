@@ -12,7 +12,6 @@ import fcntl
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any, Literal
 
 from optikit.environments.definition import Definition, normalized
 from optikit.errors import UnavailableError
+from optikit.process import program, variables
 
 MARKER = "optikit.json"
 OPTIKIT = Path(__file__).parent.parent
@@ -91,21 +91,15 @@ class Environment:
     def troubles(self) -> list[str]:
         """Import what has to import and compare every version with the lock; return what is wrong, best empty."""
         try:
-            done = subprocess.run(
-                [self.python, "-I", "-W", "ignore", "-c", _PROBE, json.dumps(self.definition.imports)],
-                capture_output=True,
-                text=True,
-                timeout=CHECK_SECONDS,
-                check=False,
-                env=os.environ | {"HF_HUB_OFFLINE": "1"},
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
+            command = [str(self.python), "-I", "-W", "ignore", "-c", _PROBE, json.dumps(self.definition.imports)]
+            done = program.run(command, environ=variables.kept() | variables.OFFLINE, seconds=CHECK_SECONDS)
+        except TimeoutError as error:
             return [f"its interpreter doesn't answer: {error}"]
         try:
-            found = json.loads(done.stdout.rpartition("\n")[2])
+            found = json.loads(done.output.rpartition("\n")[2])
         except ValueError:
-            last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-            return [f"its interpreter ended with exit code {done.returncode}: {last}"]
+            last = (done.errors.strip().splitlines() or ["no word"])[-1]
+            return [f"its interpreter ended with exit code {done.code}: {last}"]
         installed = {normalized(name): version for name, version in found["versions"].items() if name}
         troubles = [f"{name} doesn't import: {why}" for name, why in found["failed"].items()]
         if not found["python"].startswith(self.definition.python + "."):

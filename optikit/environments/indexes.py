@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import os
-import subprocess
 import sys
+
+from optikit.process import program
 
 VARIABLES = {
     "index-url": ("UV_DEFAULT_INDEX", " "),
@@ -31,9 +32,8 @@ def for_uv() -> dict[str, str]:
 
 
 def _pip_config() -> str:
-    command = [sys.executable, "-m", "pip", "config", "list"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout if done.returncode == 0 else ""  # no pip here: uv's own configuration is all there is
+    done = program.run([sys.executable, "-m", "pip", "config", "list"], environ=os.environ)
+    return done.output if done.code == 0 else ""  # no pip here: uv's own configuration is all there is
 
 
 def parsed(listing: str) -> dict[str, str]:

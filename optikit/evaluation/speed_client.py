@@ -10,19 +10,14 @@ import json
 import os
 import select
 import signal
-import subprocess
-import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self, cast
+from typing import Any, Self
 
-from optikit.errors import BY_CODE, OptikitError, OutOfMemoryError, StageFailedError, StageTimeoutError
 from optikit.evaluation import speed_worker
-
-LOG_TAIL = 2000
-"""Characters of an arm's log that an error message quotes."""
+from optikit.process import child, failure, program
 
 
 class Arm:
@@ -32,7 +27,7 @@ class Arm:
         name: For messages.
         log: File for the child's stderr.
         hang_s: Seconds without an answer after which it counts as hung.
-        command: What to start; None is `_arm`.
+        command: What to start; None is `speed_worker`.
     """
 
     def __init__(self, name: str, *, log: Path, hang_s: float, command: list[str] | None = None) -> None:
@@ -40,9 +35,11 @@ class Arm:
         self._log = log
         self._hang_s = hang_s
         self._waiting = b""
-        own = [sys.executable, "-m", speed_worker.__name__, str(os.getpid())]
-        with log.open("wb") as errors:
-            self._child = subprocess.Popen(command or own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+        log.unlink(missing_ok=True)
+        self._stack = ExitStack()
+        command = command or program.module(speed_worker.__name__)
+        # No grace: it is most often stopped, and has nothing to lose.
+        self._child = self._stack.enter_context(child.started(command, log=log, piped=True, grace_s=0))
 
     def __enter__(self) -> Self:
         return self
@@ -50,11 +47,7 @@ class Arm:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._child.kill()  # works on a stopped process, too
-        self._child.wait()
-        for pipe in (self._child.stdin, self._child.stdout):
-            with suppress(BrokenPipeError):  # what a dead arm never read
-                cast("IO[bytes]", pipe).close()
+        self._stack.close()
 
     @property
     def pid(self) -> int:
@@ -67,46 +60,29 @@ class Arm:
         Raises:
             OptikitError: The arm's own error; or it died, or didn't answer in time.
         """
-        self._signal(signal.SIGCONT)
+        self._child.signal(signal.SIGCONT)
         try:
-            pipe = cast("IO[bytes]", self._child.stdin)
-            pipe.write(json.dumps({verb: request}).encode() + b"\n")
-            pipe.flush()
+            self._child.input.write(json.dumps({verb: request}).encode() + b"\n")
+            self._child.input.flush()
         except BrokenPipeError:
-            raise self._death() from None
+            raise self._child.death(self.name) from None
         answer: dict[str, Any] = json.loads(self._line(verb))
         if not answer.pop("ok"):
-            error = BY_CODE.get(answer["code"], OptikitError)
-            raise error(f"{self.name}: {answer['message']}", fix=answer["fix"])
-        self._signal(signal.SIGSTOP)
+            failure.raise_failure(answer, step=self.name, log=self._log)
+        self._child.signal(signal.SIGSTOP)
         return answer
 
     def _line(self, verb: str) -> bytes:
         deadline = time.monotonic() + self._hang_s
-        descriptor = cast("IO[bytes]", self._child.stdout).fileno()
+        descriptor = self._child.output.fileno()
         while b"\n" not in self._waiting:
             ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
-                message = f"{self.name}: no answer to {verb!r} in {self._hang_s:g} s"
-                raise StageTimeoutError(message, fix=f"raise hang_s, or look at what it does: {self._tail()}")
+                fix = f"raise hang_s, or look at what it does: {self._log}"
+                raise failure.no_answer(f"{self.name}, asked to {verb}", self._hang_s, self._log, fix=fix)
             data = os.read(descriptor, 1 << 16)
             if not data:
-                raise self._death()
+                raise self._child.death(self.name)
             self._waiting += data
         line, _, self._waiting = self._waiting.partition(b"\n")
         return line
-
-    def _signal(self, number: signal.Signals) -> None:
-        if self._child.poll() is None:
-            self._child.send_signal(number)
-
-    def _death(self) -> OptikitError:
-        code = self._child.wait()
-        if -code == signal.SIGKILL:
-            message = f"{self.name}: its process was killed, most often for memory"
-            return OutOfMemoryError(message, fix="measure fewer baselines at once: every arm holds its model in memory")
-        what = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return StageFailedError(f"{self.name}: its process ended with {what}", fix=f"its log ends: {self._tail()}")
-
-    def _tail(self) -> str:
-        return self._log.read_text(encoding="utf-8", errors="replace")[-LOG_TAIL:].strip() or "(empty)"

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optikit.process import child, failure, memory
+from optikit.process import failure, memory
 
 if TYPE_CHECKING:
     from optikit.runtime.decoder import Decoder
@@ -100,12 +100,5 @@ def serve() -> None:
         print(json.dumps({"ok": True} | answer), file=answers, flush=True)
 
 
-def main(conductor: int) -> None:
-    """Serve the process `conductor`, and die with it."""
-    child.die_with_parent()
-    if os.getppid() == conductor:  # else it died before the kernel was told
-        serve()
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    serve()

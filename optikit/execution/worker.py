@@ -7,7 +7,8 @@ Only files cross the border, so the same contract serves the main interpreter an
     JOB/response.json   written here last: {"ok": true, "facts": …} or {"ok": false, "code": 70, "message": …, "fix": …}
     JOB/log.txt         stdout and stderr
 
-A failed job directory is the bug report. No response means that the process died; the runner names the signal.
+A failed job directory is the bug report. No response means that the process died, or that there was no room on disk
+for one: then the exit code says so.
 """
 
 from __future__ import annotations
@@ -17,14 +18,13 @@ import os
 import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optikit.fileio import write_json
 from optikit.host import versions
-from optikit.process.child import die_with_parent
-from optikit.process.failure import as_failure
-from optikit.process.memory import peak_memory_mib
+from optikit.process import failure, launch, memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,24 +120,34 @@ def perform(directory: Path) -> dict[str, Any]:
         "ok": True,
         "facts": facts,
         "seconds": time.monotonic() - started,
-        "peak_memory_mib": max(peak_memory_mib(), facts.get(SERVERS_PEAK, 0.0)),
+        "peak_memory_mib": max(memory.peak_with_children_mib(), facts.get(SERVERS_PEAK, 0.0)),
         "versions": versions(stage.LIBRARIES),
     }
 
 
 def main(directory: Path) -> int:
     """Perform one job, write its response, and return the exit code."""
-    die_with_parent()
+    launch.end_with_launched()
     cushion = bytearray(CUSHION_BYTES)
     try:
         response = perform(directory)
     except BaseException as error:  # noqa: BLE001 - whatever goes wrong here has to cross the process border
         del cushion
-        response = as_failure(error)
-        sys.stderr.write(response["traceback"])
+        response = _failed(error)
     if not rank():
-        write_json(directory / "response.json", response)
+        try:
+            write_json(directory / "response.json", response)
+        except OSError as error:
+            response = _failed(error)
     return 0 if response["ok"] else int(response["code"])
+
+
+def _failed(error: BaseException) -> dict[str, Any]:
+    response = failure.as_failure(error)
+    with suppress(OSError):  # no room in the log either
+        sys.stderr.write(response["traceback"])
+        sys.stderr.flush()
+    return response
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Peak memory of this process, and of a group of processes."""
+"""Peak memory of this process, of its children and of a group of processes, and whom the kernel killed for memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from pathlib import Path
 
 PROC = Path("/proc")
 STATUS = PROC / "self/status"
+CGROUP = Path("/sys/fs/cgroup/memory.events")
+_UNIT = 1024**2 if sys.platform == "darwin" else 1024
+"""Of `ru_maxrss`, per MiB."""
 
 
 def peak_mib() -> float:
@@ -19,8 +22,12 @@ def peak_mib() -> float:
     """
     if STATUS.exists():
         return _peak_mib(STATUS)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024**2 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _UNIT
+
+
+def peak_with_children_mib() -> float:
+    """Return the highest resident set size of this process or of any child that it waited for, MiB."""
+    return max(peak_mib(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / _UNIT)
 
 
 def group_peak_mib(group: int) -> float:
@@ -36,12 +43,14 @@ def group_peak_mib(group: int) -> float:
     return total
 
 
+def kills() -> int:
+    """Return how often the kernel killed a process of this control group for memory; 0 where it doesn't tell."""
+    if not CGROUP.exists():
+        return 0
+    counts = dict(line.split() for line in CGROUP.read_text(encoding="utf-8").splitlines())
+    return int(counts.get("oom_kill", 0))
+
+
 def _peak_mib(status: Path) -> float:
     fields = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
     return int(fields["VmHWM"].split()[0]) / 1024
-
-
-def peak_memory_mib() -> float:
-    """Return the largest resident set so far of this process or of any child it waited for, MiB."""
-    usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return max(usage) / (1024 if sys.platform == "linux" else 1024**2)

@@ -1,95 +1,112 @@
-"""Other programs at work for a compile stage, each in a process of its own, where a crash harms nobody.
-
-`python -m optikit.process.program PARENT MODULE ARGUMENTS…` runs a module that dies with its parent: a worker
-that is killed must not leave a builder behind that goes on writing into a directory nobody waits for.
-"""
+"""Other programs, each in a process of its own, where a crash harms nobody: run to their end."""
 
 from __future__ import annotations
 
-import os
-import runpy
-import subprocess
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optikit.errors import OutOfMemoryError, StageFailedError
-from optikit.process.child import die_with_parent
+from optikit.process import variables
+from optikit.process.child import started
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from optikit.stage import Job
 
-LOG_TAIL = 12
-"""Lines of a child's log that an error message quotes."""
-MODULE = "optikit.process.program"
-"""This module: as the program that is started, its own name is another."""
+
+@dataclass(frozen=True)
+class Done:
+    """How a short command ended: its exit code, negative for a signal, and what it printed."""
+
+    code: int
+    output: str
+    errors: str
 
 
-def environment(job: Job) -> dict[str, str]:
-    """Return the environment of a child: no hub, no remote cache, this many threads."""
-    caches = {"HF_HOME": str(job.scratch / "hf"), "XDG_CACHE_HOME": str(job.scratch / "cache")}
-    threads = {name: str(job.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
-    return {**os.environ, **offline, **caches, **threads}
+def run(
+    command: Sequence[str],
+    *,
+    environ: Mapping[str, str] | None = None,
+    directory: Path | None = None,
+    seconds: float | None = None,
+) -> Done:
+    """Run a short command whose output is an answer; what doesn't exist ends with exit code 127.
+
+    Args:
+        command: Program and arguments.
+        environ: Its environment; None is what a child may see of this one's.
+        directory: Where it runs; None is here.
+        seconds: How long it may take; None is as long as it wants.
+
+    Raises:
+        TimeoutError: It took longer, and was ended.
+    """
+    with started(command, environ=environ, directory=directory, piped=True) as child:
+        output, errors = child.finish(seconds)
+        return Done(child.code or 0, output, errors)
 
 
-def program(module: str) -> list[str]:
-    """Return the command that runs a module in a child that dies with this process.
+def perform(
+    what: str,
+    command: Sequence[str],
+    *,
+    log: Path,
+    environ: Mapping[str, str] | None = None,
+    directory: Path | None = None,
+    between: Callable[[], None] = lambda: None,
+) -> None:
+    """Run a program that works for long, all that it prints into a log of its own.
+
+    Args:
+        what: It, for messages.
+        command: Program and arguments.
+        log: Begun anew.
+        environ: Its environment; None is what a child may see of this one's.
+        directory: Where it runs; None is here.
+        between: Called again and again meanwhile.
+
+    Raises:
+        OptikitError: It failed, crashed, or ran out of memory or disk; see `failure.death`.
+    """
+    log.unlink(missing_ok=True)
+    with started(command, environ=environ, log=log, directory=directory) as child:
+        if child.watch(what, between=between):
+            raise child.death(what)
+
+
+def module(name: str, *arguments: str) -> list[str]:
+    """Return the command that runs a module in this interpreter.
 
     -P: nothing in the working directory is imported by accident.
     """
-    return [sys.executable, "-P", "-m", MODULE, str(os.getpid()), module]
+    return [sys.executable, "-P", "-m", name, *arguments]
 
 
-def trial(what: str, module: str, job: Job, *arguments: str) -> str:
+def environment(job: Job) -> dict[str, str]:
+    """Return the environment of a program that works for a job: no hub, caches of its own, this many threads."""
+    caches = {"HF_HOME": str(job.scratch / "hf"), "XDG_CACHE_HOME": str(job.scratch / "cache")}
+    return variables.kept() | variables.OFFLINE | caches | variables.threads(job.threads) | {"PYTHONUNBUFFERED": "1"}
+
+
+def trial(what: str, name: str, job: Job, *arguments: str) -> str:
     """Let a module decode from `job.dest`; return what it printed: one line of JSON.
 
     Args:
         what: What it does, for messages.
-        module: It gets `job.dest` and the arguments.
+        name: The module; it gets `job.dest` and the arguments.
         job: Where to read, and to keep its log.
         arguments: Further arguments.
 
     Raises:
-        StageFailedError: It crashed or refused.
-        OutOfMemoryError: It was killed.
+        OptikitError: It refused, crashed, or ran out of memory or disk; see `failure.death`.
     """
     job.scratch.mkdir(parents=True, exist_ok=True)
     log = job.scratch / "trial.log"
-    command = [*program(module), str(job.dest.resolve()), *arguments]
-    with log.open("w", encoding="utf-8") as kept:
-        child = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=kept, text=True, env=environment(job), cwd=job.scratch, check=False
-        )
-    require_success(what, child.returncode, log)
-    return child.stdout.strip().splitlines()[-1]
-
-
-def require_success(what: str, code: int, log: Path) -> None:
-    """Turn a child's exit code into an error that quotes its log.
-
-    Raises:
-        StageFailedError: If it isn't zero.
-        OutOfMemoryError: If the kernel killed it.
-    """
-    if code == 0:
-        return
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    tail = "\n".join(lines[-LOG_TAIL:])
-    if code == -9 or "MemoryError" in tail or "std::bad_alloc" in tail:
-        raise OutOfMemoryError(f"{what} ran out of memory", fix="give the run more memory, or a smaller model")
-    how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
-    raise StageFailedError(f"{what} {how}; its log ends:\n{tail}", fix=f"the whole log is {log}")
-
-
-def main(parent: int, module: str, *arguments: str) -> None:
-    """Run `module` as the program, unless the process `parent` has died already."""
-    die_with_parent()
-    if os.getppid() == parent:  # else it died before the kernel was told
-        sys.argv = [module, *arguments]
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:])
+    log.unlink(missing_ok=True)
+    command = module(name, str(job.dest.resolve()), *arguments)
+    with started(command, environ=environment(job), log=log, directory=job.scratch, piped=True) as child:
+        output, _ = child.finish()
+        if child.code:
+            raise child.death(what)
+    return output.strip().splitlines()[-1]

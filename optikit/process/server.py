@@ -1,78 +1,53 @@
-"""Keeps a server no longer than whoever started it: `python _keeper.py COMMAND…`, as `running` starts it.
-
-Its standard input is a pipe from its starter. When that closes, because the starter is done or was killed, the server
-gets ten seconds to end, and then everything that it started goes with it: no group of processes outlives its purpose.
-When the server ends first, so does this, with its exit code. Standard library only: it runs in any interpreter.
-"""
+"""A server that is kept no longer than it is wanted, with everything that it started."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-GRACE_SECONDS = 10.0
+from optikit.process import failure, launch
+from optikit.process.child import Child, started
+
+POLL_SECONDS = 0.5
 
 
 @contextmanager
 def running(
-    command: Sequence[str], *, variables: Mapping[str, str], log: Path, directory: Path | None = None
-) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server until the block ends; yields its keeper, whose process id is that of their group.
+    what: str,
+    command: Sequence[str],
+    *,
+    environ: Mapping[str, str],
+    log: Path,
+    answers: Callable[[], bool] = lambda: True,
+    start_s: float = 0.0,
+    directory: Path | None = None,
+) -> Iterator[Child]:
+    """Run a server until the block ends; it begins when the server answers. The child's group is all that it started.
 
     Args:
+        what: The server, for messages.
         command: The server's.
-        variables: Its environment.
-        log: File for all that it prints.
+        environ: Its environment.
+        log: File for all that it prints, begun anew.
+        answers: Tells whether it answers by now.
+        start_s: Seconds that it may take until it does.
         directory: Where it runs; None is here.
+
+    Raises:
+        OptikitError: It ended instead of answering; see `failure.death`.
+        StageTimeoutError: It didn't answer in time.
     """
-    with log.open("wb") as said:
-        keeper = subprocess.Popen(
-            [sys.executable, __file__, *command],
-            stdin=subprocess.PIPE,
-            stdout=said,
-            stderr=subprocess.STDOUT,
-            cwd=directory,
-            env=dict(variables),
-            start_new_session=True,
-        )
-    try:
-        yield keeper
-    finally:
-        if keeper.stdin is not None:
-            keeper.stdin.close()
-        with suppress(subprocess.TimeoutExpired):
-            keeper.wait(2 * GRACE_SECONDS)
-        with suppress(ProcessLookupError):
-            os.killpg(keeper.pid, signal.SIGKILL)  # also what outlived a server that crashed
-        keeper.wait()
-
-
-def main(command: list[str]) -> int:
-    """Run a command until it ends or standard input closes; return its exit code, of a signal 128 and its number."""
-    server = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    left_alone = threading.Event()
-    threading.Thread(target=_end_with_starter, args=(server, left_alone), daemon=True).start()
-    code = server.wait()
-    if left_alone.is_set():
-        os.killpg(0, signal.SIGKILL)  # what the server started, and this process
-    return code if code >= 0 else 128 - code
-
-
-def _end_with_starter(server: subprocess.Popen[bytes], left_alone: threading.Event) -> None:
-    while os.read(0, 4096):
-        pass
-    left_alone.set()
-    server.terminate()
-    time.sleep(GRACE_SECONDS)
-    os.killpg(0, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    log.unlink(missing_ok=True)
+    grace_s = launch.GRACE_SECONDS * 2  # its keeper is done before this
+    with started(command, environ=environ, log=log, directory=directory, kept=True, grace_s=grace_s) as child:
+        deadline = time.monotonic() + start_s
+        while not answers():
+            if child.code is not None:
+                raise child.death(what)
+            if time.monotonic() > deadline:
+                fix = f"run again when the machine is less busy; the whole log is {log}"
+                raise failure.no_answer(what, start_s, log, fix=fix)
+            time.sleep(POLL_SECONDS)
+        yield child

@@ -5,7 +5,6 @@ The JSON is written first: it holds every number, and `optikit report` renders t
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from pydantic import ValidationError
 from optikit import text
 from optikit.errors import CannotCreateError, DiskError, InputMissingError, IntegrityError
 from optikit.evaluation.results import Report
+from optikit.process.failure import DISK_ERRNOS
 from optikit.report import former_names, html, markdown
 
 JSON = "report.json"
@@ -74,6 +74,6 @@ def put(path: Path, content: str) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO}:
+        if error.errno in DISK_ERRNOS:
             raise DiskError(f"{path}: {error.strerror}", fix="free some space, then run `optikit report`") from error
         raise CannotCreateError(f"{path}: {error.strerror}", fix="choose another --out directory") from error

@@ -1,7 +1,7 @@
 """vLLM as a server: started on a model directory, waited for, asked how much of its drafts was accepted, ended.
 
-It runs in a group of processes of its own that ends with whoever started it, whatever becomes of either (`_keeper`).
-What it prints is kept.
+It runs in a group of processes of its own that ends with whoever started it, whatever becomes of either. What it
+prints is kept.
 """
 
 from __future__ import annotations
@@ -9,21 +9,18 @@ from __future__ import annotations
 import http.client
 import json
 import math
-import os
 import re
-import signal
 import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optikit.errors import IntegrityError, OutOfMemoryError, StageFailedError, StageTimeoutError, UnavailableError
-from optikit.process import server
+from optikit.errors import IntegrityError, UnavailableError
+from optikit.process import server, variables
 
 if TYPE_CHECKING:
     from optikit.models.facts import ModelFacts
@@ -33,15 +30,9 @@ MODULE = "vllm.entrypoints.openai.api_server"
 HOST = "127.0.0.1"
 NAME = "model"
 """What the server calls the model."""
-POLL_SECONDS = 0.5
-LOG_TAIL = 12
-"""Lines of the server's log that an error message quotes."""
-LOG_END = 2**16
-"""Bytes at the end of the log in which its cause of death is looked for."""
 GIB = 2**30
 _COUNTER = re.compile(r"^vllm:spec_decode_num_(\w+?)_total(?:\{(.*)\})? ([0-9.e+]+)$", re.MULTILINE)
 _POSITION = re.compile(r'position="(\d+)"')
-_KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +67,9 @@ class Serving:
 
     def variables(self) -> dict[str, str]:
         """Return the server's environment: no hub, nothing sent home, this many threads."""
-        own = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
-        own |= {"OMP_NUM_THREADS": str(self.threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        return {**os.environ, **own, "VLLM_CPU_KVCACHE_SPACE": str(self.cache_gib)}
+        own = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONUNBUFFERED": "1"}
+        own |= {"OMP_NUM_THREADS": str(self.threads), "VLLM_CPU_KVCACHE_SPACE": str(self.cache_gib)}
+        return variables.kept() | variables.OFFLINE | own
 
 
 def cache_gib(facts: ModelFacts, tokens: int) -> int:
@@ -108,13 +99,11 @@ def serving(how: Serving, *, log: Path, start_s: float, python: str = sys.execut
 
 
 @contextmanager
-def kept(
-    command: Sequence[str], variables: Mapping[str, str], *, port: int, log: Path, start_s: float
-) -> Iterator[int]:
+def kept(command: Sequence[str], environ: Mapping[str, str], *, port: int, log: Path, start_s: float) -> Iterator[int]:
     """Run a server on `port` until the block ends; yields the process id of its group. Errors as `serving`."""
-    with server.running(command, variables=variables, log=log) as keeper:
-        _wait(keeper, port, log, start_s)
-        yield keeper.pid
+    answers = partial(_answers, port)
+    with server.running("vLLM", command, environ=environ, log=log, answers=answers, start_s=start_s) as child:
+        yield child.pid
 
 
 def free_port() -> int:
@@ -123,17 +112,6 @@ def free_port() -> int:
         found.bind((HOST, 0))
         port: int = found.getsockname()[1]
         return port
-
-
-def _wait(keeper: subprocess.Popen[bytes], port: int, log: Path, start_s: float) -> None:
-    deadline = time.monotonic() + start_s
-    while not _answers(port):
-        if keeper.poll() is not None:
-            raise _death(keeper.returncode, log)
-        if time.monotonic() > deadline:
-            message = f"vLLM didn't answer {start_s:g} s after its start; its log ends:\n{_tail(log)}"
-            raise StageTimeoutError(message, fix=f"run again when the machine is less busy; the whole log is {log}")
-        time.sleep(POLL_SECONDS)
 
 
 def _answers(port: int) -> bool:
@@ -151,22 +129,6 @@ def _get(port: int, path: str) -> tuple[int, str]:
         return response.status, response.read().decode("utf-8", "replace")
     finally:
         connection.close()
-
-
-def _death(code: int, log: Path) -> StageFailedError | OutOfMemoryError:
-    if code in _KILLED:
-        return OutOfMemoryError("vLLM was killed while it loaded the model", fix="free some memory, or a smaller model")
-    message = f"vLLM ended with exit code {code}; its log ends:\n{_tail(log)}"
-    return StageFailedError(message, fix=f"the whole log is {log}")
-
-
-def _tail(log: Path) -> str:
-    """Return the end of a log; where it told an error, the lines that do."""
-    with log.open("rb") as said:  # it may be a gigabyte
-        said.seek(max(0, log.stat().st_size - LOG_END))
-        lines = said.read().decode("utf-8", "replace").strip().splitlines()
-    told = [line for line in lines if re.search(r"^\w[\w.]*Error\b|^\s+Value error|^ValueError", line)]
-    return "\n".join(line[:500] for line in (told or lines)[-LOG_TAIL:])
 
 
 def speculation(directory: Path) -> dict[str, Any]:

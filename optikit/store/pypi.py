@@ -10,15 +10,15 @@ import errno
 import os
 import re
 import stat
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from optikit.errors import InputMissingError, IntegrityError, RecipeError, RefusedError, UnavailableError
+from optikit.errors import Exit, InputMissingError, IntegrityError, RecipeError, RefusedError, UnavailableError
 from optikit.problems import did_you_mean
+from optikit.process import failure, program
 from optikit.store import downloads, files
 from optikit.store.keys import cache_key
 
@@ -146,16 +146,16 @@ def _pip(wheel: Wheel, directory: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
     command += ["--no-binary=:none:", "--only-binary=:all:", "--dest", str(directory), "--", str(wheel)]
     for _ in range(ATTEMPTS):
-        done = subprocess.run(command, cwd=directory, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        done = program.run(command, environ=os.environ, directory=directory)  # pip's, with the user's indexes
         found = sorted(directory.glob("*.whl"))
-        if done.returncode == 0 and len(found) == 1:
+        if done.code == 0 and len(found) == 1:
             return found[0]
-        said = done.stderr.decode(errors="replace")
+        said = done.errors
         known = re.search(r"\(from versions: (?!none\))([^)]+)\)", said)
         if known is not None:
             fix = did_you_mean(wheel.version, known[1].split(", "))
             raise InputMissingError(f"the package index has no wheel of {wheel}", fix=fix)
-        if "No space left on device" in said:
+        if failure.cause_in(said) == Exit.IO:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     raise _unavailable(wheel, said)
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 from optikit.errors import CannotCreateError, IntegrityError, LockedError, RefusedError
+from optikit.process.child import is_alive
 from optikit.store import fault_points, files
 from optikit.store.digests import Digests
 from optikit.store.keys import cache_key, is_key, valid
@@ -290,7 +291,7 @@ class Store:
                 continue
             pid = int(match["pid"])
             ours = pid == os.getpid() and match["token"] == _TOKEN
-            if not ours and (pid == os.getpid() or not _alive(pid)):
+            if not ours and (pid == os.getpid() or not is_alive(pid)):
                 files.remove_tree(path)
 
 
@@ -309,16 +310,6 @@ def replace_directory(source: Path, dest: Path) -> None:
         raise
     files.sync_directory(dest.parent)
     files.remove_tree(old)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
 
 
 def _ourselves() -> dict[str, str | int]:

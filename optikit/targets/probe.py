@@ -1,6 +1,6 @@
 """A short measurement of this machine: how fast it reads memory and multiplies matrices.
 
-`optikit doctor --calibrate` runs `measure` (torch, in a child process, some seconds) and keeps the result beside the
+`optikit doctor --calibrate` runs this module (torch, in a child process, some seconds) and keeps the result beside the
 store; estimates read it with `measured`. A result from another processor or thread count isn't used.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,9 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from optikit import host
-from optikit.errors import UnavailableError
-
-TIMEOUT_S = 120
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,31 +64,13 @@ def measured(file: Path | None = None) -> Probe | None:
     return probe if (probe.cpu, probe.threads) == (host.cpu_model(), host.threads()) else None
 
 
-def measure(file: Path | None = None) -> Probe:
-    """Measure this machine in a child process and keep the result.
-
-    Raises:
-        UnavailableError: The child failed or took longer than two minutes.
-    """
-    command = [sys.executable, "-m", "optikit.targets.probe"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(host.threads())}
-    try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment, check=False)
-    except subprocess.TimeoutExpired as error:
-        message = f"the measurement took longer than {TIMEOUT_S} s"
-        raise UnavailableError(message, fix="try again when the machine is quiet") from error
-    if child.returncode != 0:
-        last = (child.stderr.strip().splitlines() or ["no output"])[-1]
-        raise UnavailableError(
-            f"the measurement failed: {last}", fix="check that torch imports: python -c 'import torch'"
-        )
-    probe = Probe(**json.loads(child.stdout))
+def keep(probe: Probe, file: Path | None = None) -> None:
+    """Keep a measurement, so that a reader sees all of it or what was there before."""
     file = file or path()
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(asdict(probe), indent=1), encoding="utf-8")
     part.replace(file)
-    return probe
 
 
 def _best(work: Callable[[], object], *, seconds: float = 1.5, at_least: int = 3) -> float:
@@ -107,7 +85,7 @@ def _best(work: Callable[[], object], *, seconds: float = 1.5, at_least: int = 3
     return min(times)
 
 
-def _run() -> Probe:
+def _measure() -> Probe:
     """Measure, in this process."""
     import torch
 
@@ -134,4 +112,4 @@ def _run() -> Probe:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(asdict(_run())))
+    sys.stdout.write(json.dumps(asdict(_measure())))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,16 +121,16 @@ def test_calibration_under_load_is_told(home):
 
 
 def test_failed_measurement_says_why(monkeypatch, tmp_path):
-    monkeypatch.setattr(probe.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(UnavailableError, match="the measurement failed"):
-        probe.measure(tmp_path / "calibration.json")
+        doctor.calibrate(tmp_path / "calibration.json")
     assert not list(tmp_path.glob("*"))
 
 
 @pytest.mark.slow
 def test_measurement_is_plausible(tmp_path: Path):
     file = tmp_path / "deep" / "calibration.json"
-    measured = probe.measure(file)
+    measured = doctor.calibrate(file)
     assert 0.5 < measured.bandwidth_gb_s < 2000
     assert 0.001 < measured.fp32_tflops < 100
     assert probe.measured(file) == measured

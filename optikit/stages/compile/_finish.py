@@ -5,13 +5,11 @@ The folder that was written then is copied, its own script is run in the copy, a
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from optikit.process import program, server
+from optikit.process import program, server, variables
 from optikit.stage import EMITTED, Job
 
 MANIFEST = "artifact.json"
@@ -32,25 +30,20 @@ def unpack(job: Job) -> None:
     )
 
 
-def variables(job: Job, more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment of a folder's script: the user's own, and where the model lies."""
-    return {**os.environ, "MODEL": str(job.source.resolve()), **(more or {})}
+def environment(job: Job, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment of a folder's script: what this process may pass on, and where the model lies."""
+    return {**variables.kept(), "MODEL": str(job.source.resolve()), **(more or {})}
 
 
 def script(what: str, command: Sequence[str], job: Job, more: Mapping[str, str] | None = None) -> str:
     """Run a script of the folder in `job.dest`; return the last line that it printed.
 
     Raises:
-        StageFailedError: It failed; its log is quoted.
-        OutOfMemoryError: It was killed.
+        OptikitError: It failed, crashed, or ran out of memory or disk; its log is quoted.
     """
     job.scratch.mkdir(parents=True, exist_ok=True)
     log = job.scratch / LOG
-    with log.open("w", encoding="utf-8") as kept:
-        done = subprocess.run(
-            command, stdout=kept, stderr=subprocess.STDOUT, cwd=job.dest, env=variables(job, more), check=False
-        )
-    program.require_success(what, done.returncode, log)
+    program.perform(what, command, log=log, environ=environment(job, more), directory=job.dest)
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1] if lines else ""
 
@@ -63,7 +56,7 @@ def asked(serve: Sequence[str], ask: Sequence[str], job: Job, more: Mapping[str,
     """
     job.scratch.mkdir(parents=True, exist_ok=True)
     log = job.scratch / "server.log"
-    with server.running(serve, variables=variables(job, more), log=log, directory=job.dest):
+    with server.running("the server", serve, environ=environment(job, more), log=log, directory=job.dest):
         return script("asking the server", ask, job, more)
 
 

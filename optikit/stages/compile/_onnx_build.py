@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from collections.abc import Sequence
-from typing import IO, TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from optikit.process.program import environment, program, require_success, trial
+from optikit.process import child, program
 
 if TYPE_CHECKING:
     from optikit.stage import Job
@@ -30,28 +29,26 @@ def build(job: Job, precision: str, extra: Sequence[str], layers: int, provider:
         provider: Execution provider that will run the graph.
 
     Raises:
-        StageFailedError: It failed; the message ends with its own last words.
-        OutOfMemoryError: It was killed.
+        OptikitError: It failed, crashed, or ran out of memory or disk; the message ends with its own last words.
     """
     job.scratch.mkdir(parents=True, exist_ok=True)
     cache = job.scratch / "builder"
     shutil.rmtree(cache, ignore_errors=True)
-    command = [*program(BUILDER), "-i", str(job.source.resolve()), "-o", str(job.dest.resolve())]
+    command = [*program.module(BUILDER), "-i", str(job.source.resolve()), "-o", str(job.dest.resolve())]
     command += ["-p", precision, "-e", provider, "-c", str(cache.resolve())]
     command += ["--extra_options", *extra, "hf_token=false", "hf_remote=false"]
     log = job.scratch / LOG
-    with log.open("w", encoding="utf-8") as kept:
-        child = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(job), cwd=job.scratch
-        )
-        with child:
-            for line in cast("IO[str]", child.stdout):
-                kept.write(line)
-                if found := _LAYER.match(line):
-                    job.progress(int(found[1]) + 1, layers, "block")
-    require_success("onnxruntime-genai's builder", child.returncode, log)
+    lines = child.NewLines(log)
+
+    def count_blocks() -> None:
+        for line in lines.read():
+            if found := _LAYER.match(line):
+                job.progress(int(found[1]) + 1, layers, "block")
+
+    what, environ = "onnxruntime-genai's builder", program.environment(job)
+    program.perform(what, command, log=log, environ=environ, directory=job.scratch, between=count_blocks)
 
 
 def decode(job: Job, tokens: int) -> str:
-    """Let onnxruntime-genai decode from `job.dest`; see `_child.trial`."""
-    return trial("decoding with onnxruntime-genai", TRIAL, job, str(tokens))
+    """Let onnxruntime-genai decode from `job.dest`; see `program.trial`."""
+    return program.trial("decoding with onnxruntime-genai", TRIAL, job, str(tokens))

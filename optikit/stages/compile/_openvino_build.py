@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from optikit.errors import StageFailedError
 from optikit.models.reader import read
-from optikit.process.program import trial
+from optikit.process import program
 
 if TYPE_CHECKING:
     from optikit.stage import Calibration, Job
@@ -100,15 +100,15 @@ def _convert_tokenizer(tokenizer: Any, dest: Path) -> None:
 
 
 def decode(job: Job, tokens: int) -> str:
-    """Let openvino-genai decode from `job.dest`; see `_child.trial`. On some processors it ends by a signal.
+    """Let openvino-genai decode from `job.dest`; see `program.trial`. On some processors it ends by a signal.
 
     Raises:
         StageFailedError: It crashed or refused.
     """
     try:
-        return trial("decoding with openvino-genai", TRIAL, job, str(tokens), str(job.threads))
+        return program.trial("decoding with openvino-genai", TRIAL, job, str(tokens), str(job.threads))
     except StageFailedError as error:
-        if "was ended by signal" not in str(error):
+        if "its process crashed with SIG" not in str(error):
             raise
         message = f"OpenVINO doesn't run on this processor: {error}"
         raise StageFailedError(message, fix="use `compile: {engine: onnxruntime}` on this machine") from error
