@@ -82,9 +82,9 @@ def stage_prompts(context: Context, index: int) -> TextSource | None:
 
 def _speculation(context: Context, index: int, speculator: Step, result: Step, baseline: str) -> Step:
     stage = context.stage("measure", "speculation")
-    names = ("tune", "chat", "new_tokens", "remember", "template", "prompt_tokens", "judged_part")
+    names = ("tune", "chat", "new_tokens", "datastore_answers", "template", "prompt_tokens", "eval_part")
     wanted = {name: getattr(speculator.options, name) for name in names}
-    wanted["prompts"] = getattr(speculator.options, "judged")  # noqa: B009 - the options of any stage of this verb
+    wanted["prompts"] = getattr(speculator.options, "eval_prompts")  # noqa: B009 - the options of any stage of this verb
     options = stage.Options.model_validate({"runtime": runtime(result), **wanted})
     prompts = stage_prompts(context, index)
     files = {"prompts": str(prompts.path)} if prompts else {}
@@ -122,7 +122,7 @@ def quality_options(engine: str, wanted: PerplexityOptions) -> dict[str, Any]:
 
 def tasks_options(engine: str, wanted: Sequence[TaskOptions]) -> dict[str, Any]:
     """Return options of `measure tasks`."""
-    fields = {"name", "items", "most_tokens", "stop"}
+    fields = {"name", "items", "max_tokens", "stop"}
     return _loaded(engine) | {"tasks": [task.model_dump(include=fields) for task in wanted]}
 
 
