@@ -303,10 +303,16 @@ class _Run:
         found = dict(self.task.validate())
         seen = self.history.validation
         seen.append(found)
-        if self.settings.keep == "best" and (len(seen) == 1 or found["score"] > seen[self.history.best]["score"]):
+        if self.settings.keep == "best" and self._improved():
             self.history.best = len(seen) - 1
             self.best = {name: each.detach().cpu().clone() for name, each in self.task.parameters.items()}
         return found
+
+    def _improved(self) -> bool:
+        """Return whether the newest validation is the best; the start is not, if trained weights are as good."""
+        *before, newest = (each["score"] for each in self.history.validation)
+        best = self.history.best
+        return not before or newest > before[best] or (best == 0 and newest == before[0])
 
     def _close_epoch(self, scalar: Callable[[str, float, int], None]) -> None:
         epochs = self.history.epoch_losses

@@ -165,6 +165,7 @@ BEST = Settings(budget=("epochs", 5), batch=12, learning_rate=0.1, keep="best", 
         ([1, 2, 3, 4, 5, 6], 5, 5, ""),
         ([1, 3, 2, 3, 9, 9], 1, 3, "patience"),
         ([5, 4, 3, 9, 9, 9], 0, 2, "patience"),
+        ([5, 5, 5, 5, 9, 9], 1, 3, "patience"),
         ([1, math.nan, 2, math.nan, 3, math.nan], 4, 5, ""),
     ],
 )
