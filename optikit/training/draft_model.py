@@ -1,7 +1,7 @@
 """Make a draft model of a target: leave out most of its blocks, then train the rest towards what the target predicts.
 
 Paper   Leviathan et al. 2023, arXiv:2211.17192 (drafts); Kim et al. 2023, arXiv:2310.02157 and Zhou et al. 2024,
-        arXiv:2310.08461 (DistillSpec): distilled on the target's own text a draft is accepted more often
+        arXiv:2310.08461 (DistillSpec): distilled on text that the target generates, a draft is accepted more
 Cost    three forward passes of the draft per token and epoch; 16 bytes per trained weight
 Differs the target's predictions come from its kept states, so it doesn't run again; both are compared on the part of
         the vocabulary that it writes most; embedding, last norm and head stay the target's

@@ -1,6 +1,6 @@
 """A draft model writes ahead, and the model checks: a small model of the same vocabulary, given, or made of this one.
 
-Paper   Leviathan et al. 2023, arXiv:2211.17192; distilled on the target's own text: Zhou et al. 2024, arXiv:2310.08461
+Paper   Leviathan et al. 2023, arXiv:2211.17192; distilled on self-generated text: Zhou et al. 2024, arXiv:2310.08461
 Helps   large models with a small relative; servers that know drafts but no Medusa heads
 Hurts   small models: a draft that agrees often costs a large part of what it saves; where measuring shows no gain it
         isn't asked

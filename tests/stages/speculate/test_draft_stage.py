@@ -208,3 +208,8 @@ def test_what_cannot_work_is_said_before(target, options, codes):
 def test_a_draft_is_given_or_made():
     with pytest.raises(ValidationError, match="not both"):
         draft.Options(model="small", make={"layers": 2})
+
+
+def test_two_budgets_are_refused():
+    with pytest.raises(ValidationError, match="give one of epochs, steps, not epochs and steps"):
+        draft.Make(steps=3, epochs=2)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from optikit import runtime, targets
@@ -261,3 +262,8 @@ def test_bad_numbers_in_the_model_stop_the_training(tiny_llama, prompts, tmp_pat
 def test_what_cannot_work_is_said_before(tiny_llama, options, codes):
     found = medusa.check(medusa.Options(**options), read(tiny_llama), targets.find("cpu"))
     assert [problem.code for problem in found] == codes
+
+
+def test_two_budgets_are_refused():
+    with pytest.raises(ValidationError, match="give one of epochs, steps, not epochs and steps"):
+        medusa.Options(steps=3, epochs=2)
