@@ -1,4 +1,8 @@
-"""DOCSTRING optikit.algorithms.losses."""
+"""Losses that training descends: of the next token, of a teacher's predictions, of Medusa heads, and of both at once.
+
+Papers: distillation, Hinton et al. 2015, arXiv:1503.02531; joint training, Cai et al. 2024, arXiv:2401.10774, section
+2.2.2.
+"""
 
 from __future__ import annotations
 

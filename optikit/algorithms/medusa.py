@@ -153,8 +153,8 @@ class MedusaHeads(nn.Module):
         """Return the row of the output layers that stands for each token, `IGNORED` where none does."""
         if self.token_ids is None:
             return targets
-        row = torch.full((self.vocab,), IGNORED, dtype=torch.int64)
-        row[self.token_ids] = torch.arange(len(self.token_ids))
+        row = torch.full((self.vocab,), IGNORED, dtype=torch.int64, device=targets.device)
+        row[self.token_ids] = torch.arange(len(self.token_ids), device=targets.device)
         return torch.where(targets == IGNORED, IGNORED, row[targets.clamp(min=0)])
 
     @torch.inference_mode()
@@ -278,12 +278,14 @@ def accuracy(
         batch: Positions at once.
     """
     known = torch.nonzero((targets != IGNORED).all(dim=1)).flatten()
-    top = min(5, heads.outputs[0].shape[0])
+    output = heads.outputs[0]
+    top = min(5, len(output))
     hits = []
     for part in torch.split(known, batch):
-        rows = heads.to_output_rows(targets[part])
-        best = heads(hidden[part].float(), None if before is None else before[part]).topk(top, dim=-1).indices
-        hits.append(best == rows[..., None])
+        rows = heads.to_output_rows(targets[part].to(output.device))
+        seen = None if before is None else before[part].to(output.device)
+        best = heads(hidden[part].to(output.device).float(), seen).topk(top, dim=-1).indices
+        hits.append((best == rows[..., None]).cpu())
     found = torch.cat(hits) if hits else torch.zeros(0, heads.heads, top, dtype=torch.bool)
     first = found[..., 0]
     share = [first, found.any(-1), first.cumprod(1)]

@@ -145,11 +145,11 @@ def answer(
     tokenizer: Tokenizer,
     item: Question | Query,
     *,
-    most_tokens: int = 64,
+    max_tokens: int = 64,
     stop: Sequence[str] = ("\n",),
     end_tokens: frozenset[int] = frozenset(),
 ) -> Answered:
-    """Write greedily until a stop text, an end token, or `most_tokens`; right if one of the answers is what came.
+    """Write greedily until a stop text, an end token, or `max_tokens`; right if one of the answers is what came.
 
     Blanks are compared loosely (ends stripped, runs as one), letters exactly. A query is right if it returns the rows
     of the right one.
@@ -158,10 +158,10 @@ def answer(
         InputMissingError: Prompt and answer together exceed the model's context, or an item's own SQL fails.
     """
     prompt = list(tokenizer.encode(item.prompt))
-    _require_fit(decoder, len(prompt) + most_tokens, item.id)
+    _require_fit(decoder, len(prompt) + max_tokens, item.id)
     written: list[int] = []
     text = ""
-    for token in decoder.greedy(np.array(prompt, np.int64), most_tokens):
+    for token in decoder.greedy(np.array(prompt, np.int64), max_tokens):
         if token in end_tokens:
             break
         written.append(token)
@@ -182,11 +182,11 @@ def _is_right(item: Question | Query, text: str) -> bool:
         raise InputMissingError(f"item {item.id}: {error}", fix="correct its `schema` and `answer`") from error
 
 
-def tokens_needed(tokenizer: Tokenizer, item: Item, most_tokens: int) -> int:
+def tokens_needed(tokenizer: Tokenizer, item: Item, max_tokens: int) -> int:
     """Return how many tokens of context an item takes."""
     if isinstance(item, Choice):
         return 1 + max(len(tokenizer.encode(f"{item.prompt}{DELIMITER}{choice}")) for choice in item.choices)
-    return len(tokenizer.encode(item.prompt)) + most_tokens
+    return len(tokenizer.encode(item.prompt)) + max_tokens
 
 
 def _normal(text: str) -> str:

@@ -147,11 +147,11 @@ def divided(
     by: Tokenizer,
     encode_prompt: Callable[[str], NDArray[np.int64]],
     *,
-    judged: int,
+    eval_prompts: int,
     template: str,
     length: int,
     seed: int,
-    judged_part: tuple[float, float] = (0.0, 1.0),
+    eval_part: tuple[float, float] = (0.0, 1.0),
 ) -> Division:
     """Divide all prompts of a file: what learns from the others has never seen those that judge.
 
@@ -159,11 +159,11 @@ def divided(
         path: JSON Lines, a JSON array, or prose, whose passages don't overlap.
         by: Cuts prose into passages.
         encode_prompt: Encodes a prompt, with a chat's markup where that is wanted.
-        judged: Prompts to judge on; two thirds of all at most.
+        eval_prompts: Prompts to evaluate on; two thirds of all at most.
         template: As in `prompt_fields`.
         length: Tokens of a passage.
         seed: Decides which are which.
-        judged_part: Share of the file, by prompts, that those which judge are drawn from; the others then come from
+        eval_part: Share of the file, by prompts, that those which judge are drawn from; the others then come from
             the rest of it only.
 
     Raises:
@@ -182,13 +182,13 @@ def divided(
         message = f"{path} has {known} prompts; {FEWEST_PROMPTS} are needed"
         raise InputMissingError(message, fix="give more prompts: half of them choose, the other half judge")
     order = np.random.default_rng(seed).permutation(known)[:MOST_PROMPTS]
-    first, last = (int(known * edge) for edge in judged_part)
+    first, last = (int(known * edge) for edge in eval_part)
     inside = order[(order >= first) & (order < last)]
     apart = len(inside) < len(order)
     if len(inside) < FEWEST_PROMPTS:
-        message = f"{len(inside)} of the {known} prompts of {path} are in judged_part {list(judged_part)}"
+        message = f"{len(inside)} of the {known} prompts of {path} are in eval_part {list(eval_part)}"
         raise InputMissingError(message, fix=f"widen it: {FEWEST_PROMPTS} are needed")
-    count = min(judged, len(inside) if apart else max(FEWEST_PROMPTS, 2 * len(order) // 3))
+    count = min(eval_prompts, len(inside) if apart else max(FEWEST_PROMPTS, 2 * len(order) // 3))
     others = order[(order < first) | (order >= last)] if apart else order[count:]
 
     def encoded(index: int) -> NDArray[np.int64]:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 import torch
 from safetensors.torch import save_file
@@ -131,13 +131,34 @@ class Checkpoint:
         return read_entry(self.entries[name])
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors to a file that appears only when it is complete and on disk."""
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors to a file that appears only when it is complete and on disk; equal tensors make equal bytes.
+
+    Args:
+        path: Where.
+        tensors: By name.
+        metadata: What the header says beside the format.
+    """
     partial = path.with_name(path.name + ".part")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, {"format": "pt"})
-    with partial.open("rb") as file:
+    values = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    save_file(values, partial, {"format": "pt", **(metadata or {})})
+    with partial.open("r+b") as file:
+        _sort_metadata(file)
+        file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def _sort_metadata(file: BinaryIO) -> None:
+    """Bring the metadata of a safetensors file in order: safetensors writes them as its hash table has them."""
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(size))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(text) > size:
+        raise IntegrityError(f"a header of {size} bytes became one of {len(text)}", fix="report this")
+    file.seek(8)
+    file.write(text.ljust(size))
 
 
 def _shards(entries: Mapping[str, Entry], limit: int) -> list[list[str]]:

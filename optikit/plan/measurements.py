@@ -56,7 +56,7 @@ def quality_options(engine: str, wanted: PerplexityOptions) -> dict[str, Any]:
 
 def tasks_options(engine: str, wanted: Sequence[TaskOptions]) -> dict[str, Any]:
     """Return options of `measure tasks`."""
-    fields = {"name", "items", "most_tokens", "stop"}
+    fields = {"name", "items", "max_tokens", "stop"}
     return _loaded(engine) | {"tasks": [task.model_dump(include=fields) for task in wanted]}
 
 

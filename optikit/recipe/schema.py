@@ -131,7 +131,7 @@ class TaskOptions(Text):
     """What to call it in the report."""
     items: int = Field(default=200, ge=2, le=100000)
     """Number of items, from the start of the file; fewer where it has fewer. Part of the protocol's name."""
-    most_tokens: int = Field(default=64, ge=1, le=65536)
+    max_tokens: int = Field(default=64, ge=1, le=65536)
     """Longest answer, in tokens, where one is written."""
     stop: tuple[str, ...] = ("\n",)
     """Texts that end a written answer."""

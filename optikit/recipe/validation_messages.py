@@ -109,10 +109,20 @@ def _problem(details: ErrorDetails, loc: Loc, schema: dict[str, Any]) -> Problem
 Sentence = tuple[str, str, str]
 """Code, message, fix."""
 
+RENAMED = {
+    "judged": "eval_prompts",
+    "judged_part": "eval_part",
+    "remember": "datastore_answers",
+    "most_tokens": "max_tokens",
+}
+"""Keys that were called otherwise in earlier versions."""
+
 
 def _unknown_key(finding: _Finding) -> Sentence:
     known = schema_at(finding.schema, finding.loc[:-1]).get("properties", {})
     name = str(finding.loc[-1])
+    if (today := RENAMED.get(name)) in known:
+        return "unknown-key", f"unknown key {name!r}", f"it is called {today!r} now"
     return "unknown-key", f"unknown key {name!r}", did_you_mean(name, known) or "remove it"
 
 

@@ -6,12 +6,10 @@ block by block. Arithmetic is bfloat16 where the processor multiplies that in ha
 
 from __future__ import annotations
 
-import json
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib.util import find_spec
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +26,10 @@ from optikit.errors import StageFailedError
 from optikit.formats.checkpoint import Checkpoint, locate, read_entry, save_tensors
 from optikit.formats.directory import write_model
 from optikit.stage import Job
-from optikit.training.loop import Observer, Settings, train
+from optikit.training.loop import History, Settings, Task, train, write_log
 
-CHECKPOINT, TRAINED, TENSORBOARD = "training.pt", "trained.safetensors", "tensorboard"
-"""What lies in scratch: the newest checkpoint, the weights to be written, and, if tensorboard is installed, its log."""
-LOG = "training.jsonl"
-"""Left in the artifact: the loss of every step."""
+TRAINED = "trained.safetensors"
+"""The weights to be written, in scratch."""
 HELD_OUT = 4
 """Windows that are not trained on: the loss on them is told before and after."""
 WRITTEN_TOGETHER = 16
@@ -69,7 +65,7 @@ class Teaching:
 
     Attributes:
         temperature: Softens both predictions.
-        prompt: Tokens of each calibration window that the teacher continues in its own words; 0 takes the text itself.
+        prompt: Tokens of each calibration window that the teacher continues itself; 0 takes the text itself.
     """
 
     temperature: float
@@ -149,29 +145,26 @@ def finetune(job: Job, student: Student, settings: Settings, teaching: Teaching 
     torch.set_num_threads(job.threads)
     dtype = compute_dtype(job.device)
     teacher = load(job, job.inputs["teacher"], dtype) if teaching else None
-    text = draw(job, settings.steps * settings.batch)
+    steps, text = draw(job, settings)
     if teacher is not None and teaching is not None and teaching.prompt:
-        text = own_words(job, teacher, text, teaching.prompt)
+        text = self_generated_windows(job, teacher, text, teaching.prompt)
     loss = _loss(job, student.model, teacher, teaching.temperature if teaching else 1.0)
-    before = mean_loss(loss, text[-HELD_OUT:])
-    with live(job, settings.steps) as observe:
-        history = train(
-            student.parameters,
-            text[:-HELD_OUT],
-            loss,
-            settings,
-            checkpoint=job.scratch / CHECKPOINT,
-            pruned=student.pruned,
-            observe=observe,
-        )
-    after = mean_loss(loss, text[-HELD_OUT:])
+    learning, held = text[:-HELD_OUT], text[-HELD_OUT:]
+    task = Task(
+        parameters=student.parameters,
+        items=torch.arange(len(learning)),
+        shuffled=False,  # drawing has done it
+        step=lambda items: (loss(learning[item][None]) / len(items) for item in items),
+        validate=lambda: {"score": -(found := mean_loss(loss, held)), "loss": found},
+        pruned=student.pruned,
+    )
+    history = train(task, replace(settings, budget=("steps", steps)), job)
     written = write(job, student.weights())
-    keep_log(job, ({"step": step, "loss": value} for step, value in enumerate(history.losses)))
+    write_log(job.dest, history.rows())
     return {
-        "steps": len(history.losses),
-        "tokens": len(history.losses) * settings.batch * calibration.length,
-        "held_out_loss_before": round(before, 4),
-        "held_out_loss_after": round(after, 4),
+        "steps": history.steps,
+        "tokens": history.steps * settings.batch * calibration.length,
+        **held_out(history),
         "losses": curve(history.losses),
         "stopped": history.stopped,
         **written,
@@ -179,28 +172,42 @@ def finetune(job: Job, student: Student, settings: Settings, teaching: Teaching 
     }
 
 
-def draw(job: Job, wanted: int) -> Tensor:
-    """Return windows to train on, shuffled, and after them the held-out ones, which are the end of the text.
+def held_out(history: History) -> dict[str, float]:
+    """Return the loss on held-out windows before and after."""
+    first, last = (round(history.validation[at]["loss"], 4) for at in (0, -1))
+    return {"held_out_loss_before": first, "held_out_loss_after": last}
+
+
+def draw(job: Job, settings: Settings) -> tuple[int, Tensor]:
+    """Return windows to train on, in the order in which they are seen, and after them the held-out ones.
+
+    An epoch is `samples` windows of the calibration text; for any other budget, all windows are different ones, drawn
+    from all of the text. Those held out are its end.
 
     Args:
         job: Whose calibration text.
-        wanted: Windows to train on.
+        settings: How much.
 
     Returns:
-        (wanted + HELD_OUT, tokens) int64.
+        The steps of the budget; (steps · batch + HELD_OUT, tokens) int64.
 
     Raises:
         StageFailedError: No calibration text, or less than a window of it.
     """
     calibration = job.calibrated()
+    steps = settings.steps(calibration.samples, calibration.length)
+    wanted = steps * settings.batch
+    different = calibration.samples if settings.budget[0] == "epochs" else wanted
     drawn = calibration_set.draw(
-        job.source, calibration.text, samples=wanted + HELD_OUT, length=calibration.length, seed=job.seed
+        job.source, calibration.text, samples=different + HELD_OUT, length=calibration.length, seed=job.seed
     )
-    order = torch.randperm(wanted, generator=torch.Generator().manual_seed(job.seed))
-    return torch.cat([drawn[:wanted][order], drawn[wanted:]])
+    seeds = (job.seed + 1_000_003 * epoch for epoch in range(math.ceil(wanted / different)))
+    generators = (torch.Generator().manual_seed(seed) for seed in seeds)
+    order = torch.cat([torch.randperm(different, generator=each) for each in generators])[:wanted]
+    return steps, torch.cat([drawn[order], drawn[different:]])
 
 
-def own_words(job: Job, teacher: nn.Module, text: Tensor, prompt: int) -> Tensor:
+def self_generated_windows(job: Job, teacher: nn.Module, text: Tensor, prompt: int) -> Tensor:
     """Return windows that begin as those of a text and go on as the teacher would: sampled from its predictions."""
     wanted = text.shape[1] - prompt
     config = GenerationConfig(
@@ -208,7 +215,7 @@ def own_words(job: Job, teacher: nn.Module, text: Tensor, prompt: int) -> Tensor
     )
     written = []
     for index, batch in enumerate(torch.split(text, WRITTEN_TOGETHER)):
-        kept = job.scratch / f"own-{index:05}.safetensors"
+        kept = job.scratch / f"self-generated-{index:05}.safetensors"
         if not kept.exists():  # else a killed run came so far
             torch.manual_seed(job.seed * 1_000_003 + index)
             begun = batch[:, :prompt].to(job.device)
@@ -249,33 +256,6 @@ def mean_loss(loss: Loss, text: Tensor) -> float:
 def curve(losses: Sequence[float]) -> list[float]:
     """Return about `CURVE` of a training's losses, rounded."""
     return [round(value, 4) for value in losses[:: max(1, len(losses) // CURVE)]]
-
-
-def keep_log(job: Job, steps: Iterable[Mapping[str, Any]]) -> None:
-    """Leave a line of JSON per step beside the weights."""
-    (job.dest / LOG).write_text("".join(json.dumps(step) + "\n" for step in steps), encoding="utf-8")
-
-
-@contextmanager
-def live(job: Job, steps: int) -> Iterator[Observer]:
-    """Yield who tells of every step while it runs: the progress, and a log for TensorBoard if that is installed."""
-    board: Any = None
-    if find_spec("tensorboard"):
-        from torch.utils.tensorboard import SummaryWriter
-
-        board = SummaryWriter(job.scratch / TENSORBOARD)
-
-    def observe(told: Mapping[str, float]) -> None:
-        step = int(told["step"])
-        for name in ("loss", "learning_rate", "gradient_norm") if board else ():
-            board.add_scalar(name, told[name], step)
-        job.progress(step + 1, steps, "step")
-
-    try:
-        yield observe
-    finally:
-        if board:
-            board.close()
 
 
 def write(job: Job, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ predictions, which the trained ones are held to, need no second model in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,22 +22,9 @@ from optikit.errors import StageFailedError
 from optikit.formats.checkpoint import save_tensors
 from optikit.formats.medusa import HEADS_START, tensors_of
 from optikit.stage import Job
-from optikit.training.finetune import (
-    CHECKPOINT,
-    HELD_OUT,
-    Student,
-    curve,
-    draw,
-    keep_log,
-    live,
-    mean_loss,
-    own_words,
-    write,
-)
-from optikit.training.loop import History, Observer, Settings, train
+from optikit.training.finetune import HELD_OUT, Student, curve, draw, held_out, mean_loss, self_generated_windows, write
+from optikit.training.loop import History, Settings, Task, train, write_log
 
-ALONE = f"alone-{CHECKPOINT}"
-"""Checkpoint of the first stage, in scratch."""
 AT_ONCE = 256
 """Positions whose heads are measured at once: each head has a row of logits per position."""
 
@@ -53,7 +40,7 @@ class Course:
         faster: Multiple of the backbone's learning rate with which heads learn.
         weight: λ0.
         own: The backbone's aim is what it predicted before; else the next token of the text.
-        prompt: Tokens of each window that the model continues in its own words; 0 takes the text itself.
+        prompt: Tokens of each window that the model continues itself; 0 takes the text itself.
     """
 
     heads: int
@@ -163,7 +150,7 @@ def train_jointly(job: Job, student: Student, settings: Settings, course: Course
 
     Args:
         job: The job.
-        student: A model with low-rank adapters: `finetuning.adapted`.
+        student: A model with low-rank adapters: `finetune.adapted`.
         settings: How long, and how fast the backbone learns.
         course: What else.
 
@@ -177,32 +164,30 @@ def train_jointly(job: Job, student: Student, settings: Settings, course: Course
     """
     torch.set_num_threads(job.threads)
     pair = _Pair(job, student.model, course)
-    alone = min(round(course.alone * settings.steps), settings.steps - 1)
-    text = draw(job, settings.steps * settings.batch)
+    steps, text = draw(job, settings)
     if course.prompt:
         with pair.unchanged():
-            text = own_words(job, student.model, text, course.prompt)
-    held, first = text[-HELD_OUT:], alone * settings.batch
-    before, guessed = mean_loss(pair.next_token, held), {"untrained": pair.guessed(held)}
-    with live(job, settings.steps) as observe:
-        warmed = _alone(job, pair, text[:first], replace(settings, steps=alone), course, observe)
-        guessed["alone"] = pair.guessed(held)
-        rest = replace(settings, steps=settings.steps - alone)
-        history = _together(job, pair, student, text[first:-HELD_OUT], rest, course, _later(observe, alone))
-    guessed["together"] = pair.guessed(held)
-    after, moved = mean_loss(pair.next_token, held), mean_loss(pair.moved, held)
+            text = self_generated_windows(job, student.model, text, course.prompt)
+    learning, held = text[:-HELD_OUT], text[-HELD_OUT:]
+    alone = min(round(course.alone * steps), steps - 1)
+    first = alone * settings.batch
+    warmed = _alone(
+        _part(job, 0, steps), pair, learning[:first], held, replace(settings, budget=("steps", alone)), course
+    )
+    rest = replace(settings, budget=("steps", steps - alone))
+    history = _together(_part(job, alone, steps), pair, student, learning[first:], held, rest, course)
     written = write(job, student.weights())
     save_tensors(job.dest / HEADS_START, tensors_of(pair.heads))
-    told = [*(("alone", loss) for loss in warmed.losses), *(("together", loss) for loss in history.losses)]
-    keep_log(job, ({"step": step, "stage": name, "loss": loss} for step, (name, loss) in enumerate(told)))
+    told = [("alone", row) for row in warmed.rows()] + [("together", row) for row in history.rows()]
+    write_log(job.dest, ({**row, "step": step, "stage": name} for step, (name, row) in enumerate(told)))
+    untrained, after = warmed.validation[0]["heads"], history.validation[-1]
     return {
         "steps": len(told),
-        "steps_alone": len(warmed.losses),
+        "steps_alone": warmed.steps,
         "tokens": len(told) * settings.batch * text.shape[1],
-        "held_out_loss_before": round(before, 4),
-        "held_out_loss_after": round(after, 4),
-        "held_out_divergence": round(moved, 4),
-        "heads": guessed,
+        **held_out(history),
+        "held_out_divergence": round(after["moved"], 4),
+        "heads": {"untrained": untrained, "alone": warmed.validation[-1]["heads"], "together": after["heads"]},
         "losses_alone": curve(warmed.losses),
         "losses": curve(history.losses),
         "stopped": history.stopped,
@@ -211,14 +196,31 @@ def train_jointly(job: Job, student: Student, settings: Settings, course: Course
     }
 
 
-def _alone(job: Job, pair: _Pair, text: Tensor, settings: Settings, course: Course, observe: Observer) -> History:
+def _part(job: Job, begin: int, steps: int) -> Job:
+    """Return a job whose training is a part of one of so many steps."""
+    return replace(job, progress=lambda done, _total, what: job.progress(begin + done, steps, what))
+
+
+def _alone(job: Job, pair: _Pair, text: Tensor, held: Tensor, settings: Settings, course: Course) -> History:
     """Train heads on the model as it was.
 
     Raises:
         StageFailedError: It met a bad number.
     """
+
+    def validate() -> dict[str, Any]:
+        found = pair.guessed(held)
+        return {"score": found["tokens_per_step"], "heads": found}
+
+    task = Task(
+        parameters=_trained(pair.heads),
+        items=torch.arange(len(text)),
+        shuffled=False,
+        step=lambda items: (pair.alone(text[item][None]) / len(items) for item in items),
+        validate=validate,
+    )
     settings = replace(settings, learning_rate=settings.learning_rate * course.faster)
-    history = train(_trained(pair.heads), text, pair.alone, settings, checkpoint=job.scratch / ALONE, observe=observe)
+    history = train(task, settings, job, name="training-alone")
     if history.stopped:
         message = f"heads met {history.stopped} while they learned alone: the model is as it was"
         raise StageFailedError(message, fix="lower faster or learning_rate")
@@ -226,29 +228,25 @@ def _alone(job: Job, pair: _Pair, text: Tensor, settings: Settings, course: Cour
 
 
 def _together(
-    job: Job, pair: _Pair, student: Student, text: Tensor, settings: Settings, course: Course, observe: Observer
+    job: Job, pair: _Pair, student: Student, text: Tensor, held: Tensor, settings: Settings, course: Course
 ) -> History:
     heads = {f"heads.{name}": each for name, each in _trained(pair.heads).items()}
-    return train(
-        {**student.parameters, **heads},
-        text,
-        pair.both,
-        settings,
-        checkpoint=job.scratch / CHECKPOINT,
+
+    def validate() -> dict[str, Any]:
+        guessed, loss, moved = pair.guessed(held), mean_loss(pair.next_token, held), mean_loss(pair.moved, held)
+        return {"score": guessed["tokens_per_step"], "loss": loss, "moved": moved, "heads": guessed}
+
+    task = Task(
+        parameters={**student.parameters, **heads},
+        items=torch.arange(len(text)),
+        shuffled=False,
+        step=lambda items: (pair.both(text[item][None]) / len(items) for item in items),
+        validate=validate,
         pruned=student.pruned,
         faster=dict.fromkeys(heads, course.faster),
-        observe=observe,
     )
+    return train(task, settings, job)
 
 
 def _trained(heads: MedusaHeads) -> dict[str, nn.Parameter]:
     return {name: each for name, each in heads.named_parameters() if each.requires_grad}
-
-
-def _later(observe: Observer, steps: int) -> Observer:
-    """Return an observer of a training that goes on after so many steps."""
-
-    def tell(told: Mapping[str, float]) -> None:
-        observe({**told, "step": told["step"] + steps})
-
-    return tell

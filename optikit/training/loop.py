@@ -1,33 +1,42 @@
-"""Train weights for a bounded number of steps: resumable to the byte, and it stops at the first bad number.
+"""The one training loop: everything that learns by gradient steps goes through it.
 
-What is trained, on what, and towards what is the caller's: a loss per batch, and a list of parameters. Zeros that a
-pruning left stay zeros, because masks are applied after every step. A batch is a few windows, each with its own
-backward pass, so that the logits of one window are all that is ever in memory.
+A caller says what is trained, on what, and towards what (`Task`), and how long and how fast (`Settings`). The loop
+orders the items, steps the optimizer, validates, keeps the best weights, writes checkpoints, logs every step, and stops
+at the first bad number. A killed run's successor goes on behind the last checkpoint and ends with the same bytes: the
+order of an epoch and the random numbers of a step depend on the seed and their number only.
 
-Papers: AdamW, Loshchilov and Hutter, arXiv:1711.05101; 8-bit moments, Dettmers et al., arXiv:2110.02861;
-distillation, Hinton et al., arXiv:1503.02531.
+Papers: AdamW, Loshchilov and Hutter, arXiv:1711.05101; 8-bit moments, Dettmers et al., arXiv:2110.02861; the warm-up
+and the cosine are transformers' `cosine_warmup_with_min_lr`.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import get_scheduler
 
 from optikit.errors import StageFailedError
+from optikit.stage import Job
 
 CHECKPOINTS = 20
-"""Checkpoints of one training: a killed run loses at most a twentieth."""
-CLIP = 1.0
-"""Largest norm of a step's gradient; larger ones are scaled down to it."""
+"""Checkpoints of one training, those behind epochs aside: a killed run loses at most a twentieth."""
+TENSORBOARD = "tensorboard"
+"""Folder in scratch with a log for TensorBoard, if that is installed."""
+LOG = "training.jsonl"
+"""Left in the artifact: a line of JSON per step."""
 
-Observer = Callable[[Mapping[str, float]], None]
-"""Told about every step: `step`, `loss`, `learning_rate`, `gradient_norm`."""
+Validation = Mapping[str, Any]
+"""What `Task.validate` found, as JSON: `score`, higher is better, and whatever else is told about it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,20 +44,76 @@ class Settings:
     """How to train.
 
     Attributes:
-        steps: Optimizer steps.
-        batch: Windows per step.
-        learning_rate: After the warm-up; falls to a tenth along a cosine.
-        warmup: Share of the steps with a linearly rising rate.
+        budget: How much: optimizer steps, passes over all items, or tokens, in whole steps, at least one.
+        batch: Items per step.
+        learning_rate: After the warm-up.
+        schedule: transformers' name: a tenth of the learning rate remains at the end of the cosine.
+        warmup: Below 1 a share of all steps, else their number; the rate rises linearly meanwhile.
         weight_decay: AdamW's.
+        clip: Largest norm of a step's gradient; larger ones are scaled down to it.
         optimizer: `adamw8bit` keeps its moments in 8 bits.
+        patience: Epochs without a better validation after which training ends; None never ends it.
+        keep: Which weights remain: those that validated best, the untrained start among them, or the last.
     """
 
-    steps: int
+    budget: tuple[Literal["steps", "epochs", "tokens"], int]
     batch: int
     learning_rate: float
+    schedule: Literal["cosine_warmup_with_min_lr", "constant_with_warmup"] = "cosine_warmup_with_min_lr"
     warmup: float = 0.05
     weight_decay: float = 0.0
+    clip: float = 1.0
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    patience: int | None = None
+    keep: Literal["best", "last"] = "last"
+
+    def steps(self, items: int, item_tokens: int = 1) -> int:
+        """Return the optimizer steps of the budget.
+
+        Args:
+            items: Items of an epoch.
+            item_tokens: Tokens of an item.
+        """
+        unit, amount = self.budget
+        if unit == "epochs":
+            return amount * math.ceil(items / self.batch)
+        return amount if unit == "steps" else max(1, amount // (self.batch * item_tokens))
+
+
+SCHEDULE_OPTIONS = {"cosine_warmup_with_min_lr": {"min_lr_rate": 0.1}, "constant_with_warmup": {}}
+"""What transformers is told about a schedule beside the numbers of steps."""
+
+
+def _nothing(_: Tensor) -> dict[str, float]:
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is trained, on what, and towards what.
+
+    Attributes:
+        parameters: What is trained, by name, float32, on the job's device.
+        items: (n,) int64: what an epoch visits; the caller knows what each number stands for.
+        step: Given the (batch,) items of a step, yields parts of its loss, scalars. Each part's gradient is taken
+            before the next is asked for, so that only one part is in memory.
+        shuffled: Visit the items of each epoch in an order of its own; else as they are.
+        item_tokens: Tokens of an item, for a budget in tokens.
+        validate: Measures the weights, before the first step and after every epoch.
+        gradients: Given a step's items, returns further numbers to log about the gradients, before they are clipped.
+        pruned: By parameter name, bool of its shape: elements that stay zero.
+        faster: By parameter name, a multiple of the learning rate; 1 where there is none.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    items: Tensor
+    step: Callable[[Tensor], Iterable[Tensor]]
+    shuffled: bool = True
+    item_tokens: int = 1
+    validate: Callable[[], Validation] | None = None
+    gradients: Callable[[Tensor], Mapping[str, float]] = _nothing
+    pruned: Mapping[str, Tensor] = field(default_factory=dict)
+    faster: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -56,153 +121,278 @@ class History:
     """What became of a training.
 
     Attributes:
-        losses: Mean loss of every step.
-        stopped: Why it ended early; empty if it didn't.
+        log: By name, a number of every step: `loss`, `learning_rate`, `gradient_norm`, and what the task adds.
+        epoch_losses: Mean loss of each epoch; the last one may be a part of one.
+        validation: Of the start, then after each epoch.
+        best: Number of the best validation: 0 is the start, 1 the first epoch.
+        stopped: Why it ended before its budget: `patience`, or the bad number that it met; empty if it didn't.
     """
 
-    losses: list[float] = field(default_factory=list)
+    log: dict[str, list[float]] = field(default_factory=lambda: {"loss": []})
+    epoch_losses: list[float] = field(default_factory=list)
+    validation: list[dict[str, Any]] = field(default_factory=list)
+    best: int = 0
     stopped: str = ""
 
+    @property
+    def losses(self) -> list[float]:
+        """Loss of every step."""
+        return self.log["loss"]
 
-def rate(step: int, settings: Settings) -> float:
-    """Return the learning rate of a step, from 0.
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+        return len(self.losses)
 
-    >>> [round(rate(s, Settings(steps=100, batch=1, learning_rate=1.0, warmup=0.1)), 2) for s in (0, 9, 10, 55, 99)]
-    [0.1, 1.0, 1.0, 0.55, 0.1]
+    def summary(self) -> dict[str, Any]:
+        """Return what a report says of a training in epochs."""
+        return {
+            "steps": self.steps,
+            "epochs": len(self.epoch_losses),
+            "best_epoch": self.best,
+            "stopped": self.stopped or "budget",
+            "losses": self.epoch_losses,
+        }
+
+    def rows(self) -> Iterator[dict[str, float]]:
+        """Yield the numbers of every step."""
+        for step, values in enumerate(zip(*self.log.values(), strict=True)):
+            yield {"step": step, **dict(zip(self.log, values, strict=True))}
+
+
+def write_log(directory: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Leave a line of JSON per step in an artifact."""
+    (directory / LOG).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def train(task: Task, settings: Settings, job: Job, *, name: str = "training") -> History:
+    """Train parameters in place.
+
+    Args:
+        task: What.
+        settings: How.
+        job: Its seed orders the items, its device computes, its scratch folder holds checkpoints, its progress is told.
+        name: Tells the trainings of one job apart.
+
+    Raises:
+        StageFailedError: A bad number before there were any trained weights to keep: before the first epoch was
+            validated if the best are kept, at the first step if the last are. Later, training ends with the weights
+            before that step, and the history says why.
     """
-    rising = math.ceil(settings.warmup * settings.steps)
-    if step < rising:
-        return settings.learning_rate * (step + 1) / rising
-    done = (step - rising) / max(1, settings.steps - rising)
-    return settings.learning_rate * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
+    run = _Run(task, settings, job, job.scratch / f"{name}.pt")
+    run.begin()
+    with _board(job.scratch / TENSORBOARD / name, run.history.steps) as scalar:
+        try:
+            run.finish(scalar)
+        except FloatingPointError as error:
+            run.stop_at(error)
+    if settings.keep == "best":
+        _copy(run.best, task.parameters)
+    return run.history
 
 
 class _Run:
-    """One training: parameters, optimizer, and where it stands."""
+    """One training: optimizer, schedule, and where it stands."""
 
-    def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        pruned: Mapping[str, Tensor],
-        faster: Mapping[str, float],
-        settings: Settings,
-        checkpoint: Path,
-    ) -> None:
-        self.parameters = parameters
-        self.pruned = pruned
+    def __init__(self, task: Task, settings: Settings, job: Job, checkpoint: Path) -> None:
+        self.task = task
         self.settings = settings
+        self.job = job
         self.checkpoint = checkpoint
-        self.optimizer = _adamw(_groups(parameters, faster), settings)
+        self.steps = settings.steps(len(task.items), task.item_tokens)
+        self.per_epoch = max(1, math.ceil(len(task.items) / settings.batch))
+        self.optimizer = _optimizer(_groups(task, settings), settings, job.device)
+        self.schedule = get_scheduler(
+            settings.schedule,
+            self.optimizer,
+            num_warmup_steps=_warmup(settings.warmup, self.steps),
+            num_training_steps=self.steps,
+            scheduler_specific_kwargs=SCHEDULE_OPTIONS[settings.schedule],
+        )
         self.history = History()
+        self.best: dict[str, Tensor] = {}
+        self._order = (-1, task.items)
 
-    def restore(self) -> None:
-        """Continue from the checkpoint, if there is one."""
+    def begin(self) -> None:
+        """Continue from the checkpoint, or validate the start."""
         if not self.checkpoint.is_file():
+            self._validate()
             return
-        state = torch.load(self.checkpoint, weights_only=True)
-        with torch.no_grad():
-            for name, value in state["parameters"].items():
-                self.parameters[name].copy_(value)
+        state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
+        _copy(state["parameters"], self.task.parameters)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.history = History(**state["history"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.best, self.history = state["best"], History(**state["history"])
 
     def save(self) -> None:
         """Write the checkpoint; a reader sees all of it or the one before."""
-        partial = self.checkpoint.with_suffix(".part")
         state = {
-            "parameters": {name: each.detach() for name, each in self.parameters.items()},
+            "parameters": {name: each.detach() for name, each in self.task.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "best": self.best,
             "history": asdict(self.history),
         }
-        torch.save(state, partial)
+        partial = self.checkpoint.with_suffix(".part")
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(self.checkpoint)
 
-    def step(self, windows: Tensor, loss: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Do one optimizer step, unless its numbers are bad.
+    def finish(self, scalar: Callable[[str, float, int], None]) -> None:
+        """Do the steps that are left.
+
+        Args:
+            scalar: Told (name, value, step) of every number.
 
         Raises:
             FloatingPointError: Loss or gradient isn't a number; the weights are as they were.
         """
-        done = len(self.history.losses)
+        every = max(1, self.steps // CHECKPOINTS)
+        while self.history.steps < self.steps and not self.history.stopped:
+            index = self.history.steps
+            told = self.step(self._items(index))
+            for name, value in told.items():
+                self.history.log.setdefault(name, []).append(value)
+                scalar(name, value, index)
+            ended = (index + 1) % self.per_epoch == 0 or index + 1 == self.steps
+            if ended:
+                self._close_epoch(scalar)
+            if ended or (index + 1) % every == 0:
+                self.save()
+            self.job.progress(index + 1, self.steps, "training step")
+
+    def _items(self, index: int) -> Tensor:
+        epoch, place = divmod(index, self.per_epoch)
+        if self.task.shuffled and self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self.job.seed * 1_000_003 + epoch)
+            self._order = epoch, self.task.items[torch.randperm(len(self.task.items), generator=generator)]
+        return self._order[1][place * self.settings.batch : (place + 1) * self.settings.batch]
+
+    def step(self, items: Tensor) -> dict[str, float]:
+        """Do one optimizer step and return its numbers.
+
+        Raises:
+            FloatingPointError: Loss or gradient isn't a number; the weights are as they were.
+        """
+        index = self.history.steps
+        torch.manual_seed(self.job.seed * 1_000_003 + index)
         self.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for window in torch.split(windows, 1):
-            part = loss(window) / len(windows)
-            part.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-            total += float(part.detach())
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), CLIP))
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            raise FloatingPointError(f"loss {total} with a gradient of norm {norm} at step {done}")
-        learning_rate = rate(done, self.settings)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group["multiple"]
+        loss = 0.0
+        for part in self.task.step(items):
+            if part.requires_grad:
+                part.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+            loss += float(part.detach())
+        more = self.task.gradients(items)
+        norm = float(nn.utils.clip_grad_norm_(self.task.parameters.values(), self.settings.clip))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(f"loss {loss} with a gradient of norm {norm} at step {index}")
+        learning_rate = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
+        self.schedule.step()
         with torch.no_grad():
-            for name, mask in self.pruned.items():
-                self.parameters[name].masked_fill_(mask, 0)
-        self.history.losses.append(total)
-        return {"step": float(done), "loss": total, "learning_rate": learning_rate, "gradient_norm": norm}
+            for name, mask in self.task.pruned.items():
+                self.task.parameters[name].masked_fill_(mask, 0)
+        return {"loss": loss, "learning_rate": learning_rate, "gradient_norm": norm, **more}
+
+    def _validate(self) -> Validation:
+        """Measure the weights, and note them if they are the best so far."""
+        if self.task.validate is None:
+            return {}
+        found = dict(self.task.validate())
+        seen = self.history.validation
+        seen.append(found)
+        if self.settings.keep == "best" and self._improved():
+            self.history.best = len(seen) - 1
+            self.best = {name: each.detach().cpu().clone() for name, each in self.task.parameters.items()}
+        return found
+
+    def _improved(self) -> bool:
+        """Return whether the newest validation is the best; the start is not, if trained weights are as good."""
+        *before, newest = (each["score"] for each in self.history.validation)
+        best = self.history.best
+        return not before or newest > before[best] or (best == 0 and newest == before[0])
+
+    def _close_epoch(self, scalar: Callable[[str, float, int], None]) -> None:
+        epochs = self.history.epoch_losses
+        losses = self.history.losses[len(epochs) * self.per_epoch :]
+        epochs.append(sum(losses) / len(losses))
+        found = self._validate()
+        if found:
+            scalar("validation", found["score"], self.history.steps)
+        patience = self.settings.patience
+        if patience is not None and len(epochs) - self.history.best >= patience and self.history.steps < self.steps:
+            self.history.stopped = "patience"
+
+    def stop_at(self, error: FloatingPointError) -> None:
+        """End at a bad number, if there are trained weights to keep.
+
+        Raises:
+            StageFailedError: There are none.
+        """
+        keeping = self.history.epoch_losses if self.settings.keep == "best" else self.history.losses
+        if not keeping:
+            message = f"training met {error}, before there were any good weights"
+            fix = "lower learning_rate, or look for bad numbers in the model"
+            raise StageFailedError(message, fix=fix) from error
+        self.history.stopped = str(error)
+        if self.settings.keep == "last":
+            self._validate()
 
 
-def _groups(parameters: Mapping[str, nn.Parameter], faster: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Return parameters by their multiple of the learning rate, as optimizers take them."""
+def _warmup(share_or_steps: float, steps: int) -> int:
+    return math.ceil(share_or_steps * steps) if share_or_steps < 1 else int(share_or_steps)
+
+
+def _copy(values: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
+
+
+def _groups(task: Task, settings: Settings) -> list[dict[str, Any]]:
+    """Return parameters by their learning rate, as optimizers take them."""
     found: dict[float, list[nn.Parameter]] = {}
-    for name, each in parameters.items():
-        found.setdefault(faster.get(name, 1.0), []).append(each)
-    return [{"params": group, "multiple": multiple} for multiple, group in found.items()]
+    for name, each in task.parameters.items():
+        found.setdefault(task.faster.get(name, 1.0), []).append(each)
+    return [{"params": group, "lr": settings.learning_rate * multiple} for multiple, group in found.items()]
 
 
-def _adamw(parameters: Sequence[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
-    if settings.optimizer == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        optimizer: torch.optim.Optimizer = AdamW8bit(
-            parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
-        return optimizer
-    return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-
-
-def train(
-    parameters: Mapping[str, nn.Parameter],
-    windows: Tensor,
-    loss: Callable[[Tensor], Tensor],
-    settings: Settings,
-    *,
-    checkpoint: Path,
-    pruned: Mapping[str, Tensor] | None = None,
-    faster: Mapping[str, float] | None = None,
-    observe: Observer = lambda _: None,
-) -> History:
-    """Train parameters in place.
-
-    Args:
-        parameters: What to train, by name, float32.
-        windows: (steps · batch, tokens) int64, in the order in which they are seen.
-        loss: Loss of one window, (1, tokens).
-        settings: How.
-        checkpoint: File that a killed run's successor continues from.
-        pruned: By parameter name, bool of its shape: elements that stay zero.
-        faster: By parameter name, a multiple of the learning rate; 1 where there is none.
-        observe: Told about every step.
+def _optimizer(groups: Sequence[dict[str, Any]], settings: Settings, device: str) -> torch.optim.Optimizer:
+    """Return AdamW.
 
     Raises:
-        StageFailedError: A bad number at the very first step: the model or the text is broken. Later, training ends
-            with the weights before that step, and the history says why.
+        StageFailedError: Its 8-bit kind doesn't run on the device.
     """
-    run = _Run(parameters, pruned or {}, faster or {}, settings, checkpoint)
-    run.restore()
-    every = max(1, settings.steps // CHECKPOINTS)
-    for index in range(len(run.history.losses), settings.steps):
-        try:
-            told = run.step(windows[index * settings.batch : (index + 1) * settings.batch], loss)
-        except FloatingPointError as error:
-            if index == 0:
-                fix = "does the dense model give finite outputs on this text?"
-                raise StageFailedError(f"training met {error}", fix=fix) from error
-            run.history.stopped = str(error)
-            break
-        if (index + 1) % every == 0:
-            run.save()
-        observe(told)
-    return run.history
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    import bitsandbytes
+
+    if device.partition(":")[0] not in bitsandbytes.supported_torch_devices:
+        message = f"bitsandbytes has no 8-bit AdamW for the device {device!r}"
+        raise StageFailedError(message, fix="set optimizer: adamw")
+    eight: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
+        groups, lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    return eight
+
+
+@contextmanager
+def _board(folder: Path, done: int) -> Iterator[Callable[[str, float, int], None]]:
+    """Yield who writes a number of a step to a log for TensorBoard, or nobody where that isn't installed.
+
+    Args:
+        folder: Where.
+        done: Steps that a checkpoint holds: later ones, of a run that was killed, are written anew.
+    """
+    if find_spec("tensorboard") is None:
+        yield lambda _name, _value, _step: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    board: Any = SummaryWriter(folder, purge_step=done or None)
+    try:
+        yield board.add_scalar
+    finally:
+        board.close()

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache
 
+from optikit.formats.checkpoint import save_tensors
 from optikit.runtime.decoders.checks import cache_argument
 
 BATCH = 32
@@ -32,7 +33,7 @@ ROOM = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnText:
+class GeneratedText:
     """Texts one after the other, each begun by the last token of its prompt.
 
     Attributes:
@@ -58,10 +59,10 @@ class OwnText:
         """Tokens that the model wrote."""
         return int(self.wanted.sum())
 
-    def chosen(self, documents: Tensor) -> OwnText:
+    def chosen(self, documents: Tensor) -> GeneratedText:
         """Return some of the texts."""
         kept = torch.isin(self.documents, documents)
-        return OwnText(
+        return GeneratedText(
             tokens=self.tokens[kept],
             documents=self.documents[kept],
             wanted=self.wanted[kept],
@@ -69,7 +70,7 @@ class OwnText:
         )
 
 
-def divide(text: OwnText, share: float) -> tuple[OwnText, OwnText]:
+def divide(text: GeneratedText, share: float) -> tuple[GeneratedText, GeneratedText]:
     """Return (texts to learn from, texts to validate on): whole texts, every 1/share-th of them, at least one."""
     documents = torch.tensor(sorted(set(text.documents.tolist())))
     held = documents[:: max(2, round(1 / share))]
@@ -86,7 +87,7 @@ def write(
     batch: int = BATCH,
     room: int = ROOM,
     observe: Callable[[int, int], None] = lambda _done, _total: None,
-) -> OwnText:
+) -> GeneratedText:
     """Let a model continue prompts greedily.
 
     Args:
@@ -105,14 +106,14 @@ def write(
     for number, indices in enumerate(_batches([len(prompt) + new_tokens for prompt in prompts], batch, room)):
         observe(done, len(prompts))
         done += len(indices)
-        path = folder / f"own-{number:05d}.safetensors"
+        path = folder / f"text-{number:05d}.safetensors"
         part = _read(path)
         if part is None:
             part = _joined(indices, _continue(model, [prompts[i] for i in indices], new_tokens, ends))
-            _keep(part, path)
+            save_tensors(path, part)
         parts.append(part)
     observe(done, len(prompts))
-    return OwnText(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    return GeneratedText(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 def _batches(lengths: Sequence[int], most: int, room: int) -> Iterator[list[int]]:
@@ -143,12 +144,6 @@ def _joined(numbers: Sequence[int], texts: Sequence[tuple[int, list[int], Tensor
     }
 
 
-def _keep(part: dict[str, Tensor], path: Path) -> None:
-    partial = path.with_suffix(".part")
-    save_file(part, partial)
-    partial.replace(path)
-
-
 def _read(path: Path) -> dict[str, Tensor] | None:
     if not path.is_file():
         return None
@@ -167,7 +162,7 @@ class _States:
         self._hook = model.get_output_embeddings().register_forward_pre_hook(self._note)
 
     def _note(self, _head: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.last = inputs[0][:, -1]
+        self.last = inputs[0][:, -1].cpu()
 
     def close(self) -> None:
         """Listen no longer."""
@@ -204,6 +199,7 @@ def _steps(
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     ending = torch.tensor(sorted(ends), dtype=torch.int64)
+    tokens, mask, positions, ending = (each.to(model.device) for each in (tokens, mask, positions, ending))
     cache = DynamicCache()
     cached = cache_argument(model, cache)
     rows = torch.arange(len(prompts))
@@ -216,7 +212,7 @@ def _steps(
             return
         if len(kept) < len(rows):
             cache.batch_select_indices(kept)
-            rows, best, mask, positions = rows[kept], best[kept], mask[kept], positions[kept]
+            rows, best, mask, positions = rows[kept.cpu()], best[kept], mask[kept], positions[kept]
         tokens = best[:, None]
         positions = positions[:, -1:] + 1
-        mask = torch.cat([mask, torch.ones(len(rows), 1, dtype=mask.dtype)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)

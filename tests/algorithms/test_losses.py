@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from optikit.algorithms.losses import heads_loss, joint_loss, targets_of
+from optikit.algorithms.losses import divergence, heads_loss, joint_loss, targets_of
 from optikit.algorithms.medusa import IGNORED, MedusaHeads
 
 VOCAB, WIDTH, TOKENS = 11, 8, 9
@@ -94,3 +94,12 @@ def test_a_model_that_has_not_moved_has_no_loss_of_its_own(heads, window):
     logits = drawn(1, TOKENS, VOCAB)
     ahead = heads_loss(heads, drawn(TOKENS, WIDTH), targets_of(window, 3)).detach()
     assert float(joint_loss(logits, window, ahead, weight=1.0, original=logits)) == pytest.approx(float(ahead))
+
+
+def test_divergence_is_that_of_the_definition():
+    student, teacher = torch.randn(2, 1, 5, 11, generator=torch.Generator().manual_seed(0)).unbind()
+    for temperature in (1.0, 2.0):
+        p, q = ((each[0] / temperature).softmax(-1).double() for each in (teacher, student))
+        expected = temperature**2 * (p * (p / q).log()).sum(-1).mean()
+        assert float(divergence(student, teacher, temperature)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(divergence(teacher, teacher, 1.0)) == pytest.approx(0, abs=1e-7)

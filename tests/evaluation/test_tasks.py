@@ -87,7 +87,7 @@ def test_an_answer_is_greedy_and_ends_where_it_should(decoder, tokenizer, model)
     import torch
 
     question = i.Question(id="q", prompt="The old house", answers=("?",))
-    free = t.answer(decoder, tokenizer, question, most_tokens=12, stop=())
+    free = t.answer(decoder, tokenizer, question, max_tokens=12, stop=())
     with torch.no_grad():
         tokens = tokenizer.encode(question.prompt)
         for _ in range(12):
@@ -95,13 +95,13 @@ def test_an_answer_is_greedy_and_ends_where_it_should(decoder, tokenizer, model)
     written = tokens[-12:]
     assert free.text == tokenizer.decode(written)
     assert (free.tokens, free.correct) == (12, False)
-    ended = t.answer(decoder, tokenizer, question, most_tokens=12, stop=(), end_tokens=frozenset(written[3:4]))
+    ended = t.answer(decoder, tokenizer, question, max_tokens=12, stop=(), end_tokens=frozenset(written[3:4]))
     assert ended.tokens == written.index(written[3])
     mark = tokenizer.decode(written[2:3])
-    stopped = t.answer(decoder, tokenizer, question, most_tokens=12, stop=(mark,))
+    stopped = t.answer(decoder, tokenizer, question, max_tokens=12, stop=(mark,))
     assert mark not in stopped.text
     right = i.Question(id="q", prompt=question.prompt, answers=("no", f"  {free.text}\n"))
-    assert t.answer(decoder, tokenizer, right, most_tokens=12, stop=()).correct
+    assert t.answer(decoder, tokenizer, right, max_tokens=12, stop=()).correct
 
 
 def write(path, *entries):

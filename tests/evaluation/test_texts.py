@@ -138,7 +138,7 @@ def test_a_record_without_the_fields_is_named(tmp_path, record, template):
 def test_prompts_are_divided_without_overlap_or_loss(tmp_path_factory, count, judged, seed):
     path = tmp_path_factory.mktemp("divided") / "p.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"{i}"}) for i in range(count)))
-    options = {"judged": judged, "template": "", "length": 4, "seed": seed}
+    options = {"eval_prompts": judged, "template": "", "length": 4, "seed": seed}
     first, again = (
         texts.divided(path, None, lambda prompt: np.array([int(prompt)]), **options)  # type: ignore[arg-type]
         for _ in range(2)
@@ -154,7 +154,7 @@ def test_prompts_are_divided_without_overlap_or_loss(tmp_path_factory, count, ju
 def test_prompts_that_judge_come_from_their_part_and_others_never(tmp_path_factory, count, judged, seed, edge):
     path = tmp_path_factory.mktemp("divided") / "p.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"{i}"}) for i in range(count)))
-    options = {"judged": judged, "template": "", "length": 4, "seed": seed, "judged_part": (edge, 1.0)}
+    options = {"eval_prompts": judged, "template": "", "length": 4, "seed": seed, "eval_part": (edge, 1.0)}
     found = texts.divided(path, None, lambda prompt: np.array([int(prompt)]), **options)  # type: ignore[arg-type]
     first = int(count * edge)
     assert sorted(int(each[0]) for each in found.others) == list(range(first))
@@ -164,6 +164,6 @@ def test_prompts_that_judge_come_from_their_part_and_others_never(tmp_path_facto
 
 def test_a_part_of_too_few_prompts_is_refused(tmp_path):
     path = write(tmp_path / "p.jsonl", *[json.dumps({"prompt": f"{i}"}) for i in range(20)])
-    options = {"judged": 9, "template": "", "length": 4, "seed": 0, "judged_part": (0.9, 1.0)}
-    with pytest.raises(InputMissingError, match=r"2 of the 20 prompts of .* are in judged_part \[0\.9, 1\.0\]"):
+    options = {"eval_prompts": 9, "template": "", "length": 4, "seed": 0, "eval_part": (0.9, 1.0)}
+    with pytest.raises(InputMissingError, match=r"2 of the 20 prompts of .* are in eval_part \[0\.9, 1\.0\]"):
         texts.divided(path, None, lambda prompt: np.array([int(prompt)]), **options)

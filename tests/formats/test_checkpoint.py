@@ -38,6 +38,19 @@ def test_reads_what_the_library_wrote(tmp_path, tensors):
         checkpoint.read("x")
 
 
+def test_equal_tensors_and_metadata_make_equal_bytes(tmp_path, tensors):
+    """safetensors itself writes metadata in another order every time."""
+    metadata = {f"key {letter} é": letter for letter in "abcdefghijklmnop"}
+    written = set()
+    for name in ("a", "b", "c", "d"):
+        save_tensors(tmp_path / name, tensors, metadata)
+        written.add((tmp_path / name).read_bytes())
+    assert len(written) == 1
+    assert all(torch.equal(each, tensors[name]) for name, each in load_file(tmp_path / "a").items())
+    with safe_open(tmp_path / "a", "pt") as file:
+        assert file.metadata() == {"format": "pt", **metadata}
+
+
 def test_one_shard_is_read_by_the_library(tmp_path, tensors):
     save_tensors(tmp_path / "source.safetensors", tensors)
     (tmp_path / "out").mkdir()

@@ -10,8 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from optikit.problems import Problem
 from optikit.recipe.node import Marks
+from optikit.recipe.schema import TaskOptions
 from optikit.recipe.validation_messages import complaints, schema_at
 from optikit.recipe.yaml12 import compose
+from optikit.stages.speculate import lookup
 
 
 class Inner(BaseModel):
@@ -28,14 +30,14 @@ class Options(BaseModel):
     code: str = Field(default="a", pattern="^[a-z]$")
 
 
-def found(text: str) -> list[Problem]:
+def found(text: str, model: type[BaseModel] = Options) -> list[Problem]:
     root = compose(text, "r.yaml").root
     assert root is not None
     data: Any = json.loads(text)
     with pytest.raises(ValidationError) as caught:
-        Options.model_validate_json(text, strict=True)
+        model.model_validate_json(text, strict=True)
     assert data
-    return list(complaints(caught.value, Options, Marks(root)))
+    return list(complaints(caught.value, model, Marks(root)))
 
 
 SOME, TWO = "at least 1 values", "at most 2 values"
@@ -65,6 +67,20 @@ def test_in_plain_words(text: str, code: str, message: str, fix: str, column: in
     (problem,) = found(text)
     assert problem.mark is not None
     assert (problem.code, problem.message, problem.fix, problem.mark.column) == (code, message, fix, column)
+
+
+@pytest.mark.parametrize(
+    ("model", "old", "new"),
+    [
+        (lookup.Options, "judged", "eval_prompts"),
+        (lookup.Options, "judged_part", "eval_part"),
+        (lookup.Options, "remember", "datastore_answers"),
+        (TaskOptions, "most_tokens", "max_tokens"),
+    ],
+)
+def test_a_key_that_was_renamed_is_told_its_new_name(model: type[BaseModel], old: str, new: str) -> None:
+    problems = [problem for problem in found(json.dumps({old: 3}), model) if problem.code == "unknown-key"]
+    assert [problem.fix for problem in problems] == [f"it is called {new!r} now"]
 
 
 def test_every_error_of_a_model_is_its_own_problem() -> None:

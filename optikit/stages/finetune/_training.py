@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from optikit.models import architectures
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import Estimate, Job, StageOptions, directory_bytes
+from optikit.stage import Estimate, StageOptions, directory_bytes
+from optikit.stages._budget import Budget, budget
 
 if TYPE_CHECKING:
     from optikit.training.loop import Settings
@@ -24,9 +25,13 @@ MOST_TOKENS = 512
 class TrainingOptions(StageOptions):
     """How long and how fast to train."""
 
-    tokens: int = Field(default=100_000, ge=1, le=10**10)
-    """Tokens of calibration text to train on, in windows of `calibration.length`: what bounds the time. `samples` is
-    not used."""
+    tokens: int | None = Field(default=None, ge=1, le=10**10)
+    """Tokens of calibration text to train on, in windows of `calibration.length`: what bounds the time. Empty, where
+    `steps` and `epochs` are, too, is 100,000. Only `epochs` uses `samples`."""
+    steps: int | None = Field(default=None, ge=1, le=10**8)
+    """Steps to train for, in place of `tokens`."""
+    epochs: int | None = Field(default=None, ge=1, le=10_000)
+    """Passes over the `samples` windows of the calibration text, in place of `tokens`."""
     batch: int = Field(default=4, ge=1, le=4096)
     """Windows per step."""
     learning_rate: float = Field(default=1e-4, gt=0, le=1)
@@ -36,6 +41,20 @@ class TrainingOptions(StageOptions):
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw8bit keeps its moments in 8 bits (bitsandbytes): two bytes per trained weight instead of eight."""
 
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        self.budget()
+        return self
+
+    def budget(self) -> Budget:
+        """Return how much to train: one of tokens, steps and epochs."""
+        return budget(("tokens", 100_000), tokens=self.tokens, steps=self.steps, epochs=self.epochs)
+
+    def trained_tokens(self, calibration_tokens: int) -> int:
+        """Return about how many tokens that is, where an epoch has so many."""
+        unit, amount = self.budget()
+        return amount * {"tokens": 1, "steps": self.batch * MOST_TOKENS, "epochs": calibration_tokens}[unit]
+
 
 class WholeOptions(TrainingOptions):
     """Which of a model's own weights are trained."""
@@ -44,16 +63,12 @@ class WholeOptions(TrainingOptions):
     """Train token embedding and output head too; pruning leaves them as they were, and they are large."""
 
 
-def settings_of(options: TrainingOptions, job: Job) -> Settings:
-    """Return the options as the algorithm takes them: at least one step.
-
-    Raises:
-        StageFailedError: There is no calibration text to train on.
-    """
+def settings_of(options: TrainingOptions) -> Settings:
+    """Return the options as the loop takes them."""
     from optikit.training.loop import Settings
 
     return Settings(
-        steps=max(1, options.tokens // (options.batch * job.calibrated().length)),
+        budget=options.budget(),
         batch=options.batch,
         learning_rate=options.learning_rate,
         weight_decay=options.weight_decay,
@@ -74,13 +89,14 @@ def after_training(facts: ModelFacts) -> ModelFacts:
 
 
 def estimate_training(
-    options: TrainingOptions, facts: ModelFacts, *, trained: int, held_bytes: int, passes: float
+    options: TrainingOptions, facts: ModelFacts, tokens: int, *, trained: int, held_bytes: int, passes: float
 ) -> Estimate:
     """Estimate time and memory.
 
     Args:
         options: How long.
         facts: The model.
+        tokens: Those of the calibration text.
         trained: Weights that have gradients and moments.
         held_bytes: Everything else that is held: weights, teacher.
         passes: Forward passes that one token costs; a backward pass counts twice.
@@ -88,7 +104,7 @@ def estimate_training(
     moments = 2 if options.optimizer == "adamw8bit" else 8
     logits = LOGIT_COPIES * 4 * MOST_TOKENS * facts.vocab
     activations = 40 * 4 * MOST_TOKENS * facts.hidden * facts.layers
-    work = 2.0 * passes * (facts.linear_elements + facts.vocab * facts.hidden) * options.tokens
+    work = 2.0 * passes * (facts.linear_elements + facts.vocab * facts.hidden) * options.trained_tokens(tokens)
     return Estimate(
         seconds=20 + work / 2e11,
         peak_bytes=700_000_000 + held_bytes + trained * (4 + moments) + logits + activations,

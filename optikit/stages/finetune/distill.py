@@ -69,7 +69,9 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     """Estimate the passes, weights in float32 with gradients and moments, and a teacher a third larger."""
     trained = facts.parameters if options.embeddings else facts.linear_elements
     passes = 5.0 if options.text == "own" else 4.3
-    return estimate_training(options, facts, trained=trained, held_bytes=7 * facts.parameters, passes=passes)
+    return estimate_training(
+        options, facts, calibration_tokens, trained=trained, held_bytes=7 * facts.parameters, passes=passes
+    )
 
 
 def run(options: Options, job: Job) -> Facts:
@@ -77,4 +79,4 @@ def run(options: Options, job: Job) -> Facts:
     from optikit.training.finetune import Teaching, finetune, whole
 
     teaching = Teaching(temperature=options.temperature, prompt=PROMPT if options.text == "own" else 0)
-    return finetune(job, whole(job, embeddings=options.embeddings), settings_of(options, job), teaching)
+    return finetune(job, whole(job, embeddings=options.embeddings), settings_of(options), teaching)

@@ -50,11 +50,13 @@ def after(options: Options, facts: ModelFacts) -> ModelFacts:
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
     """Estimate forward and backward passes, and weights in float32 with gradients and moments."""
     trained = facts.parameters if options.embeddings else facts.linear_elements
-    return estimate_training(options, facts, trained=trained, held_bytes=4 * facts.parameters, passes=3)
+    return estimate_training(
+        options, facts, calibration_tokens, trained=trained, held_bytes=4 * facts.parameters, passes=3
+    )
 
 
 def run(options: Options, job: Job) -> Facts:
     """Train on the calibration text."""
     from optikit.training.finetune import finetune, whole
 
-    return finetune(job, whole(job, embeddings=options.embeddings), settings_of(options, job))
+    return finetune(job, whole(job, embeddings=options.embeddings), settings_of(options))

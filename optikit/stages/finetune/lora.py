@@ -64,11 +64,11 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     """Estimate forward and backward passes, and adapters in float32 with gradients and moments."""
     trained = options.rank * sum(rows + columns for rows, columns in facts.linears.values())
     held = 2 * facts.parameters + 4 * trained
-    return estimate_training(options, facts, trained=trained, held_bytes=held, passes=3)
+    return estimate_training(options, facts, calibration_tokens, trained=trained, held_bytes=held, passes=3)
 
 
 def run(options: Options, job: Job) -> Facts:
     """Train adapters on the calibration text and merge them."""
     from optikit.training.finetune import adapted, finetune
 
-    return finetune(job, adapted(job, rank=options.rank, alpha=options.alpha), settings_of(options, job))
+    return finetune(job, adapted(job, rank=options.rank, alpha=options.alpha), settings_of(options))

@@ -106,7 +106,7 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     logits = options.heads * LOGIT_COPIES // 2 * 4 * MOST_TOKENS * facts.vocab
     trained = adapters + blocks
     held = 2 * facts.parameters + 4 * (trained + output) + logits
-    return estimate_training(options, facts, trained=trained, held_bytes=held, passes=passes)
+    return estimate_training(options, facts, calibration_tokens, trained=trained, held_bytes=held, passes=passes)
 
 
 def run(options: Options, job: Job) -> Facts:
@@ -123,4 +123,4 @@ def run(options: Options, job: Job) -> Facts:
         own=options.aim == "own",
         prompt=PROMPT if options.text == "own" else 0,
     )
-    return train_jointly(job, adapted(job, rank=options.rank, alpha=options.alpha), settings_of(options, job), course)
+    return train_jointly(job, adapted(job, rank=options.rank, alpha=options.alpha), settings_of(options), course)

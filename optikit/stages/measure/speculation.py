@@ -52,8 +52,8 @@ class Options(StageOptions):
     """Runtime that loads the model."""
     prompts: int = Field(default=40, ge=texts.FEWEST_PROMPTS)
     """Most prompts to use, half of them to choose, half to judge."""
-    judged_part: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
-    """Share of the file that these are drawn from; the remembered ones come from the rest."""
+    eval_part: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
+    """Share of the file that these are drawn from; those of the datastore come from the rest."""
     template: str = ""
     """How a prompt is made of the fields of a record; empty is its `prompt`."""
     prompt_tokens: int = Field(default=128, ge=1)
@@ -64,8 +64,8 @@ class Options(StageOptions):
     """Put prompts through the model's chat template, if it has one."""
     tune: bool = True
     """Choose the speculator's parameters anew."""
-    remember: int = Field(default=200, ge=0)
-    """Most further prompts whose answers are remembered as n-grams to draft from."""
+    datastore_answers: int = Field(default=200, ge=0)
+    """Most further prompts whose answers become n-grams to draft from."""
 
 
 def inputs(options: Options) -> Mapping[str, Input]:
@@ -80,7 +80,7 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
     """Estimate: every token reads all weights once, four times over."""
-    tokens = (4 * options.prompts + options.remember) * options.new_tokens
+    tokens = (4 * options.prompts + options.datastore_answers) * options.new_tokens
     return Estimate(
         seconds=30 + tokens * facts.weight_bytes / 10e9,
         peak_bytes=int(1.3 * facts.weight_bytes) + 900 * 2**20,
@@ -143,24 +143,24 @@ def run(options: Options, job: Job) -> Facts:
 def _prompts(
     options: Options, job: Job, generator: TextGenerator, decoder: Decoder
 ) -> tuple[list[Tokens], list[Tokens]]:
-    """Return the prompts to choose and judge on, and some to remember, as tokens, in an order that the seed decides."""
+    """Return the prompts to choose and judge on, and some for the datastore, as tokens, in an order by the seed."""
     path = job.inputs["prompts"]
     divided = texts.divided(
         path,
         texts.tokenizer(job.inputs["tokenizer"]),
         lambda prompt: generator.encode(prompt, chat=options.chat),
-        judged=options.prompts,
+        eval_prompts=options.prompts,
         template=options.template,
         length=options.prompt_tokens,
         seed=job.seed,
-        judged_part=options.judged_part,
+        eval_part=options.eval_part,
     )
     room = decoder.max_tokens - options.new_tokens
     used, spare = ([tokens for tokens in part if len(tokens) <= room] for part in (divided.judged, divided.others))
     if len(used) < texts.FEWEST_PROMPTS:
         message = f"{path} has {len(used)} prompts of at most {room} tokens; {texts.FEWEST_PROMPTS} are needed"
         raise InputMissingError(message, fix="give more prompts: half of them choose, the other half judge")
-    return used, spare[: options.remember]
+    return used, spare[: options.datastore_answers]
 
 
 def _named(speculator: Speculator) -> Speculator:

@@ -65,7 +65,7 @@ class Task(BaseModel):
     """Its name; its items are the input `task:NAME`."""
     items: int = Field(default=200, ge=2)
     """Number of items, from the start of the file."""
-    most_tokens: int = Field(default=64, ge=1)
+    max_tokens: int = Field(default=64, ge=1)
     """Longest written answer, tokens."""
     stop: tuple[str, ...] = ("\n",)
     """Texts that end a written answer."""
@@ -95,16 +95,16 @@ def inputs(options: Options) -> Mapping[str, Input]:
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
     """Yield what can't be asked of this model: a written answer that alone exceeds the context."""
     for index, task in enumerate(options.tasks):
-        if task.most_tokens >= facts.max_positions:
-            message = f"answers of {task.most_tokens} tokens leave no room in the model's context"
-            fix = f"set most_tokens below {facts.max_positions}"
-            yield Problem(code="answer-exceeds-context", message=message, fix=fix, loc=("tasks", index, "most_tokens"))
+        if task.max_tokens >= facts.max_positions:
+            message = f"answers of {task.max_tokens} tokens leave no room in the model's context"
+            fix = f"set max_tokens below {facts.max_positions}"
+            yield Problem(code="answer-exceeds-context", message=message, fix=fix, loc=("tasks", index, "max_tokens"))
 
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
     """Estimate with prompts of 200 tokens: reading them, and half of the longest answers."""
     items = sum(task.items for task in options.tasks)
-    written = sum(task.items * task.most_tokens for task in options.tasks) / 2
+    written = sum(task.items * task.max_tokens for task in options.tasks) / 2
     reading = 2 * facts.parameters * items * TOKENS_PER_ITEM / FLOPS
     return Estimate(
         seconds=15 + reading + written * facts.weight_bytes / BYTES_PER_SECOND,
@@ -218,10 +218,10 @@ def _require_fit(wanted: Sequence[Task], asked: dict[str, Sequence[Item]], by: _
     longest = 0
     for task in wanted:
         for item in asked[task.name]:
-            need = tasks.tokens_needed(by, item, task.most_tokens)
+            need = tasks.tokens_needed(by, item, task.max_tokens)
             if need > limit:
                 message = f"{task.name}: item {item.id} needs {need} tokens, and the model's context holds {limit}"
-                raise InputMissingError(message, fix="shorten its prompt, leave it out, or lower most_tokens")
+                raise InputMissingError(message, fix="shorten its prompt, leave it out, or lower max_tokens")
             longest = max(longest, need)
     return longest
 
@@ -252,7 +252,7 @@ def _answers(
             if isinstance(item, Choice):
                 found.append(tasks.choose(decoder, by, item, start_token=start))
             else:
-                limits: dict[str, Any] = {"most_tokens": task.most_tokens, "stop": task.stop, "end_tokens": ends}
+                limits: dict[str, Any] = {"max_tokens": task.max_tokens, "stop": task.stop, "end_tokens": ends}
                 found.append(tasks.answer(decoder, by, item, **limits))
             job.progress(done + len(found), total, "item")
     except tasks.NotFiniteError as error:

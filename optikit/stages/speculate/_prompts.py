@@ -1,4 +1,4 @@
-"""Options that every way to speculate shares: which prompts it is made, chosen and judged on."""
+"""Options that every way to speculate shares: which prompts it is made, chosen and evaluated on."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class PromptOptions(StageOptions):
     """Tokens of a prompt, where prompts have to be cut from prose."""
     chat: bool = True
     """Put prompts through the model's chat template, if it has one; passages of prose are continued as they are."""
-    judged: int = Field(default=40, ge=4, le=100_000)
-    """Prompts, drawn by the seed, half of which choose the speculator and half judge it; nothing else sees them."""
-    judged_part: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
+    eval_prompts: int = Field(default=40, ge=4, le=100_000)
+    """Prompts, drawn by the seed, half of which choose the speculator and half evaluate it; nothing else sees them."""
+    eval_part: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
     """Share of the file, by prompts, that these are drawn from: [0.8, 1] for the last fifth. Whatever learns then sees
     the rest of the file only, as does a `finetune` stage whose `calibration` has the complement as its `part`."""
     new_tokens: int = Field(default=96, ge=8, le=4096)
     """Tokens to write per prompt, unless the text ends before."""
-    remember: int = Field(default=200, ge=0, le=100_000)
-    """Prompts, beside those that choose and judge, whose answers are remembered as n-grams to draft from."""
+    datastore_answers: int = Field(default=200, ge=0, le=100_000)
+    """Prompts, beside those, whose answers become n-grams to draft from."""
     tune: bool = True
     """Choose lengths anew by what they would bring on half of the prompts, measured costs included."""
     exact: bool = False
@@ -49,8 +49,8 @@ def inputs(options: PromptOptions) -> Mapping[str, Input]:
 
 def measured(options: PromptOptions) -> dict[str, Any]:
     """Return how `measure speculation` chooses and judges what these options ask for, as options of its own."""
-    fields = {"tune", "chat", "new_tokens", "remember", "template", "prompt_tokens", "judged_part"}
-    return options.model_dump(include=fields) | {"prompts": options.judged}
+    fields = {"tune", "chat", "new_tokens", "datastore_answers", "template", "prompt_tokens", "eval_part"}
+    return options.model_dump(include=fields) | {"prompts": options.eval_prompts}
 
 
 def check(options: PromptOptions, facts: ModelFacts) -> Iterator[Problem]:
@@ -62,6 +62,6 @@ def check(options: PromptOptions, facts: ModelFacts) -> Iterator[Problem]:
         records.fields(options.template)
     except ValueError as error:
         yield Problem(code="bad-template", message=str(error), fix='write "{field}"', loc=("template",))
-    if options.judged_part[0] >= options.judged_part[1]:
-        message = f"judged_part {list(options.judged_part)} is empty"
-        yield Problem(code="bad-part", message=message, fix="write [0.8, 1]", loc=("judged_part",))
+    if options.eval_part[0] >= options.eval_part[1]:
+        message = f"eval_part {list(options.eval_part)} is empty"
+        yield Problem(code="bad-part", message=message, fix="write [0.8, 1]", loc=("eval_part",))

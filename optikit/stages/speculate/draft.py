@@ -1,6 +1,6 @@
 """A draft model writes ahead, and the model checks: a small model of the same vocabulary, given, or made of this one.
 
-Paper   Leviathan et al. 2023, arXiv:2211.17192; distilled on the target's own text: Zhou et al. 2024, arXiv:2310.08461
+Paper   Leviathan et al. 2023, arXiv:2211.17192; distilled on self-generated text: Zhou et al. 2024, arXiv:2310.08461
 Helps   large models with a small relative; servers that know drafts but no Medusa heads
 Hurts   small models: a draft that agrees often costs a large part of what it saves; where measuring shows no gain it
         isn't asked
@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -26,12 +26,15 @@ from optikit.models import architectures
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import ANY, MAIN, Estimate, Facts, Input, Job, directory_bytes
+from optikit.stages._budget import Budget, budget
 from optikit.stages.speculate import _prompts
 from optikit.stages.speculate._prompts import PromptOptions
 from optikit.targets import Target
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from optikit.training.self_generated import GeneratedText
 
 SUMMARY = "draft model: given, or made by leaving out blocks and distilling; lossless"
 NEEDS = ANY
@@ -52,7 +55,11 @@ measured = _prompts.measured
 COMPARED = 8192
 """Tokens on which predictions are compared while distilling: those that the model writes most."""
 INFLUENCE_TEXTS = 16
-"""Own texts on which blocks are judged."""
+"""Self-generated texts that the influence of blocks is measured on."""
+BATCH = 8
+"""Texts per step."""
+WARMUP = 0.1
+"""Share of the steps in which the learning rate rises."""
 
 
 class Make(BaseModel):
@@ -66,10 +73,26 @@ class Make(BaseModel):
     """Train them on what the model writes; without, a draft of few blocks is hardly ever right."""
     tokens: int = Field(default=100_000, ge=64)
     """Tokens that the model writes to train on, as far as there are prompts."""
-    epochs: int = Field(default=3, ge=1, le=1000)
-    """Passes over that text."""
+    epochs: int | None = Field(default=None, ge=1, le=1000)
+    """Passes over that text. Empty, where `steps` is, too, is 3."""
+    steps: int | None = Field(default=None, ge=1, le=10**8)
+    """Steps of eight texts, in place of `epochs`."""
     learning_rate: float = Field(default=5e-4, gt=0, le=1)
     """AdamW's, after a warm-up of a tenth of the steps."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        self.budget()
+        return self
+
+    def budget(self) -> Budget:
+        """Return how much to train: epochs or steps."""
+        return budget(("epochs", 3), epochs=self.epochs, steps=self.steps)
+
+    def trained_tokens(self, text_tokens: int) -> int:
+        """Return about how many tokens that is, where a text has at most so many."""
+        unit, amount = self.budget()
+        return amount * (self.tokens if unit == "epochs" else BATCH * text_tokens)
 
 
 class Options(PromptOptions):
@@ -134,7 +157,8 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
         return Estimate(seconds=40, peak_bytes=2_000_000_000, disk_bytes=6 * embedding)
     body = facts.linear_elements * making.layers // max(1, facts.layers)
     tokens = making.tokens if making.distill else INFLUENCE_TEXTS * options.new_tokens
-    trained = 6 * tokens * making.epochs * (2 * body + COMPARED * facts.hidden) if making.distill else 0
+    learning = making.trained_tokens(options.new_tokens) if making.distill else 0
+    trained = 6 * learning * (2 * body + COMPARED * facts.hidden)
     return Estimate(
         seconds=60 + tokens * facts.parameters / 4e10 + trained / 1e11,
         peak_bytes=1_100_000_000 + 4 * facts.parameters + 20 * body + 4 * embedding,
@@ -196,16 +220,14 @@ def _make(options: Options, making: Make, job: Job, dest: Path) -> Facts:
     import torch
 
     from optikit.algorithms import depth
-    from optikit.algorithms.medusa import draft_vocabulary
-    from optikit.algorithms.precision import compute_dtype, exact_products
     from optikit.deploy.medusa import TOKENIZER_FILES
     from optikit.models.reader import read
-    from optikit.stages.speculate import _own_text
-    from optikit.training import draft_model, self_generated
+    from optikit.stages.speculate import _generated
+    from optikit.training import draft_model
 
     torch.set_num_threads(job.threads)
     tokens = making.tokens if making.distill else INFLUENCE_TEXTS * options.new_tokens
-    model, prompts, text = _own_text.written(options, job, tokens)
+    model, prompts, text = _generated.written(options, job, tokens)
     facts = read(job.source)
     row = architectures.find(facts.model_type)
     if row is None:
@@ -216,30 +238,36 @@ def _make(options: Options, making: Make, job: Job, dest: Path) -> Facts:
     kept = [index for index in range(facts.layers) if index not in gone]
     student = draft_model.shortened(model, row.blocks, kept)
     del model
-    told: Facts = {"own_tokens": text.written, "blocks_kept": kept}
+    found: Facts = {"self_generated_tokens": text.written, "blocks_kept": kept}
     if making.distill:
-        learning, held = self_generated.divide(text, 0.1)
-        vocab = facts.vocab
-        drafted = draft_vocabulary(learning.tokens[learning.wanted], min(COMPARED, vocab), vocab=vocab)
-        settings = draft_model.Settings(epochs=making.epochs, learning_rate=making.learning_rate, seed=job.seed)
-        with exact_products(compute_dtype(job.device)):
-            history = draft_model.train(
-                student,
-                row.blocks,
-                draft_model.sequences(prompts, learning),
-                draft_model.sequences(prompts, held),
-                drafted,
-                settings,
-                folder=job.scratch / "training",
-                observe=lambda done, total: job.progress(done, total, "training step"),
-            )
-        told["training"] = vars(history)
+        found["training"] = _distil(making, job, (student, row.blocks), prompts, text)
     shutil.rmtree(dest, ignore_errors=True)
     student.to(torch.bfloat16).save_pretrained(dest)
     for name in TOKENIZER_FILES:
         if (job.source / name).is_file():
             shutil.copyfile(job.source / name, dest / name)
-    return told
+    return found
+
+
+def _distil(making: Make, job: Job, student: tuple[Any, str], prompts: list[list[int]], text: GeneratedText) -> Facts:
+    """Train a student, given with the name of its list of blocks; return what became of it."""
+    from optikit.algorithms.medusa import draft_vocabulary
+    from optikit.algorithms.precision import compute_dtype, exact_products
+    from optikit.training import draft_model, self_generated
+    from optikit.training.loop import Settings, write_log
+
+    model, blocks = student
+    learning, held = self_generated.divide(text, 0.1)
+    vocab = model.config.vocab_size
+    drafted = draft_vocabulary(learning.tokens[learning.wanted], min(COMPARED, vocab), vocab=vocab)
+    settings = Settings(
+        budget=making.budget(), batch=BATCH, learning_rate=making.learning_rate, warmup=WARMUP, keep="best"
+    )
+    data, other = (draft_model.sequences(prompts, part) for part in (learning, held))
+    with exact_products(compute_dtype(job.device)):
+        history = draft_model.train_draft(model, blocks, data, other, drafted, settings, job)
+    write_log(job.dest, history.rows())
+    return {**history.summary(), "agreement": [each["score"] for each in history.validation]}
 
 
 def _compile(options: Options, job: Job, facts: ModelFacts, directory: Path) -> dict[str, Any]:

@@ -20,15 +20,17 @@ and chosen there.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from optikit.formats.medusa import tensors
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import ANY, MAIN, Estimate, Facts, Input, Job, no_objection
+from optikit.stages._budget import Budget, budget
 from optikit.stages.speculate import _prompts
 from optikit.stages.speculate._prompts import PromptOptions
 from optikit.targets import Target
@@ -38,8 +40,8 @@ if TYPE_CHECKING:
 
     from optikit.algorithms.medusa import MedusaHeads
     from optikit.deploy.medusa import HeadSet
-    from optikit.training.medusa_heads import History
-    from optikit.training.self_generated import OwnText
+    from optikit.training.loop import History
+    from optikit.training.self_generated import GeneratedText
 
 SUMMARY = "Medusa-1 heads, trained on what the final weights write; lossless"
 NEEDS = ANY
@@ -52,7 +54,12 @@ measured = _prompts.measured
 
 DRAFT_VOCAB = 8192
 """Tokens that heads draft by default: an output layer of 49,152 rows costs as much as a fifth of SmolLM2-135M."""
-LOG = "training.jsonl"
+BATCH = 256
+"""Positions of text per step."""
+WARMUP = 40
+"""Steps in which the learning rate rises."""
+PATIENCE = 2
+"""Epochs without a better validation after which training ends."""
 Layout = Literal["v1", "vllm", "nxdi"]
 
 
@@ -74,8 +81,11 @@ class Options(PromptOptions):
     heads don't share the output layer."""
     tokens: int = Field(default=100_000, ge=64)
     """Tokens that the model writes to train on, as far as there are prompts. The more, the better the heads."""
-    epochs: int = Field(default=10, ge=1, le=1000)
-    """Most passes over that text; training ends when validation stops getting better."""
+    epochs: int | None = Field(default=None, ge=1, le=1000)
+    """Most passes over that text; training ends when validation stops getting better. Empty, where `steps` is, too, is
+    10."""
+    steps: int | None = Field(default=None, ge=1, le=10**8)
+    """Most steps of 256 tokens, in place of `epochs`."""
     learning_rate: float = Field(default=1e-3, gt=0, le=1)
     """AdamW's, after a warm-up of 40 steps."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
@@ -84,6 +94,20 @@ class Options(PromptOptions):
     """Servers' layouts to write beside the heads: v1 for TGI, TensorRT-LLM and vLLM 0.32, vllm for vLLM before 0.33,
     nxdi for NxD Inference. v1 and nxdi hold a copy of the output layer for every head. Empty is v1 and vllm, or none
     with `sequential`."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        self.budget()
+        return self
+
+    def budget(self) -> Budget:
+        """Return how much to train at most: epochs or steps."""
+        return budget(("epochs", 10), epochs=self.epochs, steps=self.steps)
+
+    def trained_tokens(self) -> int:
+        """Return about how many tokens that is: training seldom goes on for more than six epochs."""
+        unit, amount = self.budget()
+        return self.tokens * min(amount, 6) if unit == "epochs" else amount * BATCH
 
     def drafted(self, vocab: int) -> int:
         """Return how many tokens heads can draft."""
@@ -126,8 +150,7 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     """Estimate from SmolLM2-135M on two cores: a token written in a batch costs a forward, a trained one its heads'."""
     seen = facts.hidden * (options.heads + 1) if options.sequential else 0
     head = facts.hidden * (options.layers * facts.hidden + seen + options.drafted(facts.vocab))
-    epochs = min(options.epochs, 6)
-    trained = 6 * options.heads * head * options.tokens * epochs
+    trained = 6 * options.heads * head * options.trained_tokens()
     return Estimate(
         seconds=20 + options.tokens * facts.parameters / 4e10 + trained / 1e11,
         peak_bytes=900_000_000 + 4 * facts.parameters + 2 * options.tokens * facts.hidden,
@@ -161,39 +184,41 @@ def run(options: Options, job: Job) -> Facts:
 
     from optikit.algorithms.medusa import coverage
     from optikit.algorithms.precision import compute_dtype, exact_products
-    from optikit.stages.speculate import _own_text
-    from optikit.training import medusa_heads, self_generated
+    from optikit.stages.speculate import _generated
+    from optikit.training import self_generated
+    from optikit.training.loop import Settings, write_log
+    from optikit.training.medusa_heads import train_heads
 
     torch.set_num_threads(job.threads)
-    model, _, text = _own_text.written(options, job, options.tokens)
+    model, _, text = _generated.written(options, job, options.tokens)
     learning, held = self_generated.divide(text, 0.1)
-    lm_head = model.get_output_embeddings().weight.detach().float()
-    embedding = model.get_input_embeddings().weight.detach() if options.sequential else None
+    lm_head = model.get_output_embeddings().weight.detach().float().cpu()
+    embedding = model.get_input_embeddings().weight.detach().cpu() if options.sequential else None
     heads = _heads(options, lm_head, embedding, learning.tokens[learning.wanted], job.seed)
     started = _start(heads, job)
-    settings = medusa_heads.Settings(
-        epochs=options.epochs, learning_rate=options.learning_rate, optimizer=options.optimizer, seed=job.seed
+    settings = Settings(
+        budget=options.budget(),
+        batch=BATCH,
+        learning_rate=options.learning_rate,
+        warmup=WARMUP,
+        clip=math.inf,
+        optimizer=options.optimizer,
+        patience=PATIENCE,
+        keep="best",
     )
-    log = _Log(job, settings.epochs, len(learning.tokens) // settings.batch + 1)
     with exact_products(compute_dtype(job.device)):
-        history = medusa_heads.train(
-            heads,
-            _rows(learning, heads),
-            _rows(held, heads),
-            settings,
-            folder=job.scratch / "heads",
-            observe=log,
-        )
-    log.keep()
+        history = train_heads(heads, _rows(learning, heads), _rows(held, heads), settings, job)
+    heads.cpu()
+    write_log(job.dest, history.rows())
     _write(options, job, heads, lm_head)
     covered = 1.0 if heads.token_ids is None else coverage(held.tokens[held.wanted], heads.token_ids)
     return {
-        "own_tokens": text.written,
-        "own_texts": text.texts,
+        "self_generated_tokens": text.written,
+        "self_generated_texts": text.texts,
         "draft_vocab": options.drafted(len(lm_head)),
         "draft_vocab_coverage": covered,
         "started_from": started,
-        **_told(history),
+        **_summary(history),
         "loads_in": _loads_in(options),
     }
 
@@ -226,7 +251,7 @@ def _start(heads: MedusaHeads, job: Job) -> str:
     return f"zero: heads were trained with the model, but {why}" if why else "heads trained with the model"
 
 
-def _rows(text: OwnText, heads: MedusaHeads) -> Any:
+def _rows(text: GeneratedText, heads: MedusaHeads) -> Any:
     from optikit.algorithms.medusa import make_before, make_targets
     from optikit.training.medusa_heads import Rows
 
@@ -237,67 +262,23 @@ def _rows(text: OwnText, heads: MedusaHeads) -> Any:
     )
 
 
-class _Log:
-    """Reports every step, and keeps them as lines of JSON.
-
-    Args:
-        job: Whom to report to.
-        epochs: Most epochs.
-        per_epoch: Steps of one, about.
-    """
-
-    def __init__(self, job: Job, epochs: int, per_epoch: int) -> None:
-        self._job = job
-        self._total = epochs * per_epoch
-        self._path = job.scratch / LOG
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-
-    def __call__(self, step: Any) -> None:
-        """Note a step."""
-        with self._path.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(dict(step)) + "\n")
-        self._job.progress(min(int(step["step"]) + 1, self._total), self._total, "training step")
-
-    def keep(self) -> None:
-        """Put the log beside the heads; what a killed run did twice is there twice."""
-        if self._path.is_file():
-            (self._job.dest / LOG).write_bytes(self._path.read_bytes())
-
-
-def _told(history: History) -> dict[str, Any]:
+def _summary(history: History) -> dict[str, Any]:
     """Return what became of the training, as JSON."""
-    best = history.validation[history.best]
-    return {
-        "training": {
-            "epochs": history.epochs,
-            "steps": history.steps,
-            "best_epoch": history.best,
-            "stopped": history.stopped,
-            "losses": history.losses,
-        },
-        "validation": {
-            "top1": list(best.top1),
-            "top5": list(best.top5),
-            "chain": list(best.chain),
-            "positions": best.positions,
-            "tokens_per_step": best.tokens_per_step,
-        },
-    }
+    best = {name: value for name, value in history.validation[history.best].items() if name != "score"}
+    return {"training": history.summary(), "validation": best}
 
 
 def _write(options: Options, job: Job, heads: MedusaHeads, lm_head: Tensor) -> None:
     """Write heads.safetensors, speculator.json, and a directory per layout."""
-    from safetensors.torch import save_file
-
     from optikit.deploy import medusa, vllm
+    from optikit.formats.checkpoint import save_tensors
     from optikit.runtime.speculation.fingerprint import weights_digest
     from optikit.runtime.speculation.medusa_session import HEADS
     from optikit.runtime.speculation.speculator import SPECULATOR, Speculator
 
     vocab, width = lm_head.shape
-    own = {name: each.detach().contiguous() for name, each in tensors(heads).items()}
     digest = weights_digest(job.source)
-    save_file(own, job.dest / HEADS, metadata={"format": "pt", "vocab": str(vocab), "base_sha256": digest})
+    save_tensors(job.dest / HEADS, tensors(heads), {"vocab": str(vocab), "base_sha256": digest})
     layouts = options.written_layouts
     if layouts:
         _write_layouts(options, job, medusa.head_set(heads, lm_head))

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from pydantic import ValidationError
 
 from optikit import targets
-from optikit.algorithms.losses import cross_entropy, divergence
+from optikit.algorithms.losses import cross_entropy
 from optikit.errors import StageFailedError
 from optikit.formats.checkpoint import Checkpoint
 from optikit.models.reader import read
-from optikit.training.loop import Settings, rate, train
+from optikit.stages.finetune import full
 from tests.stages.finetune.conftest import LENGTH, Killed, digests, perform
 
 EIGHT = {"batch": 4, "tokens": 8 * 4 * LENGTH, "learning_rate": 3e-3}
@@ -89,7 +88,7 @@ def test_killed_while_the_teacher_writes_the_bytes_are_the_same(teacher, shorten
     options = {"teacher": teacher, "text": "own", "tokens": 16 * 40, "batch": 4, "length": 40}
 
     whole = perform("finetune", "distill", shortened, tmp_path / "whole", text, **options)
-    for moment in (("texts by the teacher", 16), ("step", 3)):
+    for moment in (("texts by the teacher", 16), ("training step", 3)):
 
         def kill(done: int, total: int, what: str, moment: tuple[str, int] = moment) -> None:
             if (what, done) == moment:
@@ -126,93 +125,6 @@ def test_lora_after_zeros_is_refused_when_planning(teacher):
     assert "prune-lora-fills-zeros" in [p.code for p in check(Stack(stages=(placed,), target=target, model=facts))]
 
 
-# ---------------------------------------------------------------- the loop by itself
-
-
-def toy(size: int = 8192) -> nn.Parameter:
-    return nn.Parameter(torch.randn(size, generator=torch.Generator().manual_seed(0)))
-
-
-WINDOWS = torch.arange(12).reshape(12, 1)
-LOOP = Settings(steps=6, batch=2, learning_rate=0.1)
-
-
-def test_a_bad_number_ends_training_with_the_weights_before_it(tmp_path):
-    def loss(parameter: nn.Parameter, bad: int):
-        return lambda window: (parameter * (math.nan if int(window) == bad else 1)).pow(2).mean()
-
-    stopped, short = toy(), toy()
-    history = train({"w": stopped}, WINDOWS, loss(stopped, 7), LOOP, checkpoint=tmp_path / "a.pt")
-    assert len(history.losses) == 3
-    assert "nan" in history.stopped
-    assert "step 3" in history.stopped
-    seen = []
-
-    def observe(told):
-        seen.append(short.detach().clone())
-
-    train({"w": short}, WINDOWS, loss(short, -1), LOOP, checkpoint=tmp_path / "b.pt", observe=observe)
-    assert torch.equal(stopped, seen[2])
-    with pytest.raises(StageFailedError, match="step 0"):
-        train({"w": toy()}, WINDOWS, loss(toy(), 1), LOOP, checkpoint=tmp_path / "c.pt")
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
-def test_the_loop_resumes_at_every_step_to_the_same_weights(optimizer, tmp_path):
-    settings = Settings(steps=6, batch=2, learning_rate=0.1, weight_decay=0.1, optimizer=optimizer)
-
-    def run(parameter, name, last=6):
-        def observe(told):
-            if told["step"] == last:
-                raise Killed
-
-        def loss(window):
-            return (parameter - window).abs().pow(1.5).mean()
-
-        return train({"w": parameter}, WINDOWS, loss, settings, checkpoint=tmp_path / name, observe=observe)
-
-    whole = toy()
-    history = run(whole, "whole.pt")
-    for last in range(5):
-        with pytest.raises(Killed):
-            run(toy(), f"{last}.pt", last)
-        resumed = toy()
-        assert run(resumed, f"{last}.pt") == history
-        assert torch.equal(resumed, whole)
-
-
-def test_some_parameters_may_learn_faster(tmp_path):
-    """AdamW's first step moves every element by the learning rate, whatever its gradient."""
-    slow, fast = toy(64), toy(64)
-    before = slow.detach().clone()
-    once = Settings(steps=1, batch=1, learning_rate=0.01, warmup=0)
-
-    def loss(_):
-        return (slow + 5 * fast).pow(2).mean()
-
-    train({"a": slow, "b": fast}, WINDOWS, loss, once, checkpoint=tmp_path / "x.pt", faster={"b": 4.0})
-    torch.testing.assert_close((slow - before).abs(), torch.full((64,), 0.01), rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close((fast - before).abs(), torch.full((64,), 0.04), rtol=1e-3, atol=1e-5)
-
-
-def test_divergence_is_that_of_the_definition():
-    student, teacher = torch.randn(2, 1, 5, 11, generator=torch.Generator().manual_seed(0)).unbind()
-    for temperature in (1.0, 2.0):
-        p, q = ((each[0] / temperature).softmax(-1).double() for each in (teacher, student))
-        expected = temperature**2 * (p * (p / q).log()).sum(-1).mean()
-        assert float(divergence(student, teacher, temperature)) == pytest.approx(float(expected), rel=1e-5)
-    assert float(divergence(teacher, teacher, 1.0)) == pytest.approx(0, abs=1e-7)
-
-
-def test_the_rate_rises_then_falls_to_a_tenth():
-    settings = Settings(steps=100, batch=1, learning_rate=1.0, warmup=0.1)
-    rates = [rate(step, settings) for step in range(100)]
-    assert rates[:10] == sorted(rates[:10])
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert max(rates) == 1.0
-    assert rates[-1] == pytest.approx(0.1, abs=0.01)
-
-
 def test_text_that_is_too_short_for_a_window_is_refused(teacher, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("too short", encoding="utf-8")
@@ -220,14 +132,32 @@ def test_text_that_is_too_short_for_a_window_is_refused(teacher, tmp_path):
         perform("finetune", "full", teacher, tmp_path, short, **EIGHT)
 
 
-def test_a_board_is_written_where_tensorboard_is_installed(teacher, text, tmp_path):
-    pytest.importorskip("tensorboard")
-    perform("finetune", "full", teacher, tmp_path, text, **EIGHT)
-    assert list((tmp_path / "scratch" / "tensorboard").iterdir())
-
-
 def test_the_log_is_one_line_per_step(teacher, text, tmp_path):
     found = perform("finetune", "full", teacher, tmp_path, text, **EIGHT)
     lines = [json.loads(line) for line in (tmp_path / "model" / "training.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(found["steps"]))
     assert [round(line["loss"], 4) for line in lines] == found["losses"]
+
+
+@pytest.mark.parametrize(("options", "steps"), [({"steps": 3}, 3), ({"epochs": 2}, 4), ({"tokens": 1}, 1)])
+def test_a_budget_is_given_in_steps_epochs_or_tokens(options, steps, teacher, text, tmp_path):
+    """The recipe's six samples are an epoch of two steps of four windows."""
+    found = perform("finetune", "full", teacher, tmp_path, text, batch=4, **options)
+    assert found["steps"] == steps
+    assert found["tokens"] == steps * 4 * LENGTH
+
+
+def test_two_budgets_are_refused():
+    with pytest.raises(ValidationError, match="give one of tokens, steps, epochs, not steps and epochs"):
+        full.Options(steps=3, epochs=2)
+
+
+def test_a_longer_training_is_planned_to_take_more(teacher):
+    facts, target = read(teacher), targets.find("cpu")
+
+    def seconds(**options: int) -> float:
+        return full.estimate(full.Options(**options), facts, target, 384).seconds
+
+    assert seconds() == seconds(tokens=100_000)
+    assert seconds(steps=1000) > seconds(steps=10)
+    assert seconds(epochs=1000) > seconds(epochs=10)

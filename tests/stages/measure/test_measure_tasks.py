@@ -43,7 +43,7 @@ def ask(dest, source, files, tokenizer, baseline=None, **task):
     dest.mkdir()
     inputs = {"tokenizer": tokenizer} | {tasks.role(path.stem): path for path in files}
     inputs |= {"baseline": baseline} if baseline else {}
-    wanted = [{"name": path.stem, "most_tokens": 6, "stop": []} | task for path in files]
+    wanted = [{"name": path.stem, "max_tokens": 6, "stop": []} | task for path in files]
     options = tasks.Options.model_validate({"dtype": "float32", "tasks": wanted})
     job = Job(source=source, dest=dest, scratch=dest.with_name("scratch"), inputs=inputs, threads=1)
     return json.loads(json.dumps(tasks.run(options, job), allow_nan=False))
@@ -171,11 +171,11 @@ def test_a_model_that_returns_nan_is_named_with_the_task(tmp_path, root, tiny_ll
 
 def test_answers_longer_than_the_context_are_found_while_planning(facts, target):
     fits, exceeds = (
-        tasks.Options.model_validate({"tasks": [{"name": "t", "most_tokens": tokens}]}) for tokens in (511, 512)
+        tasks.Options.model_validate({"tasks": [{"name": "t", "max_tokens": tokens}]}) for tokens in (511, 512)
     )
     assert list(tasks.check(fits, facts, target)) == []
     (problem,) = tasks.check(exceeds, facts, target)
-    assert problem.loc == ("tasks", 0, "most_tokens")
+    assert problem.loc == ("tasks", 0, "max_tokens")
 
 
 @pytest.mark.parametrize(("template", "opening"), [("$A", []), ("<s> $A", [0]), ("<s> $A </s>", [0]), ("$A </s>", [])])

@@ -26,7 +26,7 @@ from optikit.training import draft_model
 from tests.conftest import build_tiny_llama
 
 MAKE = {"layers": 2, "tokens": 1200, "epochs": 4, "learning_rate": 0.005}
-SMALL = {"new_tokens": 24, "judged": 8, "make": MAKE, "precision": "fp32"}
+SMALL = {"new_tokens": 24, "eval_prompts": 8, "make": MAKE, "precision": "fp32"}
 
 
 @pytest.fixture(scope="module")
@@ -86,30 +86,12 @@ def test_shortening_everything_away_but_nothing_changes_nothing(target):
     assert [block.self_attn.layer_idx for block in part.model.layers] == [0, 1]
 
 
-def test_a_second_run_goes_on_behind_the_last_epoch(made, target, prompts, tmp_path):
-    class KilledError(Exception):
-        pass
-
-    def killing(done, total, what):
-        if what == "training step" and done > total // 2 + 1:
-            raise KilledError
-
-    job = replace(job_of(target, prompts, tmp_path), progress=killing)
-    with pytest.raises(KilledError):
-        draft.run(draft.Options(**SMALL), job)
-    shutil.rmtree(tmp_path / "dest")
-    facts = perform(target, prompts, tmp_path)
-    assert facts["training"] == made[1]["training"]
-    ours, theirs = (place / "draft" / "model.safetensors" for place in (tmp_path / "dest", made[0]))
-    assert ours.read_bytes() == theirs.read_bytes()
-
-
 def test_a_run_measures_and_every_text_stays(made, target, prompts, tmp_path):
     for name in ("dest", "alone"):
         (tmp_path / name).mkdir()
     inputs = {"speculator": made[0], "tokenizer": target, "prompts": prompts}
     job = Job(source=target, dest=tmp_path / "dest", scratch=tmp_path, inputs=inputs, threads=1)
-    options = speculation.Options(runtime="transformers", prompts=8, new_tokens=24, remember=8)
+    options = speculation.Options(runtime="transformers", prompts=8, new_tokens=24, datastore_answers=8)
     facts = speculation.run(options, job)
     assert facts["speculation"]["method"] == "draft"
     assert facts["speculation"]["exact_match"] + facts["speculation"]["explained_ties"] / 4 == 1
@@ -156,7 +138,7 @@ def test_a_given_draft_is_planned_and_used(plan_with, tmp_path, prompts, target)
     job = replace(job, inputs={**job.inputs, "draft": small})
     facts = draft.run(draft.Options(model=str(small), precision="fp32"), job)
     assert facts["draft_layers"] == 1
-    assert "own_tokens" not in facts
+    assert "self_generated_tokens" not in facts
     decoder = runtime.load(target, dtype="float32", threads=1, speculator=tmp_path / "dest")
     text = np.arange(5, 25)
     assert list(decoder.greedy(text, 30)) == list(runtime.load(target, dtype="float32", threads=1).greedy(text, 30))
@@ -226,3 +208,8 @@ def test_what_cannot_work_is_said_before(target, options, codes):
 def test_a_draft_is_given_or_made():
     with pytest.raises(ValidationError, match="not both"):
         draft.Options(model="small", make={"layers": 2})
+
+
+def test_two_budgets_are_refused():
+    with pytest.raises(ValidationError, match="give one of epochs, steps, not epochs and steps"):
+        draft.Make(steps=3, epochs=2)

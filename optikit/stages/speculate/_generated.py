@@ -1,4 +1,4 @@
-"""The final weights' own text, for everything that is trained to guess it."""
+"""Text that the final weights generate, for everything that is trained to guess it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from optikit.evaluation import texts
 if TYPE_CHECKING:
     from optikit.stage import Job
     from optikit.stages.speculate._prompts import PromptOptions
-    from optikit.training.self_generated import OwnText
+    from optikit.training.self_generated import GeneratedText
 
 FEWEST = 4
 """Prompts to learn from: fewer leave nothing to validate on."""
 
 
-def written(options: PromptOptions, job: Job, tokens: int) -> tuple[Any, list[list[int]], OwnText]:
-    """Return the model of `job.source`, prompts that nothing will be judged on, and what it writes to them.
+def written(options: PromptOptions, job: Job, tokens: int) -> tuple[Any, list[list[int]], GeneratedText]:
+    """Return the model of `job.source`, prompts that nothing is evaluated on, and what it writes to them.
 
     Args:
         options: Which prompts, and how.
@@ -35,26 +35,27 @@ def written(options: PromptOptions, job: Job, tokens: int) -> tuple[Any, list[li
 
     dtype = str(compute_dtype(job.device)).removeprefix("torch.")
     decoder = TorchDecoder(job.source, dtype=dtype, threads=job.threads)
+    decoder.model.to(job.device)
     generator = TextGenerator(decoder, job.source)
     path = job.inputs["prompts"]
     found = texts.divided(
         path,
         texts.tokenizer(job.source),
         lambda prompt: generator.encode(prompt, chat=options.chat),
-        judged=options.judged,
+        eval_prompts=options.eval_prompts,
         template=options.template,
         length=options.prompt_tokens,
         seed=job.seed,
-        judged_part=options.judged_part,
+        eval_part=options.eval_part,
     )
     room = decoder.max_tokens - options.new_tokens
     fitting = [prompt.tolist() for prompt in found.others if len(prompt) <= room]
     if len(fitting) < FEWEST:
         message = (
-            f"{path} has {len(fitting)} prompts of at most {room} tokens beside the {len(found.judged)} that judge; "
+            f"{path} has {len(fitting)} prompts of at most {room} tokens beside the {len(found.judged)} that evaluate; "
             f"{FEWEST} are needed to learn from"
         )
-        raise InputMissingError(message, fix="give more prompts, or lower `judged`")
+        raise InputMissingError(message, fix="give more prompts, or lower eval_prompts")
 
     def observe(done: int, total: int) -> None:
         return_memory()
@@ -67,7 +68,7 @@ def written(options: PromptOptions, job: Job, tokens: int) -> tuple[Any, list[li
         used,
         new_tokens=options.new_tokens,
         ends=generator.ends,
-        folder=job.scratch / "own-text",
+        folder=job.scratch / "self-generated",
         observe=observe,
     )
     return decoder.model, used, text
