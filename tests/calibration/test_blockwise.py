@@ -22,7 +22,7 @@ from optikit.algorithms.precision import compute_dtype
 from optikit.calibration import blockwise as walk_module
 from optikit.calibration import calibration_set
 from optikit.calibration.gram import Gram, PairedGram
-from optikit.calibration.method import Group, Seen
+from optikit.calibration.method import Batch, Group
 from optikit.errors import StageFailedError
 from optikit.formats import gptq as packing
 from optikit.stage import Calibration, Job
@@ -99,7 +99,7 @@ def test_equals_the_whole_model_with_hooks(tiny_llama, prose, tmp_path, correct)
                 behind = dense.inputs(base, tokens).float() - now.inputs(base, tokens).float()
             inputs = now.inputs(full[0], tokens)
             if isinstance(gram, PairedGram):
-                gram.see(Seen(inputs=inputs, dense_inputs=dense.inputs(full[0], tokens), behind=behind))
+                gram.see(Batch(inputs=inputs, dense_inputs=dense.inputs(full[0], tokens), behind=behind))
                 target = corrected(target, gram.mean(), gram.lacking(), damp=0.1, tokens=gram.tokens)
             else:
                 gram.update(inputs)

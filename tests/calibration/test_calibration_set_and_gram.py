@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, processors
 
 from optikit.calibration import calibration_set
 from optikit.calibration.gram import STRIP, Gram, PairedGram
-from optikit.calibration.method import Group, Seen
+from optikit.calibration.method import Batch, Group
 from optikit.errors import InputMissingError, StageFailedError
 
 
@@ -89,7 +89,7 @@ def test_lacking_is_what_least_squares_is_asked_for(residual, dtype):
     for _ in range(3):
         inputs, dense = (torch.randn(50, 12, generator=draw).to(dtype) for _ in range(2))
         behind = torch.randn(50, len(weight), generator=draw) if residual else None
-        gram.see(Seen(inputs=inputs, dense_inputs=dense, behind=behind))
+        gram.see(Batch(inputs=inputs, dense_inputs=dense, behind=behind))
         gap = (dense.double() - inputs.double()) @ weight.double().T
         sums += (gap + (0 if behind is None else behind.double())).T @ inputs.double()
     tolerance = 1e-5 if dtype is torch.float32 else 3e-3
