@@ -23,11 +23,11 @@ def test_every_weight_goes_to_the_nearest_level_of_its_block(weights):
     assert len(codes) == len(back) == len(weights)
     for first in range(0, len(weights), nf4.BLOCK):
         block = weights[first : first + nf4.BLOCK]
-        absmax = max(map(abs, block))
-        assert absmax[first // nf4.BLOCK] == torch.tensor(absmax)
+        largest = max(map(abs, block))
+        assert absmax[first // nf4.BLOCK] == torch.tensor(largest)
         for weight, found in zip(block, back[first:].tolist(), strict=False):
-            best = absmax * nearest(weight / absmax, list(nf4.LEVELS)) if absmax > 1e-30 else 0.0
-            assert abs(found - weight) <= abs(best - weight) + 1e-6 * absmax
+            best = largest * nearest(weight / largest, list(nf4.LEVELS)) if largest > 1e-30 else 0.0
+            assert abs(found - weight) <= abs(best - weight) + 1e-6 * largest
 
 
 @given(WEIGHTS)

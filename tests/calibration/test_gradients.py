@@ -18,19 +18,19 @@ from optikit.formats.checkpoint import Checkpoint
 def both(tiny_llama, tmp_path_factory):
     """Gradients of every linear: block by block, and of the whole model at once."""
     windows = torch.randint(3, 260, (3, 24), generator=torch.Generator().manual_seed(0))
-    stored = SourceModel(Checkpoint(tiny_llama))
-    empty = EmptyModel(stored, dtype=torch.float32, device="cpu")
+    source = SourceModel(Checkpoint(tiny_llama))
+    blank = EmptyModel(source, dtype=torch.float32, device="cpu")
     scratch = tmp_path_factory.mktemp("gradients")
     ours, importance = {}, {}
     coupling = Coupling(
         reader="mlp.down_proj", makers=(("mlp.gate_proj", 1), ("mlp.up_proj", 1)), size=1, units=128, keep=64
     )
-    for index, block in gradients(empty, windows, scratch):
-        for name in stored.row.linears:
+    for index, block in gradients(blank, windows, scratch):
+        for name in source.row.linears:
             ours[f"model.layers.{index}.{name}"] = block.get_submodule(name).weight.grad.clone()
         importance[index] = width.taylor(_parts(block, coupling, transposed=False))
     assert not list(scratch.iterdir())
-    assert all(parameter.is_meta for block in empty.blocks for parameter in block.parameters())
+    assert all(parameter.is_meta for block in blank.blocks for parameter in block.parameters())
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     for window in windows:
         model(input_ids=window[None], labels=window[None]).loss.backward()

@@ -153,9 +153,9 @@ def test_scales_that_were_applied_twice_are_noticed(source, prose, tmp_path, mon
 
 
 def test_ties_name_the_value_channel_that_an_attention_output_copies(tiny_llama):
-    stored = SourceModel(Checkpoint(tiny_llama))
-    (out,) = stored.groups(0, lambda _: False)[1]
-    previous = stored.previous(0, (out,), lambda _: False, {})
+    model = SourceModel(Checkpoint(tiny_llama))
+    (out,) = model.groups(0, lambda _: False)[1]
+    previous = model.previous_op(0, (out,), lambda _: False, {})
     assert previous is not None
     assert previous.ties is not None
     heads, kv_heads, head_dim = 4, 2, 16
