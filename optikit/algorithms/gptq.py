@@ -67,15 +67,15 @@ def quantize(
 def _round_columns(
     weight: Tensor, upper: Tensor, order: Tensor, chosen: Scales, grid: Grid, mask: Tensor | None
 ) -> Tensor:
-    """Return codes (out, in) uint8; uses `upper` up. Works on columns as rows: every step is on contiguous memory."""
+    """Return codes (out, in) uint8; overwrites `upper`. Columns are rows here: every step is on contiguous memory."""
     columns, rows = len(order), len(weight)
     left = weight.T[order].contiguous()  # (in, out): what the columns not yet rounded should be
-    steps = upper.div_(upper.diagonal().clone()[:, None])
+    steps = upper.div_(upper.diagonal().clone()[:, None])  # row j: U_jk / U_jj, (in, in)
     group = (order // grid.width(columns)).tolist()
     scales, zeros = chosen.scales.T.contiguous(), chosen.zeros.T.contiguous()
     low, high = -zeros, grid.qmax - zeros
     keep = None if mask is None else mask.T[order].to(left.dtype)
-    codes = torch.empty_like(left)
+    codes = torch.empty_like(left)  # (in, out)
     errors = torch.empty((OUTER, rows), device=left.device, dtype=left.dtype)
     for start in range(0, columns, OUTER):
         stop = min(start + OUTER, columns)
@@ -87,10 +87,10 @@ def _round_columns(
                 torch.clamp(code, low[g], high[g], out=code)
                 if keep is not None:
                     code.mul_(keep[j])
-                torch.addcmul(left[j], code, scales[g], value=-1, out=error)
+                torch.addcmul(left[j], code, scales[g], value=-1, out=error)  # w_j - q_j, (out,)
                 if j + 1 < last:
-                    left[j + 1 : last].addr_(steps[j, j + 1 : last], error, alpha=-1)
-            if last < stop:
+                    left[j + 1 : last].addr_(steps[j, j + 1 : last], error, alpha=-1)  # eq. 2
+            if last < stop:  # eq. 4: the same for a batch of columns at once
                 left[last:stop].addmm_(steps[first:last, last:stop].T, errors[first - start : last - start], alpha=-1)
         if stop < columns:
             left[stop:].addmm_(steps[start:stop, stop:].T, errors[: stop - start], alpha=-1)

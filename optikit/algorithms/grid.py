@@ -31,7 +31,7 @@ CHUNK_ELEMENTS = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What codes look like.
+    """An integer grid.
 
     Attributes:
         bits: Bits per code.
@@ -84,7 +84,7 @@ class Quantized(NamedTuple):
 
 
 class Rounded(NamedTuple):
-    """What an algorithm made of a weight, and found out.
+    """A quantized weight, with facts about its rounding.
 
     Attributes:
         quantized: Codes, scales, zero points.

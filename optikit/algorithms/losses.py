@@ -1,4 +1,4 @@
-"""DOCSTRING optikit.algorithms.losses."""
+"""Losses of training, in nats: next tokens, divergence from a teacher, Medusa heads, and the two together."""
 
 from __future__ import annotations
 

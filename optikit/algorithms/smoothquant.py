@@ -26,7 +26,7 @@ SMALLEST = 1e-5
 
 @dataclass(frozen=True)
 class Smoothing:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         scale: (in,) float32; inputs are divided by it, weight columns multiplied. All ones where nothing was better.
@@ -77,7 +77,7 @@ def tie(absmax: Tensor, ties: Tensor | None) -> Tensor:
 
     Args:
         absmax: (in,).
-        ties: (in,) int64, for each channel the one of the feeding module that it copies; None ties nothing.
+        ties: (in,) int64, for each channel the channel of the previous op that it copies; None ties nothing.
     """
     if ties is None:
         return absmax

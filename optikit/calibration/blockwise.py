@@ -36,15 +36,15 @@ from optikit.stage import Facts, Job
 
 Linears = tuple[Linear, ...]
 Change = tuple[Linears, Callable[[], Result]]
-"""A group, and the method's `apply` on it: all that it needs has been gathered."""
+"""A group, and the method's `apply` bound to it and to its finished statistic."""
 
 
 class Outcome(NamedTuple):
-    """What a walk has to tell.
+    """The result of a walk, beside the files.
 
     Attributes:
-        facts: About the files written, and the dtype of activations where there were any.
-        rows: What the method found out, by linear name.
+        facts: Facts about the files written, and the dtype of activations where there were any.
+        rows: Facts about each linear by its name.
     """
 
     facts: Facts
@@ -88,7 +88,7 @@ def _walked(source: SourceModel, state: ResumeState, ignore: Callable[[str], boo
 
 
 class _Block:
-    """What is new in one block; `forward` puts new weights where its outputs are computed."""
+    """New tensors of one block; `forward` puts new weights into the module that computes its outputs."""
 
     def __init__(self, source: SourceModel, forward: Callable[[Linears, tuple[Tensor, ...]], None] | None) -> None:
         self._source, self._forward = source, forward
@@ -110,7 +110,7 @@ class _Block:
 
 
 Blocks = Generator[tuple[_Block, Iterable[Change]]]
-"""Blocks with their groups: when the next block is asked for, all groups of the last have been taken in."""
+"""Blocks with their groups; before the next block is asked for, all groups of the last must be taken in."""
 
 
 def _group(job: Job, source: SourceModel, linears: Linears, previous: PreviousOp | None = None) -> Group:
@@ -223,7 +223,7 @@ class _Calibrated:
         return int(most / each / len(self._paths(0)))
 
     def _block(self, index: int) -> Blocks:
-        """Yield a block with its groups; then pass its new outputs on, and commit it."""
+        """Yield a block with its groups; then compute its new outputs and commit it."""
         groups = self._source.groups(index, self._ignore)
         points = [linears[0].inside for linears in groups]
         residuals = {residual for linears in groups if (residual := self._residual(linears))}

@@ -39,7 +39,7 @@ class _Recorded(Exception):  # noqa: N818 - not an error: the recorder has seen 
 
 @dataclass(frozen=True)
 class Call:
-    """What the model passes to a block after the hidden states."""
+    """Arguments that the model passes to a block after the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -134,7 +134,7 @@ class EmptyModel:
                 self._empty(module)
 
     def record(self, window: Tensor) -> list[Call]:
-        """Return what the model passes to each block for one window, (1, tokens) int64.
+        """Return the arguments that each block gets for one window, (1, tokens) int64.
 
         Masks and position embeddings of a batch of one broadcast over any batch of equally long windows.
         """
@@ -163,7 +163,7 @@ class EmptyModel:
             yield found.pop()
 
     def logits(self, windows: Tensor, hidden: Tensor) -> Tensor:
-        """Return what the model makes of its last block's output; gradients flow back into `hidden`.
+        """Return the logits of the last block's output; gradients flow back into `hidden`.
 
         Call it while stem and head are filled.
 

@@ -56,7 +56,7 @@ class Gram:
 
 
 class PairedGram(Gram):
-    """The Gram matrix, and what a group's outputs lack to be those of the dense model.
+    """The Gram matrix, and the error of a group's outputs against the dense model's.
 
     Args:
         group: The linears.
@@ -90,14 +90,14 @@ class PairedGram(Gram):
             distributed.total(self._cross)
 
     def lacking(self) -> Tensor:
-        """Return the mean of (wanted output - present output) xᵀ of the stacked linears, (out, in) float32; once."""
+        """Return the mean of (dense output - present output) xᵀ, (out, in) float32 of all linears; callable once."""
         if self._cross is None:
             raise ValueError("no batch was seen")
         mean, self._cross = self._cross.div_(max(self.tokens, 1)), None
         return mean if self._of_outputs else torch.cat(self._weights) @ mean
 
     def corrected(self) -> Tensor:
-        """Return the stacked weights (out, in) float32, moved so that they make up for what was lost before; once."""
+        """Return stacked weights (out, in) float32, corrected towards the dense model's outputs; callable once."""
         hessian, lacking = self.mean(), self.lacking()
         return corrected(torch.cat(self._weights), hessian, lacking, damp=self._damp, tokens=self.tokens)
 

@@ -1,4 +1,4 @@
-"""What a weight technique is to the walk: a statistic of a group's inputs, a change of its weights, a file layout."""
+"""Interfaces between the walk and a weight technique: statistic of inputs, change of weights, file layout."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ class Group:
 
     @property
     def target(self) -> Tensor:
-        """(rows of all linears, in_features): the stacked weights to come close to."""
+        """Stacked weights that the new ones have to approximate, (rows of all linears, in_features)."""
         return torch.cat(self.weights) if self.corrected is None else self.corrected
 
     @property
     def pruned_target(self) -> Tensor:
-        """The same, with the zeros of a pruned weight held."""
+        """`target` with the zeros of pruned weights kept, (rows of all linears, in_features)."""
         alive = None if self.corrected is None else pruned_mask(torch.cat(self.weights))
         return self.target if alive is None else self.target * alive
 
@@ -75,13 +75,13 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a method made of a group.
+    """New weights of a group.
 
     Attributes:
         weights: Per linear (out_features, in_features): what the walk goes on with; bit-equal to what `tensors` mean.
         tensors: Written in place of each linear's `weight`, under full names; changed tensors of the previous op may be
             among them. Empty writes `weights` in the checkpoint's layout and dtype.
-        facts: Found out on the way, as JSON, by linear name.
+        facts: Facts about each linear by its name, as JSON.
     """
 
     weights: tuple[Tensor, ...]
@@ -106,7 +106,7 @@ class Batch:
 
 
 class Statistic(Protocol):
-    """What is kept of the inputs of a group."""
+    """A statistic of a group's inputs, summed up batch by batch."""
 
     def update(self, batch: Batch) -> None:
         """Take in one batch."""
@@ -119,13 +119,13 @@ class Statistic(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Walked:
-    """A finished walk: what there is to write.
+    """A finished walk, before anything is written.
 
     Attributes:
         entries: Every tensor of the new checkpoint and where its bytes lie now: in the source, or in scratch.
         linears: Full names of the linears that were changed.
         ignore: Whether a linear (full name) was left as it is.
-        rows: What the method found out, by linear name, as JSON.
+        rows: Facts about each linear by its name, as JSON.
     """
 
     entries: Mapping[str, Entry]
@@ -135,10 +135,10 @@ class Walked:
 
 
 class Layout(Protocol):
-    """How changed linears lie in the files: write_checkpoint.py has those known."""
+    """A way to lay out changed linears in files; write_checkpoint.py has those there are."""
 
     def write(self, job: Job, walked: Walked) -> Facts:
-        """Write `job.dest`, hold the files to what was promised, return facts about them."""
+        """Write `job.dest`, verify the files against what was promised, and return facts about them."""
         ...
 
 
@@ -154,7 +154,7 @@ class Method(Protocol[S]):
 
     @property
     def layout(self) -> Layout:
-        """How its results are written."""
+        """File layout of the results."""
         ...
 
     @property
@@ -180,7 +180,7 @@ class DataFreeMethod(Protocol):
 
     @property
     def layout(self) -> Layout:
-        """How its results are written."""
+        """File layout of the results."""
         ...
 
     def apply(self, group: Group) -> Result:

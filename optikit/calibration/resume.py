@@ -1,4 +1,4 @@
-"""What survives a killed walk, in the job's scratch directory: finished blocks and the hidden states after them.
+"""Resume state of a walk, in the job's scratch directory: finished blocks and the hidden states after them.
 
     resume.json          which walk this is, how many blocks are done, sha256 of the hidden states after them
     block-00012.safetensors   what is written in place of block 12's weights
@@ -100,7 +100,7 @@ class ResumeState:
             self.linears, self.facts = found["linears"], found["facts"]
 
     def reset(self) -> None:
-        """Begin again: what was found is not of this walk, or damaged."""
+        """Begin again: the state found is of another walk, or damaged."""
         self.done, self.linears, self.facts = 0, [], {}
         self.hidden_sha256 = self.dense_sha256 = ""
 

@@ -122,7 +122,7 @@ class SourceModel:
         return PreviousOp(name=name, tensors={**kept, **made}, linear=linear, offset=offset, ties=ties)
 
     def _ties(self, previous: Linear, width: int) -> Tensor | None:
-        """Return which row of a feeding linear each of `width` inputs copies: key-value heads serve several queries."""
+        """Return which row of the previous op each of `width` inputs copies: key-value heads serve several queries."""
         shape = self.checkpoint.entries[f"{previous.name}.weight"].shape
         rows = shape[1 if self.row.transposed else 0]
         if rows == width:

@@ -72,7 +72,7 @@ class ScaledLayout:
 
 
 def _check_names(source: SourceModel, written: Checkpoint, layout: ScaledLayout, walked: Walked) -> None:
-    """Check that the promised tensors are there, and that whatever no scale can be folded into has its old bytes."""
+    """Check that the promised tensors are there, and that tensors no scale can be folded into have their old bytes."""
     promised = {f"{name}.{suffix}" for name in walked.linears for suffix in layout.dtypes}
     dense = {name for name in source.checkpoint if name.removesuffix(".weight") not in walked.linears}
     if promised | dense != set(written):
@@ -124,7 +124,7 @@ def _check_block(
 
 
 def _rows(new: Tensor, dense: Tensor) -> Tensor:
-    """Return what each row (out,) was multiplied by, as far as one can tell."""
+    """Return the factor of each row, (out,), by least squares."""
     rows = (new * dense).sum(dim=1) / dense.square().sum(dim=1)
     return torch.where(torch.isfinite(rows) & (rows > 0), rows, 1.0)
 
@@ -138,7 +138,7 @@ def _unpacked(linear: Linear, written: Checkpoint, layout: ScaledLayout) -> Tens
 
 
 def _scale(previous: PreviousOp | None, written: Checkpoint, divided: Mapping[str, Tensor]) -> Tensor:
-    """Return what a group's inputs are divided by, as the files have it."""
+    """Return the scale that the written files divide a group's inputs by, (in,) or (1,)."""
     if previous is None:
         return torch.ones(1)
     if previous.linear:

@@ -106,7 +106,8 @@ def _rows() -> Mapping[str, Architecture]:
     for model_type in rows:
         row = _row(model_type, rows)
         row["groups"] = tuple(tuple(group) for group in row["groups"])
-        row |= {key: tuple(row[key]) for key in ("previous_ops", "residual_sources", "engines", "windowless") if key in row}
+        lists = ("previous_ops", "residual_sources", "engines", "windowless")
+        row |= {key: tuple(row[key]) for key in lists if key in row}
         row["keys"] = MappingProxyType({**USUAL_KEYS, **row.get("keys", {})})
         row["requires"] = MappingProxyType(row.get("requires", {}))
         found[model_type] = Architecture(model_type=model_type, **row)

@@ -40,7 +40,7 @@ def fold(previous: PreviousOp, scale: Tensor, *, suffix: str, axis: int) -> tupl
 
 
 def _representatives(scale: Tensor, ties: Tensor) -> Tensor:
-    """Return the scale of each channel of the previous: (in,) → (out of the previous,)."""
+    """Return the scale of each output channel of the previous op: (in,) → (out of that op,)."""
     per_row = torch.ones(int(ties.max()) + 1, device=scale.device)
     per_row[ties] = scale
     return per_row

@@ -16,7 +16,7 @@ from optikit.calibration.write_checkpoint import ScaledLayout
 from optikit.formats import compressed_tensors, llm_int8
 
 SAMPLE_TOKENS = 512
-"""At least so many tokens' inputs are kept, where there are as many, to see how they round."""
+"""Least number of tokens whose inputs are kept for measuring their rounding error."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LlmInt8:
 
 
 class Ranges:
-    """How inputs round to int8: their Gram matrix, each channel's absmax, and a sample spread over all tokens.
+    """What rounding of inputs to int8 depends on: Gram matrix, each channel's absmax, a sample spread over all tokens.
 
     Args:
         group: The linears that see the inputs.
@@ -53,7 +53,7 @@ class Ranges:
 
     @property
     def sample(self) -> Tensor:
-        """(n, width) float32 inputs of every so many-th token, at least SAMPLE_TOKENS where there are as many."""
+        """Inputs of evenly spaced tokens, (n, width) float32; n is at least SAMPLE_TOKENS where there are as many."""
         return self._sample
 
     def update(self, batch: Batch) -> None:
