@@ -32,7 +32,7 @@ SMALLEST = 1e-4
 
 @dataclass(frozen=True)
 class Scaling:
-    """What a scale search found.
+    """The result of a scale search.
 
     Attributes:
         scale: (in,) float32, positive; inputs are divided by it, weight columns multiplied.
@@ -89,7 +89,7 @@ def tie(size: Tensor, ties: Tensor | None) -> Tensor:
 
     Args:
         size: (in,).
-        ties: (in,) int64, for each channel the one of the feeding module that it copies; None ties nothing.
+        ties: (in,) int64, for each channel the channel of the previous op that it copies; None ties nothing.
     """
     if ties is None:
         return size
@@ -158,7 +158,7 @@ def _rows(weight: Tensor) -> Tensor:
 
 
 def fold(weight: Tensor, scale: Tensor, *, offset: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Divide the weight of the norm that feeds the linears, and return what it was really divided by.
+    """Divide the weight of the norm before the linears by a scale; return also the exact scale after its rounding.
 
     A norm is stored in half precision: the quotient is rounded, and the linears are multiplied by the scale that the
     rounded one amounts to, so that the product is the same as before.

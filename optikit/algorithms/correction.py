@@ -27,13 +27,13 @@ ENOUGH = 10
 
 
 def corrected(weight: Tensor, hessian: Tensor, lacking: Tensor, *, damp: float, tokens: int) -> Tensor:
-    """Move a weight so that its outputs make up for what they lack.
+    """Correct a weight so that its outputs on the present inputs come closest to the wanted ones.
 
     Args:
         weight: (out, in) float32.
         hessian: (in, in) float32, mean of x xᵀ.
         lacking: (out, in) float32, mean of (wanted output - weight x) xᵀ.
-        damp: Added to the Hessian's diagonal, as a fraction of its mean: what holds the weight back; more is, where
+        damp: Added to the Hessian's diagonal, as a fraction of its mean: holds the weight back; more is added where
             there are few tokens.
         tokens: How many tokens the means are over.
 

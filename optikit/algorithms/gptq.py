@@ -11,29 +11,15 @@ instead of zeroed; where H can't be factored after more damping, the layer is ro
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from optikit.algorithms import rtn
-from optikit.algorithms.grid import Grid, Quantized, Scales, fit
+from optikit.algorithms.grid import Grid, Quantized, Rounded, Scales, fit
 from optikit.algorithms.hessian import inverse_factor
 
 OUTER, INNER = 128, 16
 """Columns after which an error reaches the rest of the row, and the rest of its block: fewer passes over memory."""
-
-
-class Rounded(NamedTuple):
-    """What GPTQ made of a layer.
-
-    Attributes:
-        quantized: Codes, scales, zero points.
-        damp: Damping that was used, as a fraction of the Hessian's mean diagonal; 0.0 where it fell back to rounding.
-    """
-
-    quantized: Quantized
-    damp: float
 
 
 def quantize(
@@ -57,6 +43,9 @@ def quantize(
         act_order: Round columns with large activations first, while many others can still take their error.
         mask: (out, in) bool: False holds a weight at exactly zero; None prunes nothing.
 
+    Returns:
+        Facts are the damping used, `damp`, 0.0 where the layer was rounded to nearest instead, and `damp_asked`.
+
     Raises:
         ValueError: The group size doesn't divide the columns.
     """
@@ -65,27 +54,28 @@ def quantize(
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     found = inverse_factor(hessian, damp, order)
     if found is None:
-        return Rounded(rtn.quantize(weight, grid, mask), 0.0)
+        return Rounded(rtn.quantize(weight, grid, mask), {"damp": 0.0, "damp_asked": damp})
     upper, used = found
     importance = torch.empty(len(hessian), device=hessian.device)
     importance[order] = upper.square().sum(0).reciprocal()  # 1 / [H⁻¹]_jj: what is lost per squared error
     chosen = fit(weight, grid, importance)
     codes = _round_columns(weight, upper, order, chosen, grid, mask)
-    return Rounded(Quantized(codes, chosen.scales.half(), chosen.zeros.byte()), used)
+    quantized = Quantized(codes, chosen.scales.half(), chosen.zeros.byte())
+    return Rounded(quantized, {"damp": used, "damp_asked": damp})
 
 
 def _round_columns(
     weight: Tensor, upper: Tensor, order: Tensor, chosen: Scales, grid: Grid, mask: Tensor | None
 ) -> Tensor:
-    """Return codes (out, in) uint8; uses `upper` up. Works on columns as rows: every step is on contiguous memory."""
+    """Return codes (out, in) uint8; overwrites `upper`. Columns are rows here: every step is on contiguous memory."""
     columns, rows = len(order), len(weight)
     left = weight.T[order].contiguous()  # (in, out): what the columns not yet rounded should be
-    steps = upper.div_(upper.diagonal().clone()[:, None])
+    steps = upper.div_(upper.diagonal().clone()[:, None])  # row j: U_jk / U_jj, (in, in)
     group = (order // grid.width(columns)).tolist()
     scales, zeros = chosen.scales.T.contiguous(), chosen.zeros.T.contiguous()
-    low, high = -zeros, grid.most - zeros
+    low, high = -zeros, grid.qmax - zeros
     keep = None if mask is None else mask.T[order].to(left.dtype)
-    codes = torch.empty_like(left)
+    codes = torch.empty_like(left)  # (in, out)
     errors = torch.empty((OUTER, rows), device=left.device, dtype=left.dtype)
     for start in range(0, columns, OUTER):
         stop = min(start + OUTER, columns)
@@ -97,10 +87,10 @@ def _round_columns(
                 torch.clamp(code, low[g], high[g], out=code)
                 if keep is not None:
                     code.mul_(keep[j])
-                torch.addcmul(left[j], code, scales[g], value=-1, out=error)
+                torch.addcmul(left[j], code, scales[g], value=-1, out=error)  # w_j - q_j, (out,)
                 if j + 1 < last:
-                    left[j + 1 : last].addr_(steps[j, j + 1 : last], error, alpha=-1)
-            if last < stop:
+                    left[j + 1 : last].addr_(steps[j, j + 1 : last], error, alpha=-1)  # eq. 2
+            if last < stop:  # eq. 4: the same for a batch of columns at once
                 left[last:stop].addmm_(steps[first:last, last:stop].T, errors[first - start : last - start], alpha=-1)
         if stop < columns:
             left[stop:].addmm_(steps[start:stop, stop:].T, errors[: stop - start], alpha=-1)

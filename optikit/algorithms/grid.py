@@ -9,8 +9,9 @@ Scales are rounded to float16, as they are stored, *before* codes are chosen: wh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +19,10 @@ from torch import Tensor
 SMALLEST_SCALE = 2.0**-24
 """Smallest positive float16; a scale of zero would divide by zero in loaders."""
 LARGEST_SCALE = 65504.0
-REACHES = (0.9, 0.95, 1.0, 1.05, 1.1, 1.15)
-"""Symmetric candidates: the largest weight lands on code -reach · 2^(bits-1). Twenty are no better than these six."""
-SHARES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)
-"""Asymmetric candidates: share of the span between the extremes that the codes cover."""
+CLIP_RATIOS = (0.9, 0.95, 1.0, 1.05, 1.1, 1.15)
+"""Symmetric: the largest weight lands on code -ratio · 2^(bits-1). Twenty ratios are no better than these six."""
+SPAN_RATIOS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)
+"""Asymmetric: share of the span from minimum to maximum that the codes cover."""
 PRUNED_SHARE = 0.25
 """Share of exact zeros from which on a weight counts as pruned, and its zeros are held."""
 CHUNK_ELEMENTS = 1 << 16
@@ -30,13 +31,13 @@ CHUNK_ELEMENTS = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What codes look like.
+    """An integer grid.
 
     Attributes:
         bits: Bits per code.
         group_size: Weights of a row that share a scale; -1 for the whole row.
         sym: Zero points fixed in the middle.
-        search: Search scales for the least squared error, instead of spanning the extremes.
+        search: Search scales for the least squared error, instead of spanning minimum to maximum.
     """
 
     bits: int
@@ -45,7 +46,7 @@ class Grid:
     search: bool = True
 
     @property
-    def most(self) -> int:
+    def qmax(self) -> int:
         """Largest code."""
         return (1 << self.bits) - 1
 
@@ -82,14 +83,26 @@ class Quantized(NamedTuple):
     zeros: Tensor
 
 
+class Rounded(NamedTuple):
+    """A quantized weight, with facts about its rounding.
+
+    Attributes:
+        quantized: Codes, scales, zero points.
+        facts: As JSON.
+    """
+
+    quantized: Quantized
+    facts: Mapping[str, Any]
+
+
 def stored_scale(scale: Tensor) -> Tensor:
     """Round scales to what float16 can hold, never to zero or infinity; the sign stays."""
     magnitude = scale.abs().clamp(SMALLEST_SCALE, LARGEST_SCALE)
     return torch.copysign(magnitude, scale).half().float()
 
 
-def extremes(groups: Tensor, grid: Grid) -> Scales:
-    """Return the grid that spans each group's extremes.
+def minmax(groups: Tensor, grid: Grid) -> Scales:
+    """Return the grid that spans each group from its minimum to its maximum.
 
     Args:
         groups: (rows, groups, group size) float32.
@@ -97,12 +110,12 @@ def extremes(groups: Tensor, grid: Grid) -> Scales:
     """
     if grid.sym:
         half = 2 ** (grid.bits - 1)
-        scales = stored_scale(groups.abs().amax(-1) * (2 / grid.most))
+        scales = stored_scale(groups.abs().amax(-1) * (2 / grid.qmax))
         return Scales(scales, torch.full_like(scales, half))
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    scales = stored_scale((high - low) / grid.most)
+    scales = stored_scale((high - low) / grid.qmax)
     # Zero points start at 1: the gptq format stores them minus one, and loaders disagree on what 0 becomes.
-    return Scales(scales, torch.round(-low / scales).clamp(1, grid.most))
+    return Scales(scales, torch.round(-low / scales).clamp(1, grid.qmax))
 
 
 def fit(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Scales:
@@ -117,7 +130,7 @@ def fit(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Scales:
     size = grid.width(columns)
     groups = weight.reshape(rows, columns // size, size)
     if not grid.search:
-        return extremes(groups, grid)
+        return minmax(groups, grid)
     cost = torch.ones(columns, device=weight.device) if importance is None else importance / importance.mean()
     cost = cost.reshape(1, columns // size, size)
     search = _search_symmetric if grid.sym else _search_asymmetric
@@ -154,9 +167,9 @@ def _search_symmetric(groups: Tensor, cost: Tensor, grid: Grid) -> Scales:
     peak = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
     best = _Best(groups, cost)
     zeros = torch.full_like(peak, half)
-    # The largest weight lands on code -reach·half: below 1 the lowest codes stay empty, above 1 it is clipped.
-    for reach in REACHES:
-        inverse = torch.where(peak == 0, 0.0, -reach * half / peak)
+    # The largest weight lands on code -ratio·half: below 1 the lowest codes stay empty, above 1 it is clipped.
+    for ratio in CLIP_RATIOS:
+        inverse = torch.where(peak == 0, 0.0, -ratio * half / peak)
         codes = (groups * inverse[..., None]).round_().clamp_(-half, half - 1)
         best.offer(codes, zeros)
     return Scales(stored_scale(best.scales), zeros)
@@ -165,11 +178,11 @@ def _search_symmetric(groups: Tensor, cost: Tensor, grid: Grid) -> Scales:
 def _search_asymmetric(groups: Tensor, cost: Tensor, grid: Grid) -> Scales:
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     best = _Best(groups, cost)
-    for share in SHARES:
-        scales = ((high - low) * (share / grid.most)).clamp_min(SMALLEST_SCALE)
-        zeros = torch.round(-low * share / scales).clamp_(1, grid.most)
+    for ratio in SPAN_RATIOS:
+        scales = ((high - low) * (ratio / grid.qmax)).clamp_min(SMALLEST_SCALE)
+        zeros = torch.round(-low * ratio / scales).clamp_(1, grid.qmax)
         codes = (groups / scales[..., None]).round_()
-        codes = torch.maximum(torch.minimum(codes, (grid.most - zeros)[..., None]), -zeros[..., None])
+        codes = torch.maximum(torch.minimum(codes, (grid.qmax - zeros)[..., None]), -zeros[..., None])
         best.offer(codes, zeros)
     return Scales(stored_scale(best.scales), best.zeros)
 

@@ -15,8 +15,8 @@ LEVELS = 127
 
 def scales_of(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the scale of each row of a weight (out, in): (out, 1), positive, exact in `dtype`."""
-    extreme = weight.float().abs().amax(dim=1, keepdim=True)
-    scales = (extreme / LEVELS).to(dtype)
+    absmax = weight.float().abs().amax(dim=1, keepdim=True)
+    scales = (absmax / LEVELS).to(dtype)
     smallest = torch.finfo(dtype).tiny  # of a row of zeros
     return torch.where(scales > 0, scales, smallest)
 

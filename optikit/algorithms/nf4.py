@@ -70,33 +70,33 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     flat = weight.reshape(-1)
     parts = [_rounded(part.float(), _midpoints(weight.device)) for part in torch.split(flat, CHUNK)]
-    return torch.cat([codes for codes, _ in parts]), torch.cat([extremes for _, extremes in parts])
+    return torch.cat([codes for codes, _ in parts]), torch.cat([absmax for _, absmax in parts])
 
 
 def _rounded(flat: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
     blocks = pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
-    extremes = blocks.abs().amax(dim=1)
-    relative = blocks * (1.0 / extremes.clamp(min=1e-38))[:, None]
+    absmax = blocks.abs().amax(dim=1)
+    relative = blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]
     codes = torch.bucketize(relative.clamp_(-1, 1), midpoints, out_int32=True)
-    return codes.view(-1)[: len(flat)].to(torch.uint8), extremes
+    return codes.view(-1)[: len(flat)].to(torch.uint8), absmax
 
 
-def dequantize(codes: Tensor, extremes: Tensor) -> Tensor:
+def dequantize(codes: Tensor, absmax: Tensor) -> Tensor:
     """Return the weights (elements,) float32 that codes (elements,) and constants (blocks,) stand for."""
     levels = torch.tensor(LEVELS, device=codes.device)
-    spread = extremes.repeat_interleave(BLOCK)[: len(codes)]
+    spread = absmax.repeat_interleave(BLOCK)[: len(codes)]
     return levels[codes.int()] * spread
 
 
-def quantize_constants(extremes: Tensor) -> Constants:
+def quantize_constants(absmax: Tensor) -> Constants:
     """Round the constants of blocks, (blocks,) float32, to 8 bits each: 0.127 bits per weight instead of 0.5."""
-    offset = extremes.mean()
-    blocks = pad(extremes - offset, (0, -len(extremes) % CONSTANTS_BLOCK)).view(-1, CONSTANTS_BLOCK)
+    offset = absmax.mean()
+    blocks = pad(absmax - offset, (0, -len(absmax) % CONSTANTS_BLOCK)).view(-1, CONSTANTS_BLOCK)
     scales = blocks.abs().amax(dim=1)
     relative = (blocks * (1.0 / scales.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
-    levels = dynamic_map().to(extremes.device)
+    levels = dynamic_map().to(absmax.device)
     codes = torch.bucketize(relative, (levels[:-1] + levels[1:]) / 2, out_int32=True)
-    return Constants(codes.view(-1)[: len(extremes)].to(torch.uint8), scales, offset)
+    return Constants(codes.view(-1)[: len(absmax)].to(torch.uint8), scales, offset)
 
 
 def dequantize_constants(constants: Constants) -> Tensor:

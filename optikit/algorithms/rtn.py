@@ -13,7 +13,7 @@ def nearest(weight: Tensor, grid: Grid, chosen: Scales) -> Quantized:
     rows, columns = weight.shape
     scales, zeros = chosen
     groups = weight.reshape(rows, scales.shape[1], -1)
-    codes = (groups / scales[..., None]).round_().add_(zeros[..., None]).clamp_(0, grid.most)
+    codes = (groups / scales[..., None]).round_().add_(zeros[..., None]).clamp_(0, grid.qmax)
     return Quantized(codes.byte().reshape(rows, columns), scales.half(), zeros.byte())
 
 

@@ -21,12 +21,12 @@ from optikit.algorithms.awq import output_error
 STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Migration strengths tried."""
 SMALLEST = 1e-5
-"""Lower bound of channel extremes, as the paper's code has it: dead channels get a finite scale."""
+"""Lower bound of a channel's absmax, as the paper's code has it: dead channels get a finite scale."""
 
 
 @dataclass(frozen=True)
 class Smoothing:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         scale: (in,) float32; inputs are divided by it, weight columns multiplied. All ones where nothing was better.
@@ -72,17 +72,17 @@ def w8a8_error(weight: Tensor, gram: Tensor, sample: Tensor, tokens: int, scale:
     return float(of_weights.sum()) + float(of_inputs.square().sum()) * tokens / len(sample)
 
 
-def tie(extreme: Tensor, ties: Tensor | None) -> Tensor:
-    """Give channels that must share a scale one extreme: the largest.
+def tie(absmax: Tensor, ties: Tensor | None) -> Tensor:
+    """Give channels that must share a scale one absmax, the largest.
 
     Args:
-        extreme: (in,).
-        ties: (in,) int64, for each channel the one of the feeding module that it copies; None ties nothing.
+        absmax: (in,).
+        ties: (in,) int64, for each channel the channel of the previous op that it copies; None ties nothing.
     """
     if ties is None:
-        return extreme
-    largest = torch.zeros(int(ties.max()) + 1, dtype=extreme.dtype, device=extreme.device)
-    return largest.scatter_reduce_(0, ties, extreme, "amax")[ties]
+        return absmax
+    largest = torch.zeros(int(ties.max()) + 1, dtype=absmax.dtype, device=absmax.device)
+    return largest.scatter_reduce_(0, ties, absmax, "amax")[ties]
 
 
 def search(

@@ -8,13 +8,40 @@ Differs columns that calibration never reached keep their place in the Hessian b
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from optikit.algorithms import magnitude
+from optikit.algorithms.hessian import inverse_factor
 from optikit.algorithms.sparsity import Pattern, smallest
 
 BLOCK = 128
 """Columns whose mask is chosen together, and whose updates are applied before the rest of the row sees them."""
+
+
+def prune_group(
+    weights: Sequence[Tensor], hessian: Tensor, pattern: Pattern, *, damp: float
+) -> tuple[list[Tensor], Mapping[str, Any]]:
+    """Prune layers that share their input, each on its own.
+
+    Args:
+        weights: (out, in) float32 each; not changed.
+        hessian: (in, in) float32, symmetric, mean of x xᵀ.
+        pattern: How many, and where.
+        damp: Added to the Hessian's diagonal, as a fraction of its mean.
+
+    Returns:
+        The pruned weights; and the fact `by_magnitude`, whether the Hessian was empty or couldn't be factored.
+    """
+    found = inverse_factor(hessian, damp) if hessian.diagonal().any() else None
+    if found is None:
+        pruned = [weight.masked_fill(magnitude.mask(weight, pattern), 0) for weight in weights]
+    else:
+        pruned = [prune(weight, found[0], pattern)[0] for weight in weights]
+    return pruned, {"by_magnitude": found is None}
 
 
 def prune(weight: Tensor, factor: Tensor, pattern: Pattern, *, block: int = BLOCK) -> tuple[Tensor, Tensor]:

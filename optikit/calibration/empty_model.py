@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from optikit.calibration.source_model import Linear, StoredModel
+from optikit.calibration.source_model import Linear, SourceModel
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -39,13 +39,13 @@ class _Recorded(Exception):  # noqa: N818 - not an error: the recorder has seen 
 
 @dataclass(frozen=True)
 class Call:
-    """What the model passes to a block after the hidden states."""
+    """Arguments that the model passes to a block after the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
-class Skeleton:
+class EmptyModel:
     """A model whose blocks are empty until they are filled.
 
     Attributes:
@@ -55,8 +55,8 @@ class Skeleton:
         width: Of the hidden states; known after `record`.
     """
 
-    def __init__(self, stored: StoredModel, *, dtype: torch.dtype, device: str) -> None:
-        config = AutoConfig.from_pretrained(stored.checkpoint.directory, trust_remote_code=False)
+    def __init__(self, source: SourceModel, *, dtype: torch.dtype, device: str) -> None:
+        config = AutoConfig.from_pretrained(source.checkpoint.directory, trust_remote_code=False)
         # sdpa ignores Gemma 2's soft cap on attention scores.
         capped = getattr(config, "attn_logit_softcapping", None) is not None
         attention = "eager" if capped else "sdpa"
@@ -66,18 +66,18 @@ class Skeleton:
         for module in self._model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
-        self._stored = stored
-        self._row = stored.row
+        self._source = source
+        self._row = source.row
         self.dtype = dtype
         self.device = device
         self.width = 0
-        self.blocks: list[nn.Module] = list(self._model.get_submodule(stored.row.blocks).children())
-        self._stem = self._model.get_submodule(stored.row.blocks.rpartition(".")[0])
+        self.blocks: list[nn.Module] = list(self._model.get_submodule(source.row.blocks).children())
+        self._stem = self._model.get_submodule(source.row.blocks.rpartition(".")[0])
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
         for name, _ in list(module.named_parameters()):
             owner, _, leaf = name.rpartition(".")
-            value = self._stored.read(f"{prefix}{name}").to(self.device, self.dtype)
+            value = self._source.read(f"{prefix}{name}").to(self.device, self.dtype)
             setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
     def _empty(self, module: nn.Module) -> None:
@@ -107,7 +107,7 @@ class Skeleton:
         """Hold all but the blocks in memory: embeddings, last norm, output head."""
         head = self._model.get_submodule(self._row.head)
         with self.stem_filled():
-            if f"{self._row.head}.weight" in self._stored.checkpoint:
+            if f"{self._row.head}.weight" in self._source.checkpoint:
                 self._fill(head, f"{self._row.head}.")
             else:
                 head.weight = self._model.get_submodule(self._row.embedding).weight
@@ -134,7 +134,7 @@ class Skeleton:
                 self._empty(module)
 
     def record(self, window: Tensor) -> list[Call]:
-        """Return what the model passes to each block for one window, (1, tokens) int64.
+        """Return the arguments that each block gets for one window, (1, tokens) int64.
 
         Masks and position embeddings of a batch of one broadcast over any batch of equally long windows.
         """
@@ -163,7 +163,7 @@ class Skeleton:
             yield found.pop()
 
     def logits(self, windows: Tensor, hidden: Tensor) -> Tensor:
-        """Return what the model makes of its last block's output; gradients flow back into `hidden`.
+        """Return the logits of the last block's output; gradients flow back into `hidden`.
 
         Call it while stem and head are filled.
 

@@ -12,41 +12,41 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from optikit.calibration.empty_model import Call, Skeleton
+from optikit.calibration.empty_model import Call, EmptyModel
 from optikit.calibration.resume import HiddenStates
 
 
-def gradients(skeleton: Skeleton, windows: Tensor, directory: Path) -> Iterator[tuple[int, nn.Module]]:
+def gradients(model: EmptyModel, windows: Tensor, directory: Path) -> Iterator[tuple[int, nn.Module]]:
     """Yield each block from the last to the first; `grad` of its weights is the loss's, summed over the windows.
 
     The loss of a window is the mean cross-entropy of its next tokens. A block is emptied when the next is asked for.
 
     Args:
-        skeleton: The model; its dtype is that of all arithmetic here.
+        model: The model; its dtype is that of all arithmetic here.
         windows: (samples, tokens) int64.
         directory: Where activations are kept meanwhile.
     """
-    count = len(skeleton.blocks)
+    count = len(model.blocks)
 
     def states(name: str) -> HiddenStates:
-        return HiddenStates(directory / f"{name}.bin", (*windows.shape, skeleton.width), skeleton.dtype, 1)
+        return HiddenStates(directory / f"{name}.bin", (*windows.shape, model.width), model.dtype, 1)
 
-    with skeleton.stem_filled(), torch.no_grad():
-        calls = skeleton.record(windows[:1])
-        states("input-0").write(skeleton.embedded(windows, 1))
+    with model.stem_filled(), torch.no_grad():
+        calls = model.record(windows[:1])
+        states("input-0").write(model.embedded(windows, 1))
     for index in range(count):
-        block = skeleton.fill_block(index)
-        states(f"input-{index + 1}").write(_forward(skeleton, block, calls[index], states(f"input-{index}")))
-        skeleton.empty_block(index)
-    with skeleton.head_filled():
-        states(f"gradient-{count}").write(_of_loss(skeleton, windows, states(f"input-{count}")))
+        block = model.fill_block(index)
+        states(f"input-{index + 1}").write(_forward(model, block, calls[index], states(f"input-{index}")))
+        model.empty_block(index)
+    with model.head_filled():
+        states(f"gradient-{count}").write(_of_loss(model, windows, states(f"input-{count}")))
     for index in reversed(range(count)):
-        block = skeleton.fill_block(index).requires_grad_()
-        passed = _backward(skeleton, block, calls[index], states(f"input-{index}"), states(f"gradient-{index + 1}"))
+        block = model.fill_block(index).requires_grad_()
+        passed = _backward(model, block, calls[index], states(f"input-{index}"), states(f"gradient-{index + 1}"))
         states(f"gradient-{index}").write(passed)
         yield index, block
         block.zero_grad()
-        skeleton.empty_block(index)
+        model.empty_block(index)
         for done in (f"input-{index + 1}", f"gradient-{index + 1}"):
             states(done).path.unlink()
     for done in ("input-0", "gradient-0"):
@@ -59,33 +59,33 @@ def _run(block: nn.Module, call: Call, hidden: Tensor) -> Tensor:
     return found
 
 
-def _forward(skeleton: Skeleton, block: nn.Module, call: Call, inputs: HiddenStates) -> Iterator[Tensor]:
+def _forward(model: EmptyModel, block: nn.Module, call: Call, inputs: HiddenStates) -> Iterator[Tensor]:
     for index in range(inputs.batches):
         with torch.no_grad():
-            yield _run(block, call, inputs.read(index).to(skeleton.device)).cpu()
+            yield _run(block, call, inputs.read(index).to(model.device)).cpu()
 
 
-def _of_loss(skeleton: Skeleton, windows: Tensor, outputs: HiddenStates) -> Iterator[Tensor]:
+def _of_loss(model: EmptyModel, windows: Tensor, outputs: HiddenStates) -> Iterator[Tensor]:
     """Yield the gradient of every window's loss with respect to the last block's output."""
     for index in range(outputs.batches):
-        hidden = outputs.read(index).to(skeleton.device).requires_grad_()
-        window = windows[index : index + 1].to(skeleton.device)
+        hidden = outputs.read(index).to(model.device).requires_grad_()
+        window = windows[index : index + 1].to(model.device)
         with torch.enable_grad():
-            logits = skeleton.logits(window, hidden)
+            logits = model.logits(window, hidden)
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), window[:, 1:].flatten())
             (gradient,) = torch.autograd.grad(loss, hidden)
         yield gradient.cpu()
 
 
 def _backward(
-    skeleton: Skeleton, block: nn.Module, call: Call, inputs: HiddenStates, after: HiddenStates
+    model: EmptyModel, block: nn.Module, call: Call, inputs: HiddenStates, after: HiddenStates
 ) -> Iterator[Tensor]:
     """Add up the weights' gradients and yield those of the block's inputs."""
     for index in range(inputs.batches):
-        hidden = inputs.read(index).to(skeleton.device).requires_grad_()
+        hidden = inputs.read(index).to(model.device).requires_grad_()
         with torch.enable_grad():
             output = _run(block, call, hidden)
-            torch.autograd.backward(output, after.read(index).to(skeleton.device))
+            torch.autograd.backward(output, after.read(index).to(model.device))
         if hidden.grad is None:
             raise RuntimeError("a block's output does not depend on its input")
         yield hidden.grad.cpu()

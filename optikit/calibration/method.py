@@ -1,21 +1,26 @@
-"""What a weight technique is to the walk: a statistic of a group's inputs, and what it does to that group's weights."""
+"""Interfaces between the walk and a weight technique: statistic of inputs, change of weights, file layout."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor
+
+from optikit.algorithms.grid import pruned_mask
+from optikit.formats.checkpoint import Entry
+from optikit.stage import Facts, Job
 
 
 @dataclass(frozen=True, kw_only=True)
-class Feeder:
-    """The module whose outputs are a group's inputs, channel by channel: it can take a scale off them.
+class PreviousOp:
+    """The module whose outputs are a group's inputs, channel by channel: a scale can be divided out of it.
 
     Attributes:
         name: Full name.
-        tensors: Its tensors by full name: as stored, or as the walk has just made them.
+        tensors: Its tensors by full name: as the checkpoint has them, or as the walk has just made them.
         linear: It is a linear, whose rows are the channels; else a norm.
         offset: Added to a norm's stored weight before it multiplies.
         ties: (in_features,) int64, for each input of the group the channel that it copies (query heads that share a
@@ -35,111 +40,149 @@ class Group:
 
     Attributes:
         names: Full names, without `.weight`.
-        weights: Per linear (out_features, in_features), float32.
-        feeder: What can take a scale off the inputs; None where nothing can, or where it also feeds a linear that is
-            left alone.
+        weights: Per linear (out_features, in_features), float32, as the source has them.
+        previous: The module that can take a scale off the inputs; None where none can, or where it also feeds a linear
+            that is ignored.
+        corrected: (rows of all linears, in_features): stacked weights moved towards the dense model's outputs; None
+            where the method asks for no correction.
     """
 
     names: tuple[str, ...]
     weights: tuple[Tensor, ...]
-    feeder: Feeder | None = None
+    previous: PreviousOp | None = None
+    corrected: Tensor | None = None
 
     @property
     def width(self) -> int:
         """Input features."""
         return int(self.weights[0].shape[1])
 
+    @property
+    def target(self) -> Tensor:
+        """Stacked weights that the new ones have to approximate, (rows of all linears, in_features)."""
+        return torch.cat(self.weights) if self.corrected is None else self.corrected
+
+    @property
+    def pruned_target(self) -> Tensor:
+        """`target` with the zeros of pruned weights kept, (rows of all linears, in_features)."""
+        alive = None if self.corrected is None else pruned_mask(torch.cat(self.weights))
+        return self.target if alive is None else self.target * alive
+
+    def split(self, stacked: Tensor) -> tuple[Tensor, ...]:
+        """Cut rows of all linears into those of each."""
+        return torch.split(stacked, [len(weight) for weight in self.weights])
+
 
 @dataclass(frozen=True, kw_only=True)
-class Applied:
-    """What a technique made of a group.
+class Result:
+    """New weights of a group.
 
     Attributes:
         weights: Per linear (out_features, in_features): what the walk goes on with; bit-equal to what `tensors` mean.
-        tensors: What is written in place of each linear's `weight`, under full names; tensors of the feeder that
-            change may be among them.
-        facts: Found out on the way, as JSON, by linear name.
+        tensors: Written in place of each linear's `weight`, under full names; changed tensors of the previous op may be
+            among them. Empty writes `weights` in the checkpoint's layout and dtype.
+        facts: Facts about each linear by its name, as JSON.
     """
 
     weights: tuple[Tensor, ...]
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-class Statistic(Protocol):
-    """What is kept of the inputs of a group."""
-
-    def update(self, inputs: Tensor) -> None:
-        """Take in (tokens, in_features) inputs, in the walk's compute dtype."""
-        ...
-
-    def merge(self) -> None:
-        """Take in what the other processes of this walk have seen; see ranks.py."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
-class Seen:
-    """One batch, as a group sees it in the model so far changed and in the dense one.
+class Batch:
+    """The inputs of a group for one batch of tokens, in the model so far changed and in the dense one.
 
     Attributes:
-        inputs: (tokens, in_features): what the group is given now.
-        dense_inputs: The same tokens' inputs in the dense model.
-        behind: (tokens, out_features): dense minus present residual stream that the group's only linear adds its
+        inputs: (tokens, in_features): what the group is given now, in the walk's compute dtype.
+        dense_inputs: The same tokens' inputs in the dense model; `inputs` where the dense model isn't run.
+        residual_gap: (tokens, out_features): dense minus present residual stream that the group's only linear adds its
             output to; None where its output goes elsewhere.
     """
 
     inputs: Tensor
     dense_inputs: Tensor
-    behind: Tensor | None
+    residual_gap: Tensor | None = None
 
 
-class PairedStatistic(Protocol):
-    """What is kept of the inputs of a group and of what they should have been."""
+class Statistic(Protocol):
+    """A statistic of a group's inputs, summed up batch by batch."""
 
-    def see(self, seen: Seen) -> None:
+    def update(self, batch: Batch) -> None:
         """Take in one batch."""
         ...
 
     def merge(self) -> None:
-        """Take in what the other processes of this walk have seen; see ranks.py."""
+        """Add what the other processes of this walk have seen; see distributed.py."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walked:
+    """A finished walk, before anything is written.
+
+    Attributes:
+        entries: Every tensor of the new checkpoint and where its bytes lie now: in the source, or in scratch.
+        linears: Full names of the linears that were changed.
+        ignore: Whether a linear (full name) was left as it is.
+        rows: Facts about each linear by its name, as JSON.
+    """
+
+    entries: Mapping[str, Entry]
+    linears: tuple[str, ...]
+    ignore: Callable[[str], bool]
+    rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+class Layout(Protocol):
+    """A way to lay out changed linears in files; write_checkpoint.py has those there are."""
+
+    def write(self, job: Job, walked: Walked) -> Facts:
+        """Write `job.dest`, verify the files against what was promised, and return facts about them."""
         ...
 
 
 S = TypeVar("S", bound=Statistic)
-P = TypeVar("P", bound=PairedStatistic)
 
 
+@runtime_checkable
 class Method(Protocol[S]):
-    """A technique that looks at inputs. Its `repr` tells it from others.
+    """A technique that looks at inputs.
 
     `apply` depends on its arguments alone: a resumed walk repeats it and must get the same bytes.
     """
 
-    def statistic(self, width: int, device: str) -> S:
-        """Return an empty statistic for inputs of `width` features."""
+    @property
+    def layout(self) -> Layout:
+        """File layout of the results."""
         ...
 
-    def apply(self, group: Group, statistic: S) -> Applied:
+    @property
+    def correct_damp(self) -> float | None:
+        """Damping of the correction towards the dense model's outputs: a fraction of the Gram matrix's mean diagonal.
+
+        With it the dense model runs beside the changed one (twice the forward passes), the statistic is a `PairedGram`,
+        and `group.target` is corrected. None is no correction.
+        """
+        ...
+
+    def statistic(self, group: Group) -> S:
+        """Return an empty statistic of the group's inputs."""
+        ...
+
+    def apply(self, group: Group, statistic: S) -> Result:
         """Change a group's weights."""
         ...
 
 
-class PairedMethod(Protocol[P]):
-    """A technique that also looks at the dense model's activations: `walk_paired` runs both, side by side."""
+class DataFreeMethod(Protocol):
+    """A technique that looks at weights alone."""
 
-    def statistic(self, group: Group) -> P:
-        """Return an empty statistic for a group."""
+    @property
+    def layout(self) -> Layout:
+        """File layout of the results."""
         ...
 
-    def apply(self, group: Group, statistic: P) -> Applied:
-        """Change a group's weights."""
-        ...
-
-
-class BlindMethod(Protocol):
-    """A technique that looks at weights alone. Its `repr` tells it from others."""
-
-    def apply(self, group: Group) -> Applied:
+    def apply(self, group: Group) -> Result:
         """Change a group's weights."""
         ...

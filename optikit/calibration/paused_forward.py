@@ -1,4 +1,4 @@
-"""A forward pass through one block that can be stopped at doors and continued later, with other weights behind them.
+"""A forward pass through one block that can be stopped at capture points and continued with other weights.
 
 True-sequential quantization needs the inputs of a block's later linears *after* its earlier ones have been quantized.
 Running the block again for every group of linears costs two and a half times a forward pass. Here each batch runs
@@ -9,14 +9,15 @@ at a time, so this is a coroutine that can stop inside code that knows nothing o
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Door = str
-"""Name of a linear, relative to its block, before which a pass stops."""
+CapturePoint = str
+"""Name of a linear, relative to its block, before which a pass stops and its input is captured."""
 
 
 class _AbandonedError(BaseException):
@@ -27,7 +28,7 @@ class PausedForward:
     """One batch on its way through a block.
 
     Args:
-        call: Runs a block, whose doors have been fitted with `fit_doors`, and returns its output.
+        call: Runs a block inside `capture_hooks`, and returns its output.
 
     Attributes:
         watched: Inputs of the watched modules that were passed so far.
@@ -35,8 +36,8 @@ class PausedForward:
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self._call = call
-        self.watched: dict[Door, Tensor] = {}
-        self._stop: Door | None = None
+        self.watched: dict[CapturePoint, Tensor] = {}
+        self._stop: CapturePoint | None = None
         self._input: Tensor | None = None
         self._output: Tensor | None = None
         self._error: BaseException | None = None
@@ -62,18 +63,18 @@ class PausedForward:
             del self._call
             self._stopped.release()
 
-    def _resume(self, stop: Door | None) -> None:
+    def _resume(self, stop: CapturePoint | None) -> None:
         self._stop = stop
         self._go.release()
         self._stopped.acquire()
         if self._error is not None:
             raise self._error
 
-    def advance(self, door: Door) -> Tensor:
-        """Run until the block calls `door`; return that linear's input (batch, tokens, in_features)."""
-        self._resume(door)
+    def advance(self, point: CapturePoint) -> Tensor:
+        """Run until the block calls `point`; return that linear's input (batch, tokens, in_features)."""
+        self._resume(point)
         if self._input is None:
-            raise RuntimeError(f"the block never called {door}")
+            raise RuntimeError(f"the block never called {point}")
         found, self._input = self._input, None
         return found
 
@@ -86,15 +87,15 @@ class PausedForward:
         return self._output
 
     def abandon(self) -> None:
-        """Unwind a pass that is waiting at a door, and free what it holds."""
+        """Unwind a pass that waits at a capture point, and free what it holds."""
         if self._thread.is_alive():
             self._abandoned = True
             self._go.release()
             self._thread.join()
 
-    def at_door(self, door: Door, hidden: Tensor) -> None:
-        """Wait here if this is the door to stop at. Called in the pass's own thread."""
-        if door != self._stop:
+    def capture(self, point: CapturePoint, hidden: Tensor) -> None:
+        """Wait here if this is the point to stop at. Called by the hook, in the pass's own thread."""
+        if point != self._stop:
             return
         self._input = hidden
         self._stopped.release()
@@ -110,34 +111,36 @@ class _Current(threading.local):
 _current = _Current()
 
 
-def fit_doors(block: nn.Module, doors: Iterable[Door], watched: Iterable[Door] = ()) -> Callable[[], None]:
-    """Fit doors before modules of a block; return a function that takes them out again.
+@contextmanager
+def capture_hooks(
+    block: nn.Module, points: Iterable[CapturePoint], watched: Iterable[CapturePoint] = ()
+) -> Iterator[None]:
+    """Hold forward pre-hooks on modules of a block.
 
     Args:
         block: The block.
-        doors: Linears before which a pass can stop.
+        points: Linears before which a pass can stop.
         watched: Modules whose input is kept as it is passed.
     """
 
-    def stop_at(door: Door) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def stop_at(point: CapturePoint) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             if _current.forward is not None:
-                _current.forward.at_door(door, args[0])
+                _current.forward.capture(point, args[0])
 
         return hook
 
-    def watch(door: Door) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def watch(name: CapturePoint) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             if _current.forward is not None:
-                _current.forward.watched[door] = args[0]
+                _current.forward.watched[name] = args[0]
 
         return hook
 
-    handles = [block.get_submodule(door).register_forward_pre_hook(stop_at(door)) for door in doors]
+    handles = [block.get_submodule(point).register_forward_pre_hook(stop_at(point)) for point in points]
     handles += [block.get_submodule(name).register_forward_pre_hook(watch(name)) for name in watched]
-
-    def remove() -> None:
+    try:
+        yield
+    finally:
         for handle in handles:
             handle.remove()
-
-    return remove

@@ -1,11 +1,11 @@
-"""What survives a killed walk, in the job's scratch directory: finished blocks and the hidden states after them.
+"""Resume state of a walk, in the job's scratch directory: finished blocks and the hidden states after them.
 
-    ledger.json          which walk this is, how many blocks are done, sha256 of the hidden states after them
+    resume.json          which walk this is, how many blocks are done, sha256 of the hidden states after them
     block-00012.safetensors   what is written in place of block 12's weights
     hidden-00013.bin     input of block 13, as it was in memory
     dense-00013.bin      the same in the dense model, where a technique looks at that too
 
-The ledger is replaced last, atomically. A walk killed anywhere finds either the old state whole or the new one.
+resume.json is replaced last, atomically. A walk killed anywhere finds either the old state whole or the new one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from optikit.formats.checkpoint import Entry, locate, save_tensors
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-LEDGER = "ledger.json"
+STATE = "resume.json"
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -78,7 +78,7 @@ class HiddenStates:
         return self.path.exists() and file_sha256(self.path) == sha256
 
 
-class Ledger:
+class ResumeState:
     """The finished part of a walk."""
 
     def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
@@ -89,7 +89,7 @@ class Ledger:
         self.hidden_sha256 = self.dense_sha256 = ""
         self.linears: list[str] = []
         self.facts: dict[str, Any] = {}
-        path = directory / LEDGER
+        path = directory / STATE
         if not path.exists():
             return
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -99,8 +99,8 @@ class Ledger:
             self.hidden_sha256, self.dense_sha256 = found["hidden_sha256"], found["dense_sha256"]
             self.linears, self.facts = found["linears"], found["facts"]
 
-    def forget(self) -> None:
-        """Begin again: what was found is not of this walk, or damaged."""
+    def reset(self) -> None:
+        """Begin again: the state found is of another walk, or damaged."""
         self.done, self.linears, self.facts = 0, [], {}
         self.hidden_sha256 = self.dense_sha256 = ""
 
@@ -137,12 +137,12 @@ class Ledger:
             "linears": self.linears,
             "facts": self.facts,
         }
-        partial = self._directory / f"{LEDGER}.part"
+        partial = self._directory / f"{STATE}.part"
         with partial.open("w", encoding="utf-8") as file:
             json.dump(state, file)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(self._directory / LEDGER)
+        partial.replace(self._directory / STATE)
         self.hidden_path(index).unlink(missing_ok=True)
         self.dense_path(index).unlink(missing_ok=True)
 

@@ -1,14 +1,15 @@
-"""The weights of a model directory as the walk asks for them: by block and by group, checked as they are read."""
+"""The source model's weights as the walk asks for them: by block and by group, checked as they are read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from optikit.calibration.method import Feeder
+from optikit.calibration.method import PreviousOp
 from optikit.errors import StageFailedError
 from optikit.formats.checkpoint import Checkpoint
 from optikit.models import architectures
@@ -28,14 +29,20 @@ class Linear:
     name: str
 
 
-class StoredModel:
+def linears_of(directory: Path) -> tuple[str, ...]:
+    """Return the full names of all linears of a model directory's blocks, as its checkpoint has them."""
+    source = SourceModel(Checkpoint(directory))
+    return tuple(source.linear_name(name) for name in source.row.names(source.layers))
+
+
+class SourceModel:
     """A checkpoint and the row of its architecture.
 
     Attributes:
         checkpoint: The weights.
         row: Which module does what.
         layers: Number of decoder blocks.
-        most_tokens: Longest sequence the model was made for.
+        max_positions: Longest sequence the model was made for, in tokens.
 
     Raises:
         StageFailedError: The architecture is unknown, or the config contradicts its row.
@@ -50,11 +57,11 @@ class StoredModel:
         self.checkpoint = checkpoint
         self.row: Architecture = row
         self.layers = int(str(config[row.keys["layers"]]))
-        self.most_tokens = int(str(config[row.keys["max_positions"]]))
+        self.max_positions = int(str(config[row.keys["max_positions"]]))
         heads, hidden = (int(str(config[row.keys[key]])) for key in ("heads", "hidden"))
         self._head_dim = int(str(config.get(row.keys["head_dim"]) or hidden // heads))
 
-    def stored_name(self, name: str) -> str:
+    def tensor_name(self, name: str) -> str:
         """Return the checkpoint's name of a tensor: some checkpoints hold the base model without its prefix.
 
         Raises:
@@ -72,51 +79,51 @@ class StoredModel:
         Raises:
             StageFailedError: It isn't there, or holds NaN or infinity.
         """
-        stored = self.stored_name(name)
+        stored = self.tensor_name(name)
         tensor = self.checkpoint.read(stored)
         if not torch.isfinite(tensor).all():
             raise StageFailedError(f"{stored} holds NaN or infinity", fix="the checkpoint is damaged: fetch it again")
         return tensor
 
-    def groups(self, block: int, leave: Callable[[str], bool]) -> list[tuple[Linear, ...]]:
+    def groups(self, block: int, ignore: Callable[[str], bool]) -> list[tuple[Linear, ...]]:
         """Return the linears of a block that are to be changed, grouped by input, in execution order."""
         prefix = self.row.block(block)
         groups = []
         for names in self.row.groups:
             full = [(name, f"{prefix}.{name}") for name in names]
-            linears = [Linear(inside, self.stored_linear(name)) for inside, name in full if not leave(name)]
+            linears = [Linear(inside, self.linear_name(name)) for inside, name in full if not ignore(name)]
             if linears:
                 groups.append(tuple(linears))
         return groups
 
-    def feeder(
-        self, block: int, linears: tuple[Linear, ...], leave: Callable[[str], bool], changed: Mapping[str, Tensor]
-    ) -> Feeder | None:
+    def previous_op(
+        self, block: int, linears: tuple[Linear, ...], ignore: Callable[[str], bool], changed: Mapping[str, Tensor]
+    ) -> PreviousOp | None:
         """Return the module that can take a scale off the inputs of a group.
 
         Args:
             block: Index of the block.
             linears: The group, as `groups` has it.
-            leave: Whether a linear (full name) is left as it is.
+            ignore: Whether a linear (full name) is left as it is.
             changed: Tensors of this block that are new, by full name.
         """
         place = next(i for i, names in enumerate(self.row.groups) if linears[0].inside in names)
-        inside = self.row.feeders[place]
+        inside = self.row.previous_ops[place]
         full = f"{self.row.block(block)}.{inside}"
         linear = inside in self.row.linears
-        if not inside or len(linears) < len(self.row.groups[place]) or (linear and leave(full)):
+        if not inside or len(linears) < len(self.row.groups[place]) or (linear and ignore(full)):
             return None
-        name = self.stored_linear(full)
+        name = self.linear_name(full)
         own = (f"{name}.weight", f"{name}.bias")
         kept = {key: self.read(key) for key in own if key in self.checkpoint and not (linear and key == own[0])}
         made = {key: tensor for key, tensor in changed.items() if key.startswith(f"{name}.")}
         ties = self._ties(Linear(inside, name), self.width(linears[0])) if linear else None
         offset = 0.0 if linear else self.row.norm_offset
-        return Feeder(name=name, tensors={**kept, **made}, linear=linear, offset=offset, ties=ties)
+        return PreviousOp(name=name, tensors={**kept, **made}, linear=linear, offset=offset, ties=ties)
 
-    def _ties(self, feeder: Linear, width: int) -> Tensor | None:
-        """Return which row of a feeding linear each of `width` inputs copies: key-value heads serve several queries."""
-        shape = self.checkpoint.entries[f"{feeder.name}.weight"].shape
+    def _ties(self, previous: Linear, width: int) -> Tensor | None:
+        """Return which row of the previous op each of `width` inputs copies: key-value heads serve several queries."""
+        shape = self.checkpoint.entries[f"{previous.name}.weight"].shape
         rows = shape[1 if self.row.transposed else 0]
         if rows == width:
             return None
@@ -124,14 +131,14 @@ class StoredModel:
         head = channel // self._head_dim // (width // rows)
         return head * self._head_dim + channel % self._head_dim
 
-    def base(self, linear: Linear) -> str:
+    def residual_source(self, linear: Linear) -> str:
         """Return the module whose input is the residual stream that a linear's output is added to, or ""."""
         where = next(index for index, names in enumerate(self.row.groups) if linear.inside in names)
-        return self.row.bases[where]
+        return self.row.residual_sources[where]
 
-    def stored_linear(self, name: str) -> str:
+    def linear_name(self, name: str) -> str:
         """Return the checkpoint's name of a linear, without `.weight`."""
-        return self.stored_name(f"{name}.weight").removesuffix(".weight")
+        return self.tensor_name(f"{name}.weight").removesuffix(".weight")
 
     def width(self, linear: Linear) -> int:
         """Return the input features of a linear."""
@@ -142,7 +149,7 @@ class StoredModel:
         tensor = self.read(f"{linear.name}.weight").float()
         return tensor.T.contiguous() if self.row.transposed else tensor
 
-    def as_stored(self, linear: Linear, weight: Tensor) -> Tensor:
+    def as_checkpoint(self, linear: Linear, weight: Tensor) -> Tensor:
         """Return a weight (out_features, in_features) in the layout and dtype in which the checkpoint has it."""
         dtype = self.checkpoint.entries[f"{linear.name}.weight"].torch_dtype
         return (weight.T if self.row.transposed else weight).to(dtype).contiguous()

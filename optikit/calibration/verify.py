@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optikit.algorithms.grid import Grid, pruned_mask
-from optikit.calibration.source_model import StoredModel
+from optikit.calibration.source_model import SourceModel
 from optikit.errors import StageFailedError
 from optikit.formats import gptq
 from optikit.formats.checkpoint import COPY_BYTES, Checkpoint, Entry
@@ -47,24 +47,24 @@ def verify_packed(source: Path, dest: Path, linears: tuple[str, ...], grid: Grid
     Raises:
         StageFailedError: Naming the tensor that isn't what was promised.
     """
-    stored, written = StoredModel(Checkpoint(source)), Checkpoint(dest)
+    model, written = SourceModel(Checkpoint(source)), Checkpoint(dest)
     packed = set(linears)
     expected = {f"{name}.{suffix}" for name in packed for suffix in gptq.SUFFIXES}
-    untouched = {name for name in stored.checkpoint if name.removesuffix(".weight") not in packed}
+    untouched = {name for name in model.checkpoint if name.removesuffix(".weight") not in packed}
     for name in sorted(expected | untouched):
         if name not in written:
             raise StageFailedError(f"{name} was not written", fix=FIX)
     for name in sorted(set(written) - expected - untouched):
         raise StageFailedError(f"{name} was written and nothing asked for it", fix=FIX)
     for name in sorted(untouched):
-        if not same_bytes(stored.checkpoint.entries[name], written.entries[name]):
+        if not same_bytes(model.checkpoint.entries[name], written.entries[name]):
             raise StageFailedError(f"{name} should be untouched and differs from the source", fix=FIX)
     weights = packed_bytes = 0
     for name in linears:
-        weights += _check_linear(stored, written, name, grid)
+        weights += _check_linear(model, written, name, grid)
         entries = [written.entries[f"{name}.{suffix}"] for suffix in gptq.SUFFIXES]
         packed_bytes += sum(entry.stop - entry.start for entry in entries)
-    total = sum(_elements(entry) for name, entry in stored.checkpoint.entries.items() if _in_blocks(stored, name))
+    total = sum(_elements(entry) for name, entry in model.checkpoint.entries.items() if _in_blocks(model, name))
     return {
         "linears_packed": len(linears),
         "bits_per_weight": round(8 * packed_bytes / max(weights, 1), 3),
@@ -76,15 +76,15 @@ def _elements(entry: Entry) -> int:
     return (entry.stop - entry.start) // entry.torch_dtype.itemsize
 
 
-def _in_blocks(stored: StoredModel, name: str) -> bool:
-    linears = tuple(f".{linear}.weight" for linear in stored.row.linears)
+def _in_blocks(model: SourceModel, name: str) -> bool:
+    linears = tuple(f".{linear}.weight" for linear in model.row.linears)
     return name.endswith(linears)
 
 
-def _check_linear(stored: StoredModel, written: Checkpoint, name: str, grid: Grid) -> int:
+def _check_linear(model: SourceModel, written: Checkpoint, name: str, grid: Grid) -> int:
     tensors = {suffix: written.read(f"{name}.{suffix}") for suffix in gptq.SUFFIXES}
-    dense = stored.read(f"{name}.weight").float()
-    dense = dense.T if stored.row.transposed else dense
+    dense = model.read(f"{name}.weight").float()
+    dense = dense.T if model.row.transposed else dense
     codes, scales, zeros = gptq.unpack(tensors, grid.bits)
     _check_grid(name, dense, codes, scales, zeros, grid)
     new = gptq.dequantize(codes, scales, zeros, tensors["g_idx"])

@@ -1,7 +1,6 @@
-"""The end of a quantization that scales: the model directory, written and held to its promise.
+"""Layouts: how changed linears lie in a model directory, how it is written, and how it is held to what was promised.
 
-Norms and biases that feed scaled linears are allowed to change, and only they; what they were divided by is read off
-the files, and with it every linear is compared with the dense one it stands for.
+Every layout opens the files again: what was promised to change did, and all other tensors have the source's bytes.
 """
 
 from __future__ import annotations
@@ -17,14 +16,13 @@ from transformers import AutoConfig
 
 from optikit.algorithms.grid import Grid, pruned_mask
 from optikit.algorithms.sparsity import Pattern, holds
-from optikit.calibration.blockwise import Walked
-from optikit.calibration.method import Feeder
-from optikit.calibration.source_model import Linear, StoredModel
+from optikit.calibration.method import PreviousOp, Walked
+from optikit.calibration.source_model import Linear, SourceModel
 from optikit.calibration.verify import FIX, LARGEST_ERROR, same_bytes, verify_packed
 from optikit.errors import StageFailedError
 from optikit.formats.checkpoint import Checkpoint
 from optikit.formats.directory import write_model
-from optikit.stage import Job
+from optikit.stage import Facts, Job
 
 LARGEST_BEHIND_NORM = 0.4
 """Error of a linear relative to its norm, both scaled as the norm before it says, above which more than rounding
@@ -32,83 +30,88 @@ happened: 4 bits are near 0.1. SmolLM2-135M with its scales applied twice, as Au
 Scales between two linears can only be estimated, so there `LARGEST_ERROR` has to do."""
 
 
-@dataclass(frozen=True)
-class Packing:
-    """How linears are packed: tensors by suffix with their dtypes, and the weight (out, in) float32 they stand for."""
+@dataclass(frozen=True, kw_only=True)
+class ScaledLayout:
+    """Packed linears whose inputs may be scaled: scales are folded into the op before them.
+
+    Norms and biases before scaled linears may change, and only they; what they were divided by is read off the files,
+    and with it every linear is compared with the dense one it stands for.
+
+    Attributes:
+        dtypes: Tensors of a packed linear by suffix, with their dtypes.
+        unpack: Returns the weight (out, in) float32 that they stand for.
+        config: `quantization_config` of config.json.
+    """
 
     dtypes: Mapping[str, torch.dtype]
     unpack: Callable[[Mapping[str, Tensor]], Tensor]
+    config: Mapping[str, Any]
+
+    def write(self, job: Job, walked: Walked) -> Facts:
+        """Write `job.dest` and verify it against `job.source`.
+
+        Returns:
+            Facts: linears packed, bits per packed weight, relative error of weights.
+
+        Raises:
+            StageFailedError: Naming the tensor that isn't what was promised.
+        """
+        write_model(job.source, job.dest, walked.entries, changes={"quantization_config": dict(self.config)})
+        source, written = SourceModel(Checkpoint(job.source)), Checkpoint(job.dest)
+        _check_names(source, written, self, walked)
+        errors: dict[str, float] = {}
+        for block in range(source.layers):
+            errors |= _check_block(block, source, written, self, walked.ignore)
+        packed = [written.entries[f"{name}.{suffix}"] for name in walked.linears for suffix in self.dtypes]
+        elements = sum(math.prod(source.checkpoint.entries[f"{name}.weight"].shape) for name in walked.linears)
+        return {
+            "linears_packed": len(errors),
+            "bits_per_weight": round(8 * sum(entry.stop - entry.start for entry in packed) / elements, 3),
+            "relative_weight_error_mean": round(sum(errors.values()) / len(errors), 5),
+        }
 
 
-def write_scaled(
-    job: Job, walked: Walked, packing: Packing, quantization_config: Mapping[str, Any], leave: Callable[[str], bool]
-) -> dict[str, Any]:
-    """Write `job.dest` with packed linears and folded scales, and verify it against `job.source`.
-
-    Returns:
-        Facts about what was written.
-
-    Raises:
-        StageFailedError: Naming the tensor that isn't what was promised.
-    """
-    write_model(job.source, job.dest, walked.entries, changes={"quantization_config": dict(quantization_config)})
-    stored, written = StoredModel(Checkpoint(job.source)), Checkpoint(job.dest)
-    _check_names(stored, written, walked.linears, packing, leave)
-    errors: dict[str, float] = {}
-    for block in range(stored.layers):
-        errors |= _check_block(block, stored, written, packing, leave)
-    packed = [written.entries[f"{name}.{suffix}"] for name in walked.linears for suffix in packing.dtypes]
-    elements = sum(math.prod(stored.checkpoint.entries[f"{name}.weight"].shape) for name in walked.linears)
-    return {
-        "linears_packed": len(errors),
-        "bits_per_weight": round(8 * sum(entry.stop - entry.start for entry in packed) / elements, 3),
-        "relative_weight_error_mean": round(sum(errors.values()) / len(errors), 5),
-    }
-
-
-def _check_names(
-    stored: StoredModel, written: Checkpoint, linears: tuple[str, ...], packing: Packing, leave: Callable[[str], bool]
-) -> None:
-    """Check that the promised tensors are there, and that whatever feeds no scaled linear has the source's bytes."""
-    promised = {f"{name}.{suffix}" for name in linears for suffix in packing.dtypes}
-    dense = {name for name in stored.checkpoint if name.removesuffix(".weight") not in linears}
+def _check_names(source: SourceModel, written: Checkpoint, layout: ScaledLayout, walked: Walked) -> None:
+    """Check that the promised tensors are there, and that tensors no scale can be folded into have their old bytes."""
+    promised = {f"{name}.{suffix}" for name in walked.linears for suffix in layout.dtypes}
+    dense = {name for name in source.checkpoint if name.removesuffix(".weight") not in walked.linears}
     if promised | dense != set(written):
         odd = min((promised | dense) ^ set(written))
         raise StageFailedError(f"{odd} is {'missing' if odd not in written else 'unasked for'}", fix=FIX)
     may_change = {
         name
-        for block in range(stored.layers)
-        for group in stored.groups(block, leave)
-        if (feeder := stored.feeder(block, group, leave, {}))
-        for name in (f"{feeder.name}.weight", f"{feeder.name}.bias")
+        for block in range(source.layers)
+        for group in source.groups(block, walked.ignore)
+        if (previous := source.previous_op(block, group, walked.ignore, {}))
+        for name in (f"{previous.name}.weight", f"{previous.name}.bias")
     }
     for name in sorted(dense - may_change):
-        if not same_bytes(stored.checkpoint.entries[name], written.entries[name]):
+        if not same_bytes(source.checkpoint.entries[name], written.entries[name]):
             raise StageFailedError(f"{name} should be untouched and differs from the source", fix=FIX)
 
 
 def _check_block(
-    block: int, stored: StoredModel, written: Checkpoint, packing: Packing, leave: Callable[[str], bool]
+    block: int, source: SourceModel, written: Checkpoint, layout: ScaledLayout, ignore: Callable[[str], bool]
 ) -> dict[str, float]:
     """Return the relative error of every packed linear of a block against the dense one, scaled as the files have it.
 
     Scaled, because that is what was rounded: undone, the rounding of channels that were made small would count most.
     """
     errors, divided = {}, dict[str, Tensor]()
-    feeders = {feeder for feeder in stored.row.feeders if feeder in stored.row.linears}
-    for group in stored.groups(block, leave):
-        feeder = stored.feeder(block, group, leave, {})
-        columns = _scale(feeder, written, divided)
-        most = LARGEST_BEHIND_NORM if feeder is not None and not feeder.linear else LARGEST_ERROR
+    scalable = {name for name in source.row.previous_ops if name in source.row.linears}
+    for group in source.groups(block, ignore):
+        previous = source.previous_op(block, group, ignore, {})
+        columns = _scale(previous, written, divided)
+        most = LARGEST_BEHIND_NORM if previous is not None and not previous.linear else LARGEST_ERROR
         for linear in group:
             scale = columns
-            new, dense = _unpacked(linear, written, packing), stored.weight(linear)
+            new, dense = _unpacked(linear, written, layout), source.weight(linear)
             if new.shape != dense.shape:
                 raise StageFailedError(f"{linear.name} has shape {tuple(new.shape)}, not {tuple(dense.shape)}", fix=FIX)
             alive = pruned_mask(dense)
             if alive is not None and bool((new[~alive] != 0).any()):
                 raise StageFailedError(f"{linear.name} was pruned and has lost zeros", fix=FIX)
-            if linear.inside in feeders:
+            if linear.inside in scalable:
                 rows = _rows(new / scale, dense)
                 divided[linear.name] = 1 / rows
                 scale = scale * rows[:, None]
@@ -121,63 +124,70 @@ def _check_block(
 
 
 def _rows(new: Tensor, dense: Tensor) -> Tensor:
-    """Return what each row (out,) was multiplied by, as far as one can tell."""
+    """Return the factor of each row, (out,), by least squares."""
     rows = (new * dense).sum(dim=1) / dense.square().sum(dim=1)
     return torch.where(torch.isfinite(rows) & (rows > 0), rows, 1.0)
 
 
-def _unpacked(linear: Linear, written: Checkpoint, packing: Packing) -> Tensor:
-    tensors = {suffix: written.read(f"{linear.name}.{suffix}") for suffix in packing.dtypes}
-    for suffix, dtype in packing.dtypes.items():
+def _unpacked(linear: Linear, written: Checkpoint, layout: ScaledLayout) -> Tensor:
+    tensors = {suffix: written.read(f"{linear.name}.{suffix}") for suffix in layout.dtypes}
+    for suffix, dtype in layout.dtypes.items():
         if tensors[suffix].dtype != dtype:
             raise StageFailedError(f"{linear.name}.{suffix} is {tensors[suffix].dtype}, not {dtype}", fix=FIX)
-    return packing.unpack(tensors)
+    return layout.unpack(tensors)
 
 
-def _scale(feeder: Feeder | None, written: Checkpoint, divided: Mapping[str, Tensor]) -> Tensor:
-    """Return what a group's inputs are divided by, as the files have it."""
-    if feeder is None:
+def _scale(previous: PreviousOp | None, written: Checkpoint, divided: Mapping[str, Tensor]) -> Tensor:
+    """Return the scale that the written files divide a group's inputs by, (in,) or (1,)."""
+    if previous is None:
         return torch.ones(1)
-    if feeder.linear:
-        per_row = divided[feeder.name]
-        return per_row if feeder.ties is None else per_row[feeder.ties]
-    name = f"{feeder.name}.weight"
-    before, after = feeder.tensors[name].float() + feeder.offset, written.read(name).float() + feeder.offset
+    if previous.linear:
+        per_row = divided[previous.name]
+        return per_row if previous.ties is None else per_row[previous.ties]
+    name = f"{previous.name}.weight"
+    before, after = previous.tensors[name].float() + previous.offset, written.read(name).float() + previous.offset
     return torch.where(after == 0, 1.0, before / after)
 
 
-def write_narrowed(
-    job: Job, walked: Walked, shapes: Mapping[str, tuple[int, int]], figures: Mapping[str, int]
-) -> dict[str, Any]:
-    """Write `job.dest` with narrower linears and check it against `job.source`.
+@dataclass(frozen=True, kw_only=True)
+class NarrowedLayout:
+    """Linears with fewer rows or columns, dense as before.
 
-    Args:
-        job: Source and destination.
-        walked: The finished walk.
+    Attributes:
         shapes: Promised (out_features, in_features) of every linear, by full name.
         figures: Entries of config.json that change.
-
-    Raises:
-        StageFailedError: Naming the tensor that isn't what was promised.
     """
-    write_model(job.source, job.dest, walked.entries, changes=figures)
-    stored, written = StoredModel(Checkpoint(job.source)), Checkpoint(job.dest)
-    if set(stored.checkpoint) != set(written):
-        odd = min(set(stored.checkpoint) ^ set(written))
-        raise StageFailedError(f"{odd} is in only one of source and result", fix=FIX)
-    linears = {stored.stored_linear(name): shape for name, shape in shapes.items()}
-    for name, (rows, columns) in linears.items():
-        weight = written.read(f"{name}.weight")
-        if tuple(weight.shape) != ((columns, rows) if stored.row.transposed else (rows, columns)):
-            raise StageFailedError(f"{name} has shape {tuple(weight.shape)}, not ({rows}, {columns})", fix=FIX)
-        if not torch.isfinite(weight).all():
-            raise StageFailedError(f"{name} became NaN or infinite", fix="set compensate: false")
-    for name, entry in stored.checkpoint.entries.items():
-        layer = name.rpartition(".")[0]
-        if layer not in linears and not same_bytes(entry, written.entries[name]):
-            raise StageFailedError(f"{name} should be untouched and differs from the source", fix=FIX)
-    shares = [row["kept_importance"] for row in walked.facts.values()]
-    return {"kept_importance_mean": round(sum(shares) / len(shares), 4), "kept_importance_least": min(shares)}
+
+    shapes: Mapping[str, tuple[int, int]]
+    figures: Mapping[str, int]
+
+    def write(self, job: Job, walked: Walked) -> Facts:
+        """Write `job.dest` and verify it against `job.source`.
+
+        Returns:
+            Facts: share of importance that was kept (mean, least).
+
+        Raises:
+            StageFailedError: Naming the tensor that isn't what was promised.
+        """
+        write_model(job.source, job.dest, walked.entries, changes=self.figures)
+        source, written = SourceModel(Checkpoint(job.source)), Checkpoint(job.dest)
+        if set(source.checkpoint) != set(written):
+            odd = min(set(source.checkpoint) ^ set(written))
+            raise StageFailedError(f"{odd} is in only one of source and result", fix=FIX)
+        linears = {source.linear_name(name): shape for name, shape in self.shapes.items()}
+        for name, (rows, columns) in linears.items():
+            weight = written.read(f"{name}.weight")
+            if tuple(weight.shape) != ((columns, rows) if source.row.transposed else (rows, columns)):
+                raise StageFailedError(f"{name} has shape {tuple(weight.shape)}, not ({rows}, {columns})", fix=FIX)
+            if not torch.isfinite(weight).all():
+                raise StageFailedError(f"{name} became NaN or infinite", fix="set compensate: false")
+        for name, entry in source.checkpoint.entries.items():
+            layer = name.rpartition(".")[0]
+            if layer not in linears and not same_bytes(entry, written.entries[name]):
+                raise StageFailedError(f"{name} should be untouched and differs from the source", fix=FIX)
+        shares = [row["kept_importance"] for row in walked.rows.values()]
+        return {"kept_importance_mean": round(sum(shares) / len(shares), 4), "kept_importance_least": min(shares)}
 
 
 def write_shortened(job: Job, removed: tuple[int, ...]) -> dict[str, Any]:
@@ -186,26 +196,26 @@ def write_shortened(job: Job, removed: tuple[int, ...]) -> dict[str, Any]:
     Raises:
         StageFailedError: Naming the tensor that isn't what was promised.
     """
-    stored = StoredModel(Checkpoint(job.source))
-    kept = [index for index in range(stored.layers) if index not in removed]
-    renamed = _renamed(stored, kept)
-    entries = {new: stored.checkpoint.entries[old] for new, old in renamed.items()}
-    write_model(job.source, job.dest, entries, changes=_changes(job, stored, kept))
+    source = SourceModel(Checkpoint(job.source))
+    kept = [index for index in range(source.layers) if index not in removed]
+    renamed = _renamed(source, kept)
+    entries = {new: source.checkpoint.entries[old] for new, old in renamed.items()}
+    write_model(job.source, job.dest, entries, changes=_changes(job, source, kept))
     written = Checkpoint(job.dest)
     if set(written) != set(renamed):
         raise StageFailedError(f"{min(set(written) ^ set(renamed))} is missing or unasked for", fix=FIX)
     for new, old in renamed.items():
-        if not same_bytes(stored.checkpoint.entries[old], written.entries[new]):
+        if not same_bytes(source.checkpoint.entries[old], written.entries[new]):
             raise StageFailedError(f"{new} differs from the source's {old}", fix=FIX)
     return {"blocks_kept": kept, "blocks_removed": list(removed)}
 
 
-def _renamed(stored: StoredModel, kept: list[int]) -> dict[str, str]:
+def _renamed(source: SourceModel, kept: list[int]) -> dict[str, str]:
     """Return every tensor of the shortened model with its name in the source."""
-    first = stored.stored_linear(f"{stored.row.block(0)}.{stored.row.linears[0]}")
-    prefix = first.removesuffix(f"0.{stored.row.linears[0]}")  # `model.layers.`, or `layers.` in a bare checkpoint
+    first = source.linear_name(f"{source.row.block(0)}.{source.row.linears[0]}")
+    prefix = first.removesuffix(f"0.{source.row.linears[0]}")  # `model.layers.`, or `layers.` in a bare checkpoint
     names = {}
-    for old in stored.checkpoint:
+    for old in source.checkpoint:
         if not old.startswith(prefix):
             names[old] = old
             continue
@@ -215,62 +225,75 @@ def _renamed(stored: StoredModel, kept: list[int]) -> dict[str, str]:
     return names
 
 
-def _changes(job: Job, stored: StoredModel, kept: list[int]) -> dict[str, Any]:
+def _changes(job: Job, source: SourceModel, kept: list[int]) -> dict[str, Any]:
     """Return what changes in config.json; kinds of attention that go by a block's number are written out."""
-    changes: dict[str, Any] = {stored.row.keys["layers"]: len(kept)}
+    changes: dict[str, Any] = {source.row.keys["layers"]: len(kept)}
     kinds = getattr(AutoConfig.from_pretrained(job.source, trust_remote_code=False), "layer_types", None)
-    if kinds and (len(set(kinds)) > 1 or "layer_types" in stored.checkpoint.config()):
+    if kinds and (len(set(kinds)) > 1 or "layer_types" in source.checkpoint.config()):
         changes["layer_types"] = [kinds[index] for index in kept]
     return changes
 
 
-def write_packed(job: Job, walked: Walked, grid: Grid, quantization_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Write `job.dest` as a `gptq` checkpoint and verify it against `job.source`.
+@dataclass(frozen=True, kw_only=True)
+class GptqLayout:
+    """Linears in `gptq` packing; every other tensor as it was.
 
-    Returns:
-        Facts about what was written.
-
-    Raises:
-        StageFailedError: What was written isn't what was promised.
+    Attributes:
+        grid: The grid of the codes.
+        config: `quantization_config` of config.json.
     """
-    write_model(job.source, job.dest, walked.entries, changes={"quantization_config": dict(quantization_config)})
-    return verify_packed(job.source, job.dest, walked.linears, grid)
+
+    grid: Grid
+    config: Mapping[str, Any]
+
+    def write(self, job: Job, walked: Walked) -> Facts:
+        """Write `job.dest` and verify it against `job.source`; facts and errors are those of `verify_packed`."""
+        write_model(job.source, job.dest, walked.entries, changes={"quantization_config": dict(self.config)})
+        return verify_packed(job.source, job.dest, walked.linears, self.grid)
 
 
-def write_sparse(job: Job, walked: Walked, pattern: Pattern) -> dict[str, Any]:
-    """Write `job.dest` with the pruned weights and check it against `job.source`.
+@dataclass(frozen=True)
+class SparseLayout:
+    """Linears with zeros, dense as before; every other tensor as it was.
 
-    Every promised linear has the promised zeros and is finite; every other tensor has the bytes of the source.
-
-    Returns:
-        Facts: linears pruned, their sparsity (least, mean), and how many weights became zero.
-
-    Raises:
-        StageFailedError: Naming the tensor that isn't what was promised.
+    Attributes:
+        pattern: How many zeros every linear has, and where they may lie.
     """
-    write_model(job.source, job.dest, walked.entries, changes={})
-    stored, written = StoredModel(Checkpoint(job.source)), Checkpoint(job.dest)
-    pruned = {f"{name}.weight" for name in walked.linears}
-    if set(stored.checkpoint) != set(written):
-        odd = min(set(stored.checkpoint) ^ set(written))
-        raise StageFailedError(f"{odd} is in only one of source and result", fix=FIX)
-    for name in sorted(set(written) - pruned):
-        if not same_bytes(stored.checkpoint.entries[name], written.entries[name]):
-            raise StageFailedError(f"{name} should be untouched and differs from the source", fix=FIX)
-    shares, zeros = [], 0
-    for name in sorted(pruned):
-        weight, before = written.read(name), stored.read(name)
-        if weight.shape != before.shape or weight.dtype != before.dtype:
-            raise StageFailedError(f"{name} changed its shape or dtype", fix=FIX)
-        if not torch.isfinite(weight).all():
-            raise StageFailedError(f"{name} became NaN or infinite", fix="raise damp, or use wanda")
-        if not holds(weight.T if stored.row.transposed else weight, pattern):
-            raise StageFailedError(f"{name} lacks zeros that were promised", fix=FIX)
-        shares.append(float((weight == 0).float().mean()))
-        zeros += int((weight == 0).sum())
-    return {
-        "linears_pruned": len(shares),
-        "sparsity_mean": round(sum(shares) / len(shares), 4),
-        "sparsity_least": round(min(shares), 4),
-        "zeros": zeros,
-    }
+
+    pattern: Pattern
+
+    def write(self, job: Job, walked: Walked) -> Facts:
+        """Write `job.dest` and verify it against `job.source`.
+
+        Returns:
+            Facts: linears pruned, their sparsity (least, mean), and how many weights became zero.
+
+        Raises:
+            StageFailedError: Naming the tensor that isn't what was promised.
+        """
+        write_model(job.source, job.dest, walked.entries, changes={})
+        source, written = SourceModel(Checkpoint(job.source)), Checkpoint(job.dest)
+        pruned = {f"{name}.weight" for name in walked.linears}
+        if set(source.checkpoint) != set(written):
+            odd = min(set(source.checkpoint) ^ set(written))
+            raise StageFailedError(f"{odd} is in only one of source and result", fix=FIX)
+        for name in sorted(set(written) - pruned):
+            if not same_bytes(source.checkpoint.entries[name], written.entries[name]):
+                raise StageFailedError(f"{name} should be untouched and differs from the source", fix=FIX)
+        shares, zeros = [], 0
+        for name in sorted(pruned):
+            weight, before = written.read(name), source.read(name)
+            if weight.shape != before.shape or weight.dtype != before.dtype:
+                raise StageFailedError(f"{name} changed its shape or dtype", fix=FIX)
+            if not torch.isfinite(weight).all():
+                raise StageFailedError(f"{name} became NaN or infinite", fix="raise damp, or use wanda")
+            if not holds(weight.T if source.row.transposed else weight, self.pattern):
+                raise StageFailedError(f"{name} lacks zeros that were promised", fix=FIX)
+            shares.append(float((weight == 0).float().mean()))
+            zeros += int((weight == 0).sum())
+        return {
+            "linears_pruned": len(shares),
+            "sparsity_mean": round(sum(shares) / len(shares), 4),
+            "sparsity_least": round(min(shares), 4),
+            "zeros": zeros,
+        }

@@ -30,12 +30,12 @@ NESTED_SUFFIXES = ("weight.nested_absmax", "weight.nested_quant_map")
 """There where constants are quantized again."""
 
 
-def pack(codes: Tensor, extremes: Tensor | nf4.Constants, shape: tuple[int, int], dtype: str) -> dict[str, Tensor]:
+def pack(codes: Tensor, absmax: Tensor | nf4.Constants, shape: tuple[int, int], dtype: str) -> dict[str, Tensor]:
     """Return the tensors of one linear by suffix.
 
     Args:
         codes: (out · in,) uint8 in 0 … 15.
-        extremes: Constants of the blocks, (blocks,) float32, or what they were quantized to.
+        absmax: Constants of the blocks, (blocks,) float32, or what they were quantized to.
         shape: (out, in).
         dtype: What a server computes in, as torch names it: `bfloat16`.
     """
@@ -45,14 +45,14 @@ def pack(codes: Tensor, extremes: Tensor | nf4.Constants, shape: tuple[int, int]
         "weight": ((even[::2] << 4) | even[1::2]).unsqueeze(1),
         "weight.quant_map": torch.tensor(nf4.LEVELS),
     }
-    if isinstance(extremes, nf4.Constants):
-        tensors["weight.absmax"] = extremes.codes
-        tensors["weight.nested_absmax"] = extremes.scales
+    if isinstance(absmax, nf4.Constants):
+        tensors["weight.absmax"] = absmax.codes
+        tensors["weight.nested_absmax"] = absmax.scales
         tensors["weight.nested_quant_map"] = nf4.dynamic_map().clone()
         state |= {"nested_blocksize": nf4.CONSTANTS_BLOCK, "nested_dtype": "float32"}
-        state["nested_offset"] = float(extremes.offset)
+        state["nested_offset"] = float(absmax.offset)
     else:
-        tensors["weight.absmax"] = extremes
+        tensors["weight.absmax"] = absmax
     tensors[NF4_STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     return tensors
 
@@ -69,13 +69,13 @@ def unpack(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, tuple[int, in
     codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[: rows * columns]
     _require(state, "blocksize", nf4.BLOCK)
     _require_map(tensors["weight.quant_map"], torch.tensor(nf4.LEVELS))
-    extremes = tensors["weight.absmax"]
+    absmax = tensors["weight.absmax"]
     if "weight.nested_absmax" in tensors:
         _require(state, "nested_blocksize", nf4.CONSTANTS_BLOCK)
         _require_map(tensors["weight.nested_quant_map"], nf4.dynamic_map())
         offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
-        extremes = nf4.dequantize_constants(nf4.Constants(extremes, tensors["weight.nested_absmax"], offset))
-    return codes, extremes.float(), (rows, columns)
+        absmax = nf4.dequantize_constants(nf4.Constants(absmax, tensors["weight.nested_absmax"], offset))
+    return codes, absmax.float(), (rows, columns)
 
 
 def _require(state: Mapping[str, Any], key: str, wanted: int) -> None:
@@ -90,5 +90,5 @@ def _require_map(found: Tensor, wanted: Tensor) -> None:
 
 def dequantize(tensors: Mapping[str, Tensor]) -> Tensor:
     """Return the weight (out, in) float32 of one linear; see `unpack` for errors."""
-    codes, extremes, shape = unpack(tensors)
-    return nf4.dequantize(codes, extremes).view(shape)
+    codes, absmax, shape = unpack(tensors)
+    return nf4.dequantize(codes, absmax).view(shape)

@@ -38,9 +38,9 @@ class Architecture:
         model_type: transformers' `model_type`.
         blocks: Name of the list of decoder blocks; block i is `{blocks}.{i}`.
         groups: Linears of a block that see the same input, in execution order, named relative to the block.
-        feeders: Per group, the module of the block that can absorb a per-channel scale of that input, or "".
-        bases: Per group, the module whose input is the residual stream that the group's output is added to as it is,
-            or "".
+        previous_ops: Per group, the module of the block that can absorb a per-channel scale of that input, or "".
+        residual_sources: Per group, the module whose input is the residual stream that the group's output is added to
+            as it is, or "".
         embedding: Token embedding.
         norm: Last norm, before the head.
         head: Output head.
@@ -57,8 +57,8 @@ class Architecture:
     model_type: str
     blocks: str = "model.layers"
     groups: tuple[tuple[str, ...], ...]
-    feeders: tuple[str, ...]
-    bases: tuple[str, ...]
+    previous_ops: tuple[str, ...]
+    residual_sources: tuple[str, ...]
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
     head: str = "lm_head"
@@ -106,7 +106,8 @@ def _rows() -> Mapping[str, Architecture]:
     for model_type in rows:
         row = _row(model_type, rows)
         row["groups"] = tuple(tuple(group) for group in row["groups"])
-        row |= {key: tuple(row[key]) for key in ("feeders", "bases", "engines", "windowless") if key in row}
+        lists = ("previous_ops", "residual_sources", "engines", "windowless")
+        row |= {key: tuple(row[key]) for key in lists if key in row}
         row["keys"] = MappingProxyType({**USUAL_KEYS, **row.get("keys", {})})
         row["requires"] = MappingProxyType(row.get("requires", {}))
         found[model_type] = Architecture(model_type=model_type, **row)

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from optikit.algorithms.losses import cross_entropy, divergence
 from optikit.algorithms.precision import compute_dtype
 from optikit.calibration import calibration_set
-from optikit.calibration.source_model import StoredModel
+from optikit.calibration.source_model import SourceModel
 from optikit.calibration.verify import FIX, same_bytes
 from optikit.errors import StageFailedError
 from optikit.formats.checkpoint import Checkpoint, locate, read_entry, save_tensors
@@ -80,7 +80,7 @@ def load(job: Job, directory: Path, dtype: torch.dtype) -> nn.Module:
 
 def whole(job: Job, *, embeddings: bool) -> Student:
     """Return the job's source with all its weights to be trained, those of embedding and head only if asked for."""
-    stored = StoredModel(Checkpoint(job.source))
+    stored = SourceModel(Checkpoint(job.source))
     model = load(job, job.source, torch.float32)
     frozen = () if embeddings else (f"{stored.row.embedding}.", f"{stored.row.head}.")
     chosen = {name: each for name, each in model.named_parameters() if not name.startswith(frozen or "\0")}
@@ -89,7 +89,7 @@ def whole(job: Job, *, embeddings: bool) -> Student:
     zeros = {name: mask for name, each in chosen.items() if each.dim() > 1 and (mask := each.detach() == 0).any()}
 
     def weights() -> dict[str, Tensor]:
-        named = {stored.stored_name(name): each.detach() for name, each in chosen.items()}
+        named = {stored.tensor_name(name): each.detach() for name, each in chosen.items()}
         return {name: each.to(stored.checkpoint.entries[name].torch_dtype) for name, each in named.items()}
 
     return Student(model=model, parameters=chosen, weights=weights, pruned=zeros)
@@ -104,7 +104,7 @@ def adapted(job: Job, *, rank: int, alpha: int) -> Student:
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
-    stored = StoredModel(Checkpoint(job.source))
+    stored = SourceModel(Checkpoint(job.source))
     model = load(job, job.source, compute_dtype(job.device))
     linears = "|".join(map(re.escape, stored.row.linears))
     torch.manual_seed(job.seed)  # for the adapters' random halves
@@ -123,10 +123,10 @@ def adapted(job: Job, *, rank: int, alpha: int) -> Student:
     def weights() -> dict[str, Tensor]:
         merged = {}
         for name, layer in layers.items():
-            stored_name = stored.stored_name(f"{name}.weight")
-            before = stored.checkpoint.read(stored_name)
+            tensor_name = stored.tensor_name(f"{name}.weight")
+            before = stored.checkpoint.read(tensor_name)
             after = before.float() + layer.get_delta_weight("default").detach().cpu()
-            merged[stored_name] = after.masked_fill(before == 0, 0).to(before.dtype)
+            merged[tensor_name] = after.masked_fill(before == 0, 0).to(before.dtype)
         return merged
 
     return Student(model=model, parameters=chosen, weights=weights)
@@ -265,7 +265,7 @@ def write(job: Job, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         StageFailedError: Naming the tensor that isn't what was promised.
     """
     save_tensors(job.scratch / TRAINED, tensors)
-    stored = StoredModel(Checkpoint(job.source))
+    stored = SourceModel(Checkpoint(job.source))
     entries = {**stored.checkpoint.entries, **locate(job.scratch / TRAINED)}
     write_model(job.source, job.dest, entries, changes={})
     written = Checkpoint(job.dest)

@@ -43,7 +43,7 @@ def reference(weight, hessian, grid, *, damp, act_order, mask=None):
     size = grid.width(width)
     for j in order.tolist():
         scale, zero = scales[:, j // size].double(), zeros[:, j // size].double()
-        code = (torch.round(left[:, j] / scale) + zero).clamp(0, grid.most)
+        code = (torch.round(left[:, j] / scale) + zero).clamp(0, grid.qmax)
         if mask is not None:
             code = torch.where(mask[:, j], code, zero)
         codes[:, j] = code.byte()
@@ -65,7 +65,7 @@ def test_codes_are_those_of_the_slow_reference(rows, width, group, bits, sym, ac
     got = gptq.quantize(weight, hessian, grid, damp=0.01, act_order=act_order)
     expected = reference(weight, hessian, grid, damp=0.01, act_order=act_order)
     assert torch.equal(got.quantized.codes, expected)
-    assert got.damp == 0.01
+    assert got.facts["damp"] == 0.01
 
 
 def test_block_sizes_do_not_matter(monkeypatch):
@@ -131,7 +131,7 @@ def test_singular_hessian_is_damped():
     x = inputs(tokens=4, width=32, seed=6)
     weight, _ = layer(4, 32, seed=6)
     got = gptq.quantize(weight, x.T @ x / 4, Grid(bits=4, group_size=32, sym=True))
-    assert got.damp == 0.01
+    assert got.facts["damp"] == 0.01
     assert torch.isfinite(dequantize(*got.quantized)).all()
 
 
@@ -140,14 +140,14 @@ def test_indefinite_hessian_takes_more_damping():
     hessian = hessian - 0.05 * hessian.diagonal().mean() * torch.eye(32)
     assert torch.linalg.eigvalsh(hessian).min() < -0.01 * hessian.diagonal().mean()
     got = gptq.quantize(weight, hessian, Grid(bits=4, group_size=32, sym=True))
-    assert got.damp == pytest.approx(0.1)
+    assert got.facts["damp"] == pytest.approx(0.1)
 
 
 def test_hopeless_hessian_falls_back_to_rounding():
     weight, hessian = layer(4, 32, seed=8)
     grid = Grid(bits=4, group_size=32, sym=True)
     got = gptq.quantize(weight, hessian - 100 * torch.eye(32), grid)
-    assert got.damp == 0.0
+    assert got.facts["damp"] == 0.0
     assert torch.equal(got.quantized.codes, rtn.quantize(weight, grid).codes)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optikit.algorithms import rtn
-from optikit.algorithms.grid import SMALLEST_SCALE, Grid, dequantize, extremes, fit, pruned_mask, stored_scale
+from optikit.algorithms.grid import SMALLEST_SCALE, Grid, dequantize, fit, minmax, pruned_mask, stored_scale
 
 
 def weights(rows: int, columns: int, seed: int, size: float = 0.05) -> torch.Tensor:
@@ -36,16 +36,16 @@ def test_codes_scales_and_zeros_are_what_the_format_can_hold(grid, seed, size, s
     codes, scales, zeros = rtn.quantize(weight, grid)
     assert codes.dtype == torch.uint8
     assert scales.dtype == torch.float16
-    assert codes.max() <= grid.most
+    assert codes.max() <= grid.qmax
     assert torch.isfinite(scales).all()
     assert (scales != 0).all()
     assert (zeros >= 1).all()
-    assert (zeros <= grid.most).all()
+    assert (zeros <= grid.qmax).all()
     if grid.sym:
         assert (zeros == 2 ** (grid.bits - 1)).all()
     new = dequantize(codes, scales, zeros)
     assert torch.isfinite(new).all()
-    assert ((new - weight).abs() <= weight.abs().max() + SMALLEST_SCALE * grid.most).all()
+    assert ((new - weight).abs() <= weight.abs().max() + SMALLEST_SCALE * grid.qmax).all()
 
 
 def test_every_weight_takes_the_nearest_point():
@@ -89,7 +89,7 @@ def test_a_symmetric_grid_spends_its_extra_code_on_the_longer_side():
 
 def test_asymmetric_extremes_are_reached():
     weight = torch.tensor([[-1.0, 14.0, 3.0, 0.0]])
-    scales, zeros = extremes(weight.reshape(1, 1, 4), Grid(bits=4, group_size=4, sym=False))
+    scales, zeros = minmax(weight.reshape(1, 1, 4), Grid(bits=4, group_size=4, sym=False))
     assert (scales.item(), zeros.item()) == (1.0, 1.0)
 
 

@@ -18,34 +18,34 @@ def nearest(value: float, levels: list[float]) -> float:
 
 @given(WEIGHTS)
 def test_every_weight_goes_to_the_nearest_level_of_its_block(weights):
-    codes, extremes = nf4.quantize(torch.tensor(weights))
-    back = nf4.dequantize(codes, extremes)
+    codes, absmax = nf4.quantize(torch.tensor(weights))
+    back = nf4.dequantize(codes, absmax)
     assert len(codes) == len(back) == len(weights)
     for first in range(0, len(weights), nf4.BLOCK):
         block = weights[first : first + nf4.BLOCK]
-        extreme = max(map(abs, block))
-        assert extremes[first // nf4.BLOCK] == torch.tensor(extreme)
+        largest = max(map(abs, block))
+        assert absmax[first // nf4.BLOCK] == torch.tensor(largest)
         for weight, found in zip(block, back[first:].tolist(), strict=False):
-            best = extreme * nearest(weight / extreme, list(nf4.LEVELS)) if extreme > 1e-30 else 0.0
-            assert abs(found - weight) <= abs(best - weight) + 1e-6 * extreme
+            best = largest * nearest(weight / largest, list(nf4.LEVELS)) if largest > 1e-30 else 0.0
+            assert abs(found - weight) <= abs(best - weight) + 1e-6 * largest
 
 
 @given(WEIGHTS)
 def test_zeros_stay_zeros_whatever_is_around_them(weights):
     dense = torch.tensor(weights)
     dense[::2] = 0
-    codes, extremes = nf4.quantize(dense)
+    codes, absmax = nf4.quantize(dense)
     assert (codes[::2] == nf4.ZERO).all()
-    constants = nf4.dequantize_constants(nf4.quantize_constants(extremes))
+    constants = nf4.dequantize_constants(nf4.quantize_constants(absmax))
     assert (nf4.dequantize(codes, constants)[::2] == 0).all()
 
 
 @given(st.lists(st.floats(2**-10, 100, width=32), min_size=1, max_size=2 * nf4.CONSTANTS_BLOCK + 5))
-def test_every_constant_goes_to_the_nearest_of_its_256_values(extremes):
-    wanted = torch.tensor(extremes)
+def test_every_constant_goes_to_the_nearest_of_its_256_values(absmax):
+    wanted = torch.tensor(absmax)
     constants = nf4.quantize_constants(wanted)
     found = nf4.dequantize_constants(constants)
-    for first in range(0, len(extremes), nf4.CONSTANTS_BLOCK):
+    for first in range(0, len(absmax), nf4.CONSTANTS_BLOCK):
         block = slice(first, first + nf4.CONSTANTS_BLOCK)
         scale = constants.scales[first // nf4.CONSTANTS_BLOCK]
         possible = nf4.dynamic_map() * scale + constants.offset
@@ -62,9 +62,9 @@ def test_a_large_weight_is_rounded_in_parts_as_it_is_in_one(monkeypatch):
 
 def test_normal_weights_lose_less_than_on_integers_over_the_same_blocks():
     weight = torch.randn(256, 1024, generator=torch.Generator().manual_seed(1))
-    codes, extremes = nf4.quantize(weight)
-    error = (nf4.dequantize(codes, extremes).view_as(weight) - weight).square().mean()
-    twice = nf4.dequantize_constants(nf4.quantize_constants(extremes))
+    codes, absmax = nf4.quantize(weight)
+    error = (nf4.dequantize(codes, absmax).view_as(weight) - weight).square().mean()
+    twice = nf4.dequantize_constants(nf4.quantize_constants(absmax))
     double_error = (nf4.dequantize(codes, twice).view_as(weight) - weight).square().mean()
     grid = Grid(bits=4, group_size=nf4.BLOCK, sym=True, search=False)
     integers = (dequantize(*rtn.quantize(weight, grid)) - weight).square().mean()

@@ -92,7 +92,7 @@ def row(report: dict[str, Any]) -> tuple[str, ...]:
         _number(perplexity.get("value"), 2),
         _number(own.get("perplexity_ratio", {}).get("value"), 3),
         _number(step["artifact_bytes"] / 1e6, 1),
-        str(step["facts"].get("weights_read_differently", "")),
+        str(step["facts"].get("reader_mismatches", "")),
     )
 
 

@@ -19,10 +19,9 @@ from optikit.algorithms import gptq
 from optikit.algorithms.correction import corrected
 from optikit.algorithms.grid import Grid, dequantize
 from optikit.algorithms.precision import compute_dtype
-from optikit.calibration import blockwise as walk_module
-from optikit.calibration import calibration_set
+from optikit.calibration import blockwise, calibration_set
 from optikit.calibration.gram import Gram, PairedGram
-from optikit.calibration.method import Group, Seen
+from optikit.calibration.method import Batch, Group
 from optikit.errors import StageFailedError
 from optikit.formats import gptq as packing
 from optikit.stage import Calibration, Job
@@ -34,7 +33,7 @@ GROUPS = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-BASES = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
+RESIDUALS = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
 
 
 def make_job(source: Path, prose: Path, place: Path, **changes) -> Job:
@@ -92,17 +91,17 @@ def test_equals_the_whole_model_with_hooks(tiny_llama, prose, tmp_path, correct)
             full = [f"model.layers.{block}.{name}" for name in names]
             weights = tuple(dense.weight(name).detach().float() for name in full)
             target = torch.cat(weights)
-            gram = PairedGram(Group(names=tuple(full), weights=weights)) if correct else Gram(target.shape[1], "cpu")
-            behind = None
-            if correct and names[0] in BASES:
-                base = f"model.layers.{block}.{BASES[names[0]]}"
-                behind = dense.inputs(base, tokens).float() - now.inputs(base, tokens).float()
-            inputs = now.inputs(full[0], tokens)
+            group = Group(names=tuple(full), weights=weights)
+            gram = PairedGram(group, damp=0.1) if correct else Gram(group)
+            gap = None
+            if correct and names[0] in RESIDUALS:
+                residual = f"model.layers.{block}.{RESIDUALS[names[0]]}"
+                gap = dense.inputs(residual, tokens).float() - now.inputs(residual, tokens).float()
+            gram.update(
+                Batch(inputs=now.inputs(full[0], tokens), dense_inputs=dense.inputs(full[0], tokens), residual_gap=gap)
+            )
             if isinstance(gram, PairedGram):
-                gram.see(Seen(inputs=inputs, dense_inputs=dense.inputs(full[0], tokens), behind=behind))
                 target = corrected(target, gram.mean(), gram.lacking(), damp=0.1, tokens=gram.tokens)
-            else:
-                gram.update(inputs)
             new = gptq.quantize(target, gram.mean(), grid, damp=0.01).quantized
             expected = torch.split(dequantize(*new), [len(weight) for weight in weights])
             for name, weight in zip(full, expected, strict=True):
@@ -192,7 +191,7 @@ def test_scratch_of_other_options_is_not_taken_over(three_blocks, prose, tmp_pat
 def test_without_memory_for_paused_passes_the_bytes_are_the_same(
     three_blocks, prose, tmp_path, uninterrupted, monkeypatch
 ):
-    monkeypatch.setattr(walk_module, "BATCH_TOKENS", 64)
+    monkeypatch.setattr(blockwise, "BATCH_TOKENS", 64)
     for name, bound in (("some", 1_000_000), ("none", 1)):
         quantize(make_job(three_blocks, prose, tmp_path / name, max_memory_bytes=bound))
     quantize(make_job(three_blocks, prose, tmp_path / "all"))
@@ -302,6 +301,21 @@ def test_a_quantized_source_is_refused(three_blocks, prose, tmp_path):
     with pytest.raises(StageFailedError, match=r"no tensor 'model\.layers\.0\.self_attn\.q_proj\.weight'") as error:
         quantize(make_job(tmp_path / "once" / "dest", prose, tmp_path / "twice"), "rtn")
     assert "dense" in error.value.fix
+
+
+def test_the_way_from_a_stage_to_its_kernel_is_five_calls(tiny_llama, prose, tmp_path):
+    """What stands between a reader's stage file and the arithmetic; `trace_call_path.py` prints the whole way."""
+    from tests.trace_call_path import stack_at
+
+    job = make_job(tiny_llama, prose, tmp_path)
+    stack = stack_at(gptq._round_columns.__code__, lambda: quantize(job))
+    assert [call.partition("  ")[0] for call in stack] == [
+        "optikit.stages.quantize.gptq.run",
+        "optikit.calibration.blockwise.run",
+        "optikit.calibration.methods.rounding.GramRounding.apply",
+        "optikit.algorithms.gptq.quantize",
+        "optikit.algorithms.gptq._round_columns",
+    ]
 
 
 MEASURED = """

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, processors
 
 from optikit.calibration import calibration_set
 from optikit.calibration.gram import STRIP, Gram, PairedGram
-from optikit.calibration.method import Group, Seen
+from optikit.calibration.method import Batch, Group
 from optikit.errors import InputMissingError, StageFailedError
 
 
@@ -70,9 +70,9 @@ def test_without_a_tokenizer_there_are_no_windows(tmp_path, prose):
 def test_gram_is_the_mean_of_outer_products(width, parts, dtype):
     draw = torch.Generator().manual_seed(width)
     batches = [torch.randn(tokens, width, generator=draw).to(dtype) for tokens in parts]
-    gram = Gram(width, "cpu")
-    for batch in batches:
-        gram.update(batch)
+    gram = Gram(Group(names=("a",), weights=(torch.zeros(1, width),)))
+    for inputs in batches:
+        gram.update(Batch(inputs=inputs, dense_inputs=inputs))
     x = torch.cat(batches).double()
     assert torch.allclose(gram.mean().double(), x.T @ x / len(x), atol=1e-5)
     assert torch.equal(gram.mean(), gram.mean().T)
@@ -84,13 +84,13 @@ def test_lacking_is_what_least_squares_is_asked_for(residual, dtype):
     draw = torch.Generator().manual_seed(0)
     weights = (torch.randn(6, 12, generator=draw),) if residual else tuple(torch.randn(2, 4, 12, generator=draw))
     weight = torch.cat(weights)
-    gram = PairedGram(Group(names=("a", "b")[: len(weights)], weights=weights))
+    gram = PairedGram(Group(names=("a", "b")[: len(weights)], weights=weights), damp=0.01)
     sums = torch.zeros(weight.shape, dtype=torch.float64)
     for _ in range(3):
         inputs, dense = (torch.randn(50, 12, generator=draw).to(dtype) for _ in range(2))
-        behind = torch.randn(50, len(weight), generator=draw) if residual else None
-        gram.see(Seen(inputs=inputs, dense_inputs=dense, behind=behind))
+        residual_gap = torch.randn(50, len(weight), generator=draw) if residual else None
+        gram.update(Batch(inputs=inputs, dense_inputs=dense, residual_gap=residual_gap))
         gap = (dense.double() - inputs.double()) @ weight.double().T
-        sums += (gap + (0 if behind is None else behind.double())).T @ inputs.double()
+        sums += (gap + (0 if residual_gap is None else residual_gap.double())).T @ inputs.double()
     tolerance = 1e-5 if dtype is torch.float32 else 3e-3
     assert torch.allclose(gram.lacking().double(), sums / 150, atol=tolerance * float(weight.norm()))

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from optikit.algorithms import width
-from optikit.calibration.empty_model import Skeleton
+from optikit.calibration.empty_model import EmptyModel
 from optikit.calibration.gradients import gradients
 from optikit.calibration.methods.width import Coupling, _parts
-from optikit.calibration.source_model import StoredModel
+from optikit.calibration.source_model import SourceModel
 from optikit.formats.checkpoint import Checkpoint
 
 
@@ -18,19 +18,19 @@ from optikit.formats.checkpoint import Checkpoint
 def both(tiny_llama, tmp_path_factory):
     """Gradients of every linear: block by block, and of the whole model at once."""
     windows = torch.randint(3, 260, (3, 24), generator=torch.Generator().manual_seed(0))
-    stored = StoredModel(Checkpoint(tiny_llama))
-    skeleton = Skeleton(stored, dtype=torch.float32, device="cpu")
+    source = SourceModel(Checkpoint(tiny_llama))
+    blank = EmptyModel(source, dtype=torch.float32, device="cpu")
     scratch = tmp_path_factory.mktemp("gradients")
     ours, importance = {}, {}
     coupling = Coupling(
         reader="mlp.down_proj", makers=(("mlp.gate_proj", 1), ("mlp.up_proj", 1)), size=1, units=128, keep=64
     )
-    for index, block in gradients(skeleton, windows, scratch):
-        for name in stored.row.linears:
+    for index, block in gradients(blank, windows, scratch):
+        for name in source.row.linears:
             ours[f"model.layers.{index}.{name}"] = block.get_submodule(name).weight.grad.clone()
         importance[index] = width.taylor(_parts(block, coupling, transposed=False))
     assert not list(scratch.iterdir())
-    assert all(parameter.is_meta for block in skeleton.blocks for parameter in block.parameters())
+    assert all(parameter.is_meta for block in blank.blocks for parameter in block.parameters())
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     for window in windows:
         model(input_ids=window[None], labels=window[None]).loss.backward()

@@ -14,9 +14,9 @@ from torch import Tensor
 from optikit import formats, stages
 from optikit.algorithms import int8
 from optikit.calibration import calibration_set
-from optikit.calibration.method import Feeder
+from optikit.calibration.method import PreviousOp
 from optikit.calibration.methods.fold import fold
-from optikit.calibration.source_model import StoredModel
+from optikit.calibration.source_model import SourceModel
 from optikit.errors import StageFailedError
 from optikit.formats.checkpoint import Checkpoint
 from optikit.stage import Calibration, Job
@@ -155,14 +155,14 @@ def test_scales_that_were_applied_twice_are_noticed(source, prose, tmp_path, mon
 
 
 def test_ties_name_the_value_channel_that_an_attention_output_copies(tiny_llama):
-    stored = StoredModel(Checkpoint(tiny_llama))
-    (out,) = stored.groups(0, lambda _: False)[1]
-    feeder = stored.feeder(0, (out,), lambda _: False, {})
-    assert feeder is not None
-    assert feeder.ties is not None
+    model = SourceModel(Checkpoint(tiny_llama))
+    (out,) = model.groups(0, lambda _: False)[1]
+    previous = model.previous_op(0, (out,), lambda _: False, {})
+    assert previous is not None
+    assert previous.ties is not None
     heads, kv_heads, head_dim = 4, 2, 16
     slow = [h // (heads // kv_heads) * head_dim + d for h in range(heads) for d in range(head_dim)]
-    assert feeder.ties.tolist() == slow
+    assert previous.ties.tolist() == slow
 
 
 @pytest.mark.parametrize("ties", [None, torch.arange(12) % 6])
@@ -172,8 +172,8 @@ def test_folding_into_a_quantized_linear_cancels(ties):
     scales, bias = torch.rand(len(codes), 1, generator=draw).bfloat16(), torch.randn(len(codes), generator=draw)
     scale = torch.rand(len(codes), generator=draw) + 0.2
     wanted = scale if ties is None else scale[ties]
-    feeder = Feeder(name="v", tensors={"v.weight_scale": scales, "v.bias": bias}, linear=True, ties=ties)
-    changed, exact = fold(feeder, wanted, suffix="weight_scale", axis=0)
+    previous = PreviousOp(name="v", tensors={"v.weight_scale": scales, "v.bias": bias}, linear=True, ties=ties)
+    changed, exact = fold(previous, wanted, suffix="weight_scale", axis=0)
     inputs = torch.randn(30, 20, generator=draw)
     before = inputs @ (codes * scales.float()).T + bias
     after = inputs @ (codes * changed["v.weight_scale"].float()).T + changed["v.bias"]

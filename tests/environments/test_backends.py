@@ -52,7 +52,7 @@ def test_two_versions_of_transformers_in_one_recipe(model: Path, prose: Path, tm
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     step = next(step for step in report["steps"] if step["verb"] == "quantize")
     assert step["backend"] == backend
-    assert step["facts"]["weights_read_differently"] == 0
+    assert step["facts"]["reader_mismatches"] == 0
     assert step["facts"]["linears_packed"] == 14
 
 

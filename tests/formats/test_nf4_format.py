@@ -16,8 +16,8 @@ from optikit.models.quantization import NF4_STATE
 
 
 def packed(weight: torch.Tensor, *, double: bool) -> dict[str, torch.Tensor]:
-    codes, extremes = arithmetic.quantize(weight)
-    constants = arithmetic.quantize_constants(extremes) if double else extremes
+    codes, absmax = arithmetic.quantize(weight)
+    constants = arithmetic.quantize_constants(absmax) if double else absmax
     return nf4.pack(codes, constants, (weight.shape[0], weight.shape[1]), str(weight.dtype).removeprefix("torch."))
 
 
@@ -45,12 +45,12 @@ def test_bitsandbytes_packs_the_same_bits(dtype, double):
 @given(st.integers(1, 9), st.integers(1, 70), st.booleans(), st.integers(0, 2**31))
 def test_what_is_packed_is_unpacked(rows, columns, double, seed):
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    codes, extremes = arithmetic.quantize(weight)
+    codes, absmax = arithmetic.quantize(weight)
     found, constants, shape = nf4.unpack(packed(weight, double=double))
     assert shape == (rows, columns)
     assert torch.equal(found, codes)
     if not double:
-        assert torch.equal(constants, extremes)
+        assert torch.equal(constants, absmax)
     assert nf4.dequantize(packed(weight, double=double)).shape == weight.shape
 
 

@@ -57,7 +57,7 @@ def test_names_linears_and_order_are_the_models_own(model_type: str) -> None:
     assert row.transposed is any(isinstance(modules[name], Conv1D) for name in linears)
 
     inputs: dict[str, Any] = {}
-    for name in [*row.names(1), *(f"{row.block(0)}.{feeder}" for feeder in row.feeders if feeder)]:
+    for name in [*row.names(1), *(f"{row.block(0)}.{previous}" for previous in row.previous_ops if previous)]:
         modules[name].register_forward_hook(lambda _, given, out, name=name: inputs.update({name: (given[0], out)}))
     with torch.no_grad():
         model(torch.arange(8)[None])
@@ -78,13 +78,13 @@ def _grouped(seen: list[str], groups: tuple[tuple[str, ...], ...]) -> list[set[s
 
 
 @pytest.mark.parametrize("model_type", architectures.names())
-def test_feeders_really_absorb_a_scale(model_type: str) -> None:
-    """Dividing a feeder's output channels by s and multiplying its group's input columns by s changes nothing."""
+def test_previouss_really_absorb_a_scale(model_type: str) -> None:
+    """Dividing a previous's output channels by s and multiplying its group's input columns by s changes nothing."""
     import torch
 
     row = architectures.find(model_type)
     assert row is not None
-    assert len(row.feeders) == len(row.groups)
+    assert len(row.previous_ops) == len(row.groups)
     torch.manual_seed(0)
     model = build(model_type).float()
     for parameter in model.parameters():
@@ -92,18 +92,18 @@ def test_feeders_really_absorb_a_scale(model_type: str) -> None:
     tokens = torch.arange(12)[None]
     with torch.no_grad():
         before = model(tokens).logits
-        for group, feeder in zip(row.groups, row.feeders, strict=True):
-            if feeder:
-                _fold(model, row, group, feeder)
+        for group, previous in zip(row.groups, row.previous_ops, strict=True):
+            if previous:
+                _fold(model, row, group, previous)
         after = model(tokens).logits
     assert torch.allclose(before, after, atol=2e-4 * before.abs().max().item()), (before - after).abs().max()
     assert before.abs().max() > 0.1
 
 
-def _fold(model: Any, row: Any, group: tuple[str, ...], feeder: str) -> None:
+def _fold(model: Any, row: Any, group: tuple[str, ...], previous: str) -> None:
     import torch
 
-    source = model.get_submodule(f"{row.block(0)}.{feeder}")
+    source = model.get_submodule(f"{row.block(0)}.{previous}")
     linears = [model.get_submodule(f"{row.block(0)}.{name}") for name in group]
     axis = 0 if row.transposed else 1
     width, own = linears[0].weight.shape[axis], source.weight.shape[0]

@@ -1,4 +1,4 @@
-"""AWQ and SmoothQuant as methods of the walk: scale a group's inputs, fold the inverse into its feeder, quantize."""
+"""AWQ as a method of the walk: scale a group's inputs, fold the inverse into the op before them, quantize."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import Tensor
 
 from optikit.algorithms import awq, gptq, rtn
 from optikit.algorithms.grid import Grid, Quantized, dequantize, fit, pruned_mask
-from optikit.calibration.gram import Gram
-from optikit.calibration.method import Applied, Group
-from optikit.calibration.methods.fold import _split, fold
+from optikit.calibration.gram import Gram, gram_of
+from optikit.calibration.method import Group, Result
+from optikit.calibration.methods.fold import fold
+from optikit.calibration.write_checkpoint import ScaledLayout
 from optikit.formats import awq as awq_format
 
 
@@ -20,51 +21,55 @@ class Awq:
     """Scale salient channels up, then quantize to 4 bits.
 
     Attributes:
+        layout: The packing.
         grid: The grid of the scaled weights.
         steps: Scales tried for each of two families.
         damp: Round by GPTQ with this damping; None rounds to nearest.
+        correct_damp: See `Method`.
     """
 
+    layout: ScaledLayout
     grid: Grid
     steps: int
     damp: float | None = None
+    correct_damp: float | None = None
 
-    def statistic(self, width: int, device: str) -> Gram:
+    def statistic(self, group: Group) -> Gram:
         """Return an empty Gram matrix."""
-        return Gram(width, device)
+        return gram_of(group, self.correct_damp)
 
-    def apply(self, group: Group, statistic: Gram) -> Applied:
+    def apply(self, group: Group, statistic: Gram) -> Result:
         """Quantize a group."""
-        weight, gram = torch.cat(group.weights), statistic.mean()
+        weight, gram = group.pruned_target, statistic.mean()
         plain = torch.ones(group.width, device=weight.device)
         scale, alpha, folded = self._scaled(group, weight, gram)
         if alpha is not None and self._error(weight, gram, scale) >= self._error(weight, gram, plain):
-            scale, alpha, folded = plain, None, {}  # better with ranges spanning extremes, not with searched ones
+            scale, alpha, folded = plain, None, {}  # better with min-max ranges, not with searched ones
         quantized = self._round(weight * scale, gram / scale / scale[:, None])
         back = dequantize(*quantized) / scale
         tensors = dict(folded)
-        for name, *parts in zip(group.names, *(_split(part, group) for part in quantized), strict=True):
+        for name, *parts in zip(group.names, *(group.split(part) for part in quantized), strict=True):
             packed = awq_format.pack(*parts)
             tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.items()}
         facts = {"alpha": alpha, "loss": _relative(back - weight, weight, gram)}
-        return Applied(weights=_split(back, group), tensors=tensors, facts=dict.fromkeys(group.names, facts))
+        return Result(weights=group.split(back), tensors=tensors, facts=dict.fromkeys(group.names, facts))
 
     def _scaled(self, group: Group, weight: Tensor, gram: Tensor) -> tuple[Tensor, float | None, dict[str, Tensor]]:
         plain = torch.ones(group.width, device=weight.device)
-        if group.feeder is None:
+        if group.previous is None:
             return plain, None, {}
-        spanning = replace(self.grid, search=False)
+        minmax = replace(self.grid, search=False)
         found = awq.search_scale(
             weight,
             gram,
-            lambda scaled: dequantize(*rtn.quantize(scaled, spanning)),
+            lambda scaled: dequantize(*rtn.quantize(scaled, minmax)),
             group_size=self.grid.group_size,
-            ties=group.feeder.ties,
+            ties=group.previous.ties,
             steps=self.steps,
         )
         if found.alpha is None:
             return plain, None, {}
-        folded, exact = fold(group.feeder, found.scale, suffix="scales", axis=1)
+        folded, exact = fold(group.previous, found.scale, suffix="scales", axis=1)
         return exact, found.alpha, folded
 
     def _error(self, weight: Tensor, gram: Tensor, scale: Tensor) -> float:

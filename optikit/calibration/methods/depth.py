@@ -14,9 +14,9 @@ from optikit.algorithms import depth
 from optikit.algorithms.precision import compute_dtype
 from optikit.calibration import calibration_set
 from optikit.calibration.budget import BATCH_TOKENS
-from optikit.calibration.empty_model import Call, Skeleton
-from optikit.calibration.resume import HiddenStates, Ledger
-from optikit.calibration.source_model import StoredModel
+from optikit.calibration.empty_model import Call, EmptyModel
+from optikit.calibration.resume import HiddenStates, ResumeState
+from optikit.calibration.source_model import SourceModel
 from optikit.formats.checkpoint import Checkpoint
 from optikit.process.allocator import one_arena, return_memory
 from optikit.stage import Calibration, Job
@@ -30,40 +30,40 @@ def influences(job: Job, calibration: Calibration) -> list[float]:
     """
     torch.set_num_threads(job.threads)
     one_arena(bounded=job.max_memory_bytes is not None)
-    stored = StoredModel(Checkpoint(job.source))
+    source = SourceModel(Checkpoint(job.source))
     dtype = compute_dtype(job.device)
     shape = (calibration.samples, calibration.length)
-    ledger = Ledger(job.scratch, {"method": "depth", "dtype": str(dtype), "seed": job.seed, "windows": list(shape)})
-    if ledger.done < stored.layers:
+    state = ResumeState(job.scratch, {"method": "depth", "dtype": str(dtype), "seed": job.seed, "windows": list(shape)})
+    if state.done < source.layers:
         with torch.no_grad():
-            _measure(job, calibration, stored, ledger, dtype)
+            _measure(job, calibration, source, state, dtype)
     tokens = calibration.samples * calibration.length
-    return [float(ledger.facts[str(index)]) / tokens for index in range(stored.layers)]
+    return [float(state.facts[str(index)]) / tokens for index in range(source.layers)]
 
 
-def _measure(job: Job, calibration: Calibration, stored: StoredModel, ledger: Ledger, dtype: torch.dtype) -> None:
-    skeleton = Skeleton(stored, dtype=dtype, device=job.device)
+def _measure(job: Job, calibration: Calibration, source: SourceModel, state: ResumeState, dtype: torch.dtype) -> None:
+    model = EmptyModel(source, dtype=dtype, device=job.device)
     samples, length = calibration.samples, calibration.length
     tokens = calibration_set.draw(job.source, calibration.text, samples=samples, length=length, seed=job.seed)
     batch = max(1, BATCH_TOKENS // length)
 
     def hidden(index: int) -> HiddenStates:
-        return HiddenStates(ledger.hidden_path(index), (samples, length, skeleton.width), dtype, batch)
+        return HiddenStates(state.hidden_path(index), (samples, length, model.width), dtype, batch)
 
-    with skeleton.stem_filled():
-        calls = skeleton.record(tokens[:1])
-        if not hidden(ledger.done).intact(ledger.hidden_sha256):
-            ledger.forget()
-            hidden(0).write(skeleton.embedded(tokens, batch))
-    for index in range(ledger.done, stored.layers):
+    with model.stem_filled():
+        calls = model.record(tokens[:1])
+        if not hidden(state.done).intact(state.hidden_sha256):
+            state.reset()
+            hidden(0).write(model.embedded(tokens, batch))
+    for index in range(state.done, source.layers):
         changes: list[float] = []
-        block = skeleton.fill_block(index)
+        block = model.fill_block(index)
         digest = hidden(index + 1).write(_outputs(block, calls[index], hidden(index), job.device, changes))
-        skeleton.empty_block(index)
+        model.empty_block(index)
         return_memory()
-        ledger.commit({}, [], {str(index): sum(changes)}, digest)
-        job.progress(index + 1, stored.layers, "block")
-    hidden(stored.layers).path.unlink()
+        state.commit({}, [], {str(index): sum(changes)}, digest)
+        job.progress(index + 1, source.layers, "block")
+    hidden(source.layers).path.unlink()
 
 
 def _outputs(block: nn.Module, call: Call, hidden: HiddenStates, device: str, changes: list[float]) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""DOCSTRING optikit.calibration.methods.nf4."""
+"""NF4 as a method of the walk: every linear rounded on its own, in the packing of bitsandbytes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from optikit.algorithms import nf4
-from optikit.calibration.method import Applied, Group
+from optikit.calibration.method import Group, Result
+from optikit.calibration.write_checkpoint import ScaledLayout
 from optikit.formats import nf4 as nf4_format
 
 
@@ -16,22 +17,24 @@ class Nf4:
     """Round weights to NF4, for bitsandbytes to serve.
 
     Attributes:
+        layout: The packing.
         double_quant: Quantize the constants of blocks, too.
         dtype: What a server computes in, as torch names it.
     """
 
+    layout: ScaledLayout
     double_quant: bool
     dtype: str
 
-    def apply(self, group: Group) -> Applied:
+    def apply(self, group: Group) -> Result:
         """Round every linear of a group."""
         weights: list[Tensor] = []
         tensors: dict[str, Tensor] = {}
         for name, weight in zip(group.names, group.weights, strict=True):
-            codes, extremes = nf4.quantize(weight)
-            constants = nf4.quantize_constants(extremes) if self.double_quant else extremes
+            codes, absmax = nf4.quantize(weight)
+            constants = nf4.quantize_constants(absmax) if self.double_quant else absmax
             packed = nf4_format.pack(codes, constants, (weight.shape[0], weight.shape[1]), self.dtype)
             tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.items()}
-            read = nf4.dequantize_constants(constants) if isinstance(constants, nf4.Constants) else extremes
+            read = nf4.dequantize_constants(constants) if isinstance(constants, nf4.Constants) else absmax
             weights.append(nf4.dequantize(codes, read).view_as(weight))
-        return Applied(weights=tuple(weights), tensors=tensors)
+        return Result(weights=tuple(weights), tensors=tensors)

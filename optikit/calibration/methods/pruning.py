@@ -1,92 +1,101 @@
-"""Magnitude, Wanda and SparseGPT as methods of the walk: zeros where they fall, in the source's layout and dtype."""
+"""Zeros by any algorithm, where they fall, in the source's layout and dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optikit.algorithms import magnitude, sparsegpt, wanda
-from optikit.algorithms.hessian import inverse_factor
 from optikit.algorithms.sparsity import Pattern
 from optikit.calibration import distributed
-from optikit.calibration.gram import Gram
-from optikit.calibration.method import Applied, Group
+from optikit.calibration.gram import Gram, gram_of
+from optikit.calibration.method import Batch, Group, Result
+from optikit.calibration.write_checkpoint import SparseLayout
+
+DataFreeKernel = Callable[[Tensor, Pattern], Tensor]
+"""Weight (out, in) → (out, in) bool: True becomes zero."""
+NormKernel = Callable[[Tensor, Tensor, Pattern], Tensor]
+"""The same, with the squared norm (in,) float64 of each input channel."""
+GramKernel = Callable[[Sequence[Tensor], Tensor, Pattern], tuple[list[Tensor], Mapping[str, Any]]]
+"""Weights (out, in) that see the same input, and its Gram matrix (in, in) → new weights, and facts."""
 
 
 class Norms:
     """Sums each channel's square: the diagonal of Xᵀ X.
 
     Args:
-        width: Input features.
-        device: Where to sum.
+        group: The linears that see the inputs.
     """
 
-    def __init__(self, width: int, device: str) -> None:
-        self.squared = torch.zeros(width, dtype=torch.float64, device=device)
+    def __init__(self, group: Group) -> None:
+        self.squared = torch.zeros(group.width, dtype=torch.float64, device=group.weights[0].device)
 
-    def update(self, inputs: Tensor) -> None:
-        """Add (tokens, width) inputs."""
-        self.squared += inputs.float().square().sum(dim=0, dtype=torch.float64)
+    def update(self, batch: Batch) -> None:
+        """Add a batch's inputs."""
+        self.squared += batch.inputs.float().square().sum(dim=0, dtype=torch.float64)
 
     def merge(self) -> None:
         """Add what the other processes have seen."""
         distributed.total(self.squared)
 
 
-def _applied(group: Group, pruned: Iterable[Tensor], **facts: Any) -> Applied:
-    weights = tuple(pruned)
-    return Applied(weights=weights, tensors={}, facts=dict.fromkeys(group.names, facts))
+def _result(group: Group, pruned: Iterable[Tensor], facts: Mapping[str, Any]) -> Result:
+    return Result(weights=tuple(pruned), facts=dict.fromkeys(group.names, facts))
 
 
 @dataclass(frozen=True)
-class Magnitude:
-    """Zero the smallest weights of every linear."""
+class DataFreePruning:
+    """Zeros what a kernel chooses by the weights alone."""
 
-    pattern: Pattern
+    layout: SparseLayout
+    kernel: DataFreeKernel
 
-    def apply(self, group: Group) -> Applied:
+    def apply(self, group: Group) -> Result:
         """Prune every linear of the group on its own."""
-        return _applied(group, (w.masked_fill(magnitude.mask(w, self.pattern), 0) for w in group.weights))
+        pattern = self.layout.pattern
+        return _result(group, (w.masked_fill(self.kernel(w, pattern), 0) for w in group.weights), {})
 
 
 @dataclass(frozen=True)
-class Wanda:
-    """Zero the weights whose product with their input is smallest."""
+class NormPruning:
+    """Zeros what a kernel chooses by weights and the norms of their inputs."""
 
-    pattern: Pattern
+    layout: SparseLayout
+    kernel: NormKernel
+    correct_damp: None = None
 
-    def statistic(self, width: int, device: str) -> Norms:
+    def statistic(self, group: Group) -> Norms:
         """Return empty norms."""
-        return Norms(width, device)
+        return Norms(group)
 
-    def apply(self, group: Group, statistic: Norms) -> Applied:
-        """Prune every linear of the group; rows are compared each on its own."""
-        seen = statistic.squared
-        return _applied(group, (w.masked_fill(wanda.mask(w, seen, self.pattern), 0) for w in group.weights))
+    def apply(self, group: Group, statistic: Norms) -> Result:
+        """Prune every linear of the group on its own."""
+        seen, pattern = statistic.squared, self.layout.pattern
+        return _result(group, (w.masked_fill(self.kernel(w, seen, pattern), 0) for w in group.weights), {})
 
 
 @dataclass(frozen=True)
-class SparseGpt:
-    """Remove weights and let the remaining ones make up for them."""
+class GramPruning:
+    """Removes weights by a kernel that moves the others to make up for them.
 
-    pattern: Pattern
-    damp: float
+    Attributes:
+        layout: Where zeros may lie.
+        kernel: The algorithm.
+        correct_damp: See `Method`.
+    """
 
-    def statistic(self, width: int, device: str) -> Gram:
-        """Return an empty Hessian."""
-        return Gram(width, device)
+    layout: SparseLayout
+    kernel: GramKernel
+    correct_damp: float | None = None
 
-    def apply(self, group: Group, statistic: Gram) -> Applied:
+    def statistic(self, group: Group) -> Gram:
+        """Return an empty Gram matrix."""
+        return gram_of(group, self.correct_damp)
+
+    def apply(self, group: Group, statistic: Gram) -> Result:
         """Prune every linear of the group on its own: a block's mask is chosen among the weights of one linear."""
-        hessian = statistic.mean()
-        reached = bool(hessian.diagonal().any())
-        found = inverse_factor(hessian, self.damp) if reached else None
-        if found is None:
-            pruned = [weight.masked_fill(magnitude.mask(weight, self.pattern), 0) for weight in group.weights]
-        else:
-            pruned = [sparsegpt.prune(weight, found[0], self.pattern)[0] for weight in group.weights]
-        return _applied(group, pruned, by_magnitude=found is None)
+        pruned, facts = self.kernel(group.split(group.pruned_target), statistic.mean(), self.layout.pattern)
+        return _result(group, pruned, facts)

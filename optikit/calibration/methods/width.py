@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from optikit.algorithms import width
 from optikit.calibration import calibration_set
-from optikit.calibration.empty_model import Skeleton
+from optikit.calibration.empty_model import EmptyModel
 from optikit.calibration.gradients import gradients
 from optikit.calibration.gram import Gram
-from optikit.calibration.method import Applied, Group
-from optikit.calibration.source_model import Linear, StoredModel
+from optikit.calibration.method import Group, Result
+from optikit.calibration.source_model import Linear, SourceModel
+from optikit.calibration.write_checkpoint import NarrowedLayout
 from optikit.formats.checkpoint import Checkpoint, locate, read_entry, save_tensors
 from optikit.stage import Calibration, Job
 
@@ -58,25 +59,28 @@ class Coupling:
 
 @dataclass(frozen=True)
 class Narrow:
-    """Remove units of coupled channels. The walk has to leave every linear but the readers alone.
+    """Remove units of coupled channels. The walk has to ignore every linear but the readers.
 
     Attributes:
+        layout: The shapes that stay.
         couplings: What can be narrowed in every block.
         compensate: Refit the readers to their old outputs.
         taylor: Importance of every unit, by full name of its reader; None judges by contribution.
-        stored: The source.
+        source: The model that is narrowed.
     """
 
+    layout: NarrowedLayout
     couplings: tuple[Coupling, ...]
     compensate: bool
     taylor: Mapping[str, Tensor] | None = field(repr=False)
-    stored: StoredModel = field(repr=False)
+    source: SourceModel = field(repr=False)
+    correct_damp: None = None
 
-    def statistic(self, width: int, device: str) -> Gram:
+    def statistic(self, group: Group) -> Gram:
         """Return an empty Gram matrix."""
-        return Gram(width, device)
+        return Gram(group)
 
-    def apply(self, group: Group, statistic: Gram) -> Applied:
+    def apply(self, group: Group, statistic: Gram) -> Result:
         """Narrow a reader, and with it the linears that make its channels."""
         (name,), (weight,) = group.names, group.weights
         coupling = next(c for c in self.couplings if name.endswith(f".{c.reader}"))
@@ -89,20 +93,20 @@ class Narrow:
         narrow = width.compensate(weight, gram, columns) if self.compensate else weight[:, columns]
         goes_on = torch.zeros_like(weight)
         goes_on[:, columns] = narrow
-        tensors = {f"{name}.weight": self.stored.as_stored(Linear(coupling.reader, name), narrow)}
+        tensors = {f"{name}.weight": self.source.as_checkpoint(Linear(coupling.reader, name), narrow)}
         block = name.removesuffix(coupling.reader)
         for inside, size in coupling.makers:
             tensors |= self._narrowed(Linear(inside, f"{block}{inside}"), coupling, units, size)
         share = float(importance[units].sum() / importance.sum().clamp_min(1e-30))
         facts = {"kept": units.tolist(), "kept_importance": round(share, 4)}
-        return Applied(weights=(goes_on,), tensors=tensors, facts={name: facts})
+        return Result(weights=(goes_on,), tensors=tensors, facts={name: facts})
 
     def _narrowed(self, maker: Linear, coupling: Coupling, units: Tensor, size: int) -> dict[str, Tensor]:
-        weight = self.stored.weight(maker)
+        weight = self.source.weight(maker)
         rows = coupling.rows(units, len(weight), size)
-        tensors = {f"{maker.name}.weight": self.stored.as_stored(maker, weight[rows])}
-        if f"{maker.name}.bias" in self.stored.checkpoint:
-            tensors[f"{maker.name}.bias"] = self.stored.read(f"{maker.name}.bias")[rows]
+        tensors = {f"{maker.name}.weight": self.source.as_checkpoint(maker, weight[rows])}
+        if f"{maker.name}.bias" in self.source.checkpoint:
+            tensors[f"{maker.name}.bias"] = self.source.read(f"{maker.name}.bias")[rows]
         return tensors
 
 
@@ -111,8 +115,8 @@ def taylor(job: Job, calibration: Calibration, couplings: tuple[Coupling, ...]) 
     kept = job.scratch / TAYLOR
     if kept.exists():  # a killed run came so far
         return {name: read_entry(entry) for name, entry in locate(kept).items()}
-    stored = StoredModel(Checkpoint(job.source))
-    skeleton = Skeleton(stored, dtype=torch.float32, device=job.device)
+    source = SourceModel(Checkpoint(job.source))
+    model = EmptyModel(source, dtype=torch.float32, device=job.device)
     tokens = calibration_set.draw(
         job.source,
         calibration.text,
@@ -121,11 +125,11 @@ def taylor(job: Job, calibration: Calibration, couplings: tuple[Coupling, ...]) 
         seed=job.seed,
     )
     found = {}
-    for index, block in gradients(skeleton, tokens, job.scratch):
+    for index, block in gradients(model, tokens, job.scratch):
         for coupling in couplings:
-            name = stored.stored_linear(f"{stored.row.block(index)}.{coupling.reader}")
-            found[name] = width.taylor(_parts(block, coupling, transposed=stored.row.transposed)).cpu()
-        job.progress(stored.layers - index, stored.layers, "block, backward")
+            name = source.linear_name(f"{source.row.block(index)}.{coupling.reader}")
+            found[name] = width.taylor(_parts(block, coupling, transposed=source.row.transposed)).cpu()
+        job.progress(source.layers - index, source.layers, "block, backward")
     save_tensors(kept, found)
     return found
 

@@ -96,24 +96,26 @@ def run(options: Options, job: Job) -> Facts:
     """Let AutoAWQ quantize, take its tensors byte by byte, and hold them to the promise of any AWQ stage."""
     import torch
 
-    from optikit.calibration.blockwise import Walked
-    from optikit.calibration.source_model import StoredModel
-    from optikit.calibration.write_checkpoint import Packing, write_scaled
+    from optikit.calibration.method import Walked
+    from optikit.calibration.source_model import SourceModel
+    from optikit.calibration.write_checkpoint import ScaledLayout
     from optikit.formats import awq, gptq
     from optikit.formats.checkpoint import Checkpoint
 
     dtypes = {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16}
     made = Checkpoint(_quantized(options, job))
-    stored = StoredModel(Checkpoint(job.source))
+    stored = SourceModel(Checkpoint(job.source))
     groups = [stored.groups(block, _nothing) for block in range(stored.layers)]
     linears = tuple(linear.name for block in groups for group in block for linear in group)
     entries = {name: entry for name, entry in made.entries.items() if name in stored.checkpoint or _packed(name)}
-    walked = Walked(entries=entries, linears=linears, all_linears=linears, facts={}, dtype="as AutoAWQ chooses")
-    config = ours.quantization_config(grid_of(options), linears)
-    packing = Packing(dtypes, lambda tensors: gptq.dequantize(*awq.unpack(tensors)))
-    facts = write_scaled(job, walked, packing, config, _nothing)
+    layout = ScaledLayout(
+        dtypes=dtypes,
+        unpack=lambda tensors: gptq.dequantize(*awq.unpack(tensors)),
+        config=ours.quantization_config(grid_of(options), linears),
+    )
+    facts = layout.write(job, Walked(entries=entries, linears=linears, ignore=_nothing))
     written = Checkpoint(job.dest)
-    return {**facts, "weights_read_differently": sum(_differing(written, name, options) for name in linears)}
+    return {**facts, "reader_mismatches": sum(_differing(written, name, options) for name in linears)}
 
 
 def _nothing(name: str) -> bool:

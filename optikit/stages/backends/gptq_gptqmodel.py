@@ -100,13 +100,13 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 def run(options: Options, job: Job) -> Facts:
     """Let GPTQModel quantize and save, take over what it packed, and hold it to the promise of any GPTQ stage."""
     from optikit.algorithms.grid import Grid
-    from optikit.calibration.blockwise import Walked
-    from optikit.calibration.source_model import StoredModel
-    from optikit.calibration.write_checkpoint import write_packed
+    from optikit.calibration.method import Walked
+    from optikit.calibration.source_model import SourceModel
+    from optikit.calibration.write_checkpoint import GptqLayout
     from optikit.formats import gptq
     from optikit.formats.checkpoint import Checkpoint
 
-    stored = StoredModel(Checkpoint(job.source))
+    stored = SourceModel(Checkpoint(job.source))
     names = [
         linear.name for block in range(stored.layers) for group in stored.groups(block, _nothing) for linear in group
     ]
@@ -119,16 +119,10 @@ def run(options: Options, job: Job) -> Facts:
     if missing:
         raise StageFailedError(f"GPTQModel wrote no {missing[0]}", fix="use backend optikit")
     untouched = {n: entry for n, entry in stored.checkpoint.entries.items() if n.removesuffix(".weight") not in linears}
-    walked = Walked(
-        entries={**untouched, **{name: made.entries[name] for name in packed}},
-        linears=linears,
-        all_linears=tuple(names),
-        facts={},
-        dtype="as GPTQModel chooses",
-    )
-    grid = Grid(bits=options.bits, group_size=options.group_size, sym=options.sym)
-    facts = write_packed(job, walked, grid, config)
-    return {**facts, "weights_read_differently": _read_differently(directory, made, linears, options.bits)}
+    entries = {**untouched, **{name: made.entries[name] for name in packed}}
+    layout = GptqLayout(grid=Grid(bits=options.bits, group_size=options.group_size, sym=options.sym), config=config)
+    facts = layout.write(job, Walked(entries=entries, linears=linears, ignore=_nothing))
+    return {**facts, "reader_mismatches": _reader_mismatches(directory, made, linears, options.bits)}
 
 
 def _nothing(name: str) -> bool:
@@ -172,7 +166,7 @@ def _quantized(options: Options, job: Job, config: dict[str, Any]) -> Path:
     return made
 
 
-def _read_differently(directory: Path, made: Checkpoint, linears: tuple[str, ...], bits: int) -> int:
+def _reader_mismatches(directory: Path, made: Checkpoint, linears: tuple[str, ...], bits: int) -> int:
     """Return how many weights the library's own reader reads otherwise than we do, in any bit of float16."""
     import torch
     from gptqmodel import BACKEND, GPTQModel

@@ -83,12 +83,12 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 def run(options: Options, job: Job) -> Facts:
     """Let llm-compressor quantize and save, repack what it saved, and hold it to the promise of any GPTQ stage."""
     from optikit.algorithms.grid import Grid
-    from optikit.calibration.blockwise import Walked
-    from optikit.calibration.source_model import StoredModel
-    from optikit.calibration.write_checkpoint import write_packed
+    from optikit.calibration.method import Walked
+    from optikit.calibration.source_model import SourceModel
+    from optikit.calibration.write_checkpoint import GptqLayout
     from optikit.formats.checkpoint import Checkpoint
 
-    stored = StoredModel(Checkpoint(job.source))
+    stored = SourceModel(Checkpoint(job.source))
     names = [
         linear.name for block in range(stored.layers) for group in stored.groups(block, _nothing) for linear in group
     ]
@@ -97,16 +97,12 @@ def run(options: Options, job: Job) -> Facts:
     _require_untouched(stored.checkpoint, made, linears)
     packed, differing = _repacked(made, linears, options, job)
     untouched = {n: entry for n, entry in stored.checkpoint.entries.items() if n.removesuffix(".weight") not in linears}
-    walked = Walked(
-        entries={**untouched, **packed},
-        linears=linears,
-        all_linears=tuple(names),
-        facts={},
-        dtype="as llm-compressor chooses",
+    layout = GptqLayout(
+        grid=Grid(bits=options.bits, group_size=options.group_size, sym=True),
+        config=quantization_config(grid_of(options), tuple(names), damp_percent=options.damp),
     )
-    grid = Grid(bits=options.bits, group_size=options.group_size, sym=True)
-    config = quantization_config(grid_of(options), tuple(names), damp_percent=options.damp)
-    return {**write_packed(job, walked, grid, config), "weights_read_differently": differing}
+    facts = layout.write(job, Walked(entries={**untouched, **packed}, linears=linears, ignore=_nothing))
+    return {**facts, "reader_mismatches": differing}
 
 
 def _nothing(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -39,9 +40,9 @@ def pattern_of(options: PatternOptions) -> Pattern:
     return Pattern(options.sparsity, group=GROUPS[options.pattern])
 
 
-def leave(options: PatternOptions) -> Callable[[str], bool]:
+def ignore(options: PatternOptions) -> Callable[[str], bool]:
     """Return whether a linear (full name) is left alone."""
-    return lambda name: ignored(name, options.ignore)
+    return partial(ignored, patterns=options.ignore)
 
 
 def chosen(options: PatternOptions, facts: ModelFacts) -> dict[str, tuple[int, int]]:

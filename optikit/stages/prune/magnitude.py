@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, directory_bytes, no_objection, nothing
-from optikit.stages.prune._pattern import PatternOptions, after_pattern, check_pattern, leave, pattern_of
+from optikit.stages.prune._pattern import PatternOptions, after_pattern, check_pattern, ignore, pattern_of
 from optikit.targets import Target
 
 SUMMARY = "magnitude: the smallest weights become zero, without calibration"
@@ -53,10 +53,10 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 
 def run(options: Options, job: Job) -> Facts:
     """Zero the smallest weights of every linear of every block."""
-    from optikit.calibration.blockwise import walk_blind
-    from optikit.calibration.methods.pruning import Magnitude
-    from optikit.calibration.write_checkpoint import write_sparse
+    from optikit.algorithms import magnitude
+    from optikit.calibration import blockwise
+    from optikit.calibration.methods.pruning import DataFreePruning
+    from optikit.calibration.write_checkpoint import SparseLayout
 
-    pattern = pattern_of(options)
-    walked = walk_blind(job, Magnitude(pattern), leave=leave(options))
-    return write_sparse(job, walked, pattern)
+    method = DataFreePruning(SparseLayout(pattern_of(options)), kernel=magnitude.mask)
+    return blockwise.run(job, method, identity=f"magnitude {options!r}", ignore=ignore(options)).facts

@@ -10,6 +10,7 @@ Differs layers whose Hessian can't be inverted fall back to magnitude, and are c
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from pydantic import Field
 
@@ -17,7 +18,7 @@ from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, no_objection, split_calibrated
 from optikit.stages import _blockwise_cost
-from optikit.stages.prune._pattern import PatternOptions, after_pattern, check_pattern, leave, pattern_of
+from optikit.stages.prune._pattern import PatternOptions, after_pattern, check_pattern, ignore, pattern_of
 from optikit.targets import Target
 
 SUMMARY = "SparseGPT: weights become zero one column at a time, the others make up for them"
@@ -62,16 +63,15 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 
 def run(options: Options, job: Job) -> Facts:
     """Walk the blocks, pruning each on the outputs of the pruned ones before it."""
-    from optikit.calibration.blockwise import walk, walk_paired
-    from optikit.calibration.methods.corrected import Corrected
-    from optikit.calibration.methods.pruning import SparseGpt
-    from optikit.calibration.write_checkpoint import write_sparse
+    from optikit.algorithms import sparsegpt
+    from optikit.calibration import blockwise
+    from optikit.calibration.methods.pruning import GramPruning
+    from optikit.calibration.write_checkpoint import SparseLayout
 
-    pattern = pattern_of(options)
-    method = SparseGpt(pattern, damp=options.damp)
-    if options.correct:
-        walked = walk_paired(job, Corrected(method, damp=options.correct_damp), leave=leave(options))
-    else:
-        walked = walk(job, method, leave=leave(options))
-    fell_back = sorted(name for name, row in walked.facts.items() if row["by_magnitude"])
-    return {**write_sparse(job, walked, pattern), "by_magnitude": fell_back, "compute_dtype": walked.dtype}
+    method = GramPruning(
+        SparseLayout(pattern_of(options)),
+        kernel=partial(sparsegpt.prune_group, damp=options.damp),
+        correct_damp=options.correct_damp if options.correct else None,
+    )
+    facts, rows = blockwise.run(job, method, identity=f"sparsegpt {options!r}", ignore=ignore(options))
+    return {**facts, "by_magnitude": sorted(name for name, row in rows.items() if row["by_magnitude"])}

@@ -15,7 +15,7 @@ from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, no_objection, split_calibrated
 from optikit.stages import _blockwise_cost
-from optikit.stages.prune._pattern import PatternOptions, after_pattern, check_pattern, leave, pattern_of
+from optikit.stages.prune._pattern import PatternOptions, after_pattern, check_pattern, ignore, pattern_of
 from optikit.targets import Target
 
 SUMMARY = "Wanda: weights with the smallest product with their input become zero"
@@ -51,10 +51,10 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 
 def run(options: Options, job: Job) -> Facts:
     """Walk the blocks, pruning each on the outputs of the pruned ones before it."""
-    from optikit.calibration.blockwise import walk
-    from optikit.calibration.methods.pruning import Wanda
-    from optikit.calibration.write_checkpoint import write_sparse
+    from optikit.algorithms import wanda
+    from optikit.calibration import blockwise
+    from optikit.calibration.methods.pruning import NormPruning
+    from optikit.calibration.write_checkpoint import SparseLayout
 
-    pattern = pattern_of(options)
-    walked = walk(job, Wanda(pattern), leave=leave(options))
-    return {**write_sparse(job, walked, pattern), "compute_dtype": walked.dtype}
+    method = NormPruning(SparseLayout(pattern_of(options)), kernel=wanda.mask)
+    return blockwise.run(job, method, identity=f"wanda {options!r}", ignore=ignore(options)).facts

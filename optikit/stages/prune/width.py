@@ -156,23 +156,28 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 
 def run(options: Options, job: Job) -> Facts:
     """Walk the blocks, narrowing each on the outputs of the narrowed ones before it."""
-    from optikit.calibration.blockwise import walk
+    from optikit.calibration import blockwise
     from optikit.calibration.methods.width import Narrow, taylor
-    from optikit.calibration.source_model import StoredModel
-    from optikit.calibration.write_checkpoint import write_narrowed
+    from optikit.calibration.source_model import SourceModel
+    from optikit.calibration.write_checkpoint import NarrowedLayout
     from optikit.formats.checkpoint import Checkpoint
     from optikit.models.reader import read
 
     facts = read(job.source)
-    stored = StoredModel(Checkpoint(job.source))
+    source = SourceModel(Checkpoint(job.source))
     widths = widths_of(options, facts)
-    coupled = couplings(stored.row, facts, widths)
-    importance = taylor(job, job.calibrated(), coupled) if options.importance == "taylor" else None
+    coupled = couplings(source.row, facts, widths)
+    method = Narrow(
+        NarrowedLayout(shapes=narrowed(source.row, facts, widths), figures=figures(source.row, facts, widths)),
+        couplings=coupled,
+        compensate=options.compensate,
+        taylor=taylor(job, job.calibrated(), coupled) if options.importance == "taylor" else None,
+        source=source,
+    )
     readers = tuple(coupling.reader for coupling in coupled)
-    method = Narrow(coupled, compensate=options.compensate, taylor=importance, stored=stored)
-    walked = walk(job, method, leave=lambda name: not name.endswith(readers))
-    written = write_narrowed(job, walked, narrowed(stored.row, facts, widths), figures(stored.row, facts, widths))
-    return {**written, "channels": widths.channels, "kv_heads": widths.kv_heads, "compute_dtype": walked.dtype}
+    identity = f"width {options!r}"
+    written, _ = blockwise.run(job, method, identity=identity, ignore=lambda name: not name.endswith(readers))
+    return {**written, "channels": widths.channels, "kv_heads": widths.kv_heads}
 
 
 def couplings(architecture: Architecture, facts: ModelFacts, widths: Widths) -> tuple[Coupling, ...]:

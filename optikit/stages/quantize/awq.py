@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import Field
@@ -114,34 +115,35 @@ def run(options: Options, job: Job) -> Facts:
     import torch
 
     from optikit.algorithms.grid import Grid, dequantize
-    from optikit.calibration.blockwise import walk, walk_paired
+    from optikit.calibration import blockwise
     from optikit.calibration.methods.awq import Awq
-    from optikit.calibration.methods.corrected import Corrected
-    from optikit.calibration.write_checkpoint import Packing, write_scaled
+    from optikit.calibration.source_model import linears_of
+    from optikit.calibration.write_checkpoint import ScaledLayout
     from optikit.formats import awq
 
-    def leave(name: str) -> bool:
-        return ignored(name, options.ignore)
+    layout = ScaledLayout(
+        dtypes={"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16},
+        unpack=lambda tensors: dequantize(*awq.unpack(tensors)),
+        config=quantization_config(options, linears_of(job.source)),
+    )
+    method = Awq(
+        layout,
+        grid=Grid(bits=4, group_size=options.group_size, sym=options.sym, search=options.clip),
+        steps=options.steps,
+        damp=options.damp if options.rounding == "gptq" else None,
+        correct_damp=options.correct_damp if options.correct else None,
+    )
+    ignore = partial(ignored, patterns=options.ignore)
+    facts, rows = blockwise.run(job, method, identity=f"awq {options!r}", ignore=ignore)
+    return {**facts, **findings(rows)}
 
-    grid = Grid(bits=4, group_size=options.group_size, sym=options.sym, search=options.clip)
-    method = Awq(grid=grid, steps=options.steps, damp=options.damp if options.rounding == "gptq" else None)
-    if options.correct:
-        walked = walk_paired(job, Corrected(method, damp=options.correct_damp), leave=leave)
-    else:
-        walked = walk(job, method, leave=leave)
-    dtypes = {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16}
-    packing = Packing(dtypes, lambda tensors: dequantize(*awq.unpack(tensors)))
-    config = quantization_config(options, walked.all_linears)
-    facts = write_scaled(job, walked, packing, config, leave)
-    return {**facts, **findings(walked.facts), "compute_dtype": walked.dtype}
 
-
-def findings(facts: Mapping[str, Mapping[str, Any]]) -> Facts:
+def findings(rows: Mapping[str, Mapping[str, Any]]) -> Facts:
     """Return what the walk found out about scales and errors, over all linears."""
-    losses = {name: row["loss"] for name, row in facts.items()}
+    losses = {name: row["loss"] for name, row in rows.items()}
     worst = max(losses, key=losses.__getitem__)
     return {
-        "linears_scaled": sum(row["alpha"] is not None for row in facts.values()),
+        "linears_scaled": sum(row["alpha"] is not None for row in rows.values()),
         "relative_loss_mean": round(sum(losses.values()) / len(losses), 6),
         "relative_loss_max": {"linear": worst, "value": round(losses[worst], 6)},
     }

@@ -9,6 +9,7 @@ Cost    five forward passes per block, O(inÂ²) float32 memory per linear, O(outÂ
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 from pydantic import Field
 
@@ -66,31 +67,32 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 
 def run(options: Options, job: Job) -> Facts:
     """Walk the blocks, quantizing each on the outputs of the quantized ones before it."""
+    from optikit.algorithms import gptq
     from optikit.algorithms.grid import Grid
-    from optikit.calibration.blockwise import walk, walk_paired
-    from optikit.calibration.methods.gptq import CorrectedGptq, Gptq
-    from optikit.calibration.write_checkpoint import write_packed
+    from optikit.calibration import blockwise
+    from optikit.calibration.methods.rounding import GramRounding
+    from optikit.calibration.source_model import linears_of
+    from optikit.calibration.write_checkpoint import GptqLayout
 
     grid = Grid(bits=options.bits, group_size=options.group_size, sym=options.sym, search=options.mse)
-    method = Gptq(grid=grid, damp=options.damp, act_order=options.act_order)
-
-    def leave(name: str) -> bool:
-        return ignored(name, options.ignore)
-
-    if options.correct:
-        walked = walk_paired(job, CorrectedGptq(method, damp=options.correct_damp), leave=leave)
-    else:
-        walked = walk(job, method, leave=leave)
-    facts = write_packed(job, walked, grid, quantization_config(options, walked.all_linears, damp_percent=options.damp))
-    return {**facts, **_findings(walked.facts), "compute_dtype": walked.dtype}
+    config = quantization_config(options, linears_of(job.source), damp_percent=options.damp)
+    method = GramRounding(
+        GptqLayout(grid=grid, config=config),
+        kernel=partial(gptq.quantize, damp=options.damp, act_order=options.act_order),
+        correct_damp=options.correct_damp if options.correct else None,
+    )
+    ignore = partial(ignored, patterns=options.ignore)
+    facts, rows = blockwise.run(job, method, identity=f"gptq {options!r}", ignore=ignore)
+    return {**facts, **_findings(rows)}
 
 
-def _findings(facts: Mapping[str, Mapping[str, float]]) -> Facts:
-    losses = {name: row["loss"] for name, row in facts.items()}
+def _findings(rows: Mapping[str, Mapping[str, float]]) -> Facts:
+    losses = {name: row["loss"] for name, row in rows.items()}
     worst = max(losses, key=losses.__getitem__)
+    damped = {name: row["damp"] for name, row in rows.items() if row["damp"] != row["damp_asked"]}
     return {
         "relative_loss_mean": round(sum(losses.values()) / len(losses), 6),
         "relative_loss_max": {"linear": worst, "value": round(losses[worst], 6)},
-        "rounded_for_want_of_a_hessian": [name for name, row in facts.items() if row["damp"] == 0],
-        "damped_more": [name for name, row in facts.items() if row["damp"] > 0 and row["damp"] != row["damp_asked"]],
+        "rtn_fallback": [name for name, damp in damped.items() if damp == 0],
+        "damping_increased": [name for name, damp in damped.items() if damp > 0],
     }

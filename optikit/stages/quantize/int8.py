@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -38,6 +39,9 @@ from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, c
 from optikit.stages.quantize._grid import quantization_config as gptq_config
 from optikit.stages.quantize.awq import findings
 from optikit.targets import Target
+
+if TYPE_CHECKING:
+    from optikit.calibration.method import DataFreeMethod, Method
 
 SUMMARY = "INT8: 8-bit weights, and 8-bit activations with w8a8"
 NEEDS = DENSE
@@ -155,35 +159,36 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 
 def run(options: Options, job: Job) -> Facts:
     """Walk the blocks, quantizing each on the outputs of the quantized ones before it."""
-    grid = grid_of(options)
+    from optikit.calibration import blockwise
 
-    def leave(name: str) -> bool:
-        return ignored(name, options.ignore)
+    make: dict[str, Callable[[Options, Job], Method[Any] | DataFreeMethod]] = {
+        "w8a16": _weights_only,
+        "w8a8": _with_activations,
+        "llm_int8": _llm_int8,
+    }
+    ignore = partial(ignored, patterns=options.ignore)
+    facts, rows = blockwise.run(job, make[options.scheme](options, job), identity=f"int8 {options!r}", ignore=ignore)
+    return {**facts, **findings(rows)} if options.scheme == "w8a8" else facts
 
-    if options.scheme == "w8a16":
-        return _weights_only(grid, job, leave)
-    return _with_activations(options, job, leave) if options.scheme == "w8a8" else _llm_int8(options, job, leave)
 
-
-def _weights_only(options: GridOptions, job: Job, leave: Callable[[str], bool]) -> Facts:
+def _weights_only(options: Options, job: Job) -> Method[Any]:
+    from optikit.algorithms import gptq
     from optikit.algorithms.grid import Grid
-    from optikit.calibration.blockwise import walk
-    from optikit.calibration.methods.gptq import Gptq
-    from optikit.calibration.write_checkpoint import write_packed
+    from optikit.calibration.methods.rounding import GramRounding
+    from optikit.calibration.source_model import linears_of
+    from optikit.calibration.write_checkpoint import GptqLayout
 
     grid = Grid(bits=8, group_size=options.group_size, sym=True)
-    walked = walk(job, Gptq(grid=grid, damp=0.01, act_order=True), leave=leave)
-    facts = write_packed(job, walked, grid, gptq_config(options, walked.all_linears))
-    return {**facts, "compute_dtype": walked.dtype}
+    layout = GptqLayout(grid=grid, config=gptq_config(grid_of(options), linears_of(job.source)))
+    return GramRounding(layout, kernel=partial(gptq.quantize, damp=0.01, act_order=True))
 
 
-def _with_activations(options: Options, job: Job, leave: Callable[[str], bool]) -> Facts:
+def _with_activations(options: Options, job: Job) -> Method[Any]:
     import torch
 
     from optikit.algorithms import smoothquant
-    from optikit.calibration.blockwise import walk
     from optikit.calibration.methods.int8 import W8A8
-    from optikit.calibration.write_checkpoint import Packing, write_scaled
+    from optikit.calibration.write_checkpoint import ScaledLayout
     from optikit.formats import compressed_tensors
     from optikit.models.reader import read
 
@@ -191,22 +196,25 @@ def _with_activations(options: Options, job: Job, leave: Callable[[str], bool]) 
     dtype = {"F16": torch.float16, "F32": torch.float32}.get(facts.dtype, torch.bfloat16)
     searched = {"search": smoothquant.STRENGTHS, "none": ()}
     strengths = searched[options.smooth] if isinstance(options.smooth, str) else (options.smooth,)
-    walked = walk(job, W8A8(dtype=dtype, strengths=strengths), leave=leave)
-    packing = Packing({"weight": torch.int8, "weight_scale": dtype}, compressed_tensors.dequantize)
-    written = write_scaled(job, walked, packing, quantization_config(options, facts), leave)
-    return {**written, **findings(walked.facts), "compute_dtype": walked.dtype}
+    layout = ScaledLayout(
+        dtypes={"weight": torch.int8, "weight_scale": dtype},
+        unpack=compressed_tensors.dequantize,
+        config=quantization_config(options, facts),
+    )
+    return W8A8(layout, dtype=dtype, strengths=strengths)
 
 
-def _llm_int8(options: Options, job: Job, leave: Callable[[str], bool]) -> Facts:
+def _llm_int8(options: Options, job: Job) -> DataFreeMethod:
     import torch
 
-    from optikit.calibration.blockwise import walk_blind
     from optikit.calibration.methods.int8 import LlmInt8
-    from optikit.calibration.write_checkpoint import Packing, write_scaled
+    from optikit.calibration.write_checkpoint import ScaledLayout
     from optikit.formats import llm_int8
     from optikit.models.reader import read
 
-    walked = walk_blind(job, LlmInt8(), leave=leave)
-    dtypes = {"weight": torch.int8, "SCB": torch.float32, "weight_format": torch.uint8}
-    config = quantization_config(options, read(job.source))
-    return write_scaled(job, walked, Packing(dtypes, llm_int8.dequantize), config, leave)
+    layout = ScaledLayout(
+        dtypes={"weight": torch.int8, "SCB": torch.float32, "weight_format": torch.uint8},
+        unpack=llm_int8.dequantize,
+        config=quantization_config(options, read(job.source)),
+    )
+    return LlmInt8(layout)

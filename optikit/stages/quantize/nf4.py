@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from optikit.models import architectures
@@ -123,21 +124,18 @@ def run(options: Options, job: Job) -> Facts:
     """Round every linear of every block."""
     import torch
 
-    from optikit.calibration.blockwise import walk_blind
+    from optikit.calibration import blockwise
     from optikit.calibration.methods.nf4 import Nf4
-    from optikit.calibration.write_checkpoint import Packing, write_scaled
+    from optikit.calibration.write_checkpoint import ScaledLayout
     from optikit.formats import nf4
     from optikit.models.quantization import NF4_STATE
     from optikit.models.reader import read
 
-    def leave(name: str) -> bool:
-        return ignored(name, options.ignore)
-
-    facts = read(job.source)
-    config = quantization_config(options, facts)
-    method = Nf4(double_quant=options.double_quant, dtype=config["bnb_4bit_compute_dtype"])
-    walked = walk_blind(job, method, leave=leave)
+    config = quantization_config(options, read(job.source))
     dtypes = dict.fromkeys((*nf4.SUFFIXES, *(nf4.NESTED_SUFFIXES * options.double_quant)), torch.float32)
     dtypes |= dict.fromkeys(("weight", NF4_STATE), torch.uint8)
     dtypes["weight.absmax"] = torch.uint8 if options.double_quant else torch.float32
-    return write_scaled(job, walked, Packing(dtypes, nf4.dequantize), config, leave)
+    layout = ScaledLayout(dtypes=dtypes, unpack=nf4.dequantize, config=config)
+    method = Nf4(layout, double_quant=options.double_quant, dtype=config["bnb_4bit_compute_dtype"])
+    ignore = partial(ignored, patterns=options.ignore)
+    return blockwise.run(job, method, identity=f"nf4 {options!r}", ignore=ignore).facts

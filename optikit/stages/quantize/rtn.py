@@ -10,6 +10,7 @@ Differs the scale is searched by squared error over 80 clipping ratios (`mse: tr
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
@@ -58,11 +59,15 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 
 def run(options: Options, job: Job) -> Facts:
     """Round every linear of every block."""
+    from optikit.algorithms import rtn
     from optikit.algorithms.grid import Grid
-    from optikit.calibration.blockwise import walk_blind
-    from optikit.calibration.methods.rtn import Rtn
-    from optikit.calibration.write_checkpoint import write_packed
+    from optikit.calibration import blockwise
+    from optikit.calibration.methods.rounding import DataFreeRounding
+    from optikit.calibration.source_model import linears_of
+    from optikit.calibration.write_checkpoint import GptqLayout
 
     grid = Grid(bits=options.bits, group_size=options.group_size, sym=options.sym, search=options.mse)
-    walked = walk_blind(job, Rtn(grid=grid), leave=lambda name: ignored(name, options.ignore))
-    return write_packed(job, walked, grid, quantization_config(options, walked.all_linears))
+    layout = GptqLayout(grid=grid, config=quantization_config(options, linears_of(job.source)))
+    method = DataFreeRounding(layout, kernel=rtn.quantize)
+    ignore = partial(ignored, patterns=options.ignore)
+    return blockwise.run(job, method, identity=f"rtn {options!r}", ignore=ignore).facts

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from optikit.algorithms import magnitude
+from optikit.algorithms import magnitude, sparsegpt
 from optikit.algorithms.sparsity import Pattern
-from optikit.calibration.method import Group
-from optikit.calibration.methods.pruning import SparseGpt
+from optikit.calibration.method import Batch, Group
+from optikit.calibration.methods.pruning import GramPruning
+from optikit.calibration.write_checkpoint import SparseLayout
 
 HALF = Pattern(0.5)
 
@@ -19,9 +22,9 @@ def group() -> Group:
 
 
 def applied(inputs: torch.Tensor):
-    method = SparseGpt(HALF, damp=0.01)
-    statistic = method.statistic(16, "cpu")
-    statistic.update(inputs)
+    method = GramPruning(SparseLayout(HALF), kernel=partial(sparsegpt.prune_group, damp=0.01))
+    statistic = method.statistic(group())
+    statistic.update(Batch(inputs=inputs, dense_inputs=inputs))
     return method.apply(group(), statistic)
 
 
