@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from optikit.formats.medusa import tensors
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
 from optikit.stage import Estimate, Facts, Job
@@ -284,6 +283,7 @@ def _write(options: Options, job: Job, heads: MedusaHeads, lm_head: Tensor) -> N
     from safetensors.torch import save_file
 
     from optikit.deploy import medusa, vllm
+    from optikit.formats.medusa import tensors
     from optikit.runtime.speculation.fingerprint import weights_digest
     from optikit.runtime.speculation.medusa_session import HEADS
     from optikit.runtime.speculation.speculator import SPECULATOR, Speculator
