@@ -47,6 +47,8 @@ def test_every_package_is_on_the_map_in_its_order() -> None:
 
 def missing(text: str) -> list[str]:
     """Return paths that a text names and that don't exist; from a word in capitals on, a path is a pattern."""
+    for folder, names in re.findall(r"([\w/]+/)\{([\w,]+)\}", text):
+        text += "".join(f" `{folder}{name}`" for name in names.split(","))
     named = re.findall(r"`(?:pytest )?((?:optikit|tests|recipes|examples|\.ci)/[\w./-]*|[A-Z]+\.md)`?", text)
     kept = [name if name.endswith(".md") else re.split(r"/[^/]*[A-Z]{3}", name)[0] for name in named]
     assert kept
@@ -56,6 +58,7 @@ def missing(text: str) -> list[str]:
 def test_paths_that_contributing_names_exist() -> None:
     assert missing(contributing()) == []
     assert missing("`README.md`, `optikit/stages/VERB/METHOD.py` and `optikit/gone.py`") == ["optikit/gone.py"]
+    assert missing("`pytest tests/{plan,gone} tests/test_*.py`") == ["tests/gone"]
 
 
 def test_commits_that_contributing_names_exist() -> None:
