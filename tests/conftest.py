@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from hypothesis import settings
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: one thread each, which doesn't spin while it waits
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 settings.register_profile("optikit", deadline=None)  # how long an example takes is the machine's business
 settings.load_profile("optikit")

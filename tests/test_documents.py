@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from optikit.cli.app import VERBS
 from optikit.recipe.load import load
 from optikit.report.write import load as load_report
+from tests.test_layout import GROUND, PACKAGES
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -31,6 +34,50 @@ def test_two_command_lines_do_everything_and_ci_runs_the_second() -> None:
 def test_readme_names_every_verb() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert not {name for name in VERBS if f"`{name}" not in text and f", `{name}" not in text}
+
+
+def contributing() -> str:
+    return (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_every_package_is_on_the_map_in_its_order() -> None:
+    starts = re.findall(r"^- ((?:`\w+(?:/|\.py)`,? )+)\w", contributing(), re.MULTILINE)
+    assert [name for start in starts for name in re.findall(r"\w+(?=/|\.py)", start)] == [*PACKAGES, *GROUND]
+
+
+def missing(text: str) -> list[str]:
+    """Return paths that a text names and that don't exist; from a word in capitals on, a path is a pattern."""
+    for folder, names in re.findall(r"([\w/]+/)\{([\w,]+)\}", text):
+        text += "".join(f" `{folder}{name}`" for name in names.split(","))
+    named = re.findall(r"`(?:pytest )?((?:optikit|tests|recipes|examples|\.ci)/[\w./-]*|[A-Z]+\.md)`?", text)
+    kept = [name if name.endswith(".md") else re.split(r"/[^/]*[A-Z]{3}", name)[0] for name in named]
+    assert kept
+    return [name for name in kept if not (ROOT / name).exists()]
+
+
+def test_paths_that_contributing_names_exist() -> None:
+    assert missing(contributing()) == []
+    assert missing("`README.md`, `optikit/stages/VERB/METHOD.py` and `optikit/gone.py`") == ["optikit/gone.py"]
+    assert missing("`pytest tests/{plan,gone} tests/test_*.py`") == ["tests/gone"]
+
+
+def test_commits_that_contributing_names_exist() -> None:
+    hashes = re.findall(r"\b(?=[a-f]*\d)[0-9a-f]{7}\b", contributing())
+    assert len(hashes) >= 5
+    git = ["git", "-C", str(ROOT), "cat-file", "-e"]
+    if subprocess.run([*git, "HEAD"], capture_output=True, check=False).returncode:
+        pytest.skip("not a clone")
+    absent = [name for name in hashes if subprocess.run([*git, name], capture_output=True, check=False).returncode]
+    shallow = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--is-shallow-repository"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert not absent or shallow == "true"
+
+
+def test_sources_are_shipped_with_the_page() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    shipped = settings["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests"} <= {*shipped, settings["project"]["readme"]}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -55,6 +55,17 @@ def test_planning_needs_no_torch() -> None:
     assert found.isdisjoint({"torch", "transformers", "onnxruntime", "rich"})
 
 
+def test_stages_are_known_without_what_they_compute_with() -> None:
+    """Planning, `schema`, `stages` and `explain` import every stage, for its options and its card."""
+    verbs = "(*stages.VERBS, *stages.INTERNAL_VERBS)"
+    each = "stages.load(verb, method, backend) for backend in stages.backend_names(verb, method)"
+    found = modules_after(
+        f"from optikit import stages\n[[{each}] for verb in {verbs} for method in stages.methods(verb)]"
+    )
+    assert "optikit" in found
+    assert found.isdisjoint({"torch", "transformers", "numpy", "onnxruntime", "safetensors", "rich"})
+
+
 def test_an_unknown_option_is_a_usage_error() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "optikit", "run", "--nope"], capture_output=True, text=True, check=False

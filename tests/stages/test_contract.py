@@ -82,7 +82,7 @@ FOREIGN = (
     Row(verb="quantize", method="gptq", options={"group_size": 32}, backend="llm-compressor"),
     Row(verb="quantize", method="gptq", options={"group_size": 32}, backend="gptqmodel"),
 )
-"""Libraries run in environments of their own: tests/environments runs them, here they are held to all that planning
+"""Libraries run in environments of their own: tests/stages/backends runs them, here they are held to all that planning
 asks for."""
 
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

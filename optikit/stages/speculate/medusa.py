@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from optikit.formats.medusa import tensors
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import ANY, MAIN, Estimate, Facts, Input, Job, no_objection
@@ -272,6 +271,7 @@ def _write(options: Options, job: Job, heads: MedusaHeads, lm_head: Tensor) -> N
     """Write heads.safetensors, speculator.json, and a directory per layout."""
     from optikit.deploy import medusa, vllm
     from optikit.formats.checkpoint import save_tensors
+    from optikit.formats.medusa import tensors
     from optikit.runtime.speculation.fingerprint import weights_digest
     from optikit.runtime.speculation.medusa_session import HEADS
     from optikit.runtime.speculation.speculator import SPECULATOR, Speculator

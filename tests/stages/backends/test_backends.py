@@ -1,6 +1,6 @@
 """The real libraries in their real environments (minutes, and a gigabyte each the first time).
 
-Run: pytest -m "slow and network" tests/environments/test_backends.py
+Run: pytest -m "slow and network" tests/stages/backends/test_backends.py
 Environments are built in the user's own store, where they stay.
 """
 
