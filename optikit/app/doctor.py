@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from optikit import host
 from optikit.errors import OptikitError, UnavailableError
-from optikit.process import program, variables
+from optikit.process import env_variables, program
 
 if TYPE_CHECKING:
     from optikit.targets.probe import Probe
@@ -222,7 +222,7 @@ def calibrate(file: Path | None = None) -> Probe:
     """
     from optikit.targets import probe
 
-    environ = variables.kept() | variables.threads(host.threads())
+    environ = env_variables.kept() | env_variables.threads(host.threads())
     try:
         done = program.run(program.module(probe.__name__), environ=environ, seconds=CALIBRATION_S)
     except TimeoutError as error:

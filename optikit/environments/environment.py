@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from optikit.environments.definition import Definition, normalized
 from optikit.errors import UnavailableError
-from optikit.process import program, variables
+from optikit.process import env_variables, program
 
 MARKER = "optikit.json"
 OPTIKIT = Path(__file__).parent.parent
@@ -92,7 +92,7 @@ class Environment:
         """Import what has to import and compare every version with the lock; return what is wrong, best empty."""
         try:
             command = [str(self.python), "-I", "-W", "ignore", "-c", _PROBE, json.dumps(self.definition.imports)]
-            done = program.run(command, environ=variables.kept() | variables.OFFLINE, seconds=CHECK_SECONDS)
+            done = program.run(command, environ=env_variables.kept() | env_variables.OFFLINE, seconds=CHECK_SECONDS)
         except TimeoutError as error:
             return [f"its interpreter doesn't answer: {error}"]
         try:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optikit.process import child, variables
+from optikit.process import child, env_variables
 
 if TYPE_CHECKING:
     from optikit import environments
@@ -70,4 +70,4 @@ def _command(python: str, directory: Path, request: Mapping[str, Any]) -> list[s
 def _environ(threads: int) -> dict[str, str]:
     """Return a worker's environment: no hub, no credential, a fixed number of threads."""
     fixed = {"TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0"}
-    return variables.kept() | variables.OFFLINE | variables.threads(threads) | fixed
+    return env_variables.kept() | env_variables.OFFLINE | env_variables.threads(threads) | fixed

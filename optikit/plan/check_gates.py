@@ -1,4 +1,4 @@
-"""DOCSTRING optikit.plan.check_gates."""
+"""Gates that a recipe can't judge: nothing measures what they limit, or the step that they name is none."""
 
 from __future__ import annotations
 

@@ -111,20 +111,7 @@ class Context:
             writes=stage.WRITES,
             subject=subject,
             options=options,
-            key=cache_key(
-                schema=KEY_SCHEMA,
-                verb=verb,
-                method=method,
-                backend=backend,
-                code=source_digest(stages.module(verb, method, backend)),
-                options=options.model_dump(mode="json"),
-                seed=self.recipe.seed,
-                device=self.device,
-                parent=source or self.model.digest,
-                inputs={role: one.key or one.digest or self.model.digest for role, one in inputs.items()},
-                **_installed(stage),
-                **self._surroundings(stage, declared),
-            ),
+            key=self._key(what, backend, options, source, inputs),
             source=source,
             inputs={role: one.key for role, one in inputs.items() if not one.path},
             files={role: one.path for role, one in inputs.items() if one.path and declared[role].of != "calibration"},
@@ -134,6 +121,26 @@ class Context:
             estimate=stage.estimate(options, facts, self.target, tokens),
             before=facts,
             after=stage.after(options, facts),
+        )
+
+    def _key(
+        self, what: tuple[str, str], backend: str, options: StageOptions, source: str, inputs: Mapping[str, Found]
+    ) -> str:
+        """Return the cache key of a step."""
+        stage = stages.load(*what, backend)
+        return cache_key(
+            schema=KEY_SCHEMA,
+            verb=what[0],
+            method=what[1],
+            backend=backend,
+            code=source_digest(stages.module(*what, backend)),
+            options=options.model_dump(mode="json"),
+            seed=self.recipe.seed,
+            device=self.device,
+            parent=source or self.model.digest,
+            inputs={role: one.key or one.digest or self.model.digest for role, one in inputs.items()},
+            **_installed(stage),
+            **self._surroundings(stage, stage.inputs(options)),
         )
 
     def _surroundings(self, stage: Stage, declared: Mapping[str, Input]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from optikit.errors import OptikitError, StageTimeoutError
-from optikit.process import failure, launch, memory, variables
+from optikit.process import env_variables, failure, launch, memory
 
 if TYPE_CHECKING:
     import psutil
@@ -192,7 +192,7 @@ def started(
             stdin=subprocess.PIPE if piped or kept else subprocess.DEVNULL,
             stdout=subprocess.PIPE if piped else sink,
             stderr=sink,
-            env=variables.kept() if environ is None else dict(environ),
+            env=env_variables.kept() if environ is None else dict(environ),
             cwd=directory,
             start_new_session=True,
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optikit.process import variables
+from optikit.process import env_variables
 from optikit.process.child import started
 
 if TYPE_CHECKING:
@@ -86,7 +86,13 @@ def module(name: str, *arguments: str) -> list[str]:
 def environment(job: Job) -> dict[str, str]:
     """Return the environment of a program that works for a job: no hub, caches of its own, this many threads."""
     caches = {"HF_HOME": str(job.scratch / "hf"), "XDG_CACHE_HOME": str(job.scratch / "cache")}
-    return variables.kept() | variables.OFFLINE | caches | variables.threads(job.threads) | {"PYTHONUNBUFFERED": "1"}
+    return (
+        env_variables.kept()
+        | env_variables.OFFLINE
+        | caches
+        | env_variables.threads(job.threads)
+        | {"PYTHONUNBUFFERED": "1"}
+    )
 
 
 def trial(what: str, name: str, job: Job, *arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""DOCSTRING optikit.recipe.limits."""
+"""The limits that a recipe's gates set, each with the metric and the step that it is about."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optikit.errors import IntegrityError, UnavailableError
-from optikit.process import server, variables
+from optikit.process import env_variables, server
 
 if TYPE_CHECKING:
     from optikit.models.facts import ModelFacts
@@ -69,7 +69,7 @@ class Serving:
         """Return the server's environment: no hub, nothing sent home, this many threads."""
         own = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONUNBUFFERED": "1"}
         own |= {"OMP_NUM_THREADS": str(self.threads), "VLLM_CPU_KVCACHE_SPACE": str(self.cache_gib)}
-        return variables.kept() | variables.OFFLINE | own
+        return env_variables.kept() | env_variables.OFFLINE | own
 
 
 def cache_gib(facts: ModelFacts, tokens: int) -> int:

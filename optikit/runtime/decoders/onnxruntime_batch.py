@@ -15,7 +15,7 @@ tokens are as likely but for rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,19 +67,9 @@ def attend_apart(graph: onnx.GraphProto, layout: Layout, texts: int) -> None:
     del graph.node[:]
     graph.node.extend(nodes)
     pasts = {past for past, _ in layout.cache_names}
-    presents = {present for _, present in layout.cache_names}
-    for values, shared in ((graph.input, pasts), (graph.output, presents)):
-        kept = [each for each in values if each.name not in shared]
-        copies = [_renamed(each, text) for each in values if each.name in shared for text in range(texts)]
-        del values[:]
-        values.extend([*kept, *copies])
-    for text in range(texts):
-        numbers = {START: TensorProto.INT64, END: TensorProto.INT64, LAST: TensorProto.INT32, LENGTH: TensorProto.INT32}
-        graph.input.extend(helper.make_tensor_value_info(_of(name, text), kind, [1]) for name, kind in numbers.items())
-    graph.input.append(helper.make_tensor_value_info(TOTAL, TensorProto.INT64, [1]))
-    graph.initializer.extend(
-        helper.make_tensor(name, TensorProto.INT64, [1], [i]) for i, name in enumerate((ZERO, AXIS))
-    )
+    _copy_per_text(graph.input, pasts, texts)
+    _copy_per_text(graph.output, {present for _, present in layout.cache_names}, texts)
+    _add_inputs(graph, texts)
     mask = layout.inputs["attention_mask"]
     drop_unread(graph, mask)
     read = {name for node in graph.node for name in node.input}
@@ -87,6 +77,25 @@ def attend_apart(graph: onnx.GraphProto, layout: Layout, texts: int) -> None:
         name = mask if mask in read else min(read & pasts)
         message = f"other nodes than {ATTENTION} read {name}: the texts of a batch can't be told apart there"
         raise UsageError(message, fix="write one text at a time")
+
+
+def _copy_per_text(values: Any, shared: Collection[str], texts: int) -> None:
+    """Put a copy per text in the place of those of a graph's inputs or outputs that are named."""
+    kept = [each for each in values if each.name not in shared]
+    copies = [_renamed(each, text) for each in values if each.name in shared for text in range(texts)]
+    del values[:]
+    values.extend([*kept, *copies])
+
+
+def _add_inputs(graph: onnx.GraphProto, texts: int) -> None:
+    """Add the inputs that say where each text lies."""
+    numbers = {START: TensorProto.INT64, END: TensorProto.INT64, LAST: TensorProto.INT32, LENGTH: TensorProto.INT32}
+    for text in range(texts):
+        graph.input.extend(helper.make_tensor_value_info(_of(name, text), kind, [1]) for name, kind in numbers.items())
+    graph.input.append(helper.make_tensor_value_info(TOTAL, TensorProto.INT64, [1]))
+    graph.initializer.extend(
+        helper.make_tensor(name, TensorProto.INT64, [1], [i]) for i, name in enumerate((ZERO, AXIS))
+    )
 
 
 def _once_per_text(node: onnx.NodeProto, texts: int) -> Iterator[onnx.NodeProto]:

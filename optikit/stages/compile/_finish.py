@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from optikit.process import program, server, variables
+from optikit.process import env_variables, program, server
 from optikit.stage import EMITTED, Job
 
 MANIFEST = "artifact.json"
@@ -32,7 +32,7 @@ def unpack(job: Job) -> None:
 
 def environment(job: Job, more: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment of a folder's script: what this process may pass on, and where the model lies."""
-    return {**variables.kept(), "MODEL": str(job.source.resolve()), **(more or {})}
+    return {**env_variables.kept(), "MODEL": str(job.source.resolve()), **(more or {})}
 
 
 def script(what: str, command: Sequence[str], job: Job, more: Mapping[str, str] | None = None) -> str:

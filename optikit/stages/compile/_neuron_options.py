@@ -1,4 +1,4 @@
-"""DOCSTRING optikit.stages.compile._neuron_options."""
+"""Options of `compile: {engine: neuron}`, and what they mean for an instance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DOCSTRING optikit.stages.compile._openvino_options."""
+"""Options of `compile: {engine: openvino}`, and what follows from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DOCSTRING optikit.stages.compile._tensorrt_options."""
+"""Options of `compile: {engine: tensorrt}`."""
 
 from __future__ import annotations
 

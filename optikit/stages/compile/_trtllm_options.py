@@ -1,4 +1,4 @@
-"""DOCSTRING optikit.stages.compile._trtllm_options."""
+"""Options of `compile: {engine: tensorrt-llm}`."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optikit.process import program, variables
+from optikit.process import env_variables, program
 
 NEEDED = {
     "PATH": "/usr/local//bin:/opt/python@3.11/bin",
@@ -67,11 +67,11 @@ CREDENTIALS = {
 
 
 def test_what_is_needed_is_kept() -> None:
-    assert variables.kept(NEEDED) == NEEDED
+    assert env_variables.kept(NEEDED) == NEEDED
 
 
 def test_credentials_are_not() -> None:
-    assert variables.kept(CREDENTIALS) == {}
+    assert env_variables.kept(CREDENTIALS) == {}
 
 
 def test_a_real_child_sees_none_of_the_canaries(monkeypatch) -> None:
@@ -92,18 +92,18 @@ user = st.text(st.characters(categories=["L", "N", "P"], codec="ascii", exclude_
 @given(words, secret, words, st.text())
 def test_no_name_that_says_credential_passes(before: str, word: str, after: str, value: str) -> None:
     name = "_".join(filter(None, (before, word, after)))
-    assert variables.kept({name: value}) == {}
+    assert env_variables.kept({name: value}) == {}
 
 
 @given(st.sampled_from(sorted(NEEDED)), st.sampled_from(["http", "https", "redis", "git+ssh"]), user, user, st.text())
 def test_no_address_with_a_user_passes(name: str, scheme: str, who: str, password: str, rest: str) -> None:
-    assert variables.kept({name: f"{scheme}://{who}:{password}@host/{rest}"}) == {}
+    assert env_variables.kept({name: f"{scheme}://{who}:{password}@host/{rest}"}) == {}
 
 
 @given(st.dictionaries(st.text(min_size=1), st.text()))
 def test_it_invents_and_changes_nothing(environ: dict[str, str]) -> None:
-    assert variables.kept(environ).items() <= environ.items()
+    assert env_variables.kept(environ).items() <= environ.items()
 
 
 def test_it_is_this_process_s_by_default() -> None:
-    assert variables.kept() == variables.kept(os.environ)
+    assert env_variables.kept() == env_variables.kept(os.environ)
