@@ -38,8 +38,7 @@ class Arm:
         log.unlink(missing_ok=True)
         self._stack = ExitStack()
         command = command or program.module(speed_worker.__name__)
-        # No grace: it is most often stopped, and has nothing to lose.
-        self._child = self._stack.enter_context(child.started(command, log=log, piped=True, grace_s=0))
+        self._child = self._stack.enter_context(child.started(command, log=log, piped=True))
 
     def __enter__(self) -> Self:
         return self
