@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 STAGE = """
-from optikit.stage import StageOptions
-SUMMARY, NEEDS, CALIBRATED, LIBRARIES = "", frozenset(), False, ("pydantic",)
+from optikit.stage import ANY, StageOptions, no_objection, nothing
+SUMMARY, NEEDS, WRITES, USES_TARGET, LIBRARIES = "", ANY, "model", False, ("pydantic",)
+inputs, fits = nothing, no_objection
 class Options(StageOptions):
     bits: int = 4
 def run(options, job):
