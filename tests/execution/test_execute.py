@@ -1,0 +1,121 @@
+"""The loop over a plan's steps, with real workers and a real store."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from optikit.errors import LockedError, OptikitError
+from optikit.execution.execute import Settings, execute
+from optikit.plan import Plan, make_plan
+from optikit.progress import Progress
+from optikit.recipe.load import loads
+from optikit.store.store import Store
+
+RECIPE = """
+model: {model}
+target: {target}
+stages: [{stages}]
+"""
+RTN = "quantize: {method: rtn, group_size: 32}"
+SERVED = "compile: {engine: tensorrt-llm, sequence_length: 256, max_num_tokens: 256}"
+PRUNED = "prune: {method: magnitude}"
+
+
+class Told(Progress):
+    """Progress that remembers how each step ended."""
+
+    def __init__(self) -> None:
+        super().__init__(io.StringIO())
+        self.ended: list[tuple[str, str]] = []
+        self.notes: list[str] = []
+
+    def finish(self, name: str, status: str, *_: object) -> None:
+        self.ended.append((name, status))
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def planned(tmp_path: Path, tiny_llama: Path, store: Store) -> Callable[..., Plan]:
+    def plan(*stages: str, target: str = "cpu") -> Plan:
+        text = RECIPE.format(model=tiny_llama, target=target, stages=", ".join(stages))
+        return make_plan(loads(text, tmp_path / "recipe.yaml"), store)
+
+    return plan
+
+
+def test_a_step_is_done_once_and_found_again(planned, store):
+    plan, told, seen = planned(PRUNED, RTN), Told(), []
+    first = execute(plan, store, told, Settings(), lambda step, artifacts: seen.append((step.name, len(artifacts))))
+    assert told.ended == [("1-prune-magnitude", "executed"), ("2-quantize-rtn", "executed")]
+    assert seen == [("1-prune-magnitude", 1), ("2-quantize-rtn", 2)]
+    again = execute(plan, store, Told(), Settings())
+    assert again.statuses == {"1-prune-magnitude": "cached", "2-quantize-rtn": "cached"}
+    assert {key: found.path for key, found in again.artifacts.items()} == {
+        key: found.path for key, found in first.artifacts.items()
+    }
+
+
+def test_until_leaves_out_what_comes_after(planned, store):
+    plan = planned(PRUNED, RTN)
+    assert execute(plan, store, Told(), Settings(until="1-prune-magnitude")).statuses == {
+        "1-prune-magnitude": "executed"
+    }
+    assert store.find(plan.steps[1].key) is None
+
+
+def test_a_step_that_fails_is_told_and_keeps_those_before_it(planned, store, tiny_llama, tmp_path):
+    plan, told = planned(PRUNED, RTN), Told()
+    execute(plan, store, Told(), Settings(until="1-prune-magnitude"))
+    artifact = store.find(plan.steps[0].key)
+    weights = artifact.path / "model.safetensors"
+    weights.chmod(0o600)
+    with weights.open("r+b") as file:  # the same size, and no header that can be read
+        file.write(b"\xff" * 64)
+    with pytest.raises(OptikitError) as failed:
+        execute(plan, _Trusting(store.root), told, Settings())
+    assert "2-quantize-rtn" in failed.value.message
+    assert told.ended == [("1-prune-magnitude", "cached"), ("2-quantize-rtn", "failed")]
+    assert store.find(plan.steps[1].key) is None
+
+
+class _Trusting(Store):
+    """A store that doesn't look at its files again: what damages a step's input comes to the step."""
+
+    def find(self, key, **_):
+        return super().find(key, verify="size")
+
+
+def test_what_was_emitted_stays_so_where_its_tools_are_not(planned, store):
+    plan, told = planned(SERVED, target="l4"), Told()
+    assert execute(plan, store, told, Settings()).statuses == {"1-compile-tensorrt-llm": "emitted"}
+    assert execute(plan, store, told, Settings(resume=True)).statuses == {"1-compile-tensorrt-llm": "emitted"}
+    assert [note for note in told.notes if note.startswith("1-compile-tensorrt-llm stays emitted: ")]
+
+
+def test_one_run_at_a_time_makes_a_step(planned, store):
+    plan = planned(RTN)
+    with store.lock(plan.steps[0].key), pytest.raises(LockedError):
+        execute(plan, store, Told(), Settings(lock_timeout=0.1))
+    assert execute(plan, store, Told(), Settings()).statuses == {"1-quantize-rtn": "executed"}
+    with store.lock(plan.steps[0].key):  # what is there needs no lock
+        assert execute(plan, store, Told(), Settings(lock_timeout=0.1)).statuses == {"1-quantize-rtn": "cached"}
+
+
+def test_a_stage_gets_the_target_only_where_it_declares_to_use_it(planned, store):
+    from optikit.execution.execute import _Executor
+
+    for stages, target, expected in (((RTN,), "cpu", None), ((SERVED,), "l4", "l4")):
+        plan = planned(*stages, target=target)
+        request = _Executor(plan, store, Told(), Settings())._request(plan.steps[0], None)
+        assert (request["target"] and request["target"]["name"]) == expected
