@@ -287,7 +287,7 @@ def test_killed_half_way_and_resumed_the_bytes_are_the_same(row, source, prose, 
     directory, found = results[row.name]
 
     def kill(done: int, total: int, what: str) -> None:
-        if done == 2 and what in ("block", "step"):
+        if done == 2 and what in ("block", "training step"):
             raise Killed
 
     with pytest.raises(Killed):
