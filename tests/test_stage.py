@@ -88,7 +88,6 @@ def toy(**members: Any) -> ModuleType:
 def performed(stage: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Return what a worker answers that does a job with this stage."""
     monkeypatch.setitem(sys.modules, stage.__name__, stage)
-    monkeypatch.setattr(worker, "die_with_parent", lambda *_: None)
     for name in ("dest", "scratch", "job"):
         (tmp_path / name).mkdir()
     request = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -17,11 +18,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from optikit import environments, host, stages
-from optikit.errors import InterruptError, OptikitError, StageFailedError, TerminatedError
+from optikit.errors import InterruptError, OptikitError, TerminatedError
 from optikit.execution import check_backend, supervise
 from optikit.fileio import write_json
 from optikit.process.failure import raise_failure
-from optikit.stage import EMITTED, Emitting
+from optikit.stage import EMITTED, Emitting, Stage
 from optikit.store.store import Artifact, Manifest, Store, cache_key
 
 if TYPE_CHECKING:
@@ -87,13 +88,21 @@ def execute(
         OptikitError: The first step that fails, by the table of exit codes; finished steps stay in the store.
     """
     executor = _Executor(plan, store, progress, settings)
+    statuses: dict[str, Status] = {}
     steps = _until(plan.order, settings.until)
     progress.plan([step.name for step in steps])
     with _Signals():
         for step in steps:
-            executor.step(step)
+            progress.start(step.name)
+            try:
+                artifact, status = executor.bring(step)
+            except OptikitError:
+                progress.finish(step.name, "failed", 0.0, 0.0)
+                raise
+            executor.artifacts[step.key], statuses[step.name] = artifact, status
+            progress.finish(step.name, status, artifact.manifest.seconds, artifact.manifest.peak_memory_mib)
             finished(step, executor.artifacts)
-    return Execution(artifacts=executor.artifacts, statuses=executor.statuses)
+    return Execution(artifacts=executor.artifacts, statuses=statuses)
 
 
 def _until(steps: tuple[Step, ...], name: str | None) -> tuple[Step, ...]:
@@ -112,49 +121,36 @@ class _Executor:
     settings: Settings
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     """By step key."""
-    statuses: dict[str, Status] = field(default_factory=dict)
-    """By step name."""
 
-    def step(self, step: Step) -> None:
-        """Bring about what a step makes, and tell of it."""
-        self.progress.start(step.name)
-        try:
-            artifact, status = self._made(step)
-        except OptikitError:
-            self.progress.finish(step.name, "failed", 0.0, 0.0)
-            raise
-        self.artifacts[step.key], self.statuses[step.name] = artifact, status
-        self.progress.finish(step.name, status, artifact.manifest.seconds, artifact.manifest.peak_memory_mib)
+    def bring(self, step: Step, emitted: Path | None = None) -> tuple[Artifact, Status]:
+        """Return what a step made, now or before; of what was emitted, what became of it where its tools are.
 
-    def _made(self, step: Step) -> tuple[Artifact, Status]:
-        """Return what a step made, now or before; of what was emitted, what became of it where its tools are."""
+        One process at a time makes it: whoever waits for the lock finds it done.
+        """
         stage = stages.load(step.verb, step.method, step.backend)
-        if not isinstance(stage, Emitting):
-            return self._kept(step)
         finished = replace(step, key=cache_key(finishes=step.key))
-        found = self.store.find(finished.key)
-        if found is not None:
+        may_finish = isinstance(stage, Emitting) and emitted is None
+        if may_finish and (found := self.store.find(finished.key)):
             return found, "cached"
-        artifact, status = self._kept(step)
-        if status != "emitted" or not self.settings.resume:
+        status: Status = "cached"
+        artifact = self.store.find(step.key)
+        if artifact is None:
+            with self.store.lock(step.key, timeout=self.settings.lock_timeout, waiting=self.progress.note):
+                artifact = self.store.find(step.key)
+                if artifact is None:
+                    artifact, status = self._perform(step, emitted), "executed"
+        if not artifact.manifest.facts.get(EMITTED):
             return artifact, status
-        why = stage.absent(step.options)
+        if may_finish and self._can_finish(step, stage):
+            return self.bring(finished, emitted=artifact.path)
+        return artifact, "emitted"
+
+    def _can_finish(self, step: Step, stage: Stage) -> bool:
+        """Return whether what a step emitted is to be finished here; where it can't be, say why."""
+        why = stage.absent(step.options) if self.settings.resume and isinstance(stage, Emitting) else ""
         if why:
             self.progress.note(f"{step.name} stays emitted: {why}")
-            return artifact, status
-        return self._kept(finished, emitted=artifact.path)
-
-    def _kept(self, step: Step, emitted: Path | None = None) -> tuple[Artifact, Status]:
-        """Return what is in the store, or what one process at a time makes."""
-        found = self.store.find(step.key)
-        if found is not None:
-            return found, _status(found, "cached")
-        with self.store.lock(step.key, timeout=self.settings.lock_timeout, waiting=self.progress.note):
-            found = self.store.find(step.key)  # whoever held the lock may have done the work
-            if found is not None:
-                return found, _status(found, "cached")
-            artifact = self._perform(step, emitted)
-            return artifact, _status(artifact, "executed")
+        return self.settings.resume and not why
 
     def _perform(self, step: Step, emitted: Path | None) -> Artifact:
         """Do a step in a process of its own and keep its result; with `emitted`, finish that folder."""
@@ -165,8 +161,12 @@ class _Executor:
         request = self._request(step, emitted)
         places = {"dest": str(dest), "scratch": str(self.store.scratch(step.key))}
         write_json(directory / "request.json", request | places)
+        observe = partial(self.progress.update, step.name)
         try:
-            response = self._response(step, directory)
+            with self._environment(step, observe) as environment:
+                response = supervise.respond(
+                    step.name, directory, timeout=self.plan.recipe.timeout, observe=observe, environment=environment
+                )
             if not response["ok"]:
                 raise_failure(response, step=step.name, log=directory / "log.txt")
             if step.backend != stages.OURS and step.writes == "model":
@@ -177,28 +177,14 @@ class _Executor:
         shutil.rmtree(directory, ignore_errors=True)
         return artifact
 
-    def _response(self, step: Step, directory: Path) -> dict[str, Any]:
-        """Do a step in the interpreter that it asks for, and return what its process answered."""
-        timeout, observe = self.plan.recipe.timeout, partial(self.progress.update, step.name)
+    def _environment(
+        self, step: Step, observe: Callable[[int, int, str], None]
+    ) -> AbstractContextManager[environments.Environment | None]:
+        """Return the interpreter that a step asks for; None is this one."""
         if step.environment is None:
-            return supervise.respond(step.name, directory, timeout=timeout, observe=observe)
-        with environments.use(
-            step.environment,
-            self.store,
-            offline=self.settings.offline,
-            note=self.progress.note,
-            progress=observe,
-        ) as environment:
-            try:
-                response = supervise.respond(
-                    step.name, directory, timeout=timeout, observe=observe, environment=environment
-                )
-            except StageFailedError:
-                environment.require(step.name)
-                raise
-            if not response["ok"]:
-                environment.require(step.name)
-            return response
+            return nullcontext()
+        offline, note = self.settings.offline, self.progress.note
+        return environments.use(step.environment, self.store, offline=offline, note=note, progress=observe)
 
     def _path(self, key: str) -> str:
         """Return where an artifact lies; "" is the model that the recipe names."""
@@ -225,11 +211,6 @@ class _Executor:
             "max_memory_bytes": self.plan.max_memory_bytes,
             "target": asdict(self.plan.target) if uses_target else None,
         }
-
-
-def _status(artifact: Artifact, done: Status) -> Status:
-    """Say `emitted` of files whose work is left to another machine, whether written now or before."""
-    return "emitted" if artifact.manifest.facts.get(EMITTED) else done
 
 
 def _manifest(step: Step, request: Mapping[str, Any], response: Mapping[str, Any]) -> Manifest:

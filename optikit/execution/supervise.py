@@ -56,9 +56,11 @@ def respond(
     with child.started(command, environ=environ, log=directory / "log.txt") as worker:
         worker.watch(name, seconds=timeout, between=observe_events, fix=late)
     response = directory / "response.json"
-    if not response.exists():
+    loaded: dict[str, Any] = json.loads(response.read_text(encoding="utf-8")) if response.exists() else {}
+    if environment is not None and not loaded.get("ok"):
+        environment.require(name)  # was removed or damaged meanwhile: that is why
+    if not loaded:
         raise worker.death(name)
-    loaded: dict[str, Any] = json.loads(response.read_text(encoding="utf-8"))
     return loaded
 
 

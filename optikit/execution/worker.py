@@ -20,7 +20,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from optikit.fileio import write_json
 from optikit.host import versions
@@ -29,7 +29,7 @@ from optikit.process import failure, launch, memory
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from optikit.stage import Calibration
+    from optikit.stage import Calibration, Facts, Job, Stage, StageOptions
     from optikit.targets import Target
 
 SECONDS_BETWEEN_EVENTS = 0.1
@@ -80,20 +80,25 @@ def _calibration(fields: dict[str, Any] | None) -> Calibration | None:
     return Calibration(**{**fields, "text": Path(fields["text"])}) if fields else None
 
 
-def perform(directory: Path) -> dict[str, Any]:
-    """Do the work of a job directory and return the response.
+class _Work(NamedTuple):
+    """A stage, what it is asked for, and whether it runs or finishes what was emitted."""
 
-    Raises:
-        Exception: Whatever the stage raises; `main` turns it into a response.
-    """
+    stage: Stage
+    options: StageOptions
+    job: Job
+    do: Callable[[Any, Job], Facts]
+
+
+def _work(directory: Path) -> _Work:
+    """Return what a job directory asks for; the stage gets what it declared, and nothing else."""
     from optikit import stages
-    from optikit.stage import EMITTED, SERVERS_PEAK, Emitting, Inputs, Job
+    from optikit.stage import EMITTED, Emitting, Inputs, Job
 
     request = json.loads((directory / "request.json").read_text(encoding="utf-8"))
     stage = stages.load(request["verb"], request["method"], request.get("backend", stages.OURS))
     options = stage.Options.model_validate(request["options"])
-    finishing = bool(request.get("finish")) and isinstance(stage, Emitting)
-    declared = {*stage.inputs(options), *((EMITTED,) if finishing else ())}
+    finish = stage.finish if request.get("finish") and isinstance(stage, Emitting) else None
+    declared = {*stage.inputs(options), *((EMITTED,) if finish else ())}
     dest, scratch = Path(request["dest"]), Path(request["scratch"])
     if rank():  # writes the same as the first process, for nobody
         scratch = scratch / f"rank-{rank()}"
@@ -113,24 +118,17 @@ def perform(directory: Path) -> dict[str, Any]:
         target=_target(request.get("target")) if stage.USES_TARGET else None,
         **({} if rank() else {"progress": _reporter(directory / "events.jsonl")}),
     )
-    started = time.monotonic()
-    do = stage.finish if finishing and isinstance(stage, Emitting) else stage.run
-    facts = do(options, job)
-    return {
-        "ok": True,
-        "facts": facts,
-        "seconds": time.monotonic() - started,
-        "peak_memory_mib": max(memory.peak_with_children_mib(), facts.get(SERVERS_PEAK, 0.0)),
-        "versions": versions(stage.LIBRARIES),
-    }
+    return _Work(stage, options, job, finish or stage.run)
 
 
 def main(directory: Path) -> int:
-    """Perform one job, write its response, and return the exit code."""
+    """Do the work of a job directory, write the response, and return the exit code."""
     launch.end_with_launched()
     cushion = bytearray(CUSHION_BYTES)
     try:
-        response = perform(directory)
+        work, started = _work(directory), time.monotonic()
+        facts = work.do(work.options, work.job)
+        response = _answer(work.stage, facts, time.monotonic() - started)
     except BaseException as error:  # noqa: BLE001 - whatever goes wrong here has to cross the process border
         del cushion
         response = _failed(error)
@@ -140,6 +138,18 @@ def main(directory: Path) -> int:
         except OSError as error:
             response = _failed(error)
     return 0 if response["ok"] else int(response["code"])
+
+
+def _answer(stage: Stage, facts: Facts, seconds: float) -> dict[str, Any]:
+    from optikit.stage import SERVERS_PEAK
+
+    return {
+        "ok": True,
+        "facts": facts,
+        "seconds": seconds,
+        "peak_memory_mib": max(memory.peak_with_children_mib(), facts.get(SERVERS_PEAK, 0.0)),
+        "versions": versions(stage.LIBRARIES),
+    }
 
 
 def _failed(error: BaseException) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from optikit import environments
 from optikit import progress as showing
 from optikit.environments import definition as definitions
 from optikit.errors import OutOfMemoryError, StageFailedError, StageTimeoutError, UnavailableError
-from optikit.execution import execute
+from optikit.execution import execute, supervise
 from optikit.process import child
 from optikit.store.store import Store
 from tests.environments.wheelhouse import define, installed, wheel
@@ -72,7 +72,8 @@ def step(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
         store, progress = Store(home / "home"), showing.make("none")
         plan: Any = SimpleNamespace(recipe=SimpleNamespace(timeout=timeout))
         executor = execute._Executor(plan, store, progress, execute.Settings(offline=True))
-        return executor._response(what, tmp_path)
+        with executor._environment(what, lambda *_: None) as used:
+            return supervise.respond(what.name, tmp_path, timeout=timeout, observe=lambda *_: None, environment=used)
 
     return do
 
