@@ -22,6 +22,7 @@ from optikit.execution import check_backend, supervise
 from optikit.fileio import write_json
 from optikit.process.failure import raise_failure
 from optikit.stage import EMITTED, Emitting
+from optikit.store.sources import require_unchanged
 from optikit.store.store import Artifact, Manifest, Store, cache_key
 
 if TYPE_CHECKING:
@@ -114,6 +115,8 @@ class _Executor:
     """By step key."""
     statuses: dict[str, Status] = field(default_factory=dict)
     """By step name."""
+    reread: list[str] = field(default_factory=list)
+    """Digest of the model that the recipe names, once all of it was read again."""
 
     def step(self, step: Step) -> None:
         """Bring about what a step makes, and tell of it."""
@@ -158,6 +161,7 @@ class _Executor:
 
     def _perform(self, step: Step, emitted: Path | None) -> Artifact:
         """Do a step in a process of its own and keep its result; with `emitted`, finish that folder."""
+        self._require_intact(step)
         directory = self.store.job_dir(step.key)
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
@@ -176,6 +180,15 @@ class _Executor:
             shutil.rmtree(dest, ignore_errors=True)
         shutil.rmtree(directory, ignore_errors=True)
         return artifact
+
+    def _require_intact(self, step: Step) -> None:
+        """Read again, every byte, what a step is about to be made of."""
+        for key in {step.source, *step.inputs.values()}:
+            if key:
+                self.store.require_intact(self.artifacts[key])
+            elif not self.reread:
+                require_unchanged(self.plan.model, self.store)
+                self.reread.append(self.plan.model.digest)
 
     def _response(self, step: Step, directory: Path) -> dict[str, Any]:
         """Do a step in the interpreter that it asks for, and return what its process answered."""
