@@ -192,19 +192,20 @@ class _Executor:
 
     def _response(self, step: Step, directory: Path) -> dict[str, Any]:
         """Do a step in the interpreter that it asks for, and return what its process answered."""
-        timeout, observe = self.plan.recipe.timeout, partial(self.progress.update, step.name)
+        timeout, note = self.plan.recipe.timeout, self.progress.note
+        observe = partial(self.progress.update, step.name)
         if step.environment is None:
-            return supervise.respond(step.name, directory, timeout=timeout, observe=observe)
+            return supervise.respond(step.name, directory, timeout=timeout, observe=observe, note=note)
         with environments.use(
             step.environment,
             self.store,
             offline=self.settings.offline,
-            note=self.progress.note,
+            note=note,
             progress=observe,
         ) as environment:
             try:
                 response = supervise.respond(
-                    step.name, directory, timeout=timeout, observe=observe, environment=environment
+                    step.name, directory, timeout=timeout, observe=observe, note=note, environment=environment
                 )
             except StageFailedError:
                 environment.require(step.name)

@@ -39,7 +39,9 @@ def test_a_text_does_not_depend_on_those_beside_it(tmp_path: Path) -> None:
     model = LlamaForCausalLM(config).eval()
     prompts = [list(range(3, 3 + length)) for length in (2, 9, 5, 20, 11)]
     together = self_generated.write(model, prompts, new_tokens=6, ends=frozenset(), folder=tmp_path / "a")
-    apart = self_generated.write(model, prompts, new_tokens=6, ends=frozenset(), folder=tmp_path / "b", room=30)
+    apart = self_generated.write(
+        model, prompts, new_tokens=6, ends=frozenset(), folder=tmp_path / "b", most=(self_generated.BATCH, 30)
+    )
     assert len(list((tmp_path / "a").iterdir())) == 1
     assert len(list((tmp_path / "b").iterdir())) > 2
     assert torch.equal(together.documents, apart.documents)
