@@ -54,8 +54,9 @@ def require_writable(out: Path, *, timeout: float | None = None) -> None:
                 _settle(place)
                 _require_ours(out, place)
         parent = next(path for path in (place, *place.parents) if path.exists())
-        if not os.access(parent, os.W_OK):
-            raise CannotCreateError(f"{out} can't be made: {parent} is not writable", fix="choose another --out")
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            why = "not writable" if parent.is_dir() else "a file"
+            raise CannotCreateError(f"{out} can't be made: {parent} is {why}", fix="choose another --out")
 
 
 def write(
@@ -328,7 +329,8 @@ def _staging(place: Path) -> Path:
         (beside / "probe").rename(probe)
         probe.rmdir()
     except OSError:
-        files.remove_tree(beside)
+        with suppress(OSError):  # a name that is too long
+            files.remove_tree(beside)
         probe.mkdir()
         return probe
     return beside

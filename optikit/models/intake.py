@@ -71,7 +71,8 @@ def model_files(directory: Path) -> tuple[str, ...]:
     Raises:
         RefusedError: One is a link out of the directory, no regular file, or holds something else.
     """
-    names = sorted(entry.name for entry in os.scandir(directory) if is_model_file(entry.name) and not _is_folder(entry))
+    with os.scandir(directory) as entries:
+        names = sorted(each.name for each in entries if is_model_file(each.name) and not _is_folder(each))
     for name in names:
         _require_regular(directory, name)
         why = _content(name)(directory / name)

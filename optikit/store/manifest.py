@@ -162,7 +162,7 @@ def read(directory: Path) -> tuple[Manifest, dict[str, Any]]:
         return _parse(loaded), loaded
     except FileNotFoundError:
         raise IntegrityError(f"{directory} has no {NAME}", fix=fix) from None
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise IntegrityError(f"{path} can't be read: {error}", fix=fix) from error
     except RefusedError as error:
         raise IntegrityError(error.message, fix=fix) from error
