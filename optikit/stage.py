@@ -163,6 +163,10 @@ def _silent(done: int, total: int, what: str) -> None:
     """Report no progress: the default of a job that nobody watches."""
 
 
+def _unheard(what: str) -> None:
+    """Tell nobody."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """Everything `run` may touch.
@@ -179,6 +183,7 @@ class Job:
         max_memory_bytes: Bound on the step's memory, or None.
         target: Where the artifact will run, for stages that declare `USES_TARGET`.
         progress: Called with (done, total, what).
+        note: Called with what a user should know, such as damage that was healed.
     """
 
     source: Path
@@ -192,6 +197,7 @@ class Job:
     max_memory_bytes: int | None = None
     target: Target | None = None
     progress: Callable[[int, int, str], None] = _silent
+    note: Callable[[str], None] = _unheard
 
     def calibrated(self) -> Calibration:
         """Return the calibration text of a stage that can't do without.

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optikit import runtime, targets
+from optikit.app import door
+from optikit.app.output_dir import require_no_seal
 from optikit.errors import InputMissingError, UsageError
 from optikit.execution.execute import Settings, execute
 from optikit.models import reader
@@ -26,7 +28,6 @@ from optikit.plan.model import BASELINE, Plan, Step
 from optikit.progress import make as make_progress
 from optikit.recipe.schema import Evaluate, Gate, Recipe
 from optikit.report import assemble
-from optikit.store.keys import cache_key
 from optikit.store.sources import ModelSource
 from optikit.store.store import Store
 
@@ -72,7 +73,7 @@ def find(directory: Path) -> Subject:
     Raises:
         InputMissingError: Nothing there can be loaded, or its configuration is missing.
     """
-    name, place = runtime.find(directory)
+    name, place = door.enter(directory)
     model = next((path for path in (place, directory / "model", directory) if (path / "config.json").is_file()), None)
     facts = reader.read(model) if model else _compiled_facts(place)
     beside = directory / runtime.SPECULATOR
@@ -127,6 +128,7 @@ def measure(request: Request) -> Report:
     from optikit.report import summary, write
 
     started = time.monotonic()
+    require_no_seal(request.out)
     subject = find(request.subject)
     wanted = request.wanted
     if wanted.perplexity is None and wanted.speed is None and not wanted.tasks:
@@ -153,10 +155,16 @@ def make(subject: Subject, request: Request, store: Store, *, note: Callable[[st
     recipe = Recipe(model=str(subject.named), evaluate=request.wanted, gates=request.gates)
     target = targets.find("cpu")
     assert target is not None  # noqa: S101 - a row of our own
-    files = {path.name: store.digest_file(path) for path in sorted(subject.place.iterdir()) if path.is_file()}
+    names = tuple(sorted(path.name for path in subject.place.iterdir() if path.is_file()))
     named = str(subject.named)
     source = ModelSource(
-        spec=named, kind="path", format="safetensors", path=subject.place, digest=cache_key(files=files), resolved=named
+        spec=named,
+        kind="path",
+        format="safetensors",
+        path=subject.place,
+        digest=store.digest_directory(subject.place, names),
+        resolved=named,
+        names=names,
     )
     context = Context(
         recipe=recipe,

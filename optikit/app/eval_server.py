@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from optikit import __version__, host
+from optikit.app.output_dir import require_no_seal
 from optikit.errors import InputMissingError, UsageError
 from optikit.evaluation.load_test import Load, time_server
 from optikit.evaluation.results import Measurement, Perplexity, Quality, Report, Served
@@ -61,6 +62,7 @@ def measure(request: Request) -> Report:
     from optikit.report import summary, write
 
     started = time.monotonic()
+    require_no_seal(request.out)
     wanted = Client(request.url, timeout_s=request.timeout_s, key=_key(request.key_from))
     texts = _texts(request)
     with wanted as client, make_progress(request.progress) as progress:

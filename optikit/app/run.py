@@ -22,6 +22,7 @@ from optikit.progress import make as make_progress
 from optikit.recipe import limits
 from optikit.recipe.load import load
 from optikit.report import assemble, judge
+from optikit.store.sources import check_lock, read_lock
 from optikit.store.store import Store
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Request:
     device: str = "auto"
     targets: Path | None = None
     junit: Path | None = None
+    update_lock: bool = False
     settings: Settings = field(default_factory=Settings)
 
 
@@ -63,7 +65,7 @@ def run_recipe(request: Request) -> Report | None:
     loaded = load(request.recipe, overrides=request.overrides, known_targets=targets.names(request.targets))
     if frozen is not None:
         frozen_plan.require_recipe(frozen, loaded)
-    output_dir.require_writable(request.out)
+    output_dir.require_writable(request.out, timeout=request.settings.lock_timeout)
     store = Store.default()
     with make_progress(request.progress) as progress:
         plan = make_plan(
@@ -76,13 +78,15 @@ def run_recipe(request: Request) -> Report | None:
         )
         if frozen is not None:
             frozen_plan.require_same(frozen, plan, loaded)
+        _require_lock(plan, request)
         _require_step(plan, request.settings.until)
         _require_disk(plan, store)
         for warning in plan.warnings:
             progress.note(f"warning: {warning.message}")
         execution = execute(plan, store, progress, request.settings, partial(stop_at_gate, plan))
+    written = partial(output_dir.write, request.out, loaded, store=store, timeout=request.settings.lock_timeout)
     if request.settings.until is not None:
-        output_dir.write(request.out, loaded, plan, execution.artifacts)
+        written(plan, execution.artifacts)
         return None
     plan, rolled_back = roll_back(plan, execution.artifacts)
     report = assemble.report(
@@ -93,7 +97,7 @@ def run_recipe(request: Request) -> Report | None:
         command=shlex.join(["optikit", *sys.argv[1:]]),
         rolled_back=rolled_back,
     )
-    output_dir.write(request.out, loaded, plan, execution.artifacts)
+    written(plan, execution.artifacts, report=report)
     _tell(report, request)
     return report
 
@@ -108,14 +112,25 @@ def _as_planned(request: Request, frozen: Frozen) -> Request:
 
 
 def _tell(report: Report, request: Request) -> None:
-    from optikit.report import github, junit, summary, write
+    from optikit.report import github, junit, summary
 
-    write.write(report, request.out)
     if request.junit is not None:
         request.junit.write_text(junit.render(report), encoding="utf-8")
     github.publish(report)
     if request.progress != "none":
         summary.show(report, request.out)
+
+
+def _require_lock(plan: Plan, request: Request) -> None:
+    """Compare every source with the locks of earlier runs, beside the recipe and in the output directory.
+
+    Raises:
+        IntegrityError: One changed, and --update-lock doesn't accept that.
+    """
+    if request.update_lock:
+        return
+    for directory in (request.recipe.parent, request.out):
+        check_lock(read_lock(directory / output_dir.LOCK), plan.sources)
 
 
 def _device(wanted: str) -> str:

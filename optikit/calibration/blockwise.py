@@ -70,7 +70,7 @@ def run(job: Job, method: Method[Any] | DataFreeMethod, *, identity: str, ignore
         walk = _Calibrated(job, source, method, identity, ignore)
         state, changed, facts = walk.state, walk.blocks(), {"compute_dtype": str(walk.dtype).removeprefix("torch.")}
     else:
-        state, facts = ResumeState(job.scratch, {"method": identity}), {}
+        state, facts = ResumeState(job.scratch, {"method": identity}, job.note), {}
         changed = _data_free(job, source, method, state, ignore)
     with torch.no_grad(), closing(changed) as blocks:
         for block, groups in blocks:
@@ -156,6 +156,7 @@ class _Calibrated:
                 "windows": [self._calibration.samples, self._calibration.length],
                 "ranks": distributed.count(),
             },
+            job.note,
         )
         if not distributed.agreed(self.state.done):  # killed between two of their commits
             self.state.reset()
@@ -200,6 +201,8 @@ class _Calibrated:
             self._shape = (len(tokens), length, self._model.width)
             intact = self._intact()
             if not (distributed.agreed(intact) and intact):
+                if self.state.done:
+                    self._job.note("the hidden states kept of an earlier run of this step are damaged: it begins again")
                 self.state.reset()
                 for path in self._paths(0):
                     self._states(path).write(self._model.embedded(tokens, self._batch))

@@ -5,15 +5,15 @@
     hidden-00013.bin     input of block 13, as it was in memory
     dense-00013.bin      the same in the dense model, where a technique looks at that too
 
-resume.json is replaced last, atomically. A walk killed anywhere finds either the old state whole or the new one.
+resume.json is replaced last, atomically. A walk killed anywhere finds either the old state whole or the new one. Every
+file has its sha256 beside it or in resume.json; where one is damaged, the walk begins again, and says so.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from optikit.errors import IntegrityError
-from optikit.fileio import file_sha256
-from optikit.formats.checkpoint import Entry, locate, save_tensors
+from optikit.fileio import file_sha256, is_intact, keep_checked
+from optikit.formats.checkpoint import Entry, keep_tensors, locate
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -79,9 +79,17 @@ class HiddenStates:
 
 
 class ResumeState:
-    """The finished part of a walk."""
+    """The finished part of a walk.
 
-    def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
+    Args:
+        directory: Where it is kept.
+        identity: Which walk it is: what another one left there is of no use.
+        note: Told of damage.
+    """
+
+    def __init__(
+        self, directory: Path, identity: Mapping[str, Any], note: Callable[[str], None] = lambda _: None
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self._identity = dict(identity)
@@ -90,11 +98,12 @@ class ResumeState:
         self.linears: list[str] = []
         self.facts: dict[str, Any] = {}
         path = directory / STATE
-        if not path.exists():
+        if not is_intact(path, note):
             return
         found = json.loads(path.read_text(encoding="utf-8"))
-        whole = all(self._block_path(index).exists() for index in range(found["done"]))
-        if whole and found["identity"] == self._identity:
+        if found["identity"] != self._identity:
+            return
+        if all(is_intact(self._block_path(index), note) for index in range(found["done"])):
             self.done = found["done"]
             self.hidden_sha256, self.dense_sha256 = found["hidden_sha256"], found["dense_sha256"]
             self.linears, self.facts = found["linears"], found["facts"]
@@ -125,7 +134,7 @@ class ResumeState:
     ) -> None:
         """Make one more block final: its new tensors, the linears they replace, and the hidden states after it."""
         index = self.done
-        save_tensors(self._block_path(index), tensors)
+        keep_tensors(self._block_path(index), tensors)
         self.done, self.hidden_sha256, self.dense_sha256 = index + 1, hidden_sha256, dense_sha256
         self.linears = [*self.linears, *linears]
         self.facts = {**self.facts, **facts}
@@ -138,17 +147,21 @@ class ResumeState:
             "facts": self.facts,
         }
         partial = self._directory / f"{STATE}.part"
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._directory / STATE)
+        partial.write_text(json.dumps(state), encoding="utf-8")
+        keep_checked(partial, self._directory / STATE)
         self.hidden_path(index).unlink(missing_ok=True)
         self.dense_path(index).unlink(missing_ok=True)
 
     def entries(self) -> dict[str, Entry]:
-        """Return where the tensors of all finished blocks lie."""
+        """Return where the tensors of all finished blocks lie.
+
+        Raises:
+            IntegrityError: One is damaged; the next run begins the walk again.
+        """
         found: dict[str, Entry] = {}
         for index in range(self.done):
+            if not is_intact(self._block_path(index)):
+                message = f"{self._block_path(index)} changed on the disk after it was written"
+                raise IntegrityError(message, fix="run again: this step begins anew; check the disk")
             found.update(locate(self._block_path(index)))
         return found

@@ -25,6 +25,7 @@ VERBS = {
     "diff": "Compare two runs.",
     "eval": "Measure a model or a server as it is.",
     "verify": "Check that an output directory is whole.",
+    "reproduce": "Make an output again from its sealed recipe and lock; compare the bytes.",
     "generate": "Generate text with what a run wrote.",
     "cache": "Look after the store of finished steps.",
     "env": "Look after the environments that some backends run in.",

@@ -36,6 +36,7 @@ def generate(
 ) -> None:
     """Generate text, greedily, from what a run wrote: the compiled artifact where there is one."""
     from optikit import runtime
+    from optikit.app import door
     from optikit.errors import UsageError
 
     if (prompt is None) == (prompts is None):
@@ -43,7 +44,7 @@ def generate(
     if prompts is None and batch > 1:
         raise UsageError(f"--batch {batch} has one prompt to answer", fix="give a file of prompts with --prompts")
     asked = _read_prompts(prompts) if prompts is not None else ()
-    _, place = runtime.find(directory)
+    _, place = door.enter(directory)
     decoder = runtime.load(directory)
     from optikit.runtime.generate import TextGenerator
 

@@ -14,12 +14,13 @@ def report(
     json: Annotated[bool, typer.Option("--json", help="Print report.json to stdout.")] = False,
 ) -> None:
     """Render report.md and report.html again from report.json, and show the summary."""
+    from optikit.app import output_dir
     from optikit.report import junit as junit_xml
     from optikit.report import summary, write
 
     found = write.load(directory)
     home = directory if directory.is_dir() else directory.parent
-    write.render(found, home)
+    output_dir.render_reports(home, found)
     if junit is not None:
         write.put(junit, junit_xml.render(found))
     if json:

@@ -51,6 +51,9 @@ def run(
     strict: Annotated[bool, typer.Option("--strict", help="An inconclusive gate ends with exit code 11.")] = False,
     junit: Annotated[Path | None, typer.Option(help="Also write gates and steps as JUnit XML.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print report.json to stdout.")] = False,
+    update_lock: Annotated[
+        bool, typer.Option("--update-lock", help="Accept sources that changed since optikit.lock was written.")
+    ] = False,
     lock_timeout: Annotated[
         float | None, typer.Option(help="Seconds to wait for another run of the same step; none waits on.")
     ] = None,
@@ -71,6 +74,7 @@ def run(
             device=device.value,
             targets=targets,
             junit=junit,
+            update_lock=update_lock,
             settings=Settings(until=until, lock_timeout=lock_timeout, offline=offline, resume=resume, ranks=ranks),
         )
     )

@@ -16,34 +16,29 @@ def verify(
 ) -> None:
     """Check that a directory is exactly what was sealed: no file changed, missing or added (exit 76 if one is).
 
-    Files beside what was sealed, such as reports, are told apart and don't count.
+    The reports, recipe and lock of outputs that an earlier version wrote weren't sealed: they are named, and don't
+    count.
     """
     import json
 
-    from optikit.errors import InputMissingError, IntegrityError
+    from optikit.app.verify import MADE_AGAIN
+    from optikit.app.verify import verify as compare
+    from optikit.errors import IntegrityError
     from optikit.store.files import in_units
-    from optikit.store.manifest import NAME, damages, is_beside, load
+    from optikit.store.manifest import NAME
     from optikit.text import clean
 
-    if not directory.is_dir():
-        raise InputMissingError(f"{directory} is not a directory", fix="name an output directory of `optikit run`")
-    if not (directory / NAME).exists():
-        raise InputMissingError(f"{directory} has no {NAME}: it was never finished", fix="run its recipe again")
-    manifest = load(directory)
-    differences = damages(directory, manifest)
-    beside = [one.path for one in differences if is_beside(one, manifest)]
-    found = [one for one in differences if one.path not in beside]
+    found = compare(directory)
     if as_json:
-        damage = [{"path": one.path, "what": one.what} for one in found]
-        counts = {"files": len(manifest.files), "size_bytes": manifest.size_bytes}
-        print(json.dumps({"ok": not found, **counts, "damage": damage, "unsealed": beside}, indent=1))
-    for one in found if not as_json else ():
+        damage = [{"path": one.path, "what": one.what} for one in found.damage]
+        counts = {"files": found.files, "size_bytes": found.size_bytes}
+        told = {"ok": not damage, **counts, "damage": damage, "unsealed": list(found.unsealed)}
+        print(json.dumps(told, indent=1))
+    for one in found.damage if not as_json else ():
         print(clean(str(one)))
-    if found:
-        count = "1 file differs" if len(found) == 1 else f"{len(found)} files differ"
-        fix = "run its recipe again into a new directory; what is in the store is used again"
-        raise IntegrityError(f"{directory}: {count} from {NAME}", fix=fix)
+    if found.damage:
+        count = "1 file differs" if len(found.damage) == 1 else f"{len(found.damage)} files differ"
+        raise IntegrityError(f"{directory}: {count} from {NAME}", fix=MADE_AGAIN)
     if not as_json:
-        others = "1 file" if len(beside) == 1 else f"{len(beside)} files"
-        more = f"; {others} beside them not sealed" if beside else ""
-        print(f"{directory}: {len(manifest.files)} files, {in_units(manifest.size_bytes)}, all as sealed{more}")
+        more = f"; not sealed by this version: {', '.join(found.unsealed)}" if found.unsealed else ""
+        print(f"{directory}: {found.files} files, {in_units(found.size_bytes)}, all as sealed{more}")

@@ -7,11 +7,12 @@ pays for few drafts. Others are told on their own command line.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optikit.deploy.medusa import link_or_copy
+from optikit.models import intake
 from optikit.problems import Problem
 
 if TYPE_CHECKING:
@@ -50,9 +51,9 @@ def write_draft(source: Path, dest: Path, *, tokens: int, context: int, schedule
         schedule: `constant`, or `heuristic`: transformers then moves the window by what was accepted.
     """
     dest.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.name not in (CONFIG, GENERATION):
-            link_or_copy(path, dest / path.name)
+    for name in intake.model_files(source):  # copies: a file with two names in the store would change in both
+        if name not in (CONFIG, GENERATION):
+            shutil.copyfile(source / name, dest / name)
     config = _read(source / CONFIG)
     config["max_position_embeddings"] = max(context, config["max_position_embeddings"])
     _write(config, dest / CONFIG)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optikit.errors import UsageError
+from optikit.models import intake
 
 if TYPE_CHECKING:
     import torch
@@ -230,18 +231,8 @@ def write_sagemaker(heads: HeadSet, dest: Path, *, model: Path, dtype: torch.dty
     write_v1(heads, dest, base=SAGEMAKER_BASE, tokenizer=model, dtype=dtype)
     base = dest / "base-model"
     base.mkdir(exist_ok=True)
-    for path in sorted(model.iterdir()):
-        if path.is_file():
-            link_or_copy(path, base / path.name)
-
-
-def link_or_copy(source: Path, dest: Path) -> None:
-    """Give a file a second name where the file system can, else copy it."""
-    dest.unlink(missing_ok=True)
-    try:
-        dest.hardlink_to(source.resolve())
-    except OSError:
-        shutil.copyfile(source, dest)
+    for name in intake.model_files(model):
+        shutil.copyfile(model / name, base / name)
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:

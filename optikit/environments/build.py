@@ -117,7 +117,13 @@ def _build(environment: Environment, wheels: Path | None, note: Callable[[str], 
         raise
     seconds = round(time.monotonic() - started, 1)
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    made = {"digest": definition.digest, "created": created, "seconds": seconds, "tool": tool}
+    made = {
+        "digest": definition.digest,
+        "created": created,
+        "seconds": seconds,
+        "tool": tool,
+        "seal": environment.seal(),
+    }
     write_json(environment.path / MARKER, made)
     note(f"environment {definition.name} is ready after {seconds:.0f} s")
 

@@ -9,6 +9,7 @@ HOME/environments/NAME-DIGEST.log               what the last build said
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -20,7 +21,9 @@ from typing import Any, Literal
 
 from optikit.environments.definition import Definition, normalized
 from optikit.errors import UnavailableError
+from optikit.fileio import file_sha256
 from optikit.process import env_variables, program
+from optikit.store.store import ENVIRONMENTS
 
 MARKER = "optikit.json"
 OPTIKIT = Path(__file__).parent.parent
@@ -79,9 +82,23 @@ class Environment:
         """Say how it stands by looking at files only, in milliseconds."""
         if not self.path.is_dir():
             return "missing"
-        if not self.marker():
+        marker = self.marker()
+        if not marker:
             return "incomplete"
-        return "broken" if self.lacking() or not os.access(self.python, os.X_OK) else "ready"
+        if self.lacking() or not os.access(self.python, os.X_OK) or marker.get("seal") != self.seal():
+            return "broken"
+        return "ready"
+
+    def seal(self) -> str:
+        """Return a sha256 of what decides which code starts: programs, start-up files, lists of what was put in.
+
+        Compiled files and what libraries write beside themselves when they run are left out.
+        """
+        lists = self.packages.glob("*.dist-info/RECORD")
+        start = (path for pattern in ("*.pth", "*customize.py") for path in self.packages.glob(pattern))
+        found = [self.path / "pyvenv.cfg", *(self.path / "bin").glob("*"), *start, *lists]
+        lines = [f"{path.relative_to(self.path)} {_stands_for(path)}" for path in sorted(found)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def lacking(self) -> list[str]:
         """Return the locked distributions that aren't there in the locked version, sorted."""
@@ -171,6 +188,13 @@ class Environment:
             yield
 
 
+def _stands_for(path: Path) -> str:
+    """Return where a link leads, or the sha256 of a file."""
+    if path.is_symlink():
+        return str(path.readlink())
+    return file_sha256(path) if path.is_file() else ""
+
+
 def _installed(packages: Path) -> Iterator[tuple[str, str]]:
     """Yield (normalized name, version) of the distributions in a site-packages directory, from directory names."""
     if not packages.is_dir():
@@ -183,7 +207,7 @@ def _installed(packages: Path) -> Iterator[tuple[str, str]]:
 
 def home(root: Path) -> Path:
     """Return the directory of all environments of a store at `root`; made where it doesn't exist."""
-    directory = root / "environments"
+    directory = root / ENVIRONMENTS
     directory.mkdir(mode=0o700, exist_ok=True)
     return directory
 

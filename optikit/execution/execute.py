@@ -23,6 +23,7 @@ from optikit.execution import check_backend, supervise
 from optikit.fileio import write_json
 from optikit.process.failure import raise_failure
 from optikit.stage import EMITTED, Emitting, Stage
+from optikit.store.sources import require_unchanged
 from optikit.store.store import Artifact, Manifest, Store, cache_key
 
 if TYPE_CHECKING:
@@ -121,6 +122,8 @@ class _Executor:
     settings: Settings
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     """By step key."""
+    reread: list[str] = field(default_factory=list)
+    """Digest of the model that the recipe names, once all of it was read again."""
 
     def bring(self, step: Step, emitted: Path | None = None) -> tuple[Artifact, Status]:
         """Return what a step made, now or before; of what was emitted, what became of it where its tools are.
@@ -154,6 +157,7 @@ class _Executor:
 
     def _perform(self, step: Step, emitted: Path | None) -> Artifact:
         """Do a step in a process of its own and keep its result; with `emitted`, finish that folder."""
+        self._require_intact(step)
         directory = self.store.job_dir(step.key)
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
@@ -165,7 +169,12 @@ class _Executor:
         try:
             with self._environment(step, observe) as environment:
                 response = supervise.respond(
-                    step.name, directory, timeout=self.plan.recipe.timeout, observe=observe, environment=environment
+                    step.name,
+                    directory,
+                    timeout=self.plan.recipe.timeout,
+                    observe=observe,
+                    note=self.progress.note,
+                    environment=environment,
                 )
             if not response["ok"]:
                 raise_failure(response, step=step.name, log=directory / "log.txt")
@@ -185,6 +194,15 @@ class _Executor:
             return nullcontext()
         offline, note = self.settings.offline, self.progress.note
         return environments.use(step.environment, self.store, offline=offline, note=note, progress=observe)
+
+    def _require_intact(self, step: Step) -> None:
+        """Read again, every byte, what a step is about to be made of."""
+        for key in {step.source, *step.inputs.values()}:
+            if key:
+                self.store.require_intact(self.artifacts[key])
+            elif not self.reread:
+                require_unchanged(self.plan.model, self.store)
+                self.reread.append(self.plan.model.digest)
 
     def _path(self, key: str) -> str:
         """Return where an artifact lies; "" is the model that the recipe names."""

@@ -23,6 +23,7 @@ def respond(
     *,
     timeout: float | None,
     observe: Callable[[int, int, str], None],
+    note: Callable[[str], None] = lambda _: None,
     environment: environments.Environment | None = None,
 ) -> dict[str, Any]:
     """Do the work that `directory` asks for in a process of its own, and return what that answered.
@@ -32,6 +33,7 @@ def respond(
         directory: Has request.json; log, events and response are written beside it.
         timeout: Seconds that it may take; None is as long as it wants.
         observe: Told (done, total, what) as the work goes on.
+        note: Told what the stage wants a user to know.
         environment: Whose interpreter does it; None is this one's.
 
     Raises:
@@ -46,7 +48,10 @@ def respond(
     def observe_events() -> None:
         for line in events.read():
             event = json.loads(line)
-            observe(event["done"], event["total"], event["what"])
+            if "note" in event:
+                note(f"{name}: {event['note']}")
+            else:
+                observe(event["done"], event["total"], event["what"])
 
     python, environ = sys.executable, _environ(request["threads"])
     if environment is not None:

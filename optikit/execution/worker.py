@@ -3,7 +3,7 @@
 Only files cross the border, so the same contract serves the main interpreter and any managed environment:
 
     JOB/request.json    written by the runner: stage, options, source, dest, inputs, seed, …
-    JOB/events.jsonl    appended here while the stage runs: {"done": 3, "total": 30, "what": "block"}
+    JOB/events.jsonl    appended here while the stage runs: {"done": 3, "total": 30, "what": "block"}, {"note": "…"}
     JOB/response.json   written here last: {"ok": true, "facts": …} or {"ok": false, "code": 70, "message": …, "fix": …}
     JOB/log.txt         stdout and stderr
 
@@ -63,6 +63,14 @@ def _reporter(path: Path) -> Callable[[int, int, str], None]:
     return progress
 
 
+def _noter(path: Path) -> Callable[[str], None]:
+    def note(what: str) -> None:
+        with path.open("a", encoding="utf-8") as events:
+            events.write(json.dumps({"note": what}) + "\n")
+
+    return note
+
+
 def _target(fields: dict[str, Any] | None) -> Target | None:
     """Return the target that a request describes; JSON has no tuples."""
     from optikit.targets import Target
@@ -105,6 +113,8 @@ def _work(directory: Path) -> _Work:
         dest = scratch / "dest"
         shutil.rmtree(dest, ignore_errors=True)
         dest.mkdir(parents=True)
+    events = directory / "events.jsonl"
+    heard: dict[str, Any] = {} if rank() else {"progress": _reporter(events), "note": _noter(events)}
     job = Job(
         source=Path(request["source"]),
         dest=dest,
@@ -116,7 +126,7 @@ def _work(directory: Path) -> _Work:
         threads=request["threads"],
         max_memory_bytes=request["max_memory_bytes"],
         target=_target(request.get("target")) if stage.USES_TARGET else None,
-        **({} if rank() else {"progress": _reporter(directory / "events.jsonl")}),
+        **heard,
     )
     return _Work(stage, options, job, finish or stage.run)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from optikit.errors import InputMissingError, IntegrityError
+from optikit.fileio import is_intact, keep_checked
 from optikit.models import headers
 
 if TYPE_CHECKING:
@@ -159,6 +160,18 @@ def _sort_metadata(file: BinaryIO) -> None:
         raise IntegrityError(f"a header of {size} bytes became one of {len(text)}", fix="report this")
     file.seek(8)
     file.write(text.ljust(size))
+
+
+def keep_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors for a later process of the same step; `kept_tensors` reads them."""
+    whole = path.with_name(path.name + ".whole")
+    save_tensors(whole, tensors)
+    keep_checked(whole, path)
+
+
+def kept_tensors(path: Path, note: Callable[[str], None] = lambda _: None) -> dict[str, Tensor] | None:
+    """Read what `keep_tensors` wrote; None where there is nothing, or it is damaged, which `note` is told."""
+    return {name: read_entry(entry) for name, entry in locate(path).items()} if is_intact(path, note) else None
 
 
 def _shards(entries: Mapping[str, Entry], limit: int) -> list[list[str]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +30,31 @@ def parse_object(content: bytes) -> dict[str, Any]:
     return loaded
 
 
+def read_text(path: Path, *, most_bytes: int = 2**26) -> bytes:
+    """Read a regular file of bounded size, without waiting where it is a pipe.
+
+    Raises:
+        IntegrityError: It is something else than a regular file, or larger than `most_bytes`.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise IntegrityError(f"{path} is not a regular file", fix=FIX)
+        if found.st_size > most_bytes:
+            raise IntegrityError(f"{path} has {found.st_size} bytes, more than {most_bytes}", fix=FIX)
+        return file.read()
+
+
 def read_object(path: Path, *, most_bytes: int = 2**26) -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
     Raises:
-        IntegrityError: If it doesn't, or is larger than `most_bytes`.
+        IntegrityError: If it doesn't, or `read_text` refuses it.
     """
-    size = path.stat().st_size
-    if size > most_bytes:
-        raise IntegrityError(f"{path} has {size} bytes, more than {most_bytes}", fix=FIX)
+    content = read_text(path, most_bytes=most_bytes)
     try:
-        return parse_object(path.read_bytes())
+        return parse_object(content)
     except ValueError as error:
         raise IntegrityError(f"{path}: {error}", fix=FIX) from error
 

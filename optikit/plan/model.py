@@ -111,6 +111,11 @@ class Plan:
         return replace(self, steps=steps, measures=tuple(kept))
 
     @property
+    def sources(self) -> tuple[ModelSource | TextSource, ...]:
+        """Everything that the recipe names and a lock pins: the model, texts, drafts."""
+        return (self.model, *self.texts.values(), *self.models.values())
+
+    @property
     def baseline_key(self) -> str:
         """Key of the untouched model's directory, "" where the source is that directory."""
         return next((step.key for step in self.steps if step.writes == "source"), "")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from optikit.errors import InputMissingError, UsageError
+from optikit.models import intake
 
 if TYPE_CHECKING:
     from optikit.runtime.decoder import Decoder
@@ -73,9 +74,11 @@ def load(
     Raises:
         InputMissingError: Nothing there can be loaded.
         IntegrityError: A file is damaged.
+        RefusedError: Its settings would make a loader run code.
         UsageError: A runtime, dtype or length that it can't have.
     """
     name, place = find(directory, runtime)
+    intake.require_harmless(place)
     if speculator == "auto":
         beside = directory / SPECULATOR
         speculator = beside if place != directory and beside.is_dir() else None

@@ -1,6 +1,7 @@
-"""sha256 of files, remembered: a file whose size, times and inode are unchanged isn't read again.
+"""sha256 of large files, remembered: one whose size, times and inode are unchanged isn't read again.
 
-What `git` does with its index, for the same reason: a warm run must not read gigabytes. A file that was written within
+What `git` does with its index, for the same reason: a warm run must not read gigabytes. It can't notice a bit that the
+disk lost, so whoever uses or ships such a file reads it anew (`Digests.read`). A file that was written within
 the clock's step before it was hashed may change again without changing its times, so such an entry isn't trusted.
 The memory is a cache: lost, torn or refused, it costs time and nothing else.
 """
@@ -20,6 +21,8 @@ from optikit.store.keys import is_key
 STEP_NS = 20_000_000
 """Coarsest step of a local file system's clock, in nanoseconds, with room."""
 MOST_ENTRIES = 20_000
+WORTH_REMEMBERING = 2**24
+"""Bytes below which a file is read each time: a disk may lose a bit without changing size or times."""
 
 
 def _identity(stat: os.stat_result) -> list[int]:
@@ -37,15 +40,22 @@ class Digests:
     def of(self, path: Path) -> str:
         """Return the sha256, in hex, of a file's bytes (links are followed), reading them only where needed."""
         path = path.absolute()
+        stat = path.stat()
         entry = self._new.get(str(path)) or self._known().get(str(path))
-        if entry is not None and entry[:4] == _identity(path.stat()):
+        if entry is not None and entry[:4] == _identity(stat) and stat.st_size >= WORTH_REMEMBERING:
             return str(entry[4])
+        return self.read(path)
+
+    def read(self, path: Path) -> str:
+        """Return the sha256, in hex, of a file's bytes as they are on the disk now."""
+        path = path.absolute()
         started = time.time_ns()
         with path.open("rb") as file:
             before = os.fstat(file.fileno())
             digest = sha256(file)
             after = os.fstat(file.fileno())
-        if _identity(before) == _identity(after) and max(after.st_mtime_ns, after.st_ctime_ns) < started - STEP_NS:
+        settled = max(after.st_mtime_ns, after.st_ctime_ns) < started - STEP_NS
+        if _identity(before) == _identity(after) and settled and after.st_size >= WORTH_REMEMBERING:
             self._new[str(path)] = [*_identity(after), digest]
         return digest
 

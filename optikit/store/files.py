@@ -53,8 +53,14 @@ def require_free(path: Path, need: int, what: str) -> None:
 
 
 @contextmanager
-def disk_errors(path: Path, what: str, *, need: int = 0) -> Iterator[None]:
-    """Turn a system error while writing below `path` into one that says what to do.
+def disk_errors(
+    path: Path,
+    what: str,
+    *,
+    need: int = 0,
+    fix: str = "make it writable, or point OPTIKIT_HOME to a directory that is",
+) -> Iterator[None]:
+    """Turn a system error while writing below `path` into one that says what to do; `fix` is for what is forbidden.
 
     Raises:
         DiskError: Full disk, quota, file size limit, failing device.
@@ -71,7 +77,6 @@ def disk_errors(path: Path, what: str, *, need: int = 0) -> Iterator[None]:
         if error.errno == errno.EIO:
             raise DiskError(f"{what}: {error}", fix="the device below it fails: try another disk") from error
         if error.errno in _FORBIDDEN:
-            fix = "make it writable, or point OPTIKIT_HOME to a directory that is"
             raise CannotCreateError(f"{what}: {error.strerror}: {error.filename or path}", fix=fix) from error
         raise
 
@@ -115,6 +120,21 @@ def open_regular(path: Path) -> BufferedReader:
         os.close(descriptor)
         raise RefusedError(f"{path} is not a regular file", fix="only plain files may be stored")
     return os.fdopen(descriptor, "rb")
+
+
+def require_own(path: Path) -> None:
+    """Refuse a directory that somebody else owns or may write to: what lies there is believed, some of it executed.
+
+    Raises:
+        RefusedError: Naming owner or mode, with the command that mends it.
+    """
+    found = path.stat()
+    if found.st_uid != os.geteuid():
+        fix = "point OPTIKIT_HOME to a directory of your own"
+        raise RefusedError(f"{path} belongs to user {found.st_uid}, and this is user {os.geteuid()}", fix=fix)
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        who = "anybody" if found.st_mode & stat.S_IWOTH else "every member of its group"
+        raise RefusedError(f"{who} may write to {path}", fix=f"chmod go-w {path}")
 
 
 def sha256(file: BufferedReader) -> str:

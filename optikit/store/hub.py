@@ -10,11 +10,11 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optikit.errors import OptikitError, RecipeError, RefusedError, UnavailableError
+from optikit.models.intake import MODEL_FILES, OTHER_FILES, PAPERS, is_model_file
 from optikit.store import downloads, files
 from optikit.store.keys import cache_key
 
@@ -28,10 +28,6 @@ _SPEC = re.compile(
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
-MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.tiktoken", "*.model")
-"""What a model directory is read from: weights, configuration, tokenizer, chat template."""
-OTHER_FILES = ("consolidated*", "adapter_model*", "training_args*", "artifact.json", ".*")
-"""Matched by MODEL_FILES but not the model: second copies of the weights, adapters, our own seal."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -73,12 +69,6 @@ def parse(spec: str) -> Repository:
         revision=match["revision"] or "",
         file=match["file"] or "",
     )
-
-
-def is_model_file(name: str) -> bool:
-    """Say whether a file of that name, directly in a model directory, is part of the model."""
-    wanted = any(fnmatchcase(name, pattern) for pattern in MODEL_FILES)
-    return wanted and not any(fnmatchcase(name, pattern) for pattern in OTHER_FILES)
 
 
 def fetch(wanted: Repository, store: Store, *, offline: bool, note: Callable[[str], None]) -> Fetched:
@@ -131,7 +121,7 @@ def _download(wanted: Repository, note: Callable[[str], None]) -> Fetched:
             wanted.repo,
             repo_type=kind,
             revision=commit,
-            allow_patterns=list(MODEL_FILES),
+            allow_patterns=[*MODEL_FILES, *PAPERS],
             ignore_patterns=["*/*", *OTHER_FILES],
         )
     return Fetched(path=Path(path), commit=commit, file=file)
@@ -142,7 +132,7 @@ def _cached(wanted: Repository) -> Fetched:
     from huggingface_hub import snapshot_download
 
     kind = "dataset" if wanted.dataset else "model"
-    patterns = [wanted.file] if wanted.file else [*MODEL_FILES, "*.gguf"]
+    patterns = [wanted.file] if wanted.file else [*MODEL_FILES, *PAPERS, "*.gguf"]
     found = snapshot_download(
         wanted.repo,
         repo_type=kind,

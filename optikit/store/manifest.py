@@ -1,10 +1,12 @@
 """The seal of a directory: `artifact.json`, written last, naming every file with its size and sha256.
 
-A directory without it is unfinished; one that differs from it is damaged.
+A directory without it is unfinished; one that differs from it is damaged. The seal covers itself: `self_sha256` is the
+digest of everything else in it, so that a flipped bit in a figure is damage, too.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -18,7 +20,10 @@ from optikit.store import fault_points, files
 from optikit.store.keys import is_key
 
 NAME = "artifact.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+UNSEALED_VERSION = 1
+"""Seals of this version don't cover themselves, and those of outputs don't cover the reports; they are still read."""
+SELF = "self_sha256"
 MOST_BYTES = 64 * 2**20
 """A larger artifact.json is refused before it is parsed."""
 
@@ -119,16 +124,32 @@ def seal(directory: Path, manifest: Manifest, *, digest: Callable[[Path], str] =
     created = manifest.created or datetime.now(UTC).isoformat(timespec="seconds")
     sealed = replace(manifest, files=records, created=created)
     fault_points.reach("before_manifest")
-    text = json.dumps(asdict(sealed), indent=1, sort_keys=True, allow_nan=False)
-    files.write_whole(directory / NAME, text.encode())
+    files.write_whole(directory / NAME, dumps(asdict(sealed)).encode())
     return sealed
 
 
+def dumps(values: Mapping[str, Any]) -> str:
+    """Return the text of a seal that covers itself."""
+    plain = json.loads(json.dumps(values, allow_nan=False))  # as it will be read: every name is a text
+    return json.dumps({**plain, SELF: _own_digest(plain)}, indent=1, sort_keys=True)
+
+
+def _own_digest(values: Mapping[str, Any]) -> str:
+    """Return the sha256 of everything in a seal but this digest."""
+    rest = {name: value for name, value in values.items() if name != SELF}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def load(directory: Path) -> Manifest:
-    """Read artifact.json.
+    """Read artifact.json; errors as of `read`."""
+    return read(directory)[0]
+
+
+def read(directory: Path) -> tuple[Manifest, dict[str, Any]]:
+    """Read artifact.json; return what it says of files and of the stage, and all of it.
 
     Raises:
-        IntegrityError: If it is missing, torn, or names files outside the directory.
+        IntegrityError: If it is missing, torn, changed after it was sealed, or names files outside the directory.
     """
     path = directory / NAME
     fix = "what it describes is unfinished or damaged: make it again"
@@ -137,10 +158,11 @@ def load(directory: Path) -> Manifest:
             content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
             raise IntegrityError(f"{path} is larger than {files.in_units(MOST_BYTES)}", fix=fix)
-        return _parse(json.loads(content))
+        loaded = json.loads(content)
+        return _parse(loaded), loaded
     except FileNotFoundError:
         raise IntegrityError(f"{directory} has no {NAME}", fix=fix) from None
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise IntegrityError(f"{path} can't be read: {error}", fix=fix) from error
     except RefusedError as error:
         raise IntegrityError(error.message, fix=fix) from error
@@ -148,8 +170,11 @@ def load(directory: Path) -> Manifest:
 
 def _parse(loaded: Any) -> Manifest:
     version = loaded["schema_version"]
-    if version != SCHEMA_VERSION:
+    if version not in (UNSEALED_VERSION, SCHEMA_VERSION):
         msg = f"schema_version {version!r}, and this optikit reads {SCHEMA_VERSION}"
+        raise ValueError(msg)
+    if version != UNSEALED_VERSION and loaded[SELF] != _own_digest(loaded):
+        msg = "it was changed after it was sealed"
         raise ValueError(msg)
     known = {f.name for f in fields(Manifest)}
     values = {name: value for name, value in loaded.items() if name in known}
@@ -174,7 +199,7 @@ def damages(
     directory: Path,
     manifest: Manifest,
     *,
-    contents: bool = True,
+    contents: Callable[[str], bool] | bool = True,
     digest: Callable[[Path], str] = _read_digest,
 ) -> list[Damage]:
     """Compare a directory with its manifest; return every difference.
@@ -182,7 +207,7 @@ def damages(
     Args:
         directory: What was sealed.
         manifest: Its seal.
-        contents: Compare sha256 too, not only names and sizes.
+        contents: Compare sha256 too, not only names and sizes; or of which files.
         digest: How to get the sha256 of a file.
     """
     try:
@@ -192,20 +217,11 @@ def damages(
     present.pop(NAME, None)
     found = [Damage(name, "missing") for name in manifest.files if name not in present]
     found += [Damage(name, "not in the manifest", unlisted=True) for name in present if name not in manifest.files]
+    compared = contents if callable(contents) else lambda _: contents
     for name in manifest.files.keys() & present.keys():
         record, size = manifest.files[name], present[name].st_size
         if size != record.size:
             found.append(Damage(name, f"{size} bytes, expected {record.size}"))
-        elif contents and digest(directory / name) != record.sha256:
+        elif compared(name) and digest(directory / name) != record.sha256:
             found.append(Damage(name, "sha256 differs"))
     return sorted(found, key=lambda damage: damage.path)
-
-
-def is_beside(damage: Damage, manifest: Manifest) -> bool:
-    """Say whether an unlisted file is only kept beside what was sealed, as a report is beside a model.
-
-    A directory is sealed as a whole as soon as the manifest names one file in it.
-    """
-    sealed = {name.partition("/")[0] if "/" in name else "" for name in manifest.files}
-    place = damage.path.partition("/")[0] if "/" in damage.path else ""
-    return damage.unlisted and place not in sealed

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from optikit import records
 from optikit.errors import InputMissingError, IntegrityError, RecipeError, RefusedError
+from optikit.fileio import file_sha256
+from optikit.models import intake, strict_json
 from optikit.store import downloads, files, hub, pypi
 from optikit.store.keys import cache_key
 
@@ -42,6 +44,7 @@ class ModelSource:
         path: Absolute path.
         digest: sha256 of its contents.
         resolved: The source again, written so that it can mean only these bytes; a path stays as written.
+        names: Files of a directory that the digest covers.
     """
 
     spec: str
@@ -50,6 +53,7 @@ class ModelSource:
     path: Path
     digest: str
     resolved: str
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,9 +198,38 @@ def check_lock(entries: Mapping[str, Mapping[str, str]], sources: Iterable[Model
     for source in sources:
         row = entries.get(source.spec)
         if row is not None and row.get("sha256") != _whole_digest(source):
-            fix = "restore it, or delete optikit.lock to accept what is there now"
+            fix = "restore it, or accept what is there now with --update-lock"
             message = f"{source.spec} changed: sha256 {_whole_digest(source)}, optikit.lock says {row.get('sha256')}"
             raise IntegrityError(message, fix=fix)
+
+
+def read_lock(path: Path) -> dict[str, dict[str, str]]:
+    """Read an optikit.lock; nothing where there is none.
+
+    Raises:
+        IntegrityError: It is there, and no lock.
+    """
+    if not path.exists():
+        return {}
+    entries = strict_json.read_object(path)
+    if not all(isinstance(row, dict) for row in entries.values()):
+        raise IntegrityError(f"{path} is no lock: a row isn't an object", fix="write it anew with --update-lock")
+    return entries
+
+
+def require_unchanged(source: ModelSource, store: Store) -> None:
+    """Read every byte of a model again, also where it looks unchanged, before something is made of it.
+
+    Raises:
+        IntegrityError: It isn't what it was when it was resolved.
+    """
+    if source.format == "gguf":
+        found = file_sha256(source.path)
+    else:
+        found = store.digest_directory(source.path, source.names, anew=True)
+    if found != source.digest:
+        message = f"{source.spec} isn't what it was: sha256 {found}, expected {source.digest}"
+        raise IntegrityError(message, fix="run again; if it happens twice, check the disk")
 
 
 def _whole_digest(source: ModelSource | TextSource) -> str:
@@ -245,15 +278,24 @@ def _local_model(spec: str, path: Path, store: Store) -> ModelSource:
         raise RefusedError(f"{spec} is a pickle, which can run any code when it is read", fix=fix)
     if path.suffix != ".gguf":
         raise RecipeError(f"{spec} is neither a model directory nor a gguf file", fix=f"try {path.parent}")
+    if not path.is_file():
+        raise InputMissingError(f"{spec} is not a regular file", fix="name a gguf file or a model directory")
     return ModelSource(spec=spec, kind="path", format="gguf", path=path, digest=store.digest_file(path), resolved=spec)
 
 
 def _directory(spec: str, kind: Literal["path", "hf"], path: Path, store: Store, resolved: str) -> ModelSource:
     if not (path / "config.json").is_file():
         raise InputMissingError(f"{spec} has no config.json", fix="name a directory that transformers can load")
-    names = sorted(entry.name for entry in path.iterdir() if entry.is_file() and hub.is_model_file(entry.name))
-    digest = store.digest_directory(path, names)
-    return ModelSource(spec=spec, kind=kind, format="safetensors", path=path, digest=digest, resolved=resolved)
+    names = intake.model_files(path)
+    return ModelSource(
+        spec=spec,
+        kind=kind,
+        format="safetensors",
+        path=path,
+        digest=store.digest_directory(path, names),
+        resolved=resolved,
+        names=names,
+    )
 
 
 def _hub_model(spec: str, store: Store, *, offline: bool, note: Note) -> ModelSource:

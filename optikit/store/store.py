@@ -7,7 +7,8 @@
 
 Writing: a fresh directory in tmp/ → files → fsync → artifact.json → fsync → rename → fsync. Killed anywhere, the store
 holds the artifact whole or not at all, and what is left in tmp/ is swept by the next run. Reading: every size always,
-every sha256 once per process; what differs is set aside in corrupt/ and counts as absent, so that it is made again.
+every sha256 once per process, that of large files from memory until a step reads them or the output gets them; what
+differs is set aside in corrupt/ and counts as absent, so that it is made again.
 """
 
 from __future__ import annotations
@@ -16,16 +17,15 @@ import errno
 import json
 import os
 import re
-import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
-from optikit.errors import CannotCreateError, IntegrityError, LockedError, RefusedError
+from optikit.errors import CannotCreateError, IntegrityError, LockedError
 from optikit.process.child import is_alive
 from optikit.store import fault_points, files
 from optikit.store.digests import Digests
@@ -36,6 +36,8 @@ __all__ = ["Artifact", "Damage", "Manifest", "Store", "cache_key"]
 
 Verify = Literal["full", "size"]
 DIRECTORIES = ("artifacts", "tmp", "locks", "scratch", "downloads", "corrupt", "jobs")
+ENVIRONMENTS = "environments"
+"""Directory of the managed environments, made with the first: what lies there is executed."""
 _TOKEN = os.urandom(4).hex()
 """Tells this process from an earlier one that had its number."""
 _STAGING = re.compile(r"[0-9a-f]{16}-(?P<pid>\d+)-(?P<token>[0-9a-f]{8})-\d+@(?P<host>.*)")
@@ -50,7 +52,7 @@ class Store:
 
     Raises:
         CannotCreateError: If the directories can't be made.
-        RefusedError: If anybody on the machine may write to them.
+        RefusedError: If anybody else may write to them, or owns them.
     """
 
     def __init__(self, root: Path, *, warn: Callable[[str], None] | None = None) -> None:
@@ -58,6 +60,7 @@ class Store:
         self.warnings: list[str] = []
         self.warn = warn or self.warnings.append
         self._verified: set[str] = set()
+        self._reread: set[str] = set()
         self._stagings = 0
         with files.disk_errors(self.root, f"store {self.root}"):
             self._make_directories()
@@ -78,8 +81,9 @@ class Store:
                 (self.root / name).mkdir(mode=0o700, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise CannotCreateError(f"{error.filename} is not a directory", fix="point OPTIKIT_HOME to one") from error
-        if self.root.stat().st_mode & stat.S_IWOTH:
-            raise RefusedError(f"anybody may write to the store {self.root}", fix=f"chmod o-w {self.root}")
+        for path in (self.root, *(self.root / name for name in (*DIRECTORIES, ENVIRONMENTS))):
+            if path.exists():
+                files.require_own(path)
 
     # ------------------------------------------------------------------ reading
 
@@ -113,6 +117,30 @@ class Store:
             os.utime(path)  # last use, for the garbage collection
         return Artifact(key, path, manifest)
 
+    def require_intact(self, artifact: Artifact) -> None:
+        """Read every byte of an artifact before something is made of it, once per process.
+
+        Raises:
+            IntegrityError: It isn't what was sealed; it is set aside, and the next run makes it again.
+        """
+        if artifact.key in self._reread:
+            return
+        found = damages(artifact.path, artifact.manifest, digest=self._digests.read)
+        self._digests.save()
+        if found:
+            self.refuse_damaged(artifact, found)
+        self._reread.add(artifact.key)
+
+    def refuse_damaged(self, artifact: Artifact, found: Sequence[Damage]) -> NoReturn:
+        """Set an artifact aside that was found damaged while it was used.
+
+        Raises:
+            IntegrityError: Always.
+        """
+        self.set_aside(artifact.path, found)
+        message = f"{artifact.path} changed on the disk after it was sealed ({found[0]})"
+        raise IntegrityError(message, fix="run again: it is set aside and will be made anew; check the disk")
+
     def keys(self) -> tuple[str, ...]:
         """Return the keys of all artifacts, sorted; being there doesn't mean being whole."""
         return tuple(sorted(path.name for path in (self.root / "artifacts").iterdir() if is_key(path.name)))
@@ -123,11 +151,18 @@ class Store:
         self._digests.save()
         return digest
 
-    def digest_directory(self, path: Path, names: Iterable[str]) -> str:
-        """Return one sha256 for some files of a directory: of their names and contents, whatever the directory is."""
-        digest = cache_key(files={name: self._digests.of(path / name) for name in names})
+    def digest_directory(self, path: Path, names: Iterable[str], *, anew: bool = False) -> str:
+        """Return one sha256 for some files of a directory: of their names and contents, whatever the directory is.
+
+        Args:
+            path: The directory.
+            names: Files in it.
+            anew: Read every byte, also of files that look unchanged.
+        """
+        digest = self._digests.read if anew else self._digests.of
+        found = directory_digest({name: digest(path / name) for name in names})
         self._digests.save()
-        return digest
+        return found
 
     def artifact_path(self, key: str) -> Path:
         """Return where the artifact of a key is, or would be."""
@@ -293,6 +328,11 @@ class Store:
             ours = pid == os.getpid() and match["token"] == _TOKEN
             if not ours and (pid == os.getpid() or not is_alive(pid)):
                 files.remove_tree(path)
+
+
+def directory_digest(digests: Mapping[str, str]) -> str:
+    """Return one sha256 for the files of a directory, from the sha256 of each by name."""
+    return cache_key(files=dict(digests))
 
 
 def replace_directory(source: Path, dest: Path) -> None:

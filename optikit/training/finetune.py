@@ -23,7 +23,7 @@ from optikit.calibration import calibration_set
 from optikit.calibration.source_model import SourceModel
 from optikit.calibration.verify import FIX, same_bytes
 from optikit.errors import StageFailedError
-from optikit.formats.checkpoint import Checkpoint, locate, read_entry, save_tensors
+from optikit.formats.checkpoint import Checkpoint, keep_tensors, kept_tensors, locate, save_tensors
 from optikit.formats.directory import write_model
 from optikit.stage import Job
 from optikit.training.loop import History, Settings, Task, train, write_log
@@ -216,13 +216,15 @@ def self_generated_windows(job: Job, teacher: nn.Module, text: Tensor, prompt: i
     written = []
     for index, batch in enumerate(torch.split(text, WRITTEN_TOGETHER)):
         kept = job.scratch / f"self-generated-{index:05}.safetensors"
-        if not kept.exists():  # else a killed run came so far
+        earlier = kept_tensors(kept, job.note)
+        if earlier is None:  # else a killed run came so far
             torch.manual_seed(job.seed * 1_000_003 + index)
             begun = batch[:, :prompt].to(job.device)
             model: Any = teacher
             told = model.generate(begun, attention_mask=torch.ones_like(begun), generation_config=config)
-            save_tensors(kept, {"tokens": told})
-        written.append(read_entry(locate(kept)["tokens"]))
+            earlier = {"tokens": told.cpu()}
+            keep_tensors(kept, earlier)
+        written.append(earlier["tokens"])
         job.progress(min((index + 1) * WRITTEN_TOGETHER, len(text)), len(text), "texts by the teacher")
     return torch.cat(written)
 

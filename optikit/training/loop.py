@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from optikit.errors import StageFailedError
+from optikit.fileio import is_intact, keep_checked
 from optikit.stage import Job
 
 CHECKPOINTS = 20
@@ -215,7 +215,7 @@ class _Run:
 
     def begin(self) -> None:
         """Continue from the checkpoint, or validate the start."""
-        if not self.checkpoint.is_file():
+        if not is_intact(self.checkpoint, self.job.note):
             self._validate()
             return
         state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
@@ -236,9 +236,7 @@ class _Run:
         partial = self.checkpoint.with_suffix(".part")
         with partial.open("wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.checkpoint)
+        keep_checked(partial, self.checkpoint)
 
     def finish(self, scalar: Callable[[str, float, int], None]) -> None:
         """Do the steps that are left.

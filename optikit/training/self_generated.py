@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache
 
-from optikit.formats.checkpoint import save_tensors
+from optikit.formats.checkpoint import keep_tensors, kept_tensors
 from optikit.runtime.decoders.checks import cache_argument
 
 BATCH = 32
@@ -84,9 +82,9 @@ def write(
     new_tokens: int,
     ends: frozenset[int],
     folder: Path,
-    batch: int = BATCH,
-    room: int = ROOM,
+    most: tuple[int, int] = (BATCH, ROOM),
     observe: Callable[[int, int], None] = lambda _done, _total: None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> GeneratedText:
     """Let a model continue prompts greedily.
 
@@ -96,21 +94,22 @@ def write(
         new_tokens: Most tokens to write per prompt.
         ends: Tokens that end a text; the one that does is part of it.
         folder: Where finished batches are kept.
-        batch: Most prompts at once; those of similar length share a batch.
-        room: Most positions of the cache at once; a prompt that is longer is written alone.
+        most: Prompts at once, those of similar length together, and positions of the cache at once; a prompt that is
+            longer is written alone.
         observe: Told (done, total) prompts.
+        note: Told of a batch that is damaged, and therefore written again.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts: list[dict[str, Tensor]] = []
     done = 0
-    for number, indices in enumerate(_batches([len(prompt) + new_tokens for prompt in prompts], batch, room)):
+    for number, indices in enumerate(_batches([len(prompt) + new_tokens for prompt in prompts], *most)):
         observe(done, len(prompts))
         done += len(indices)
         path = folder / f"text-{number:05d}.safetensors"
-        part = _read(path)
+        part = kept_tensors(path, note)
         if part is None:
             part = _joined(indices, _continue(model, [prompts[i] for i in indices], new_tokens, ends))
-            save_tensors(path, part)
+            keep_tensors(path, part)
         parts.append(part)
     observe(done, len(prompts))
     return GeneratedText(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
@@ -142,16 +141,6 @@ def _joined(numbers: Sequence[int], texts: Sequence[tuple[int, list[int], Tensor
         "wanted": torch.cat(wanted),
         "hidden": torch.cat(hidden),
     }
-
-
-def _read(path: Path) -> dict[str, Tensor] | None:
-    if not path.is_file():
-        return None
-    try:
-        found: dict[str, Tensor] = load_file(path)
-    except SafetensorError:
-        return None
-    return found
 
 
 class _States:

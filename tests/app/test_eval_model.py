@@ -9,9 +9,10 @@ import pytest
 
 from optikit.app import eval_model
 from optikit.cli import eval as cli
-from optikit.errors import InputMissingError, UsageError
+from optikit.errors import CannotCreateError, InputMissingError, IntegrityError, UsageError
 from optikit.recipe.schema import Evaluate, Gate
 from optikit.report import compare, write
+from tests.app.outputs import seal_output
 
 PART = {"window": 16, "windows": 8}
 
@@ -39,10 +40,19 @@ def test_what_a_run_wrote_is_measured_as_it_is_served(tiny_onnx_int4, tiny_gptq,
     out = tmp_path / "out"
     shutil.copytree(tiny_onnx_int4, out / "compiled/onnxruntime")
     shutil.copytree(tiny_gptq, out / "model")
+    with pytest.raises(IntegrityError, match="isn't sealed"):
+        eval_model.find(out)
+    seal_output(out)
     found = eval_model.find(out)
     assert (found.runtime, found.tokenizer) == ("onnxruntime", out / "model")
     assert "int4_gptq" in found.facts.traits
     assert found.speculator is None
+
+
+def test_a_report_never_breaks_a_seal(tiny_llama, prose, tmp_path):
+    seal_output(tmp_path)
+    with pytest.raises(CannotCreateError, match="is sealed"):
+        eval_model.measure(eval_model.Request(subject=tiny_llama, out=tmp_path, wanted=wanted(prose), progress="none"))
 
 
 def test_a_directory_without_a_model(tmp_path):

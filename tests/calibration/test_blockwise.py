@@ -22,7 +22,7 @@ from optikit.algorithms.precision import compute_dtype
 from optikit.calibration import blockwise, calibration_set
 from optikit.calibration.gram import Gram, PairedGram
 from optikit.calibration.method import Batch, Group
-from optikit.errors import StageFailedError
+from optikit.errors import IntegrityError, StageFailedError
 from optikit.formats import gptq as packing
 from optikit.stage import Calibration, Job
 
@@ -130,6 +130,58 @@ def test_interrupted_after_a_block_it_goes_on_to_the_same_bytes(three_blocks, pr
     facts = quantize(make_job(three_blocks, prose, tmp_path, progress=lambda done, *_: seen.append(done)))
     assert seen == list(range(block + 1, 4))
     assert (digest(tmp_path), facts) == uninterrupted
+
+
+def _one_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 0x10  # of the last tensor: the header stays right
+    path.write_bytes(content)
+
+
+def _more_done(path: Path) -> None:
+    path.write_text(path.read_text().replace('"done": 2', '"done": 3'))
+
+
+def _a_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGE = [
+    ("block-00000.safetensors", _one_bit),
+    ("block-00001.safetensors", lambda path: os.truncate(path, path.stat().st_size // 2)),
+    ("block-00001.safetensors.sha256", Path.unlink),
+    ("hidden-00002.bin", _one_bit),
+    ("resume.json", _more_done),
+    ("resume.json", lambda path: path.write_text("[]")),
+    ("resume.json", lambda path: os.truncate(path, 9)),
+    ("resume.json", _a_directory),
+]
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGE)
+def test_what_a_killed_walk_kept_is_read_back_by_its_sum(three_blocks, prose, tmp_path, uninterrupted, name, damage):
+    def interrupt(done: int, _total: int, _what: str) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(make_job(three_blocks, prose, tmp_path, progress=interrupt))
+    damage(tmp_path / "scratch" / name)
+    notes: list[str] = []
+    facts = quantize(make_job(three_blocks, prose, tmp_path, note=notes.append))
+    assert (digest(tmp_path), facts) == uninterrupted
+    assert len(notes) == 1
+    assert "damaged" in notes[0]
+
+
+def test_a_block_that_rots_before_it_is_written_out_is_not_written(three_blocks, prose, tmp_path):
+    def rot(done: int, _total: int, _what: str) -> None:
+        if done == 3:
+            _one_bit(tmp_path / "scratch" / "block-00001.safetensors")
+
+    with pytest.raises(IntegrityError, match="changed on the disk"):
+        quantize(make_job(three_blocks, prose, tmp_path, progress=rot))
 
 
 KILLED = """

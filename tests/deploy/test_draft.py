@@ -1,6 +1,7 @@
 """Draft directories: what transformers really reads from them, and which drafts are refused."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -117,3 +118,13 @@ def test_transformers_takes_the_arguments_it_is_given(tiny_llama):
     assert vllm.transformers_arguments("draft", tokens=4) == {}
     with pytest.raises(UsageError, match="no speculation by 'medusa'"):
         vllm.transformers_arguments("medusa", tokens=4)
+
+
+def test_weights_configuration_and_tokenizer_go_along_as_copies_and_nothing_else(tiny_llama, tmp_path):
+    shutil.copytree(tiny_llama, tmp_path / "source")
+    for name in ("pytorch_model.bin", "optimizer.pt", "scheduler.pt", "training_args.bin", "modeling.py", "x.pkl"):
+        (tmp_path / "source" / name).write_bytes(b"\x80\x04.")
+    draft.write_draft(tmp_path / "source", tmp_path / "draft", tokens=4, context=64)
+    before = {path.name for path in tiny_llama.iterdir()} | {"generation_config.json"}
+    assert {path.name for path in (tmp_path / "draft").iterdir()} == before
+    assert {path.stat().st_nlink for path in (tmp_path / "draft").iterdir()} == {1}

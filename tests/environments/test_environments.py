@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -98,7 +99,19 @@ def test_what_does_not_import_is_not_healthy(store: Store, root: Path, wheels: P
         build(store, root, wheels)
 
 
-@pytest.mark.parametrize("damage", ["marker", "package", "python"])
+def _plant(made: environments.Environment) -> None:
+    """Put another directory in an environment's place, with all that its definition tells."""
+    shutil.rmtree(made.path)
+    made.packages.mkdir(parents=True)
+    made.python.parent.mkdir()
+    made.python.write_text("#!/bin/sh\nexit 3\n")
+    made.python.chmod(0o755)
+    for name, version in made.definition.pins.items():
+        (made.packages / f"{name}-{version}.dist-info").mkdir()
+    (made.path / MARKER).write_text(json.dumps({"digest": made.definition.digest}))
+
+
+@pytest.mark.parametrize("damage", ["marker", "package", "python", "another python", "start-up file", "planted"])
 def test_what_is_damaged_is_built_again(store: Store, root: Path, wheels: Path, damage: str) -> None:
     define(root, [wheel(wheels, "alpha")])
     made = build(store, root, wheels)
@@ -106,8 +119,15 @@ def test_what_is_damaged_is_built_again(store: Store, root: Path, wheels: Path, 
         (made.path / MARKER).write_text("{")
     elif damage == "package":
         next(made.packages.glob("alpha-*.dist-info")).rename(made.path / "elsewhere")
+    elif damage == "start-up file":
+        (made.packages / "x.pth").write_text("import os")
+    elif damage == "planted":
+        _plant(made)
     else:
         made.python.unlink()
+        if damage == "another python":
+            made.python.write_text("#!/bin/sh\nexit 3\n")
+            made.python.chmod(0o755)
     assert made.state() != "ready"
     with pytest.raises(UnavailableError, match="while it was used"):
         made.require("1-quantize-awq")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from optikit.errors import CannotCreateError, IntegrityError, RefusedError
 from optikit.store.digests import Digests
-from optikit.store.manifest import NAME, load
+from optikit.store.manifest import NAME, Manifest, load, seal
 from optikit.store.store import Store
 from tests.store.artifacts import FILES, KEY, commit, contents
 
@@ -150,7 +150,8 @@ def test_a_manifest_that_is_none_is_refused(content: str, tmp_path: Path) -> Non
         load(tmp_path)
 
 
-def test_a_warm_read_reads_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_warm_read_reads_no_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optikit.store.digests.WORTH_REMEMBERING", 1)
     path = commit(Store(tmp_path)).path
     past = path.stat().st_mtime - 10
     for name in FILES:
@@ -192,8 +193,9 @@ def test_a_file_changed_right_after_it_was_hashed_is_hashed_again(tmp_path: Path
         assert digests.of(path) != first
 
 
-def test_a_file_that_was_just_written_is_not_trusted_yet(tmp_path: Path) -> None:
+def test_a_file_that_was_just_written_is_not_trusted_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within one step of the clock a file can change again and look the same."""
+    monkeypatch.setattr("optikit.store.digests.WORTH_REMEMBERING", 1)
     path = tmp_path / "file"
     path.write_text("x")
     digests = Digests(tmp_path / "digests.json")
@@ -202,6 +204,71 @@ def test_a_file_that_was_just_written_is_not_trusted_yet(tmp_path: Path) -> None
     _settle(tmp_path)
     digests.of(path)
     assert list(digests._new) == [str(path)]
+
+
+def _rot(path: Path) -> None:
+    """Flip a bit as a bad disk would: size and times stay."""
+    found = path.stat()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+
+def test_a_bit_lost_by_the_disk_is_found_in_small_files_at_once_and_in_large_ones_before_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optikit.store.digests.WORTH_REMEMBERING", 1000)  # config.json is small, the weights are large
+    monkeypatch.setattr("optikit.store.digests._identity", lambda stat: [stat.st_size, stat.st_mtime_ns, 0, 0])
+    path = commit(Store(tmp_path)).path
+    _settle(tmp_path)
+    assert Store(tmp_path).find(KEY) is not None  # remembered
+    _rot(path / "sub" / "weights")
+    store = Store(tmp_path)
+    found = store.find(KEY)
+    assert found is not None  # this is what a memory of stats can't see
+    with pytest.raises(IntegrityError, match="sub/weights: sha256 differs"):
+        store.require_intact(found)
+    assert store.find(KEY) is None
+    path = commit(Store(tmp_path)).path
+    _settle(tmp_path)
+    assert Store(tmp_path).find(KEY) is not None
+    _rot(path / "config.json")
+    assert Store(tmp_path).find(KEY) is None
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.integers(0, 2**20), bit=st.integers(0, 7))
+def test_a_flipped_bit_in_a_seal_is_damage_or_changes_nothing(at: int, bit: int, sealed: Path) -> None:
+    content = bytearray((sealed / NAME).read_bytes())
+    before = load(sealed)
+    content[at % len(content)] ^= 1 << bit
+    other = sealed.with_name("other")
+    other.mkdir(exist_ok=True)
+    (other / NAME).write_bytes(content)
+    try:
+        assert load(other) == before  # white space, or another way to write the same number
+    except IntegrityError as error:
+        assert "can't be read" in error.message  # noqa: PT017  either way is right
+
+
+@pytest.fixture
+def sealed(tmp_path: Path) -> Path:
+    facts = {"perplexity": 12.25, "steps": {10: 1e-7, 2: "zwölf"}, "none": None, "many": [True, 0.1 + 0.2]}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "weights").write_bytes(b"x")
+    seal(tmp_path / "a", Manifest(verb="measure", method="quality", traits=("int4_gptq",), facts=facts))
+    return tmp_path / "a"
+
+
+def test_a_seal_of_the_version_before_is_still_read(sealed: Path) -> None:
+    values = json.loads((sealed / NAME).read_text())
+    del values["self_sha256"]
+    (sealed / NAME).write_text(json.dumps(values))
+    with pytest.raises(IntegrityError, match="self_sha256"):
+        load(sealed)
+    (sealed / NAME).write_text(json.dumps(values | {"schema_version": 1}))
+    assert load(sealed).facts["perplexity"] == 12.25
 
 
 def test_export_copies_and_replaces(store: Store, tmp_path: Path) -> None:
@@ -239,11 +306,28 @@ def test_the_store_is_private(tmp_path: Path) -> None:
     assert all(path.stat().st_mode & 0o777 == 0o700 for path in store.root.iterdir())
 
 
-def test_a_store_that_anybody_may_write_to_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "open").mkdir()
-    (tmp_path / "open").chmod(0o777)
-    with pytest.raises(RefusedError, match="anybody may write"):
-        Store(tmp_path / "open")
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770, 0o702])
+@pytest.mark.parametrize("name", ["", "artifacts", "downloads", "environments"])
+def test_a_store_that_others_may_write_to_is_refused(name: str, mode: int, tmp_path: Path) -> None:
+    """What lies in a store is believed, and its environments are executed."""
+    path = Store(tmp_path / "store").root / name
+    path.mkdir(exist_ok=True)
+    path.chmod(mode)
+    with pytest.raises(RefusedError, match="may write") as raised:
+        Store(tmp_path / "store")
+    assert raised.value.fix == f"chmod go-w {path}"
+    path.chmod(0o755)
+    Store(tmp_path / "store")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+@pytest.mark.parametrize("name", ["", "artifacts", "environments"])
+def test_a_store_of_another_user_is_refused(name: str, tmp_path: Path) -> None:
+    path = Store(tmp_path / "store").root / name
+    path.mkdir(exist_ok=True)
+    os.chown(path, 65534, -1)
+    with pytest.raises(RefusedError, match="belongs to user 65534"):
+        Store(tmp_path / "store")
 
 
 def test_a_store_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:

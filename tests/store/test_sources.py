@@ -23,16 +23,22 @@ def model(spec: str, store: Store, base: Path) -> ModelSource:
 
 def test_a_directory_is_known_by_its_contents_not_its_name(tiny_llama: Path, store: Store, tmp_path: Path) -> None:
     shutil.copytree(tiny_llama, tmp_path / "copy")
-    (tmp_path / "copy" / "README.md").write_text("not part of the model")
+    for name in ("pytorch_model.bin", "modeling.py", "trace.npz", "run.sh", "lib.so", "notes.txt", ".cache.json"):
+        (tmp_path / "copy" / name).write_bytes(b"\x80not part of the model")
     one = model(str(tiny_llama), store, tmp_path)
     other = model("copy", store, tmp_path)
     assert (one.kind, one.format, one.path) == ("path", "safetensors", tiny_llama)
     assert other.path == tmp_path / "copy"
     assert other.digest == one.digest
+    (tmp_path / "copy" / "LICENSE").write_text("Do good.\n")
+    licensed = model("copy", store, tmp_path)
+    assert licensed.digest != one.digest  # it goes along, so it counts
+    assert set(licensed.names) == {*one.names, "LICENSE"}
+    (tmp_path / "copy" / "LICENSE").unlink()
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         path = tmp_path / "copy" / name
         before = path.read_bytes()
-        path.write_bytes(before[:-1] + b" ")
+        path.write_bytes(before + b" ")
         assert model("copy", store, tmp_path).digest != one.digest
         path.write_bytes(before)
     assert model("copy", store, tmp_path).digest == one.digest

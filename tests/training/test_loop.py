@@ -225,7 +225,28 @@ def test_a_checkpoint_that_was_cut_off_is_never_read(tmp_path):
     (tmp_path / "training.part").write_bytes(b"half of a checkpoint")
     history = train(given, LOOP, job(tmp_path))
     assert history.steps == 6
-    assert sorted(each.name for each in tmp_path.iterdir() if each.is_file()) == ["training.pt"]
+    assert sorted(each.name for each in tmp_path.iterdir() if each.is_file()) == ["training.pt", "training.pt.sha256"]
+
+
+@pytest.mark.parametrize("size", [0, 0.5, 1])
+def test_a_damaged_checkpoint_is_told_and_trained_again(tmp_path, size):
+    """Emptied, cut in half, and with one bit flipped: the training begins again, and ends with the same bytes."""
+
+    def run(**told) -> torch.Tensor:
+        parameter = toy()
+        train(task(parameter, lambda _: parameter.pow(2).mean()), LOOP, job(tmp_path, **told))
+        return parameter.detach()
+
+    whole = run()
+    path = tmp_path / "training.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content[: int(len(content) * size)])
+    notes: list[str] = []
+    assert torch.equal(run(note=notes.append), whole)
+    assert notes == ["training.pt, kept of an earlier run of this step, is damaged: what it held is made again"]
+    run(note=notes.append)
+    assert len(notes) == 1
 
 
 # -------------------------------------------------------------------------------------------------------- what is told

@@ -39,9 +39,21 @@ def test_a_text_does_not_depend_on_those_beside_it(tmp_path: Path) -> None:
     model = LlamaForCausalLM(config).eval()
     prompts = [list(range(3, 3 + length)) for length in (2, 9, 5, 20, 11)]
     together = self_generated.write(model, prompts, new_tokens=6, ends=frozenset(), folder=tmp_path / "a")
-    apart = self_generated.write(model, prompts, new_tokens=6, ends=frozenset(), folder=tmp_path / "b", room=30)
-    assert len(list((tmp_path / "a").iterdir())) == 1
-    assert len(list((tmp_path / "b").iterdir())) > 2
+    apart = self_generated.write(
+        model, prompts, new_tokens=6, ends=frozenset(), folder=tmp_path / "b", most=(self_generated.BATCH, 30)
+    )
+    assert len(list((tmp_path / "a").glob("*.safetensors"))) == 1
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) > 2
     assert torch.equal(together.documents, apart.documents)
     assert torch.equal(together.tokens, apart.tokens)
     torch.testing.assert_close(together.hidden, apart.hidden, atol=1e-5, rtol=1e-5)
+    damaged = next((tmp_path / "a").glob("*.safetensors"))
+    content = bytearray(damaged.read_bytes())
+    content[-9] ^= 0x10  # still a safetensors file
+    damaged.write_bytes(content)
+    notes: list[str] = []
+    again = self_generated.write(
+        model, prompts, new_tokens=6, ends=frozenset(), folder=tmp_path / "a", note=notes.append
+    )
+    assert torch.equal(again.hidden, together.hidden)
+    assert len(notes) == 1

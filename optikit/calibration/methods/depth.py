@@ -33,7 +33,8 @@ def influences(job: Job, calibration: Calibration) -> list[float]:
     source = SourceModel(Checkpoint(job.source))
     dtype = compute_dtype(job.device)
     shape = (calibration.samples, calibration.length)
-    state = ResumeState(job.scratch, {"method": "depth", "dtype": str(dtype), "seed": job.seed, "windows": list(shape)})
+    identity = {"method": "depth", "dtype": str(dtype), "seed": job.seed, "windows": list(shape)}
+    state = ResumeState(job.scratch, identity, job.note)
     if state.done < source.layers:
         with torch.no_grad():
             _measure(job, calibration, source, state, dtype)

@@ -21,7 +21,7 @@ from optikit.calibration.gram import Gram
 from optikit.calibration.method import Group, Result
 from optikit.calibration.source_model import Linear, SourceModel
 from optikit.calibration.write_checkpoint import NarrowedLayout
-from optikit.formats.checkpoint import Checkpoint, locate, read_entry, save_tensors
+from optikit.formats.checkpoint import Checkpoint, keep_tensors, kept_tensors
 from optikit.stage import Calibration, Job
 
 GRADIENT_WINDOWS, GRADIENT_TOKENS = 16, 256
@@ -113,8 +113,9 @@ class Narrow:
 def taylor(job: Job, calibration: Calibration, couplings: tuple[Coupling, ...]) -> dict[str, Tensor]:
     """Return the first-order importance of every unit, (units,) by full name of its reader."""
     kept = job.scratch / TAYLOR
-    if kept.exists():  # a killed run came so far
-        return {name: read_entry(entry) for name, entry in locate(kept).items()}
+    earlier = kept_tensors(kept, job.note)
+    if earlier is not None:  # a killed run came so far
+        return earlier
     source = SourceModel(Checkpoint(job.source))
     model = EmptyModel(source, dtype=torch.float32, device=job.device)
     tokens = calibration_set.draw(
@@ -130,7 +131,7 @@ def taylor(job: Job, calibration: Calibration, couplings: tuple[Coupling, ...]) 
             name = source.linear_name(f"{source.row.block(index)}.{coupling.reader}")
             found[name] = width.taylor(_parts(block, coupling, transposed=source.row.transposed)).cpu()
         job.progress(source.layers - index, source.layers, "block, backward")
-    save_tensors(kept, found)
+    keep_tensors(kept, found)
     return found
 
 

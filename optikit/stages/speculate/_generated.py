@@ -70,5 +70,6 @@ def written(options: PromptOptions, job: Job, tokens: int) -> tuple[Any, list[li
         ends=generator.ends,
         folder=job.scratch / "self-generated",
         observe=observe,
+        note=job.note,
     )
     return decoder.model, used, text

@@ -48,7 +48,9 @@ def test_self_generated_text_is_what_greedy_decoding_writes(tiny_llama, tmp_path
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 260, length).tolist() for length in (5, 9, 3, 12, 7)]
     ends = frozenset({list(decoder.greedy(np.array(prompts[0]), 6))[-1]})
-    text = self_generated.write(decoder.model, prompts, new_tokens=20, ends=ends, folder=tmp_path, batch=3)
+    text = self_generated.write(
+        decoder.model, prompts, new_tokens=20, ends=ends, folder=tmp_path, most=(3, self_generated.ROOM)
+    )
     lengths = []
     for number, prompt in enumerate(prompts):
         whole = list(decoder.greedy(np.array(prompt), 20))
