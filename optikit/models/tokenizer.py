@@ -200,8 +200,14 @@ def template_names(directory: Path) -> frozenset[str]:
 
 
 def template_files(directory: Path) -> list[str]:
-    """Return the chat templates with names of a model directory, as paths below it."""
-    return sorted(f"{TEMPLATES}/{path.name}" for path in (directory / TEMPLATES).glob("*.jinja") if path.is_file())
+    """Return the chat templates with names of a model directory, as paths below it; no link out of it is one."""
+    folder = directory / TEMPLATES
+    if folder.is_symlink():
+        return []
+    blobs = directory.resolve().parent.parent / "blobs"  # where the hub's cache keeps what its snapshots link to
+    places = {folder.resolve(), blobs}
+    found = (path for path in folder.glob("*.jinja") if path.is_file() and path.resolve().parent in places)
+    return sorted(f"{TEMPLATES}/{path.name}" for path in found)
 
 
 def copy(source: Path, dest: Path, names: Iterable[str] = FILES) -> None:

@@ -81,7 +81,9 @@ class TextGenerator:
         name = chat if isinstance(chat, str) else tokenizer.DEFAULT_TEMPLATE
         if name not in named and (named or isinstance(chat, str)):
             message = f"the model has no chat template {name!r}, but {', '.join(sorted(named)) or 'none at all'}"
-            raise UsageError(message, fix="name one of its templates, or use none")
+            raise UsageError(
+                message, fix="name one with --chat-template or `chat_template`, or use none: --no-chat, `chat: false`"
+            )
         return named.get(name, "")
 
     def _turn(self, prompt: str, template: str) -> str:
@@ -93,7 +95,7 @@ class TextGenerator:
             )
         except Exception as error:  # the template is a program, and anybody's: it can fail in any way
             message = f"the model's chat template fails on one turn of the user: {error}"
-            raise UsageError(message, fix="name another template, or put the prompt without one") from error
+            raise UsageError(message, fix="name another template, or use none: --no-chat, `chat: false`") from error
         return text
 
     def answer(self, tokens: Tokens, max_tokens: int) -> Iterator[Chunk]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optikit.errors import OptikitError, RecipeError, RefusedError, UnavailableError
+from optikit.models.tokenizer import TEMPLATES
 from optikit.store import downloads, files
 from optikit.store.keys import cache_key
 
@@ -76,7 +77,14 @@ def parse(spec: str) -> Repository:
 
 
 def is_model_file(name: str) -> bool:
-    """Say whether a file of that name, directly in a model directory, is part of the model."""
+    """Say whether a file of that name, as a path below a model directory, is part of the model.
+
+    >>> [is_model_file(name) for name in ("config.json", "onnx/config.json", "additional_chat_templates/rag.jinja")]
+    [True, False, True]
+    """
+    folder, _, file = name.rpartition("/")
+    if folder:
+        return folder == TEMPLATES and file.endswith(".jinja")
     wanted = any(fnmatchcase(name, pattern) for pattern in MODEL_FILES)
     return wanted and not any(fnmatchcase(name, pattern) for pattern in OTHER_FILES)
 
@@ -122,7 +130,8 @@ def _download(wanted: Repository, note: Callable[[str], None]) -> Fetched:
     commit = str(info.sha)
     if wanted.revision != commit:
         note(f"{wanted}@{wanted.revision or 'main'} is commit {commit}; pin it with {wanted}@{commit}")
-    file = wanted.file or choose(str(wanted), [sibling.rfilename for sibling in info.siblings or ()])
+    names = [sibling.rfilename for sibling in info.siblings or ()]
+    file = wanted.file or choose(str(wanted), names)
     note(f"fetching {wanted}@{commit[:12]}{'#' + file if file else ''}")
     if file:
         path = hf_hub_download(wanted.repo, file, repo_type=kind, revision=commit)
@@ -131,8 +140,7 @@ def _download(wanted: Repository, note: Callable[[str], None]) -> Fetched:
             wanted.repo,
             repo_type=kind,
             revision=commit,
-            allow_patterns=list(MODEL_FILES),
-            ignore_patterns=["*/*", *OTHER_FILES],
+            allow_patterns=[name for name in names if is_model_file(name)],
         )
     return Fetched(path=Path(path), commit=commit, file=file)
 

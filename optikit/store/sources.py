@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from optikit import records
 from optikit.errors import InputMissingError, IntegrityError, RecipeError, RefusedError
+from optikit.models import tokenizer
 from optikit.store import downloads, files, hub, pypi
 from optikit.store.keys import cache_key
 
@@ -252,6 +253,7 @@ def _directory(spec: str, kind: Literal["path", "hf"], path: Path, store: Store,
     if not (path / "config.json").is_file():
         raise InputMissingError(f"{spec} has no config.json", fix="name a directory that transformers can load")
     names = sorted(entry.name for entry in path.iterdir() if entry.is_file() and hub.is_model_file(entry.name))
+    names += tokenizer.template_files(path)
     digest = store.digest_directory(path, names)
     return ModelSource(spec=spec, kind=kind, format="safetensors", path=path, digest=digest, resolved=resolved)
 

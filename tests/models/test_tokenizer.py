@@ -201,6 +201,8 @@ def test_a_copy_has_the_chat_templates_with_names(tmp_path, tiny_llama):
         (source / name).write_bytes((tiny_llama / name).read_bytes())
     (source / "additional_chat_templates" / "rag.jinja").write_text("R")
     (source / "model.safetensors").write_text("no")
+    (tmp_path / "secret").write_text("S")
+    (source / "additional_chat_templates" / "linked.jinja").symlink_to(tmp_path / "secret")
     tokenizer.copy(source, dest)
     copied = {path.relative_to(dest).as_posix() for path in dest.rglob("*") if path.is_file()}
     assert copied == {"tokenizer.json", "tokenizer_config.json", "additional_chat_templates/rag.jinja"}

@@ -129,6 +129,17 @@ def test_a_mark_at_the_start_is_left_out_and_lines_end_alike(store: Store, tmp_p
     assert text(store, tmp_path, text="a.txt").path.read_bytes() == b"word\nnext\n"
 
 
+def test_a_chat_template_with_a_name_is_part_of_a_model(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "m" / "additional_chat_templates").mkdir(parents=True)
+    (tmp_path / "m" / "config.json").write_text("{}")
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"weights")
+    digests = [model("m", store, tmp_path).digest]
+    for content in ("one", "another"):
+        (tmp_path / "m" / "additional_chat_templates" / "rag.jinja").write_text(content)
+        digests.append(model("m", store, tmp_path).digest)
+    assert len(set(digests)) == 3
+
+
 def test_half_a_character_in_a_record_is_refused_by_its_number(store: Store, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "\\ud83d"}\n')
     with pytest.raises(InputMissingError, match=r"a\.jsonl: record 2 holds half a surrogate pair"):
