@@ -1,4 +1,7 @@
-r"""Records: JSON Lines or a JSON array of objects, and texts made of their fields by a template.
+r"""Texts as files hold them, and records: JSON Lines or a JSON array of objects, whose fields a template puts together.
+
+Every text that optikit reads comes through `read`, and is split into lines by `lines`: at \n alone. Unicode has other
+line ends (U+2028, U+0085), and JSON allows them within a string.
 
 Data sets come as records of their authors' fields. A template says what a model is to see of them, so that none has to
 be converted first: "{context}\n\n{question}".
@@ -9,28 +12,106 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from optikit.errors import InputMissingError
 
-def parse(text: str) -> Iterator[tuple[int, Any]]:
-    """Yield (number of the line or record, value); nothing where the text is prose: no object at its start."""
+
+def read(path: Path) -> str:
+    r"""Read a UTF-8 text, which may begin with a byte order mark; lines that end in \r\n end in \n.
+
+    Raises:
+        InputMissingError: No such file, or it isn't UTF-8.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        message = f"{path} doesn't exist" if isinstance(error, FileNotFoundError) else f"{path}: {error.strerror}"
+        raise InputMissingError(message, fix="check the path of the text") from error
+    return decode(content, path)
+
+
+def decode(content: bytes, name: object) -> str:
+    """Return the text of a file's bytes, as `read` does; `name` is what to call it.
+
+    Raises:
+        InputMissingError: They aren't UTF-8.
+    """
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        message = f"{name} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}"
+        raise InputMissingError(message, fix="convert the text to UTF-8") from error
+
+
+def lines(text: str) -> Iterator[tuple[int, str]]:
+    """Yield (number, line) for the lines of a text that aren't blank."""
+    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
+def parse(text: str, name: object = "the text") -> Iterator[tuple[int, Any]]:
+    """Yield (number of the line or record, value); nothing where the text is prose: no object at its start.
+
+    A line that isn't JSON is given as it is written.
+
+    Raises:
+        InputMissingError: A record holds half a surrogate pair; `name` is what to call the text then.
+    """
+    for number, value in _parse(text):
+        if _halved(value):
+            message = f"{name}: record {number} holds half a surrogate pair, which is no character"
+            raise InputMissingError(message, fix="write the whole character: two \\u escapes, or UTF-8")
+        yield number, value
+
+
+def _parse(text: str) -> Iterator[tuple[int, Any]]:
     whole = _value(text) if text.lstrip().startswith("[") else None
     if isinstance(whole, list) and whole and isinstance(whole[0], dict):
         yield from enumerate(whole, 1)
         return
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if not lines or not isinstance(_value(lines[0][1]), dict):
-        return
-    for number, line in lines:
+    for count, (number, line) in enumerate(lines(text)):
         value = _value(line)
+        if not count and not isinstance(value, dict):
+            return
         yield number, line if value is None else value
 
 
 def _value(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
+
+
+def _halved(value: Any) -> bool:
+    """Say whether a value holds half a surrogate pair, which a JSON escape can write and UTF-8 can't."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            waiting += [*item, *item.values()]
+        elif isinstance(item, list):
+            waiting += item
+        elif isinstance(item, str) and any("\ud800" <= each <= "\udfff" for each in {*item}):
+            return True
+    return False
+
+
+def json_fields(text: str) -> tuple[str, ...] | None:
+    """Return the fields with text of the first record of what is JSON, not prose; None for prose.
+
+    >>> json_fields('{"text": "Once upon a time", "id": 7}')
+    ('text',)
+    >>> json_fields("[1] A footnote.") is None
+    True
+    """
+    if text.lstrip()[:1] not in ("{", "["):
+        return None
+    record = next((value for _, value in _parse(text)), None) or _value(text)
+    if not isinstance(record, dict | list):
+        return None
+    return tuple(name for name, each in record.items() if isinstance(each, str)) if isinstance(record, dict) else ()
 
 
 def fields(template: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from optikit import __version__, host
+from optikit import __version__, host, records
 from optikit.app.output_dir import require_no_seal
 from optikit.errors import InputMissingError, UsageError
 from optikit.evaluation.load_test import Load, time_server
@@ -110,10 +110,14 @@ def _texts(request: Request) -> dict[str, Path]:
     if not named:
         raise UsageError("nothing to ask the server", fix="give --prompts or --text")
     store = Store.default()
-    return {
+    paths = {
         role: resolve_text(text, store, base=request.base, offline=request.offline, note=lambda _: None).path
         for role, text in named.items()
     }
+    if wanted.perplexity is not None and records.json_fields(records.read(paths["perplexity"])) is not None:
+        message = f"{wanted.perplexity.text} is JSON, and would be scored with its braces and names"
+        raise UsageError(message, fix="give prose, or say by a `template` which of its fields are the text")
+    return paths
 
 
 def _prompts(path: Path, wanted: Evaluate) -> list[str]:

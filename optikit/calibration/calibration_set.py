@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from optikit.errors import InputMissingError, StageFailedError
+from optikit import records
+from optikit.errors import StageFailedError
+from optikit.models import tokenizer
 
 CHUNK_CHARACTERS = 200_000
 """Text is tokenized in pieces of about this size, cut at line ends: a tokenizer keeps 50 bytes per character."""
@@ -25,13 +26,6 @@ def _pieces(text: str) -> list[str]:
     return pieces
 
 
-def _prefix(tokenizer: Tokenizer) -> list[int]:
-    # What the tokenizer puts before any text, e.g. <s>: models lean on it, windows must have it too.
-    plain = tokenizer.encode("a", add_special_tokens=False).ids
-    full = tokenizer.encode("a").ids
-    return full[: full.index(plain[0])] if plain and plain[0] in full else []
-
-
 def draw(directory: Path, text: Path, *, samples: int, length: int, seed: int) -> Tensor:
     """Draw windows from a text: one from each of `samples` equal parts of it, at a random place.
 
@@ -46,18 +40,14 @@ def draw(directory: Path, text: Path, *, samples: int, length: int, seed: int) -
         (samples, length) int64.
 
     Raises:
-        InputMissingError: No tokenizer.json.
+        InputMissingError: No tokenizer.json, or a text that isn't UTF-8.
+        IntegrityError: A damaged tokenizer.json.
         StageFailedError: The text has fewer tokens than one window.
     """
-    path = directory / "tokenizer.json"
-    if not path.exists():
-        raise InputMissingError(f"{directory} has no tokenizer.json", fix="save the model's fast tokenizer beside it")
-    tokenizer = Tokenizer.from_file(str(path))
-    prefix = torch.tensor(_prefix(tokenizer), dtype=torch.int64)
-    pieces = _pieces(text.read_text(encoding="utf-8"))
-    tokens = torch.cat(
-        [torch.tensor(tokenizer.encode(piece, add_special_tokens=False).ids, dtype=torch.int64) for piece in pieces]
-    )
+    by = tokenizer.load(directory)
+    prefix = torch.tensor(tokenizer.opening(by), dtype=torch.int64)
+    pieces = _pieces(records.read(text))
+    tokens = torch.cat([torch.tensor(tokenizer.encode(by, piece, opened=False), dtype=torch.int64) for piece in pieces])
     wanted = length - len(prefix)
     if len(tokens) < wanted:
         message = f"{text.name} has {len(tokens)} tokens, fewer than one calibration window of {length}"

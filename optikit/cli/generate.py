@@ -32,6 +32,9 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat/--no-chat", help="Use the model's chat template, if it has one.")
     ] = True,
+    chat_template: Annotated[
+        str, typer.Option(help="Name of the chat template to use, of a model with several.", show_default=False)
+    ] = "",
     stats: Annotated[bool, typer.Option("--stats", help="Print the speed to stderr.")] = False,
 ) -> None:
     """Generate text, greedily, from what a run wrote: the compiled artifact where there is one."""
@@ -43,20 +46,23 @@ def generate(
         raise UsageError("nothing to answer, or too much", fix="give either --prompt or --prompts")
     if prompts is None and batch > 1:
         raise UsageError(f"--batch {batch} has one prompt to answer", fix="give a file of prompts with --prompts")
+    if chat_template and not chat:
+        raise UsageError(f"--chat-template {chat_template} and --no-chat exclude each other", fix="leave one out")
     asked = _read_prompts(prompts) if prompts is not None else ()
     _, place = door.enter(directory)
     decoder = runtime.load(directory)
     from optikit.runtime.generate import TextGenerator
 
     generator = TextGenerator(decoder, place)
+    turn = chat_template or chat
     if prompt is None:
-        _answer_all(decoder, generator, asked, max_tokens=max_tokens, chat=chat, batch=batch, stats=stats)
+        _answer_all(decoder, generator, asked, max_tokens=max_tokens, chat=turn, batch=batch, stats=stats)
         return
-    _answer(decoder, generator, prompt, max_tokens=max_tokens, chat=chat, stats=stats)
+    _answer(decoder, generator, prompt, max_tokens=max_tokens, chat=turn, stats=stats)
 
 
 def _answer(
-    decoder: Decoder, generator: TextGenerator, prompt: str, *, max_tokens: int, chat: bool, stats: bool
+    decoder: Decoder, generator: TextGenerator, prompt: str, *, max_tokens: int, chat: bool | str, stats: bool
 ) -> None:
     """Stream one answer."""
     import sys
@@ -78,7 +84,7 @@ def _answer_all(
     prompts: Sequence[str],
     *,
     max_tokens: int,
-    chat: bool,
+    chat: bool | str,
     batch: int,
     stats: bool,
 ) -> None:
@@ -102,24 +108,19 @@ def _read_prompts(path: Path) -> list[str]:
     """Read prompts: the `prompt` field of JSON Lines, or the lines of a text that aren't empty.
 
     Raises:
-        InputMissingError: There is no such file.
+        InputMissingError: There is no such file, or it isn't UTF-8.
         UsageError: It holds no prompts, or a record without one.
     """
     from optikit import records
-    from optikit.errors import InputMissingError, UsageError
+    from optikit.errors import UsageError
 
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputMissingError(f"{path} can't be read: {error.strerror}", fix="give a file of prompts") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8: {error}", fix="give a text file of prompts") from error
-    entries = list(records.parse(text))
+    text = records.read(path)
+    entries = list(records.parse(text, path))
     prompts = [(number, records.filled(entry, "{prompt}")) for number, entry in entries]
     for number, prompt in prompts:
         if not prompt:
             raise UsageError(f"{path}: record {number} has no `prompt`", fix='write {"prompt": "…"}')
-    found = [prompt for _, prompt in prompts if prompt] or [line for line in text.splitlines() if line.strip()]
+    found = [prompt for _, prompt in prompts if prompt] or [line for _, line in records.lines(text)]
     if not found:
         raise UsageError(f"{path} holds no prompts", fix='write one per line, or {"prompt": "…"} per line')
     return found

@@ -30,7 +30,8 @@ def problems(draft: ModelFacts, target: ModelFacts) -> Iterator[Problem]:
         yield Problem(code="draft-vocabulary", message=message, fix=fix)
     elif target.tokenizer_sha256 and draft.tokenizer_sha256 != target.tokenizer_sha256:
         ours, theirs = target.tokenizer_sha256[:12], draft.tokenizer_sha256[:12] or "none"
-        message = f"the draft's tokenizer.json ({theirs}) is not the model's ({ours}): its tokens mean other texts"
+        message = f"the draft's tokenizer ({theirs}) does something else than the model's ({ours}): other vocabulary, "
+        message += "merges, added tokens or splitting, so that its tokens mean other texts"
         yield Problem(code="draft-tokenizer", message=message, fix="use a draft made with the model's own tokenizer")
     if draft.sliding_window is not None:
         message = f"the draft keeps a window of {draft.sliding_window} tokens, which can't be rolled back"

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from optikit.errors import UsageError
 from optikit.models import intake
+from optikit.models import tokenizer as files
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 V1_FILE = "medusa_lm_head.safetensors"
 VLLM_FILE = "model.safetensors"
 NXDI_FILE = "medusa_heads.pt"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 SAGEMAKER_BASE = "/opt/ml/model/base-model/"
 """Where a SageMaker container finds the base model of a bundle."""
 
@@ -203,9 +203,7 @@ def write_v1(heads: HeadSet, dest: Path, *, base: str, tokenizer: Path, dtype: t
     dest.mkdir(parents=True, exist_ok=True)
     _save(v1_tensors(heads), dest / V1_FILE, dtype)
     _write_json(v1_config(heads, base), dest / "config.json")
-    for name in TOKENIZER_FILES:
-        if (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, dest / name)
+    files.copy(tokenizer, dest)
 
 
 def write_vllm(heads: HeadSet, dest: Path, *, dtype: torch.dtype) -> None:

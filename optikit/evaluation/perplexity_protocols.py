@@ -1,6 +1,7 @@
 r"""Perplexity protocols: which tokens of a text are read together, and which of them are scored.
 
-    windows  the first windows of the text, as one piece, without special tokens: the protocol of this project's recipes
+    windows  the first windows of the text, tokenized as one piece: the protocol of this project's recipes. Before each
+             stands what the tokenizer puts before any text, and nothing else that is special
     gptq     all windows of the text that don't overlap, tail dropped (Frantar et al. 2022, arXiv:2210.17323)
     hf       windows that overlap, each scores only what is new in it ("Perplexity of fixed-length models",
              transformers' documentation)
@@ -54,12 +55,15 @@ class Shape:
         window: Most tokens that the model reads at once.
         windows: Number of windows from the start of the text; None is all of it.
         stride: New tokens per window, where windows overlap.
+        opening: Tokens of each window that the tokenizer puts before a text, under `windows`; Gemma without its <bos>
+            is another model.
     """
 
     protocol: Protocol
     window: int
     windows: int | None
     stride: int
+    opening: int = 0
 
 
 def name(digest: str, shape: Shape) -> str:
@@ -71,10 +75,12 @@ def name(digest: str, shape: Shape) -> str:
     'text-3f9a12cd-hf@1024/512:first40'
     >>> name(WIKITEXT2, Shape(protocol="windows", window=512, windows=16, stride=0))
     'text-173c87a5@512x16'
+    >>> name(WIKITEXT2, Shape(protocol="windows", window=512, windows=16, stride=0, opening=1))
+    'text-173c87a5@512x16:opened'
     """
     hashed = f"text-{digest[:8]}"
     if shape.protocol == "windows":
-        return f"{hashed}@{shape.window}x{shape.windows}"
+        return f"{hashed}@{shape.window}x{shape.windows}{':opened' if shape.opening else ''}"
     stride = f"/{shape.stride}" if shape.protocol == "hf" else ""
     part = f":first{shape.windows}" if shape.windows is not None else ""
     return f"{KNOWN_TEXTS.get(digest, hashed)}-{shape.protocol}@{shape.window}{stride}{part}"
@@ -89,16 +95,17 @@ def spans(tokens: int, shape: Shape) -> tuple[Span, ...]:
     if shape.protocol == "lmeval":
         return tuple(_rolling(tokens, shape.window))
     overlap = shape.protocol == "hf"
-    found = tuple(_overlapping(tokens, shape.window, shape.stride) if overlap else _apart(tokens, shape.window))
+    found = tuple(_overlapping(tokens, shape.window, shape.stride) if overlap else _apart(tokens, shape))
     if shape.windows is not None and len(found) < shape.windows:
         raise TooShortError(tokens, shape, len(found))
     return found[: shape.windows]
 
 
-def _apart(tokens: int, window: int) -> Iterator[Span]:
-    """Yield windows that don't overlap; a window of L tokens scores L - 1, for its first has no context."""
-    for begin in range(0, tokens - window + 1, window):
-        yield Span(begin, begin + window, window - 1)
+def _apart(tokens: int, shape: Shape) -> Iterator[Span]:
+    """Yield windows that don't overlap; one of L tokens scores all that have context, L - 1 as a rule."""
+    own = shape.window - shape.opening
+    for begin in range(0, tokens - own + 1, own):
+        yield Span(begin, begin + own, own if shape.opening else own - 1)
 
 
 def _overlapping(tokens: int, window: int, stride: int) -> Iterator[Span]:

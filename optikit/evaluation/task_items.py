@@ -1,4 +1,4 @@
-r"""Items of tasks, as JSON Lines: multiple choice, questions, SQL. Light: planning reads them, too.
+r"""Items of tasks, as JSON Lines or a JSON array: multiple choice, questions, SQL. Light: planning reads them, too.
 
 {"prompt": "The sky is", "choices": ["blue", "made of cheese"], "answer": 0}
 {"prompt": "Q: 2 + 2?\nA:", "answer": "4"}            or "answer": ["4", "four"]
@@ -7,15 +7,17 @@ r"""Items of tasks, as JSON Lines: multiple choice, questions, SQL. Light: plann
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from optikit import records
 from optikit.errors import InputMissingError
 
 LINES = 'write {"prompt": "…", "choices": ["…", "…"], "answer": 0}, or a text as answer and no choices'
+DELIMITER = " "
+"""Between prompt and choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +65,9 @@ def read(path: Path) -> tuple[Item, ...]:
     Raises:
         InputMissingError: No items, or a line that isn't one; says which line and why.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise InputMissingError(f"task file {path} doesn't exist", fix="check its path") from error
-    except UnicodeDecodeError as error:
-        raise InputMissingError(f"task file {path} is not UTF-8", fix="convert it to UTF-8") from error
-    items = tuple(_item(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+    text = records.read(path)
+    entries = list(records.parse(text, path)) or records.lines(text)
+    items = tuple(_item(path, number, entry) for number, entry in entries)
     if not items:
         raise InputMissingError(f"task file {path} has no items", fix="every line is one JSON object")
     kinds = sorted({KINDS[type(item)] for item in items})
@@ -78,11 +76,29 @@ def read(path: Path) -> tuple[Item, ...]:
     return items
 
 
-def _item(path: Path, number: int, line: str) -> Item:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        entry = None
+def tokens_needed(item: Item, max_tokens: int, count: Callable[[str], int]) -> int:
+    """Return how many tokens of context an item takes; `count` tells how many a text has."""
+    if isinstance(item, Choice):
+        return 1 + max(count(f"{item.prompt}{DELIMITER}{choice}") for choice in item.choices)
+    return count(item.prompt) + max_tokens
+
+
+def cut_short(items: Sequence[Item], stop: Sequence[str]) -> tuple[Item, str] | None:
+    """Return the first item all of whose answers hold a text that ends an answer, and that text; None if none does.
+
+    What is written up to there can't be one of them, but for how blanks are counted.
+    """
+    for item in items:
+        if isinstance(item, Choice):
+            continue
+        answers = item.answers if isinstance(item, Question) else (item.answer,)
+        marks = [next((mark for mark in stop if mark in answer.strip()), "") for answer in answers]
+        if all(marks):
+            return item, marks[0]
+    return None
+
+
+def _item(path: Path, number: int, entry: Any) -> Item:
     problem = _problem(entry)
     if problem:
         raise InputMissingError(f"{path}:{number}: {problem}", fix=LINES)

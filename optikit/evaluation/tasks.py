@@ -17,13 +17,11 @@ from numpy.typing import NDArray
 
 from optikit.errors import InputMissingError
 from optikit.evaluation import perplexity, sql
-from optikit.evaluation.task_items import Choice, Item, Query, Question
+from optikit.evaluation.task_items import DELIMITER, Choice, Query, Question
 from optikit.runtime.decoder import Decoder
 
 CHUNK = 256
 """Tokens per call while a prompt is read."""
-DELIMITER = " "
-"""Between prompt and choice."""
 
 
 class NotFiniteError(ValueError):
@@ -180,13 +178,6 @@ def _is_right(item: Question | Query, text: str) -> bool:
         return sql.same_result(item.schema, item.answer, text).correct
     except (ValueError, Error) as error:
         raise InputMissingError(f"item {item.id}: {error}", fix="correct its `schema` and `answer`") from error
-
-
-def tokens_needed(tokenizer: Tokenizer, item: Item, max_tokens: int) -> int:
-    """Return how many tokens of context an item takes."""
-    if isinstance(item, Choice):
-        return 1 + max(len(tokenizer.encode(f"{item.prompt}{DELIMITER}{choice}")) for choice in item.choices)
-    return len(tokenizer.encode(item.prompt)) + max_tokens
 
 
 def _normal(text: str) -> str:

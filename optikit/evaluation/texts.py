@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from optikit import records
 from optikit.errors import InputMissingError
+from optikit.models import tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,38 +19,15 @@ if TYPE_CHECKING:
 
 
 def read(path: Path) -> str:
-    """Read a UTF-8 text.
+    """Read a UTF-8 text that holds something.
 
     Raises:
         InputMissingError: No such file, not UTF-8, or nothing but blanks.
     """
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except FileNotFoundError as error:
-        raise InputMissingError(f"{path} doesn't exist", fix="check the path of the text") from error
-    except UnicodeDecodeError as error:
-        message = f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}"
-        raise InputMissingError(message, fix="convert the text to UTF-8") from error
+    text = records.read(path)
     if not text.strip():
         raise InputMissingError(f"{path} holds no text", fix="give a text, or check `part` and `drop_lines`")
     return text
-
-
-def tokenizer(directory: Path) -> Tokenizer:
-    """Load the tokenizer of a model directory; truncation and padding that its file may ask for are off.
-
-    Raises:
-        InputMissingError: The directory has no tokenizer.json.
-    """
-    from tokenizers import Tokenizer
-
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise InputMissingError(f"{directory} has no tokenizer.json", fix="save the model with its fast tokenizer")
-    loaded = Tokenizer.from_file(str(path))
-    loaded.no_truncation()
-    loaded.no_padding()
-    return loaded
 
 
 def opening_token(directory: Path) -> int:
@@ -58,9 +36,7 @@ def opening_token(directory: Path) -> int:
     Raises:
         InputMissingError: The tokenizer names neither.
     """
-    from transformers import AutoTokenizer
-
-    by = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    by = tokenizer.configured(directory)
     found = by.eos_token_id if by.bos_token_id is None else by.bos_token_id
     if found is None:
         message = f"the tokenizer of {directory} has no token that begins or ends a text"
@@ -106,6 +82,8 @@ def encode(text: str, by: Tokenizer, *, at_least: int | None = None, special: bo
 def prompts(path: Path, by: Tokenizer, *, length: int, wanted: int, seed: int) -> list[list[int]]:
     """Return up to `wanted` prompts of exactly `length` tokens, in an order that `seed` decides.
 
+    What the tokenizer puts before a text is part of each.
+
     JSON Lines with a `prompt` field: longer prompts are cut, shorter ones left out. Anything else is prose: passages
     that don't overlap, of its start: four times as many as wanted to choose from.
 
@@ -114,18 +92,23 @@ def prompts(path: Path, by: Tokenizer, *, length: int, wanted: int, seed: int) -
     """
     import numpy as np
 
-    text = read(path)
-    candidates = [encode(prompt, by, at_least=length).tokens for prompt in prompt_fields(path, text)]
+    text, first = read(path), tokenizer.opening(by)
+    own = max(1, length - len(first))
+    candidates = [encode(prompt, by, at_least=own).tokens for prompt in prompt_fields(path, text)]
     if not candidates:
-        tokens = encode(text, by, at_least=4 * wanted * length).tokens
-        candidates = [tokens[start : start + length] for start in range(0, len(tokens), length)]
-    fitting = [tokens[:length].tolist() for tokens in candidates if len(tokens) >= length]
+        candidates = list(passages(encode(text, by, at_least=4 * wanted * own).tokens, own))
+    fitting = [[*first, *tokens.tolist()][:length] for tokens in candidates if len(tokens) >= own]
     if not fitting:
-        longest = max(len(tokens) for tokens in candidates)
+        longest = len(first) + max(len(tokens) for tokens in candidates)
         message = f"no prompt of {path} has {length} tokens; the longest has {longest}"
         raise InputMissingError(message, fix=f"set prompt_tokens to {longest} or less, or give longer prompts")
     order = np.random.default_rng(seed).permutation(len(fitting))[:wanted]
     return [fitting[index] for index in order]
+
+
+def passages(tokens: NDArray[np.int64], length: int) -> Iterator[NDArray[np.int64]]:
+    """Yield pieces of a text that don't overlap; the last one may be shorter."""
+    return (tokens[start : start + length] for start in range(0, len(tokens), length))
 
 
 FEWEST_PROMPTS = 4
@@ -157,7 +140,7 @@ def divided(
 
     Args:
         path: JSON Lines, a JSON array, or prose, whose passages don't overlap.
-        by: Cuts prose into passages.
+        by: Cuts prose into passages, and opens them as it opens texts.
         encode_prompt: Encodes a prompt, with a chat's markup where that is wanted.
         eval_prompts: Prompts to evaluate on; two thirds of all at most.
         template: As in `prompt_fields`.
@@ -173,11 +156,8 @@ def divided(
 
     text = read(path)
     lines = list(prompt_fields(path, text, template))
-    passages: list[NDArray[np.int64]] = []
-    if not lines:
-        tokens = encode(text, by, at_least=MOST_PROMPTS * length).tokens[: MOST_PROMPTS * length]
-        passages = [tokens[start : start + length] for start in range(0, len(tokens) - length + 1, length)]
-    known = len(lines or passages)
+    found = [] if lines else _opened_passages(text, by, length)
+    known = len(lines or found)
     if known < FEWEST_PROMPTS:
         message = f"{path} has {known} prompts; {FEWEST_PROMPTS} are needed"
         raise InputMissingError(message, fix="give more prompts: half of them choose, the other half judge")
@@ -192,9 +172,19 @@ def divided(
     others = order[(order < first) | (order >= last)] if apart else order[count:]
 
     def encoded(index: int) -> NDArray[np.int64]:
-        return encode_prompt(lines[index]) if lines else passages[index]
+        return encode_prompt(lines[index]) if lines else found[index]
 
     return Division(judged=[encoded(index) for index in inside[:count]], others=[encoded(index) for index in others])
+
+
+def _opened_passages(text: str, by: Tokenizer, length: int) -> list[NDArray[np.int64]]:
+    """Return passages of prose of exactly `length` tokens, with what the tokenizer puts before a text."""
+    import numpy as np
+
+    first = tokenizer.opening(by)
+    own = max(1, length - len(first))
+    tokens = encode(text, by, at_least=MOST_PROMPTS * own).tokens[: MOST_PROMPTS * own]
+    return [np.array([*first, *each], np.int64) for each in passages(tokens, own) if len(each) == own]
 
 
 def prompt_fields(path: Path, text: str, template: str = "") -> Iterator[str]:
@@ -208,7 +198,7 @@ def prompt_fields(path: Path, text: str, template: str = "") -> Iterator[str]:
     Raises:
         InputMissingError: A record lacks a field, or one of them isn't text.
     """
-    for number, entry in records.parse(text):
+    for number, entry in records.parse(text, path):
         found = (
             records.filled(entry, template) if template else entry.get("prompt") if isinstance(entry, dict) else None
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -11,6 +11,7 @@ from pydantic import Field
 
 from optikit.errors import InputMissingError
 from optikit.evaluation import texts
+from optikit.models import tokenizer
 from optikit.stage import StageOptions
 
 if TYPE_CHECKING:
@@ -75,11 +76,14 @@ def cut(path: Path, directory: Path, shape: Shape) -> Cut:
 
     text = texts.read(path)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    by = texts.tokenizer(directory)
+    by = tokenizer.load(directory)
     rolling = shape.protocol == "lmeval"
-    opening = texts.opening_token(directory) if rolling else None
+    first = [texts.opening_token(directory)] if rolling else []
+    if shape.protocol == "windows":
+        first = tokenizer.opening(by)
+        shape = replace(shape, opening=len(first))
     documents = perplexity_protocols.documents(text, digest, shape.protocol)
-    cuts = [_document(document, by, shape, opening) for document in documents]
+    cuts = [_document(document, by, shape, first) for document in documents]
     windows = tuple(window for windows, _ in cuts for window in windows)
     if len(windows) < FEWEST:
         message = f"the text makes {len(windows)} windows of {shape.window} tokens, and {FEWEST} are needed"
@@ -92,8 +96,15 @@ def cut(path: Path, directory: Path, shape: Shape) -> Cut:
     )
 
 
-def _document(document: Document, by: Tokenizer, shape: Shape, opening: int | None) -> tuple[tuple[Window, ...], int]:
-    """Return the windows of a document, and how many bytes of it they score."""
+def _document(document: Document, by: Tokenizer, shape: Shape, first: list[int]) -> tuple[tuple[Window, ...], int]:
+    """Return the windows of a document, and how many bytes of it they score.
+
+    Args:
+        document: The text.
+        by: The tokenizer.
+        shape: How the text is cut.
+        first: Tokens that stand before it, under `lmeval`, or before every window.
+    """
     import numpy as np
 
     from optikit.evaluation.perplexity_protocols import TooShortError, spans
@@ -102,14 +113,14 @@ def _document(document: Document, by: Tokenizer, shape: Shape, opening: int | No
     special = shape.protocol != "windows"
     needed = None if shape.windows is None else shape.windows * shape.window
     encoded = texts.encode(document.text, by, at_least=needed, special=special)
-    first = [] if opening is None else [opening]
-    tokens, ends = np.concatenate([first, encoded.tokens]).astype(np.int64), encoded.ends
-    if opening is not None:
-        ends = np.concatenate([[0], ends])
+    once, each = ([], first) if shape.opening else (first, [])
+    tokens = np.concatenate([once, encoded.tokens]).astype(np.int64)
+    ends = np.concatenate([[0] * (1 + len(once)), encoded.ends])  # ends[i]: bytes before token i
     try:
         found = spans(len(tokens), shape)
     except TooShortError as error:
         fix = f"set windows to {error.fit}" if error.fit >= FEWEST else "give a longer text, or a shorter window"
         raise InputMissingError(str(error), fix=fix) from error
-    scored = sum(int(ends[span.end - 1] - ends[span.end - 1 - span.scored]) for span in found)
-    return tuple(Window(tokens[span.begin : span.end], span.scored) for span in found), scored
+    scored = sum(int(ends[span.end] - ends[span.end - span.scored]) for span in found)
+    windows = (np.concatenate([each, tokens[span.begin : span.end]]).astype(np.int64) for span in found)
+    return tuple(Window(window, span.scored) for window, span in zip(windows, found, strict=True)), scored

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from optikit.formats.checkpoint import Entry, write_shards
+from optikit.models import tokenizer
 
 COMPANIONS = (
     "added_tokens.json",
@@ -25,7 +25,7 @@ COMPANIONS = (
     "LICENSE",
     "LICENSE.txt",
 )
-"""Files that go along unchanged. Nothing else does: no code, no other weights."""
+"""Files that go along unchanged, beside chat templates with names. Nothing else does: no code, no other weights."""
 
 
 def write_model(source: Path, dest: Path, entries: Mapping[str, Entry], *, changes: Mapping[str, Any]) -> None:
@@ -39,7 +39,5 @@ def write_model(source: Path, dest: Path, entries: Mapping[str, Entry], *, chang
     """
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     (dest / "config.json").write_text(json.dumps({**config, **changes}, indent=2) + "\n", encoding="utf-8")
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, dest / name)
+    tokenizer.copy(source, dest, COMPANIONS)
     write_shards(dest, entries)

@@ -83,7 +83,8 @@ class ModelFacts:
         weight_bytes: Size of all weights on disk.
         linears: Linear layers inside the blocks: full name → (out_features, in_features).
         traits: What the directory is.
-        tokenizer_sha256: Hash of tokenizer.json; empty where unknown.
+        tokenizer_sha256: Hash of what tokenizer.json does, see `tokenizer.Described`; empty where there is none.
+        tokenizer_tokens: Rows of an embedding that it needs; 0 where there is none.
         config: The raw config.json.
         sliding_window: Attention window in tokens, or None.
     """
@@ -103,6 +104,7 @@ class ModelFacts:
     linears: Mapping[str, tuple[int, int]]
     traits: frozenset[Trait]
     tokenizer_sha256: str = ""
+    tokenizer_tokens: int = 0
     sliding_window: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
 

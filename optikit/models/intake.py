@@ -24,6 +24,7 @@ from typing import Any
 
 from optikit.errors import RefusedError
 from optikit.models.strict_json import FIX, read_object, read_text
+from optikit.models.tokenizer import TEMPLATES, template_files
 
 RUNS_CODE = frozenset(
     {"auto_map", "trust_remote_code", "model_file", "custom_pipelines", "custom_generate"}
@@ -57,11 +58,16 @@ MOST_TEXT = 2**29
 
 
 def is_model_file(name: str) -> bool:
-    """Say whether a file of that name, directly in a model directory, goes with the model.
+    """Say whether a file of that name, as a path below a model directory, goes with the model.
 
     >>> [is_model_file(name) for name in ("model.safetensors", "LICENSE", "LICENSE.py", "pytorch_model.bin", ".x.json")]
     [True, True, False, False, False]
+    >>> [is_model_file(name) for name in ("onnx/config.json", "additional_chat_templates/rag.jinja")]
+    [False, True]
     """
+    folder, _, file = name.rpartition("/")
+    if folder:
+        return folder == TEMPLATES and bool(_MODEL.fullmatch(file)) and file.endswith(".jinja")
     return not _OTHER.fullmatch(name) and bool(_MODEL.fullmatch(name) or _PAPER.fullmatch(name))
 
 
@@ -73,6 +79,7 @@ def model_files(directory: Path) -> tuple[str, ...]:
     """
     with os.scandir(directory) as entries:
         names = sorted(each.name for each in entries if is_model_file(each.name) and not _is_folder(each))
+    names += template_files(directory)
     for name in names:
         _require_regular(directory, name)
         why = _content(name)(directory / name)

@@ -9,8 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from optikit.errors import IntegrityError, RecipeError
-from optikit.fileio import file_sha256
-from optikit.models import architectures, config, gguf_header, headers, quantization, traits
+from optikit.models import architectures, config, gguf_header, headers, quantization, tokenizer, traits
 from optikit.models.architectures import USUAL_KEYS, Architecture
 from optikit.models.facts import ModelFacts, TensorFacts
 from optikit.models.gguf_header import GgufHeader
@@ -66,6 +65,7 @@ def read(directory: Path) -> ModelFacts:
     stated = quantization.stated_shapes(directory, tensors) if scheme.states_shape else {}
     named = _prefixed(architecture, tensors)
     linears = _linears(architecture, scheme, named, figures["layers"], directory, stated)
+    described = tokenizer.describe(directory)
     _check_embedding(architecture, tensors, figures, directory)
     return _facts(
         architecture,
@@ -75,7 +75,8 @@ def read(directory: Path) -> ModelFacts:
         dtype=_main_dtype(tensors),
         weight_bytes=sum(tensor.bytes for tensor in tensors.values()),
         traits=frozenset({scheme.trait}),
-        tokenizer_sha256=_sha256(directory / "tokenizer.json"),
+        tokenizer_sha256=described.sha256 if described else "",
+        tokenizer_tokens=described.tokens if described else 0,
         sliding_window=_window(settings),
         config=settings,
     )
@@ -214,10 +215,6 @@ def _window(settings: Mapping[str, Any]) -> int | None:
     if type(window) is not int or window < 1 or settings.get("use_sliding_window") is False:
         return None
     return window
-
-
-def _sha256(path: Path) -> str:
-    return file_sha256(path) if path.is_file() else ""
 
 
 def _gguf_tensors(architecture: Architecture, header: GgufHeader) -> dict[str, TensorFacts]:

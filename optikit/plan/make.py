@@ -16,7 +16,7 @@ from optikit.plan import check_gates
 from optikit.plan.check_texts import problems as text_problems
 from optikit.plan.context import Context, Found, at, given, resolve_models, resolve_texts
 from optikit.plan.measure_served import problems as served_problems
-from optikit.plan.measure_steps import measure_steps, runtime_problems
+from optikit.plan.measure_steps import length_problems, measure_steps, runtime_problems
 from optikit.plan.measurements import scored_steps
 from optikit.plan.model import Plan, Step
 from optikit.problems import Problem
@@ -62,7 +62,7 @@ def make_plan(
     measures = measure_steps(context, steps, _engine_steps(context, steps))
     limit = parse_size(recipe.max_memory) if recipe.max_memory else None
     problems += [*_unjudged(loaded, context, measures), *served_problems(context, steps)]
-    problems += [*text_problems(context), *runtime_problems(steps, measures)]
+    problems += [*text_problems(context), *length_problems(context, measures), *runtime_problems(steps, measures)]
     problems += rules.check(_stack(context, steps))
     problems += _too_large((*steps, *measures), limit)
     warnings = _refuse(loaded, problems)

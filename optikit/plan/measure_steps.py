@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 
+from optikit import stages
 from optikit.plan.context import Context, Found, given
 from optikit.plan.measure_served import served_steps
 from optikit.plan.measurements import Subject, measuring, quality_step, speed_step, tasks_step
 from optikit.plan.model import BASELINE, Step
-from optikit.problems import Problem
+from optikit.problems import Loc, Problem
 from optikit.recipe.schema import SpeedOptions
 from optikit.stage import Speculating
 
@@ -65,6 +66,25 @@ def runtime_problems(steps: Sequence[Step], measures: Sequence[Step]) -> Iterato
             message = f"what {name} compiles is measured as {name} runs it, which is not installed"
             fix = f"pip install '{OPTIONAL[name]}', or leave out evaluate"
             yield Problem(code="library-missing", message=message, fix=fix, loc=("evaluate",))
+
+
+LENGTHS: Mapping[str, Loc] = {
+    "quality": ("evaluate", "perplexity"),
+    "tasks": ("evaluate",),
+    "speed": ("evaluate", "speed"),
+}
+"""Where the options of a measuring step are written; what a server can't serve is said in `measure_served`."""
+
+
+def length_problems(context: Context, measures: Sequence[Step]) -> Iterator[Problem]:
+    """Yield what measuring asks of a model beyond its context, once for all models that it is asked of."""
+    found = (
+        problem.under(*LENGTHS[step.method])
+        for step in measures
+        if step.method in LENGTHS
+        for problem in stages.load(step.verb, step.method).check(step.options, step.before, context.target)
+    )
+    yield from dict.fromkeys(found)
 
 
 def _speculation(context: Context, index: int, speculator: Step, result: Step, original: str) -> Step:

@@ -133,8 +133,9 @@ class TaskOptions(Text):
     """Number of items, from the start of the file; fewer where it has fewer. Part of the protocol's name."""
     max_tokens: int = Field(default=64, ge=1, le=65536)
     """Longest answer, in tokens, where one is written."""
-    stop: tuple[str, ...] = ("\n",)
-    """Texts that end a written answer."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ("\n",)
+    """Texts that end a written answer: its first line by default. ["\n\n"] or [], the end of the text alone, where
+    answers have several lines."""
 
 
 class BaselineOptions(_Frozen):

@@ -22,7 +22,8 @@ DEFINITIONS: dict[str, Definition] = {
         name="Perplexity",
         formula="exp(Σ −ln p(token | tokens before it in the window) / scored tokens)",
         meaning="How surprised the model is by running text; lower is better. Comparable only under the same "
-        "protocol: text (by its hash), window length @ and number of windows ×.",
+        "protocol: text (by its hash), window length @, number of windows ×, and `opened` where each begins with the "
+        "token that the model's tokenizer puts before a text.",
     ),
     "word_perplexity": Definition(
         name="Perplexity per word",

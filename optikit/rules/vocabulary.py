@@ -21,7 +21,7 @@ FACTS: Mapping[str, str] = MappingProxyType(
         "weight_bytes": "bytes of all weights",
         "parameters": "number of weights",
         "sliding_window": "attention window, tokens",
-        "tokenizer": "hash of tokenizer.json",
+        "tokenizer": "hash of what tokenizer.json does",
         "traits": "set: what the directory is",
         "bos": "bos_token_id",
         "eos": "eos_token_id, as a sorted list",

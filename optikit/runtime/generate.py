@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer
 
-from optikit.errors import InputMissingError, UsageError
+from optikit.errors import UsageError
+from optikit.models import tokenizer
 from optikit.runtime.decoder import Decoder, Tokens
 from optikit.runtime.decoders.checks import check_room
 from optikit.runtime.speculation.batch_loop import write
@@ -49,30 +49,54 @@ class TextGenerator:
 
     Raises:
         InputMissingError: There is no tokenizer.json.
+        IntegrityError: It is damaged.
     """
 
     def __init__(self, decoder: Decoder, directory: Path) -> None:
-        if not (directory / "tokenizer.json").is_file():
-            raise InputMissingError(f"{directory} has no tokenizer.json", fix="copy it there from the original model")
         self._decoder = decoder
-        self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        self.ends = _end_tokens(directory, self._tokenizer)
+        self._by = tokenizer.load(directory)
+        self._configured = tokenizer.configured(directory)
+        self.ends = _end_tokens(directory, self._configured)
 
-    def encode(self, prompt: str, *, chat: bool) -> Tokens:
-        """Return the tokens of a prompt, as the user's turn of a chat where the model has a template for one.
+    def encode(self, prompt: str, *, chat: bool | str) -> Tokens:
+        """Return the tokens of a prompt that the model is to go on from.
+
+        Args:
+            prompt: The text.
+            chat: Make it the user's turn of a chat where the model has a template for one; a text names the template.
 
         Raises:
-            UsageError: The prompt has no tokens.
+            UsageError: The prompt has no tokens, there is no template of that name, or it can't be filled.
         """
-        if chat and self._tokenizer.chat_template:
-            turn = [{"role": "user", "content": prompt}]
-            text = self._tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-            tokens = self._tokenizer(text, add_special_tokens=False).input_ids
-        else:
-            tokens = self._tokenizer(prompt).input_ids
+        template = self._template(chat) if chat else ""
+        tokens = tokenizer.encode(self._by, self._turn(prompt, template) if template else prompt, opened=not template)
         if not tokens:
             raise UsageError("the prompt is empty", fix="give some text")
         return np.array(tokens, np.int64)
+
+    def _template(self, chat: bool | str) -> str:
+        """Return the chat template of that name, or the default one; "" where the model has none."""
+        found = self._configured.chat_template or {}
+        named: dict[str, str] = {tokenizer.DEFAULT_TEMPLATE: found} if isinstance(found, str) else found
+        name = chat if isinstance(chat, str) else tokenizer.DEFAULT_TEMPLATE
+        if name not in named and (named or isinstance(chat, str)):
+            message = f"the model has no chat template {name!r}, but {', '.join(sorted(named)) or 'none at all'}"
+            raise UsageError(
+                message, fix="name one with --chat-template or `chat_template`, or use none: --no-chat, `chat: false`"
+            )
+        return named.get(name, "")
+
+    def _turn(self, prompt: str, template: str) -> str:
+        """Return a prompt as the user's turn of a chat, followed by what opens the answer."""
+        turn = [{"role": "user", "content": prompt}]
+        try:
+            text: str = self._configured.apply_chat_template(
+                turn, chat_template=template, add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # the template is a program, and anybody's: it can fail in any way
+            message = f"the model's chat template fails on one turn of the user: {error}"
+            raise UsageError(message, fix="name another template, or use none: --no-chat, `chat: false`") from error
+        return text
 
     def answer(self, tokens: Tokens, max_tokens: int) -> Iterator[Chunk]:
         """Yield the greedy continuation, one chunk per token, up to the end of text or `max_tokens`.
@@ -87,7 +111,7 @@ class TextGenerator:
             at = time.perf_counter_ns()
             if token in self.ends:
                 return
-            yield Chunk(text=decoded.step(self._tokenizer.backend_tokenizer, token) or "", at_ns=at)
+            yield Chunk(text=decoded.step(self._by, token) or "", at_ns=at)
 
     def answers(self, prompts: Sequence[Tokens], max_tokens: int, *, batch: int = 1) -> Iterator[Answer]:
         """Yield the greedy continuations of prompts, in their order, each as soon as it and those before it are whole.
@@ -117,19 +141,18 @@ class TextGenerator:
 
     def _answer(self, tokens: list[int], finish: Finish) -> Answer:
         kept = tokens[:-1] if finish == "eos" else tokens
-        text = self._tokenizer.backend_tokenizer.decode(kept, skip_special_tokens=True)
+        text = self._by.decode(kept, skip_special_tokens=True)
         return Answer(text=text, tokens=len(kept), finish=finish)
 
 
 def end_tokens(directory: Path) -> frozenset[int]:
     """Return every token that ends a text of the model in a directory."""
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    return _end_tokens(directory, tokenizer)
+    return _end_tokens(directory, tokenizer.configured(directory))
 
 
-def _end_tokens(directory: Path, tokenizer: Any) -> frozenset[int]:
+def _end_tokens(directory: Path, configured: Any) -> frozenset[int]:
     """Return every token that ends a text, by the configurations of a directory and its tokenizer."""
-    found = {tokenizer.eos_token_id}
+    found = {configured.eos_token_id}
     for name in ("generation_config.json", "config.json", "genai_config.json"):
         path = directory / name
         if path.is_file():

@@ -112,7 +112,8 @@ def _download(wanted: Repository, note: Callable[[str], None]) -> Fetched:
     commit = str(info.sha)
     if wanted.revision != commit:
         note(f"{wanted}@{wanted.revision or 'main'} is commit {commit}; pin it with {wanted}@{commit}")
-    file = wanted.file or choose(str(wanted), [sibling.rfilename for sibling in info.siblings or ()])
+    names = [sibling.rfilename for sibling in info.siblings or ()]
+    file = wanted.file or choose(str(wanted), names)
     note(f"fetching {wanted}@{commit[:12]}{'#' + file if file else ''}")
     if file:
         path = hf_hub_download(wanted.repo, file, repo_type=kind, revision=commit)
@@ -121,8 +122,7 @@ def _download(wanted: Repository, note: Callable[[str], None]) -> Fetched:
             wanted.repo,
             repo_type=kind,
             revision=commit,
-            allow_patterns=[*MODEL_FILES, *PAPERS],
-            ignore_patterns=["*/*", *OTHER_FILES],
+            allow_patterns=[name for name in names if is_model_file(name)],
         )
     return Fetched(path=Path(path), commit=commit, file=file)
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Note = Callable[[str], None]
 MOST_TEXT_BYTES = 2**30
-CUT_VERSION = 2
+CUT_VERSION = 3
 """Raised when `cut` would cut the same text differently."""
 
 
@@ -111,9 +111,9 @@ def resolve_text(text: Text, store: Store, *, base: Path, offline: bool, note: N
         note: Told what is being downloaded.
 
     Raises:
-        InputMissingError: A path that isn't there.
+        InputMissingError: A path that isn't there, not UTF-8, or a record that holds half a character.
         UnavailableError: A source that can't be reached.
-        RecipeError: Not UTF-8, or nothing left of it.
+        RecipeError: Nothing left of it, or records without the fields of the template.
     """
     whole, resolved = _text_file(text.text, store, base=base, offline=offline, note=note)
     source_sha256 = store.digest_file(whole)
@@ -133,7 +133,7 @@ def resolve_text(text: Text, store: Store, *, base: Path, offline: bool, note: N
 
 def _cut_file(path: Path, text: Text) -> str:
     whole = _read_text(path)
-    entries = list(records.parse(whole)) if text.template or text.part != (0.0, 1.0) else []
+    entries = list(records.parse(whole, text.text)) if text.template or text.part != (0.0, 1.0) else []
     if text.template and not entries:
         fix = "leave `template` out, or name JSON Lines or a JSON array of objects"
         raise RecipeError(f"{text.text} holds no records for a template to be filled with", fix=fix)
@@ -362,9 +362,4 @@ def _read_text(path: Path) -> str:
     if path.stat().st_size > MOST_TEXT_BYTES:
         size = files.in_units(path.stat().st_size)
         raise RecipeError(f"{path} has {size}: a text may have {files.in_units(MOST_TEXT_BYTES)}", fix="cut it")
-    content = _unpacked(path)
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        at = f"byte {error.start} (0x{content[error.start]:02x})"
-        raise RecipeError(f"{path} is not UTF-8: {error.reason} at {at}", fix="convert it to UTF-8") from error
+    return records.decode(_unpacked(path), path)

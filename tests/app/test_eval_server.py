@@ -122,6 +122,14 @@ def test_nothing_to_ask_and_too_short_a_text(model, tmp_path):
         ask(server.url, tmp_path / "out", short)
 
 
+def test_json_is_not_scored_as_prose(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"text": "The old stone house."}\n' * 900)
+    wanted = Evaluate.model_validate({"perplexity": {"text": str(tmp_path / "d.jsonl")}})
+    request = eval_server.Request(url="http://127.0.0.1:9", out=tmp_path, wanted=wanted, progress="none")
+    with pytest.raises(UsageError, match=r"d\.jsonl is JSON, and would be scored with its braces"):
+        eval_server.measure(request)
+
+
 def test_a_protocol_that_counts_tokens_is_refused_before_the_server_is_asked(prose, tmp_path):
     wanted = Evaluate.model_validate({"perplexity": {"text": str(prose), "protocol": "gptq"}})
     request = eval_server.Request(url="http://127.0.0.1:9", out=tmp_path, wanted=wanted, progress="none")

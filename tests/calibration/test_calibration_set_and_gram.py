@@ -55,6 +55,15 @@ def test_windows_begin_as_the_tokenizer_begins_texts(tiny_llama, prose, tmp_path
     assert (drawn[:, 1:] > 2).all()
 
 
+def test_truncation_and_padding_that_the_file_stores_are_not_obeyed(tiny_llama, prose, tmp_path):
+    stored = Tokenizer.from_file(str(tiny_llama / "tokenizer.json"))
+    stored.enable_truncation(64)
+    stored.enable_padding(length=96, pad_id=2)
+    stored.save(str(tmp_path / "tokenizer.json"))
+    expected = calibration_set.draw(tiny_llama, prose, samples=40, length=128, seed=1)
+    assert torch.equal(calibration_set.draw(tmp_path, prose, samples=40, length=128, seed=1), expected)
+
+
 def test_without_a_tokenizer_there_are_no_windows(tmp_path, prose):
     (tmp_path / "config.json").write_text(json.dumps({}))
     with pytest.raises(InputMissingError, match=r"has no tokenizer\.json"):

@@ -77,6 +77,15 @@ def test_drafts_that_cannot_serve_are_refused_with_both_sides(tiny_llama, small)
     assert target.tokenizer_sha256[:12] in found["draft-tokenizer"]
 
 
+def test_a_tokenizer_saved_again_by_another_version_is_the_same(tmp_path, tiny_llama, small):
+    shutil.copytree(small, tmp_path / "again")
+    path = tmp_path / "again" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"truncation": None, "version": "1.1"}, indent=2))
+    again, target = read(tmp_path / "again"), read(tiny_llama)
+    assert path.read_bytes() != (tiny_llama / "tokenizer.json").read_bytes()
+    assert not list(draft.problems(again, target))
+
+
 VLLM_KEYS = {
     *("method", "model", "num_speculative_tokens", "draft_tensor_parallel_size"),
     *("prompt_lookup_max", "prompt_lookup_min"),

@@ -144,6 +144,40 @@ def test_a_line_that_is_no_item_is_named(tmp_path, line, problem):
         i.read(path)
 
 
+def test_items_of_an_array_are_read_as_those_of_lines(tmp_path):
+    rows = [{"prompt": "one\u2028line", "answer": "x"}, {"prompt": "p", "answer": "y"}]
+    lines = write(tmp_path / "l.jsonl", "\ufeff" + json.dumps(rows[0], ensure_ascii=False) + "\r", rows[1])
+    assert i.read(lines) == i.read(write(tmp_path / "a.json", json.dumps(rows, indent=1)))
+    assert i.read(lines)[0].prompt == "one\u2028line"
+
+
+@pytest.mark.parametrize(
+    ("answers", "stop", "found"),
+    [
+        (("one\ntwo",), ("\n",), "\n"),
+        (("one\ntwo", "one, two"), ("\n",), None),
+        (("one\n",), ("\n",), None),
+        (("\none",), ("\n",), None),
+        (("one\ntwo",), (), None),
+        (("one\ntwo",), ("\n\n",), None),
+        (("one\n\ntwo", "a\n\nb"), (";", "\n\n"), "\n\n"),
+    ],
+)
+def test_answers_that_hold_what_ends_them_are_found(answers, stop, found):
+    items = (i.Question(id="first", prompt="p", answers=("x",)), i.Question(id="q", prompt="p", answers=answers))
+    assert i.cut_short(items, stop) == (None if found is None else (items[1], found))
+
+
+def test_an_answer_of_several_lines_can_be_given(decoder, tokenizer):
+    question = i.Question(id="q", prompt="The old house", answers=("?",))
+    free = t.answer(decoder, tokenizer, question, max_tokens=12, stop=()).text
+    middle = free[len(free) // 2]
+    right = i.Question(id="q", prompt=question.prompt, answers=(free,))
+    assert i.cut_short((right,), (middle,)) == (right, middle)
+    assert not t.answer(decoder, tokenizer, right, max_tokens=12, stop=(middle,)).correct
+    assert t.answer(decoder, tokenizer, right, max_tokens=12, stop=()).correct
+
+
 def test_files_that_are_no_tasks(tmp_path):
     with pytest.raises(InputMissingError, match="has no items"):
         i.read(write(tmp_path / "empty.jsonl", "", " "))

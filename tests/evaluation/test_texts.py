@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from optikit.errors import InputMissingError
 from optikit.evaluation import texts
+from optikit.models import tokenizer
 
 
 @pytest.fixture(scope="module")
 def reader(tiny_llama):
-    return texts.tokenizer(tiny_llama)
+    return tokenizer.load(tiny_llama)
 
 
 @given(st.text(min_size=1, max_size=40))
@@ -39,7 +40,7 @@ def merging(tmp_path_factory, prose):
     made.train_from_iterator([prose.read_text(encoding="utf-8")], trainer)
     directory = tmp_path_factory.mktemp("merging")
     made.save(str(directory / "tokenizer.json"))
-    return texts.tokenizer(directory)
+    return tokenizer.load(directory)
 
 
 @pytest.mark.parametrize("at_least", [1, 100, 700, 5000, 10**9])
@@ -60,7 +61,7 @@ def test_truncation_that_a_tokenizer_file_asks_for_is_off(tiny_llama, tmp_path):
     cutting = Tokenizer.from_file(str(tiny_llama / "tokenizer.json"))
     cutting.enable_truncation(4)
     cutting.save(str(tmp_path / "tokenizer.json"))
-    assert len(texts.encode("a longer sentence", texts.tokenizer(tmp_path)).tokens) == 17
+    assert len(texts.encode("a longer sentence", tokenizer.load(tmp_path)).tokens) == 17
 
 
 def test_files_that_cannot_be_read_as_text(tmp_path):
@@ -73,7 +74,7 @@ def test_files_that_cannot_be_read_as_text(tmp_path):
     with pytest.raises(InputMissingError, match="holds no text"):
         texts.read(tmp_path / "blank.txt")
     with pytest.raises(InputMissingError, match=r"no tokenizer\.json"):
-        texts.tokenizer(tmp_path)
+        tokenizer.load(tmp_path)
 
 
 def test_prose_gives_passages_that_do_not_overlap(reader, prose):

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from optikit import runtime
 from optikit.cli.generate import generate
 from optikit.errors import InputMissingError, UsageError
+from optikit.models import tokenizer
 from optikit.runtime.generate import TextGenerator
 
 app = typer.Typer()
@@ -80,6 +81,83 @@ def test_no_prompt_and_no_tokenizer(tiny_llama, tmp_path):
         TextGenerator(Scripted([]), tmp_path)
 
 
+def test_what_a_tokenizer_puts_behind_a_text_does_not_end_the_prompt(tiny_llama, tmp_path):
+    from tokenizers import Tokenizer, processors
+
+    shutil.copytree(tiny_llama, directory := tmp_path / "model")
+    ending = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    special = [("<s>", 0), ("</s>", 1)]
+    ending.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    ending.enable_truncation(3)
+    ending.save(str(directory / "tokenizer.json"))
+    plain = TextGenerator(Scripted([]), tiny_llama).encode("a stone", chat=False).tolist()
+    generator = TextGenerator(Scripted([]), directory)
+    assert generator.encode("a stone", chat=False).tolist() == [0, *plain]
+    (directory / "chat_template.jinja").write_text("<s>{{ messages[0].content }}")
+    assert TextGenerator(Scripted([]), directory).encode("a stone", chat=True).tolist() == [0, *plain]
+
+
+NAMED = {"rag": "R {{ messages[0].content }}", "default": "D {{ messages[0].content }}"}
+
+
+def name_in_files(directory, templates):
+    (directory / "additional_chat_templates").mkdir()
+    for name, template in templates.items():
+        path = "chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja"
+        (directory / path).write_text(template)
+
+
+def name_in_config(directory, templates):
+    path = directory / "tokenizer_config.json"
+    rows = [{"name": name, "template": template} for name, template in templates.items()]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": rows}))
+
+
+@pytest.mark.parametrize("write", [name_in_files, name_in_config])
+def test_chat_templates_have_names(tiny_llama, tmp_path, write):
+    for known in ("all", "rag"):
+        shutil.copytree(tiny_llama, tmp_path / known)
+        write(tmp_path / known, NAMED if known == "all" else {"rag": NAMED["rag"]})
+    every, one = (TextGenerator(Scripted([]), tmp_path / known) for known in ("all", "rag"))
+    assert tokenizer.template_names(tmp_path / "all") == {"rag", "default"}
+    assert tokenizer.template_names(tmp_path / "rag") == {"rag"}
+    assert tokenizer.template_names(tiny_llama) == frozenset()
+    told = {chat: bytes_of(every.encode("hi", chat=chat), tiny_llama) for chat in (True, False, "rag", "default")}
+    assert told == {True: "D hi", False: "hi", "rag": "R hi", "default": "D hi"}
+    with pytest.raises(UsageError, match="no chat template 'default', but rag"):
+        one.encode("hi", chat=True)
+    with pytest.raises(UsageError, match="no chat template 'tools', but default, rag"):
+        every.encode("hi", chat="tools")
+    with pytest.raises(UsageError, match="no chat template 'rag', but none at all"):
+        TextGenerator(Scripted([]), tiny_llama).encode("hi", chat="rag")
+
+
+def bytes_of(tokens, directory):
+    return tokenizer.load(directory).decode(tokens.tolist())
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% for m in messages %}", "Unexpected end of template"),
+        ("{{ 1 // 0 }}", "division"),
+    ],
+)
+def test_a_chat_template_that_fails_is_told(tiny_llama, tmp_path, template, said):
+    shutil.copytree(tiny_llama, directory := tmp_path / "model")
+    (directory / "chat_template.jinja").write_text(template)
+    generator = TextGenerator(Scripted([]), directory)
+    with pytest.raises(UsageError, match=f"chat template fails on one turn of the user: .*{said}"):
+        generator.encode("hi", chat=True)
+    assert len(generator.encode("hi", chat=False)) == 2
+
+
+def test_half_a_character_is_no_prompt(tiny_llama):
+    with pytest.raises(UsageError, match=r"half a surrogate pair, '\\udce9', at character 3"):
+        TextGenerator(Scripted([]), tiny_llama).encode("caf\udce9", chat=False)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_answers_come_in_the_order_of_their_prompts(tiny_llama, batch):
     decoder = runtime.load(tiny_llama, dtype="float32", threads=1)
@@ -104,10 +182,16 @@ def test_a_decoder_for_one_text_says_so(tiny_llama):
 
 
 @pytest.mark.parametrize(
-    "lines", ["stone\n\na river\nst\n", '{"prompt": "stone"}\n{"prompt": "a river"}\n{"prompt": "st"}\n']
+    "lines",
+    [
+        "stone\n\na river\nst\n",
+        '{"prompt": "stone"}\n{"prompt": "a river"}\n{"prompt": "st"}\n',
+        '\ufeff{"prompt": "stone", "by": "a\u2028b\u0085c"}\r\n{"prompt": "a river"}\r\n{"prompt": "st"}\r\n',
+        "\ufeffstone\r\na river\r\nst",
+    ],
 )
 def test_a_file_of_prompts_is_answered_line_by_line(tiny_onnx, tmp_path, lines):
-    (tmp_path / "prompts").write_text(lines)
+    (tmp_path / "prompts").write_bytes(lines.encode())
     given = [str(tiny_onnx), "--prompts", str(tmp_path / "prompts"), "--max-tokens", "6", "--stats"]
     result = CliRunner().invoke(app, [*given, "--batch", "2"])
     assert result.exit_code == 0, result.output
@@ -128,7 +212,7 @@ def test_a_file_of_prompts_is_answered_line_by_line(tiny_onnx, tmp_path, lines):
         (["--prompt", "a", "--batch", "2"], "", "has one prompt to answer"),
         (["--prompts", "prompts"], "\n \n", "holds no prompts"),
         (["--prompts", "prompts"], '{"prompt": "a"}\n{"text": "b"}', "record 2 has no `prompt`"),
-        (["--prompts", "absent"], "", "absent can't be read"),
+        (["--prompts", "absent"], "", "absent doesn't exist"),
     ],
 )
 def test_prompts_that_are_none(tiny_onnx, tmp_path, monkeypatch, given, text, told):

@@ -130,14 +130,38 @@ def test_another_text_at_the_same_path_is_another_text(store: Store, tmp_path: P
     assert text(store, tmp_path, text="a.txt").digest != one.digest
 
 
-def test_a_mark_at_the_start_is_left_out(store: Store, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfword\r\n")
-    assert text(store, tmp_path, text="a.txt").path.read_bytes() == b"word\r\n"
+def test_a_mark_at_the_start_is_left_out_and_lines_end_alike(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfword\r\nnext\n")
+    assert text(store, tmp_path, text="a.txt").path.read_bytes() == b"word\nnext\n"
+
+
+def test_a_chat_template_with_a_name_is_part_of_a_model(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "m" / "additional_chat_templates").mkdir(parents=True)
+    (tmp_path / "m" / "config.json").write_text("{}")
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"weights")
+    digests = [model("m", store, tmp_path).digest]
+    for content in ("one", "another"):
+        (tmp_path / "m" / "additional_chat_templates" / "rag.jinja").write_text(content)
+        digests.append(model("m", store, tmp_path).digest)
+    assert len(set(digests)) == 3
+
+
+def test_half_a_character_in_a_record_is_refused_by_its_number(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "\\ud83d"}\n')
+    with pytest.raises(InputMissingError, match=r"a\.jsonl: record 2 holds half a surrogate pair"):
+        text(store, tmp_path, text="a.jsonl", template="{text}")
+
+
+def test_line_ends_within_a_record_are_part_of_it(store: Store, tmp_path: Path) -> None:
+    lines = '{"text": "one\u2028two"}\n{"text": "three\u0085four"}\n'
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    found = text(store, tmp_path, text="a.jsonl", template="{text};").path.read_text(encoding="utf-8")
+    assert found == "one\u2028two;three\u0085four;"
 
 
 def test_text_that_is_no_text(store: Store, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"abc\xff")
-    with pytest.raises(RecipeError, match=r"not UTF-8: invalid start byte at byte 3 \(0xff\)"):
+    with pytest.raises(InputMissingError, match="not UTF-8: byte 0xff at offset 3"):
         text(store, tmp_path, text="a.txt")
     (tmp_path / "b.txt").write_text("  \n")
     with pytest.raises(RecipeError, match=r"b\.txt holds no text: it has 3 characters"):

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from optikit.errors import UsageError
 from optikit.fileio import file_sha256
+from optikit.models import tokenizer
 
 SEAL = "artifact.json"
 WEIGHTS = "*.safetensors"
-TOKENIZER = "tokenizer.json"
 
 
 def weights_digest(directory: Path) -> str:
@@ -59,11 +59,9 @@ def require_same_tokenizer(draft: Path, model: Path) -> None:
     """Refuse a draft whose tokenizer isn't the model's: its tokens would mean other texts.
 
     Raises:
-        UsageError: Both directories have a tokenizer.json, and they differ.
+        UsageError: Both directories have a tokenizer, and they differ in what they do.
     """
-    if not ((draft / TOKENIZER).is_file() and (model / TOKENIZER).is_file()):
-        return
-    theirs, ours = file_sha256(draft / TOKENIZER), file_sha256(model / TOKENIZER)
-    if theirs != ours:
-        message = f"the draft's {TOKENIZER} ({theirs[:12]}) is not that of {model} ({ours[:12]})"
+    theirs, ours = tokenizer.describe(draft), tokenizer.describe(model)
+    if theirs and ours and theirs.sha256 != ours.sha256:
+        message = f"the draft's tokenizer ({theirs.sha256[:12]}) is not that of {model} ({ours.sha256[:12]})"
         raise UsageError(message, fix="use a draft made with the model's own tokenizer")

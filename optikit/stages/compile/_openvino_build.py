@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optikit import records
 from optikit.errors import StageFailedError
 from optikit.models.reader import read
 from optikit.process import program
@@ -71,7 +72,7 @@ def passages(calibration: Calibration) -> list[str]:
     Raises:
         StageFailedError: The text is shorter than one passage.
     """
-    text = calibration.text.read_text(encoding="utf-8")
+    text = records.read(calibration.text)
     size = 4 * calibration.length
     if len(text) < size:
         message = f"the calibration text has {len(text)} characters, and one sample takes {size}"

@@ -24,7 +24,7 @@ from pydantic import Field
 from optikit.errors import StageFailedError
 from optikit.evaluation import texts
 from optikit.evaluation.windows import CutOptions, cut
-from optikit.models import engines, traits
+from optikit.models import engines, tokenizer, traits
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import ANY, MACHINE, PLANNED, SERVERS_PEAK, Estimate, Facts, Input, Job, no_objection
@@ -203,7 +203,7 @@ def _timed(options: Options, job: Job, client: Client) -> Facts:
 
     prompts = texts.prompts(
         job.inputs["prompts"],
-        texts.tokenizer(job.inputs["tokenizer"]),
+        tokenizer.load(job.inputs["tokenizer"]),
         length=options.prompt_tokens,
         wanted=options.requests,
         seed=job.seed,

@@ -21,6 +21,7 @@ from pydantic import Field
 from optikit.errors import InputMissingError
 from optikit.evaluation import lossless, texts
 from optikit.evaluation.paired_decoding import Pair, Writer
+from optikit.models import tokenizer
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import ANY, MACHINE, MAIN, PLANNED, Estimate, Facts, Input, Job, StageOptions, no_objection
@@ -62,6 +63,8 @@ class Options(StageOptions):
     """Most tokens to write per prompt."""
     chat: bool = True
     """Put prompts through the model's chat template, if it has one."""
+    chat_template: str = ""
+    """Name of that template, of a model with several; empty is the one called `default`."""
     tune: bool = True
     """Choose the speculator's parameters anew."""
     datastore_answers: int = Field(default=200, ge=0)
@@ -147,8 +150,8 @@ def _prompts(
     path = job.inputs["prompts"]
     divided = texts.divided(
         path,
-        texts.tokenizer(job.inputs["tokenizer"]),
-        lambda prompt: generator.encode(prompt, chat=options.chat),
+        tokenizer.load(job.inputs["tokenizer"]),
+        lambda prompt: generator.encode(prompt, chat=options.chat and (options.chat_template or True)),
         eval_prompts=options.prompts,
         template=options.template,
         length=options.prompt_tokens,

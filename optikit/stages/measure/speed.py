@@ -26,6 +26,7 @@ from optikit.evaluation import texts
 from optikit.evaluation.results import Machine, Speed, Timing
 from optikit.evaluation.speed_client import Arm
 from optikit.evaluation.speed_schedule import AGAIN, Rounds, Sample, conduct, joules_per_token, select, write_samples
+from optikit.models import tokenizer
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import (
@@ -180,7 +181,7 @@ def run(options: Options, job: Job) -> Facts:
 
     prompts = texts.prompts(
         job.inputs["prompts"],
-        texts.tokenizer(job.inputs["tokenizer"]),
+        tokenizer.load(job.inputs["tokenizer"]),
         length=options.prompt_tokens,
         wanted=options.warmup + options.repetitions,
         seed=job.seed,

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from optikit.errors import InputMissingError, StageFailedError
-from optikit.evaluation import texts
-from optikit.evaluation.task_items import Choice, Question
+from optikit.evaluation.task_items import Choice, Question, tokens_needed
 from optikit.evaluation.task_items import kind as kind_of
 from optikit.evaluation.task_items import read as read_task
+from optikit.models import tokenizer
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import ANY, MAIN, PLANNED, Estimate, Facts, Input, Job, StageOptions, no_objection
@@ -160,13 +160,10 @@ class _Tokenizer:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._by = texts.tokenizer(directory)
-        probe = self._by.encode("a")
-        self._opening: list[int] = probe.ids[: probe.special_tokens_mask.index(0)]
+        self._by = tokenizer.load(directory)
 
     def encode(self, text: str) -> Sequence[int]:
-        found: list[int] = self._by.encode(text, add_special_tokens=False).ids
-        return [*self._opening, *found]
+        return tokenizer.encode(self._by, text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         text: str = self._by.decode(list(tokens))
@@ -212,13 +209,11 @@ def _require_fit(wanted: Sequence[Task], asked: dict[str, Sequence[Item]], by: _
     Raises:
         InputMissingError: An item that exceeds the model's context.
     """
-    from optikit.evaluation import tasks
-
     limit = by.context()
     longest = 0
     for task in wanted:
         for item in asked[task.name]:
-            need = tasks.tokens_needed(by, item, task.max_tokens)
+            need = tokens_needed(item, task.max_tokens, lambda text: len(by.encode(text)))
             if need > limit:
                 message = f"{task.name}: item {item.id} needs {need} tokens, and the model's context holds {limit}"
                 raise InputMissingError(message, fix="shorten its prompt, leave it out, or lower max_tokens")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from optikit.errors import InputMissingError
 from optikit.evaluation import texts
+from optikit.models import tokenizer
 
 if TYPE_CHECKING:
     from optikit.stage import Job
@@ -40,8 +41,8 @@ def written(options: PromptOptions, job: Job, tokens: int) -> tuple[Any, list[li
     path = job.inputs["prompts"]
     found = texts.divided(
         path,
-        texts.tokenizer(job.source),
-        lambda prompt: generator.encode(prompt, chat=options.chat),
+        tokenizer.load(job.source),
+        lambda prompt: generator.encode(prompt, chat=options.chat and (options.chat_template or True)),
         eval_prompts=options.eval_prompts,
         template=options.template,
         length=options.prompt_tokens,

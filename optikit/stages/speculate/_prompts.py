@@ -26,6 +26,8 @@ class PromptOptions(StageOptions):
     """Tokens of a prompt, where prompts have to be cut from prose."""
     chat: bool = True
     """Put prompts through the model's chat template, if it has one; passages of prose are continued as they are."""
+    chat_template: str = ""
+    """Name of the chat template to use, of a model with several; empty is the one called `default`."""
     eval_prompts: int = Field(default=40, ge=4, le=100_000)
     """Prompts, drawn by the seed, half of which choose the speculator and half evaluate it; nothing else sees them."""
     eval_part: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
@@ -49,8 +51,8 @@ def inputs(options: PromptOptions) -> Mapping[str, Input]:
 
 def measured(options: PromptOptions) -> dict[str, Any]:
     """Return how `measure speculation` chooses and judges what these options ask for, as options of its own."""
-    fields = {"tune", "chat", "new_tokens", "datastore_answers", "template", "prompt_tokens", "eval_part"}
-    return options.model_dump(include=fields) | {"prompts": options.eval_prompts}
+    fields = {"tune", "chat", "chat_template", "new_tokens", "datastore_answers", "template", "eval_part"}
+    return options.model_dump(include={*fields, "prompt_tokens"}) | {"prompts": options.eval_prompts}
 
 
 def check(options: PromptOptions, facts: ModelFacts) -> Iterator[Problem]:
@@ -58,6 +60,10 @@ def check(options: PromptOptions, facts: ModelFacts) -> Iterator[Problem]:
     if facts.sliding_window is not None:
         message = f"attention over a window of {facts.sliding_window} tokens forgets what a rejected draft displaced"
         yield Problem(code="no-rollback", message=message, fix="drop the speculate stage, or use a model without one")
+    if options.new_tokens >= facts.max_positions:
+        message = f"answers of {options.new_tokens} tokens leave no room in the model's context for a prompt"
+        fix = f"set new_tokens below {facts.max_positions}"
+        yield Problem(code="answer-exceeds-context", message=message, fix=fix, loc=("new_tokens",))
     try:
         records.fields(options.template)
     except ValueError as error:

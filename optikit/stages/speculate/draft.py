@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from optikit.errors import StageFailedError
-from optikit.models import architectures
+from optikit.models import architectures, tokenizer
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import ANY, MAIN, Estimate, Facts, Input, Job, directory_bytes
@@ -220,7 +220,6 @@ def _make(options: Options, making: Make, job: Job, dest: Path) -> Facts:
     import torch
 
     from optikit.algorithms import depth
-    from optikit.deploy.medusa import TOKENIZER_FILES
     from optikit.models.reader import read
     from optikit.stages.speculate import _generated
     from optikit.training import draft_model
@@ -243,9 +242,7 @@ def _make(options: Options, making: Make, job: Job, dest: Path) -> Facts:
         found["training"] = _distil(making, job, (student, row.blocks), prompts, text)
     shutil.rmtree(dest, ignore_errors=True)
     student.to(torch.bfloat16).save_pretrained(dest)
-    for name in TOKENIZER_FILES:
-        if (job.source / name).is_file():
-            shutil.copyfile(job.source / name, dest / name)
+    tokenizer.copy(job.source, dest)
     return found
 
 

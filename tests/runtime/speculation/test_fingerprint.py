@@ -8,14 +8,15 @@ import pytest
 from safetensors.numpy import save_file
 
 from optikit.errors import UsageError
-from optikit.fileio import file_sha256
+from optikit.models import tokenizer
 from optikit.runtime.speculation import fingerprint
 
 
 def model(directory, value=0.0):
     directory.mkdir(parents=True)
     save_file({"w": np.full(3, value, np.float32)}, directory / "model.safetensors")
-    (directory / "tokenizer.json").write_text(json.dumps({"value": value}))
+    vocabulary = {"a": int(value), "b": 1 - int(value)} if value < 2 else {"a": 7, "b": 8}
+    (directory / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordLevel", "vocab": vocabulary}}))
     return directory
 
 
@@ -51,7 +52,7 @@ def test_other_weights_and_other_tokenizers_are_refused_with_both_digests(tmp_pa
     fingerprint.require_same_weights("", other)
     with pytest.raises(UsageError, match=rf"for weights {digests[0]}, and .*other holds {digests[1]}"):
         fingerprint.require_same_weights(fingerprint.weights_digest(mine), other)
-    sums = [file_sha256(each / "tokenizer.json")[:12] for each in (mine, other)]
+    sums = [tokenizer.describe(each).sha256[:12] for each in (mine, other)]
     fingerprint.require_same_tokenizer(mine, mine)
     fingerprint.require_same_tokenizer(tmp_path, mine)
     with pytest.raises(UsageError, match=rf"\({sums[0]}\) is not that of .*other \({sums[1]}\)"):

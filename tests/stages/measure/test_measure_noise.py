@@ -14,6 +14,7 @@ import pytest
 from optikit.evaluation import speed, texts
 from optikit.evaluation.speed_client import Arm
 from optikit.evaluation.speed_schedule import AGAIN, Rounds, conduct, select
+from optikit.models import tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +46,7 @@ _arm.main(int(sys.argv[1]))
 @pytest.fixture
 def session(tmp_path, tiny_llama, prose):
     """Start two arms of one model; return a function that compares them over some rounds."""
-    prompts = texts.prompts(prose, texts.tokenizer(tiny_llama), length=32, wanted=40, seed=0)
+    prompts = texts.prompts(prose, tokenizer.load(tiny_llama), length=32, wanted=40, seed=0)
     arms = {}
 
     def start(name, command=None):

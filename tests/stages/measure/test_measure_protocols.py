@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from optikit.errors import InputMissingError, StageFailedError
 from optikit.evaluation import perplexity_protocols, statistics
+from optikit.models import tokenizer
 from optikit.recipe.schema import PerplexityOptions
 from optikit.stage import Job
 from optikit.stages.measure import quality
@@ -119,6 +120,29 @@ def test_every_protocol_agrees_with_a_slow_loop(directory, request, model, text,
     assert found["word_perplexity"] == pytest.approx(math.exp(total / len(re.split(r"\s+", written))), rel=1e-4)
     assert found["byte_perplexity"] == pytest.approx(math.exp(total / len(written.encode())), rel=1e-4)
     assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / len(written.encode()), rel=1e-4)
+
+
+def slow_opened_windows(model, ids, opening, window, windows):
+    """Pieces of window - 1 tokens, each behind the token that opens a text, all of them scored."""
+    own = window - 1
+    pieces = [ids[index * own : (index + 1) * own] for index in range(windows)]
+    return [each for piece in pieces for each in log_likelihoods(model, [opening], piece)]
+
+
+def test_windows_open_as_the_tokenizer_opens_texts(tiny_llama, opened, model, text, tmp_path):
+    options = {"protocol": "windows", "window": 48, "windows": 5}
+    plain = tokens(tiny_llama, text.read_text(encoding="utf-8"))
+    expected = {"tiny": slow_gptq(model, plain[: 5 * 48], 48), "opened": slow_opened_windows(model, plain, 0, 48, 5)}
+    found = {}
+    for name, source in (("tiny", tiny_llama), ("opened", opened)):
+        found[name] = measure(tmp_path / name, source, text, source, **options)["perplexity"]
+        assert found[name]["tokens"] == len(expected[name]) == 5 * 47
+        assert found[name]["value"] == pytest.approx(math.exp(-np.mean(expected[name])), rel=1e-4)
+    scored = len(tokenizer.load(tiny_llama).decode(plain[: 5 * 47]).encode())
+    assert found["opened"]["bits_per_byte"] == pytest.approx(-sum(expected["opened"]) / math.log(2) / scored, rel=1e-4)
+    assert found["opened"]["protocol"] == f"{found['tiny']['protocol']}:opened"
+    with pytest.raises(StageFailedError, match="can't compare with the baseline: its protocol is"):
+        measure(tmp_path / "mixed", tiny_llama, text, opened, tmp_path / "tiny", **options)
 
 
 def test_bits_per_byte_of_a_byte_tokenizer_is_the_token_cost(tiny_llama, text, tmp_path):
