@@ -95,7 +95,7 @@ def main() -> None:
     try:
         app()
     except OptikitError as error:
-        sys.stderr.write(_told(error))
+        sys.stderr.write(told(error))
         sys.exit(int(error.code))
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
@@ -108,13 +108,13 @@ def main() -> None:
 
         known = ran_out(error)
         if known is not None:
-            sys.stderr.write(_told(known))
+            sys.stderr.write(told(known))
             sys.exit(int(known.code))
         sys.stderr.write(f"error: optikit has a bug: {error!r}\nfix: send us this report: {write_report(error)}\n")
         sys.exit(int(Exit.BUG))
 
 
-def _told(error: OptikitError) -> str:
+def told(error: OptikitError) -> str:
     """Return what a failure says on stderr: every problem of a recipe in its place, or one sentence and its fix."""
     from optikit.errors import RecipeError
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from optikit import targets
 from optikit.errors import InputMissingError, RecipeError
-from optikit.problems import Mark, Problem
+from optikit.problems import Hint, Mark, Problem, nearest
 from optikit.recipe import overrides as set_
 from optikit.recipe import variables
 from optikit.recipe.node import Marks, Node, plain
@@ -60,12 +60,20 @@ def load(path: Path, *, overrides: Sequence[str] = (), known_targets: Collection
         InputMissingError: If the file can't be read.
         RecipeError: With every problem found, each with its mark.
     """
+    return loads(read(path), path, overrides=overrides, known_targets=known_targets)
+
+
+def read(path: Path) -> bytes:
+    """Return a recipe's bytes, of a file that is too large only the first.
+
+    Raises:
+        InputMissingError: It can't be read, or is no regular file: a pipe or a device may have no end.
+    """
     try:
-        text = _read(path)
-    except OSError as error:
-        reason = error.strerror or str(error)
+        return _read(path)
+    except (OSError, ValueError) as error:  # ValueError: NUL in a path
+        reason = getattr(error, "strerror", None) or str(error)
         raise InputMissingError(f"can't read the recipe {str(path)!r}: {reason}", fix="check the path") from None
-    return loads(text, path, overrides=overrides, known_targets=known_targets)
 
 
 def loads(
@@ -103,7 +111,17 @@ def loads(
 def _unknown_target(named: Node | None, known: Collection[str] | None) -> tuple[Problem, ...]:
     if known is None or named is None or not isinstance(named.value, str) or named.value in known:
         return ()
-    return (targets.unknown(named.value, known).at(named.mark),)
+    problem = targets.unknown(named.value, known).at(named.mark)
+    near = nearest(named.value, known)
+    return (replace(problem, hint=_target_hint(named.value, near) if near else None),)
+
+
+def _target_hint(written: str, name: str) -> Hint:
+    """Return the edit that names a target: other letters may be other hardware, as A10 and A10G are."""
+    lost = (
+        "" if name.lower() == written.lower() else f"target {written!r} becomes {name!r}, which may be other hardware"
+    )
+    return Hint(edit="write", text=name, told=f"write target: {name} instead of {written}", lost=lost)
 
 
 def _error(path: Path, problems: Iterable[Problem]) -> RecipeError:
