@@ -146,17 +146,20 @@ class _Mending:
 
         if self.took > SECONDS:
             return None, [f"no fix was looked for: reading the recipe took {self.took:.0f} s"]
-        safe = self._repaired(text, problems)
+        deadline = time.monotonic() + SECONDS
+        safe = self._repaired(text, problems, seconds=SECONDS)
         if safe is not None and not safe.left:
             return safe, []
         base, left = (safe.text, safe.left) if safe else (text, problems)
         notes = [f"{LEFT}{visible(problem.message)}" for problem in left[:MOST_NOTES]] if safe else []
         if not any(problem.loc or problem.mark for problem in left):  # a source can't be had
             return safe, notes
-        bold = self._repaired(base, left, unsafe=True)
+        bold = self._repaired(base, left, unsafe=True, seconds=deadline - time.monotonic())
         if bold is not None and self.unsafe:
             return replace(bold, changes=(*(safe.changes if safe else ()), *bold.changes)), []
-        return safe, [*notes, *_unsafe_notes(bold, "no safe fix for what is left" if safe else "no safe fix")]
+        start = "no safe fix for what is left" if safe else "no safe fix"
+        late = f" in {SECONDS:.0f} s" if time.monotonic() >= deadline else ""
+        return safe, [*notes, *_unsafe_notes(bold, start, late)]
 
     def _repaired(self, text: str, problems: tuple[Problem, ...], **how: Any) -> Repair | None:
         from optikit.rules.repair import repair
@@ -188,8 +191,8 @@ class _Mending:
         return content
 
 
-def _unsafe_notes(bold: Repair | None, start: str) -> list[str]:
+def _unsafe_notes(bold: Repair | None, start: str, late: str) -> list[str]:
     """Return what is said where no safe repair was found: what an unsafe one would do, and what is lost by it."""
     if bold is None:
-        return [f"{start}, and no unsafe one was found"]
+        return [f"{start}, and no unsafe one was found{late}"]
     return [f"{start}; --unsafe-fixes would {'; '.join(bold.changes)}", *(f"lost by it: {lost}" for lost in bold.lost)]
