@@ -106,11 +106,11 @@ class _Mending:
             RecipeError: There are no problems to mend.
             typer.Exit: With the code of an invalid recipe: nothing was written.
         """
-        from optikit.cli.app import told
+        from optikit.cli.app import tell
 
         if not error.problems:
             raise error
-        typer.echo(told(error), err=True, nl=False)
+        tell(error)
         text = self.text
         found, notes = self._found(text, error.problems) if text is not None else (None, [])
         if found is not None and text is not None:
@@ -144,6 +144,8 @@ class _Mending:
         from optikit.recipe.render_problems import visible
         from optikit.rules.repair import SECONDS
 
+        if any(problem.code == "too-large" for problem in problems):
+            return None, []
         if self.took > SECONDS:
             return None, [f"no fix was looked for: reading the recipe took {self.took:.0f} s"]
         deadline = time.monotonic() + SECONDS

@@ -20,7 +20,8 @@ import yaml
 from optikit.problems import Hint, Mark, Problem, did_you_mean
 from optikit.recipe.node import Node, Scalar, plain
 
-MAX_CHARACTERS = 2**20
+MAX_CHARACTERS = 2**18
+"""Most characters of a recipe: of the densest, PyYAML reads about 50,000 a second; our own have up to 4,000."""
 MAX_NODES = 100_000
 MAX_EXPANDED_CHARACTERS = 4 * 2**20
 MAX_DEPTH = 64

@@ -73,10 +73,13 @@ def _stages(root: yaml.MappingNode) -> Iterator[Asked]:
     listed = yaml_edit.entry(root, "stages")
     for item in listed.value if isinstance(listed, yaml.SequenceNode) else [listed]:
         if isinstance(item, yaml.MappingNode):
-            yield from (_asked(verb.value, options, item) for verb, options in item.value if verb.value in VERBS)
+            alone = all(key.value in VERBS for key, _ in item.value)  # else options may stand beside the verb
+            for verb, options in item.value:
+                if verb.value in VERBS:
+                    yield _asked(verb.value, options, item, whole=alone)
 
 
-def _asked(verb: str, options: yaml.Node, item: yaml.MappingNode) -> Asked:
+def _asked(verb: str, options: yaml.Node, item: yaml.MappingNode, *, whole: bool) -> Asked:
     if not isinstance(options, yaml.MappingNode):
         named = options.value if isinstance(options, yaml.ScalarNode) and options.value in methods(verb) else ""
         return Asked(verb=verb, method=named, options={})
@@ -85,7 +88,7 @@ def _asked(verb: str, options: yaml.Node, item: yaml.MappingNode) -> Asked:
     if method not in methods(verb):
         return Asked(verb=verb, method="", options=_written(block))
     known = options_of(block) or ()
-    defaults = _defaults(verb, str(method)) if set(block.written) <= set(known) else {}
+    defaults = _defaults(verb, str(method)) if whole and set(block.written) <= set(known) else {}
     return Asked(verb=verb, method=str(method), options={**defaults, **_written(block)})
 
 
