@@ -96,7 +96,7 @@ def main() -> None:
     try:
         app()
     except OptikitError as error:
-        sys.stderr.write(_told(error))
+        tell(error)
         sys.exit(int(error.code))
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
@@ -104,24 +104,24 @@ def main() -> None:
     except BrokenPipeError:
         sys.exit(int(Exit.OK))  # the reader of our output has seen enough
     except Exception as error:  # noqa: BLE001 - a bug is reported as one, with all that is needed to mend it
-        from optikit.cli.crash import write_report
-        from optikit.process.failure import ran_out
+        from optikit.cli.crash import known, write_report
 
-        known = ran_out(error)
-        if known is not None:
-            sys.stderr.write(_told(known))
-            sys.exit(int(known.code))
+        named = known(error)
+        if named is not None:
+            tell(named)
+            sys.exit(int(named.code))
         sys.stderr.write(f"error: optikit has a bug: {error!r}\nfix: send us this report: {write_report(error)}\n")
         sys.exit(int(Exit.BUG))
 
 
-def _told(error: OptikitError) -> str:
-    """Return what a failure says on stderr: every problem of a recipe in its place, or one sentence and its fix."""
+def tell(error: OptikitError) -> None:
+    """Say a failure on stderr: every problem of a recipe in its place, or one sentence and its fix."""
     from optikit.errors import RecipeError
 
     if isinstance(error, RecipeError) and error.problems:
         from optikit.recipe.render_problems import render_problems
 
-        return f"{render_problems(error.problems, colour=sys.stderr.isatty())}\n{error.message}\n"
+        sys.stderr.write(f"{render_problems(error.problems, colour=sys.stderr.isatty())}\n{error.message}\n")
+        return
     fix = f"fix: {error.fix}\n" if error.fix else ""
-    return f"error: {error.message}\n{fix}"
+    sys.stderr.write(f"error: {error.message}\n{fix}")

@@ -1,4 +1,7 @@
-"""A crash report: everything needed to mend a bug, and no values of variables, which may hold secrets."""
+"""How an unexpected exception ends: by a name where its cause has one, else by a crash report.
+
+A report has everything needed to mend a bug, and no values of variables, which may hold secrets.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,39 @@ import platform
 import sys
 import traceback
 from datetime import UTC, datetime
-from pathlib import Path
+
+from optikit.errors import DiskError, OptikitError, RecipeError
 
 
-def write_report(error: Exception) -> Path:
-    """Write what happened to a file in the store's directory and return its path."""
+def known(error: Exception) -> OptikitError | None:
+    """Return the failure that an exception is, where what was read or the machine is to blame; None for a bug."""
+    from optikit.process.failure import ran_out
+
+    if isinstance(error, RecursionError):
+        return RecipeError("what was read is nested too deeply", fix="look for a file with thousands of brackets")
+    found = ran_out(error)
+    if found is None and isinstance(error, OSError) and error.filename is not None:
+        place = str(error.filename)[:200]
+        found = DiskError(f"{place}: {error.strerror}", fix="check that path, and who may read and write it")
+    return found
+
+
+def write_report(error: Exception) -> str:
+    """Write what happened to a file in the store's directory and return its path; without a store, all of it."""
+    content = _report(error)
+    from optikit.store.store import Store
+
+    try:
+        path = Store.default().root / f"crash-{datetime.now(UTC):%Y%m%dT%H%M%S}.json"
+        path.write_text(content, encoding="utf-8")
+    except (OSError, OptikitError):
+        return content
+    return str(path)
+
+
+def _report(error: Exception) -> str:
     from optikit import __version__
     from optikit.host import versions
-    from optikit.store.store import Store
 
     now = datetime.now(UTC)
     content = {
@@ -26,7 +54,4 @@ def write_report(error: Exception) -> Path:
         "platform": platform.platform(),
         "versions": versions(("torch", "transformers", "onnxruntime", "onnxruntime-genai", "pydantic", "typer")),
     }
-    path = Store.default().root / f"crash-{now:%Y%m%dT%H%M%S}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    return path
+    return json.dumps(content, indent=1)

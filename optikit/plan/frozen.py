@@ -94,7 +94,7 @@ def read(path: Path) -> Frozen | None:
     """
     try:
         loaded = json.loads(path.read_bytes()) if path.suffix == ".json" and path.is_file() else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(loaded, dict) or MARK not in loaded:
         return None

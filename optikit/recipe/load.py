@@ -5,6 +5,8 @@ The way: YAML 1.2 tree with marks → `extends` merged → `--set` applied → `
 
 from __future__ import annotations
 
+import codecs
+import os
 import stat
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +16,7 @@ from typing import Any
 
 from optikit import targets
 from optikit.errors import InputMissingError, RecipeError
-from optikit.problems import Mark, Problem
+from optikit.problems import Hint, Mark, Problem, nearest
 from optikit.recipe import overrides as set_
 from optikit.recipe import variables
 from optikit.recipe.node import Marks, Node, plain
@@ -60,12 +62,20 @@ def load(path: Path, *, overrides: Sequence[str] = (), known_targets: Collection
         InputMissingError: If the file can't be read.
         RecipeError: With every problem found, each with its mark.
     """
+    return loads(read(path), path, overrides=overrides, known_targets=known_targets)
+
+
+def read(path: Path) -> bytes:
+    """Return a recipe's bytes, of a file that is too large only the first.
+
+    Raises:
+        InputMissingError: It can't be read, or is no regular file: a pipe or a device may have no end.
+    """
     try:
-        text = _read(path)
-    except OSError as error:
-        reason = error.strerror or str(error)
+        return _read(path)
+    except (OSError, ValueError) as error:  # ValueError: NUL in a path
+        reason = getattr(error, "strerror", None) or str(error)
         raise InputMissingError(f"can't read the recipe {str(path)!r}: {reason}", fix="check the path") from None
-    return loads(text, path, overrides=overrides, known_targets=known_targets)
 
 
 def loads(
@@ -103,7 +113,17 @@ def loads(
 def _unknown_target(named: Node | None, known: Collection[str] | None) -> tuple[Problem, ...]:
     if known is None or named is None or not isinstance(named.value, str) or named.value in known:
         return ()
-    return (targets.unknown(named.value, known).at(named.mark),)
+    problem = targets.unknown(named.value, known).at(named.mark)
+    near = nearest(named.value, known)
+    return (replace(problem, hint=_target_hint(named.value, near) if near else None),)
+
+
+def _target_hint(written: str, name: str) -> Hint:
+    """Return the edit that names a target: other letters may be other hardware, as A10 and A10G are."""
+    lost = (
+        "" if name.lower() == written.lower() else f"target {written!r} becomes {name!r}, which may be other hardware"
+    )
+    return Hint(edit="write", text=name, told=f"write target: {name} instead of {written}", lost=lost)
 
 
 def _error(path: Path, problems: Iterable[Problem]) -> RecipeError:
@@ -128,7 +148,7 @@ def _read(path: Path) -> bytes:
 def _merged(text: str | bytes, path: Path) -> tuple[Node | None, tuple[Problem, ...]]:
     """Return the recipe merged over everything it extends; None where that can't be known."""
     chain: list[Node] = []
-    seen = [path.resolve()]
+    seen = [Path(os.path.realpath(path))]
     problems: list[Problem] = []
     while True:
         root, found = _parsed(text, path)
@@ -143,7 +163,7 @@ def _merged(text: str | bytes, path: Path) -> tuple[Node | None, tuple[Problem, 
             path, text = _base(named, path, seen)
         except RecipeError as error:
             return None, (*problems, *error.problems)
-        seen.append(path.resolve())
+        seen.append(Path(os.path.realpath(path)))
 
 
 def _parsed(text: str | bytes, path: Path) -> tuple[Node | None, tuple[Problem, ...]]:
@@ -151,10 +171,7 @@ def _parsed(text: str | bytes, path: Path) -> tuple[Node | None, tuple[Problem, 
     try:
         document = compose(text if isinstance(text, str) else text.decode(), str(path))
     except UnicodeDecodeError as error:
-        before = error.object[: error.start]
-        mark = Mark(file=str(path), line=before.count(b"\n") + 1, column=len(before) - before.rfind(b"\n"))
-        message = f"byte 0x{error.object[error.start]:02X} is not UTF-8"
-        return None, (Problem(code="not-utf8", message=message, fix="save the file as UTF-8", mark=mark),)
+        return None, (_not_utf8(error, path),)
     if document.root is None and document.problems:
         return None, document.problems
     if document.root is None or not isinstance(document.root.value, dict):
@@ -164,6 +181,17 @@ def _parsed(text: str | bytes, path: Path) -> tuple[Node | None, tuple[Problem, 
         fix = "write at least `model: …`; `optikit init` makes a recipe to start from"
         return None, (*document.problems, Problem(code="not-a-recipe", message=message, fix=fix, mark=mark))
     return document.root, document.problems
+
+
+def _not_utf8(error: UnicodeDecodeError, path: Path) -> Problem:
+    """Return what is wrong with a file that isn't UTF-8; other Unicode encodings begin with a mark of their own."""
+    before = error.object[: error.start]
+    mark = Mark(file=str(path), line=before.count(b"\n") + 1, column=len(before) - before.rfind(b"\n"))
+    message = f"byte 0x{error.object[error.start]:02X} is not UTF-8"
+    fix = "save the file as UTF-8"
+    if error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # UTF-32's begins with UTF-16's
+        message, fix = "the file is UTF-16 or UTF-32, not UTF-8", "save it as UTF-8, e.g. `iconv -f UTF-16 -t UTF-8`"
+    return Problem(code="not-utf8", message=message, fix=fix, mark=mark)
 
 
 def _base(named: Node, path: Path, seen: Sequence[Path]) -> tuple[Path, bytes]:
@@ -180,15 +208,16 @@ def _base(named: Node, path: Path, seen: Sequence[Path]) -> tuple[Path, bytes]:
     if not isinstance(name, str) or not name:
         raise refuse(f"extends must name a recipe file, not {shown(plain(named))}", "write `extends: base.yaml`")
     base = path.parent / name
-    if base.resolve() in seen:
-        names = " → ".join([*(p.name for p in seen[seen.index(base.resolve()) :]), base.name])
+    real = Path(os.path.realpath(base))  # pathlib's resolve() raises on links in a circle
+    if real in seen:
+        names = " → ".join([*(p.name for p in seen[seen.index(real) :]), base.name])
         raise refuse(f"recipes extend each other in a circle: {names}", "take one `extends` out")
     if len(seen) > MAX_BASES:
         raise refuse(f"more than {MAX_BASES} recipes extend one another", "merge some of them")
     try:
         return base, _read(base)
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise refuse(f"can't read {name!r}: {reason}", f"the path starts from {str(path.parent)!r}") from None
 
 

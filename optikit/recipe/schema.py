@@ -263,7 +263,7 @@ class Recipe(_Frozen):
     @classmethod
     def _size(cls, text: str) -> str:
         if text:
-            parse_size(text)
+            _at_least_a_byte(text)
         return text
 
 
@@ -304,6 +304,12 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
+def _at_least_a_byte(text: str) -> None:
+    if parse_size(text) < 1:
+        msg = f"{text!r} leaves no step any memory; write for example 2GiB, or leave it out"
+        raise ValueError(msg)
+
+
 def parse_size(text: str) -> int:
     """Return the bytes that a text means.
 
@@ -313,7 +319,7 @@ def parse_size(text: str) -> int:
     >>> parse_size("2GiB"), parse_size("1.5 MB")
     (2147483648, 1500000)
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in UNITS:
         msg = f"{text!r} is not a size; write for example 2GiB or 500MB"
         raise ValueError(msg)

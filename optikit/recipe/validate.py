@@ -7,24 +7,26 @@ are checked by the stage module's own `Options`.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from optikit import stages
-from optikit.problems import Loc, Problem, did_you_mean
+from optikit.problems import Hint, Loc, Problem, did_you_mean, misspelt
 from optikit.recipe.node import Marks, Node, plain
 from optikit.recipe.schema import GATE_METRICS, Recipe, StageEntry
-from optikit.recipe.validation_messages import complaints, shown
+from optikit.recipe.validation_messages import complaints, rename, shown
+from optikit.rules import foreign_words
 from optikit.stages import REFUSED
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
 class _Bad(Exception):  # noqa: N818 - a problem on its way to the list of all problems
-    def __init__(self, code: str, message: str, fix: str, loc: Loc) -> None:
+    def __init__(self, code: str, message: str, fix: str, loc: Loc, hint: Hint | None = None, **more: Any) -> None:
         super().__init__(message)
-        self.problem = Problem(code=code, message=message, fix=fix, loc=loc)
+        self.problem = Problem(code=code, message=message, fix=fix, loc=loc, hint=hint, **more)
 
 
 def check(root: Node) -> tuple[Recipe | None, tuple[Problem, ...]]:
@@ -69,10 +71,17 @@ def _gates(marks: Marks) -> list[Problem]:
             fix=did_you_mean(name, GATE_METRICS),
             loc=("gates", name),
             mark=marks.key(("gates", name)),
+            hint=_meant(name, GATE_METRICS),
         )
         for name in names
         if name not in GATE_METRICS
     ]
+
+
+def _meant(word: str, choices: Collection[str]) -> Hint | None:
+    """Return the edit that writes a misspelt word as it is meant."""
+    meant = misspelt(word, choices)
+    return rename(word, meant) if meant else None
 
 
 def _stages(written: Node, marks: Marks, problems: list[Problem]) -> tuple[StageEntry, ...]:
@@ -80,7 +89,9 @@ def _stages(written: Node, marks: Marks, problems: list[Problem]) -> tuple[Stage
         message = f"stages must be a list, {_not(plain(written))}"
         fix = "begin each stage with '- '"
         mark = marks.mark(("stages",))
-        problems.append(Problem(code="wrong-type", message=message, fix=fix, loc=("stages",), mark=mark))
+        listed = isinstance(written.value, dict) and set(written.value) <= set(stages.VERBS)
+        hint = Hint(edit="list", told="make each stage an item of a list") if listed else None
+        problems.append(Problem(code="wrong-type", message=message, fix=fix, loc=("stages",), mark=mark, hint=hint))
         return ()
     entries = []
     for index, item in enumerate(written.value):
@@ -106,9 +117,11 @@ def _entry(item: Node, at: Loc, marks: Marks, problems: list[Problem]) -> StageE
     written = item.child(verb)
     if written is None or not isinstance(written.value, dict):
         value = plain(written) if written else None
-        example = value if value in stages.methods(verb) else "…"
-        fix = f"write `{verb}: {{{key}: {example}}}`"
-        raise _Bad("wrong-type", f"{verb} must be a mapping of options, {_not(value)}", fix, at)
+        meant = misspelt(value, stages.methods(verb)) if isinstance(value, str) else None
+        mapping = f"{{{key}: {meant or '…'}}}"
+        hint = Hint(edit="write", text=mapping, told=f"write {verb}: {mapping}") if meant else None
+        fix = f"write `{verb}: {mapping}`"
+        raise _Bad("wrong-type", f"{verb} must be a mapping of options, {_not(value)}", fix, at, hint)
     method = _method(verb, key, written, at)
     data: dict[str, Any] = plain(written)
     del data[key]
@@ -135,7 +148,8 @@ def _options(verb: str, method: str, backend: str, data: dict[str, Any], at: Loc
         raise _Bad("backend-refused", why, f"use {' or '.join(available)}", (*at, "backend"))
     if backend not in available:
         message = f"unknown backend {shown(backend)} of {method} (available: {', '.join(available)})"
-        raise _Bad("unknown-backend", message, did_you_mean(backend, available), (*at, "backend"))
+        fix = did_you_mean(backend, available)
+        raise _Bad("unknown-backend", message, fix, (*at, "backend"), _meant(backend, available))
     return stages.load(verb, method, backend).Options
 
 
@@ -148,13 +162,15 @@ def _verb(item: Node, at: Loc) -> str:
     verbs = [name for name in names if name in stages.VERBS]
     if len(verbs) > 1:
         fix = f"begin a new stage with '- {verbs[1]}:'"
-        raise _Bad("bad-stage", f"one stage has the verbs {' and '.join(verbs)}", fix, (*at, verbs[1]))
+        hint = Hint(edit="item", told=f"begin a new stage with {verbs[1]!r}")
+        raise _Bad("bad-stage", f"one stage has the verbs {' and '.join(verbs)}", fix, (*at, verbs[1]), hint)
     if not verbs:
         raise _no_verb(names, at)
     others = [name for name in names if name != verbs[0]]
     if others:
         fix = f"indent {others[0]!r} below {verbs[0]!r}"
-        raise _Bad("bad-stage", f"{others[0]!r} stands beside {verbs[0]!r}, not in it", fix, (*at, others[0]))
+        hint = Hint(edit="indent", text=verbs[0], told=f"indent {', '.join(map(repr, others))} below {verbs[0]!r}")
+        raise _Bad("bad-stage", f"{others[0]!r} stands beside {verbs[0]!r}, not in it", fix, (*at, others[0]), hint)
     return verbs[0]
 
 
@@ -165,8 +181,10 @@ def _no_verb(names: list[str], at: Loc) -> _Bad:
     owner = next((verb for verb in stages.VERBS if name in stages.methods(verb)), None)
     if owner is not None:
         fix = f"write `{owner}: {{{stages.method_key(owner)}: {name}}}`"
-        return _Bad("unknown-verb", f"{name!r} is a method of {owner}, not a verb", fix, (*at, name))
-    return _Bad("unknown-verb", f"unknown verb {name!r}", did_you_mean(name, stages.VERBS), (*at, name))
+        hint = Hint(edit="name", text=f"{owner}: {stages.method_key(owner)}", told=f"name {owner} the verb of {name!r}")
+        return _Bad("unknown-verb", f"{name!r} is a method of {owner}, not a verb", fix, (*at, name), hint)
+    fix = did_you_mean(name, stages.VERBS)
+    return _Bad("unknown-verb", f"unknown verb {name!r}", fix, (*at, name), _meant(name, stages.VERBS))
 
 
 def _method(verb: str, key: str, written: Node, at: Loc) -> str:
@@ -176,12 +194,29 @@ def _method(verb: str, key: str, written: Node, at: Loc) -> str:
     if not available:
         raise _Bad("unknown-method", f"{verb} has no methods in this version of optikit", "remove the stage", at)
     if node is None:
-        other = "method" if key == "engine" else "engine"
-        if written.child(other) is not None:
-            raise _Bad("unknown-key", f"unknown key {other!r}", f"{verb} takes {key!r}", (*at, other))
-        fix = f"choose from {', '.join(available)}"
-        raise _Bad("missing-key", f"{verb} has no {key!r}", fix, at)
+        raise _unnamed(verb, key, written, at)
     if node.value not in available:
         message = f"unknown {key} {shown(plain(node))} of {verb} (available: {', '.join(available)})"
-        raise _Bad("unknown-method", message, did_you_mean(str(node.value), available), (*at, key))
+        name = str(node.value)
+        foreign = foreign_words.method(verb, name)
+        if foreign:
+            raise _Bad("unknown-method", message, foreign.told, (*at, key), repair=foreign.repair(verb))
+        raise _Bad("unknown-method", message, did_you_mean(name, available), (*at, key), _meant(name, available))
     return str(node.value)
+
+
+def _unnamed(verb: str, key: str, written: Node, at: Loc) -> _Bad:
+    """Return what is wrong with a stage that names no method: its key is called otherwise, or isn't there."""
+    other = "method" if key == "engine" else "engine"
+    if written.child(other) is not None:
+        return _Bad("unknown-key", f"unknown key {other!r}", f"{verb} takes {key!r}", (*at, other), rename(other, key))
+    for name in written.value if isinstance(written.value, dict) else ():
+        word = foreign_words.find((verb,), name, (key,))
+        meant = key if (word and word.becomes == key) or misspelt(name, (key,)) else None
+        if meant:
+            fix = word.fix() if word else did_you_mean(name, (key,))
+            return _Bad("unknown-key", f"unknown key {name!r}", fix, (*at, name), rename(name, meant))
+    scheme = plain(written).get("scheme")
+    foreign = foreign_words.method(verb, scheme) if isinstance(scheme, str) else None
+    fix = foreign.told if foreign else f"choose from {', '.join(stages.methods(verb))}"
+    return _Bad("missing-key", f"{verb} has no {key!r}", fix, at, repair=foreign.repair(verb) if foreign else {})

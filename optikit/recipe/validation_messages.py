@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from optikit.problems import Loc, Problem, did_you_mean
+from optikit.problems import Hint, Loc, Problem, did_you_mean, misspelt
 from optikit.recipe.node import Marks
 from optikit.recipe.yaml12 import resolve
+from optikit.rules import foreign_words
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -54,7 +56,7 @@ def complaints(error: ValidationError, model: type[BaseModel], marks: Marks, at:
         loc = (*at, *details["loc"])
         if details["type"] != "missing":
             loc = marks.reach(loc)  # the branches of a union add their names to the path, and complain one by one
-        problem = _problem(details, loc[len(at) :], schema)
+        problem = _problem(details, loc[len(at) :], schema, _Around(marks, at, loc))
         mark = marks.key(loc) if problem.code == "unknown-key" else marks.mark(loc)
         by_loc.setdefault(loc, []).append(replace(problem, loc=loc, mark=mark))
     return tuple(_either(problems) for problems in by_loc.values())
@@ -66,7 +68,31 @@ def _either(problems: list[Problem]) -> Problem:
         return first
     message = "; or: ".join(dict.fromkeys(problem.message for problem in problems))
     fix = next((problem.fix for problem in problems if problem.fix), "")
-    return replace(first, message=message, fix=fix)
+    hint = next((problem.hint for problem in problems if problem.hint), None)
+    return replace(first, message=message, fix=fix, hint=hint)
+
+
+@dataclass(frozen=True)
+class _Around:
+    """Where in the recipe a value stands: the tree, the path of the data that was checked, the path of the value."""
+
+    marks: Marks
+    at: Loc
+    loc: Loc
+
+    @property
+    def source(self) -> str:
+        """The value as it is written, without quotes."""
+        return self.marks.find(self.loc).source
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Names of the mapping that the value stands in, for other tools' words: the most exact first."""
+        if len(self.at) != 3:
+            return (".".join(part for part in self.loc[:-1] if isinstance(part, str)) or foreign_words.TOP,)
+        verb = str(self.at[2])
+        key = self.marks.find((*self.at, "engine" if verb == "compile" else "method"))
+        return (f"{verb}.{key.value}", verb)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +105,7 @@ class _Finding:
     context: Mapping[str, Any]
     text: str
     schema: dict[str, Any]
+    around: _Around
 
     @property
     def subject(self) -> str:
@@ -93,7 +120,7 @@ class _Finding:
         return schema_at(self.schema, self.loc)
 
 
-def _problem(details: ErrorDetails, loc: Loc, schema: dict[str, Any]) -> Problem:
+def _problem(details: ErrorDetails, loc: Loc, schema: dict[str, Any], around: _Around) -> Problem:
     finding = _Finding(
         kind=details["type"],
         loc=loc,
@@ -101,13 +128,19 @@ def _problem(details: ErrorDetails, loc: Loc, schema: dict[str, Any]) -> Problem
         context=details.get("ctx") or {},
         text=details["msg"],
         schema=schema,
+        around=around,
     )
-    code, message, fix = _SENTENCES.get(finding.kind, _other)(finding)
-    return Problem(code=code, message=message, fix=fix)
+    return Problem(**_SENTENCES.get(finding.kind, _other)(finding)._asdict())
 
 
-Sentence = tuple[str, str, str]
-"""Code, message, fix."""
+class Sentence(NamedTuple):
+    """What is said of an error: code, message, fix, and the fix as an edit of the text."""
+
+    code: str
+    message: str
+    fix: str
+    hint: Hint | None = None
+
 
 RENAMED = {
     "judged": "eval_prompts",
@@ -121,9 +154,26 @@ RENAMED = {
 def _unknown_key(finding: _Finding) -> Sentence:
     known = schema_at(finding.schema, finding.loc[:-1]).get("properties", {})
     name = str(finding.loc[-1])
-    if (today := RENAMED.get(name)) in known:
-        return "unknown-key", f"unknown key {name!r}", f"it is called {today!r} now"
-    return "unknown-key", f"unknown key {name!r}", did_you_mean(name, known) or "remove it"
+    message = f"unknown key {name!r}"
+    today = RENAMED.get(name, "")
+    if today in known:
+        return Sentence("unknown-key", message, f"it is called {today!r} now", rename(name, today))
+    word = foreign_words.find(finding.around.places, name, known)
+    if word is not None:
+        hint = None if word.told else word.hint(finding.value) or _dropped(name)
+        return Sentence("unknown-key", message, word.fix(), hint)
+    meant = misspelt(name, known)
+    hint = rename(name, meant) if meant else _dropped(name)
+    return Sentence("unknown-key", message, did_you_mean(name, known) or "remove it", hint)
+
+
+def rename(name: str, meant: str) -> Hint:
+    """Return the edit that writes a word as it is meant."""
+    return Hint(edit="write", text=meant, told=f"write {meant!r} instead of {name!r}")
+
+
+def _dropped(name: str) -> Hint:
+    return Hint(edit="drop", told=f"leave out {name!r}", lost=f"{name!r} goes, whatever it was to do")
 
 
 def _missing(finding: _Finding) -> Sentence:
@@ -132,31 +182,64 @@ def _missing(finding: _Finding) -> Sentence:
         return _length(replace(parent, context={"actual_length": len(finding.value)}))
     name = finding.subject
     about = " ".join(str(finding.own_schema.get("description", "")).split())
-    return "missing-key", f"missing key {name!r}", f"add `{name}: …`" + (f" ({about.rstrip('.')})" if about else "")
+    fix = f"add `{name}: …`" + (f" ({about.rstrip('.')})" if about else "")
+    return Sentence("missing-key", f"missing key {name!r}", fix)
 
 
 def _wrong_type(finding: _Finding) -> Sentence:
     if finding.value is None:
         message = f"{finding.subject} must be {KINDS[finding.kind]}, but has no value"
-        return "wrong-type", message, "write a value, or remove the key"
+        return Sentence("wrong-type", message, "write a value, or remove the key")
     message = f"{finding.subject} must be {KINDS[finding.kind]}, not {shown(finding.value)}"
-    return "wrong-type", message, _typed(finding)
+    fix, text = _typed(finding)
+    return Sentence("wrong-type", message, fix, _value_hint(finding, text))
 
 
-def _typed(finding: _Finding) -> str:
-    """Return the fix for a value of the wrong type."""
+def _value_hint(finding: _Finding, text: str) -> Hint | None:
+    told = f"write {finding.subject}: {text} instead of {shown(finding.value)}"
+    return Hint(edit="write", text=text, told=told) if text else None
+
+
+def _typed(finding: _Finding) -> tuple[str, str]:
+    """Return the fix for a value of the wrong type, and the same value as it should be written, "" if nobody knows."""
     wanted, value = KINDS[finding.kind], finding.value
     if wanted == "text":
-        return f'put it in quotes: "{value}"' if isinstance(value, int | float) else "write one text"
-    if wanted == "a list" and not isinstance(value, dict):
-        return f"write [{value}]"
-    if isinstance(value, str) and wanted == "true or false" and value.lower() in {"yes", "no", "on", "off", "y", "n"}:
-        return f"write {'true' if value.lower() in {'yes', 'on', 'y'} else 'false'}"
-    if isinstance(value, str) and "number" in wanted and isinstance(_resolved(value), int | float):
-        return "remove the quotes"
+        quoted = json.dumps(finding.around.source or str(value)) if isinstance(value, int | float) else ""
+        return (f"put it in quotes: {quoted}", quoted) if quoted else ("write one text", "")
+    if wanted == "a list" and isinstance(value, str | int | float):
+        return f"write [{value}]", f"[{json.dumps(value, ensure_ascii=False)}]"
+    if wanted == "a mapping of keys" and _is_gate(finding):
+        return f"write {{max: {value}}}, or {{min: {value}}}", ""
+    text = _plain(wanted, value)
+    if text and isinstance(value, str) and "number" in wanted:
+        return "remove the quotes", text
+    return f"write {text or wanted}", text
+
+
+def _is_gate(finding: _Finding) -> bool:
+    return finding.around.loc[0] == "gates" and isinstance(finding.value, int | float)
+
+
+def _plain(wanted: str, value: Any) -> str:
+    """Return how a value that is surely meant to be a boolean or a number is written, or ""."""
+    if isinstance(value, str) and wanted == "true or false":
+        return _BOOLEANS.get(value.lower(), "")
+    if isinstance(value, str) and "number" in wanted:
+        return value.strip() if _fits(wanted, _resolved(value.strip())) else ""
     if wanted == "a whole number" and isinstance(value, float) and value.is_integer():
-        return f"write {int(value)}"
-    return f"write {wanted}"
+        return str(int(value))
+    return ""
+
+
+def _fits(wanted: str, number: Any) -> bool:
+    return type(number) is int or (type(number) is float and wanted != "a whole number")
+
+
+_BOOLEANS = {
+    **dict.fromkeys(("yes", "on", "y", "true"), "true"),
+    **dict.fromkeys(("no", "off", "n", "false"), "false"),
+}
+"""What YAML 1.1 or quotes make of a boolean."""
 
 
 def _resolved(text: str) -> Any:
@@ -170,7 +253,7 @@ def _out_of_range(finding: _Finding) -> Sentence:
     key, word = BOUNDS[finding.kind]
     bound = finding.context[key]
     message = f"{finding.subject} must be {word} {_bound(bound)}, not {shown(finding.value)}"
-    return "out-of-range", message, _range(finding.own_schema) or f"write a number {word} {_bound(bound)}"
+    return Sentence("out-of-range", message, _range(finding.own_schema) or f"write a number {word} {_bound(bound)}")
 
 
 def _range(schema: Mapping[str, Any]) -> str:
@@ -196,33 +279,35 @@ def _length(finding: _Finding) -> Sentence:
     low, high = wanted.get("minItems", 0), wanted.get("maxItems")
     actual = finding.context.get("actual_length", 0)
     need = f"{low} values" if low == high else f"at least {low} values" if actual < low else f"at most {high} values"
-    return "wrong-length", f"{finding.subject} must have {need}, not {actual}", f"write {need}"
+    return Sentence("wrong-length", f"{finding.subject} must have {need}, not {actual}", f"write {need}")
 
 
 def _too_short(finding: _Finding) -> Sentence:
     least = finding.context["min_length"]
     need = "not be empty" if least == 1 else f"have at least {least} characters"
-    return "out-of-range", f"{finding.subject} must {need}", "write more, or remove the key"
+    return Sentence("out-of-range", f"{finding.subject} must {need}", "write more, or remove the key")
 
 
 def _choice(finding: _Finding) -> Sentence:
     schema = finding.own_schema
     choices = [str(choice) for choice in schema.get("enum", [schema["const"]] if "const" in schema else [])]
     message = f"{finding.subject} can't be {shown(finding.value)}"
-    fix = ""
+    fix, meant = "", None
     if isinstance(finding.value, str):
         fix = "remove the quotes" if finding.value in choices else did_you_mean(finding.value, choices)
-    return "bad-choice", message, fix or f"choose from {', '.join(choices) or finding.context.get('expected', '')}"
+        meant = finding.value if finding.value in choices else misspelt(finding.value, choices)
+    fix = fix or f"choose from {', '.join(choices) or finding.context.get('expected', '')}"
+    return Sentence("bad-choice", message, fix, _value_hint(finding, meant or ""))
 
 
 def _own_words(finding: _Finding) -> Sentence:
     """A validator of ours said it: a sentence, and after a semicolon the fix."""
     message, _, fix = str(finding.context.get("error", finding.text)).partition("; ")
-    return "bad-value", message, fix
+    return Sentence("bad-value", message, fix)
 
 
 def _other(finding: _Finding) -> Sentence:
-    return (
+    return Sentence(
         "bad-value",
         f"{finding.subject}: {finding.text}, not {shown(finding.value)}",
         "`optikit schema` says what it may be",

@@ -17,10 +17,11 @@ from typing import Protocol
 
 import yaml
 
-from optikit.problems import Mark, Problem, did_you_mean
-from optikit.recipe.node import Node, Scalar
+from optikit.problems import Hint, Mark, Problem, did_you_mean
+from optikit.recipe.node import Node, Scalar, plain
 
-MAX_CHARACTERS = 2**20
+MAX_CHARACTERS = 2**18
+"""Most characters of a recipe: of the densest, PyYAML reads about 50,000 a second; our own have up to 4,000."""
 MAX_NODES = 100_000
 MAX_EXPANDED_CHARACTERS = 4 * 2**20
 MAX_DEPTH = 64
@@ -54,6 +55,8 @@ _SYNTAX: tuple[tuple[str, str, str], ...] = (
     ("expected ',' or '}'", "a mapping is not closed, or lacks a comma", "add ',' or '}'"),
 )
 """Part of PyYAML's message → the same in plain words (empty: PyYAML's own), fix."""
+_MISALIGNED = frozenset({"a tab can't indent", "this is not aligned with the lines above"})
+"""Of these, what another indentation of the line mends."""
 
 
 def resolve(text: str) -> Scalar:
@@ -223,7 +226,9 @@ class _Composer:
         mark = self.source.mark(place)
         for part, words, fix in _SYNTAX:
             if part in raw:
-                return Problem(code="yaml-syntax", message=words or raw, fix=fix, mark=mark)
+                hint = Hint(edit="align", told=f"indent line {mark.line} as its neighbours are")
+                aligned = hint if words in _MISALIGNED else None
+                return Problem(code="yaml-syntax", message=words or raw, fix=fix, mark=mark, hint=aligned)
         context = f"{error.context}, " if error.context else ""
         return Problem(code="yaml-syntax", message=f"{context}{raw}", fix="correct the YAML", mark=mark)
 
@@ -243,8 +248,8 @@ class _Composer:
             case _:
                 pass  # the ends of the stream and its documents
 
-    def _problem(self, code: str, message: str, fix: str, mark: Mark) -> None:
-        self.problems.append(Problem(code=code, message=message, fix=fix, mark=mark))
+    def _problem(self, code: str, message: str, fix: str, mark: Mark, hint: Hint | None = None) -> None:
+        self.problems.append(Problem(code=code, message=message, fix=fix, mark=mark, hint=hint))
 
     def _begin(self, event: yaml.DocumentStartEvent) -> None:
         self._documents += 1
@@ -379,14 +384,27 @@ class _Composer:
                 self._problem("key-not-text", f"a key must be text, not {shown}", "put it in quotes", key.mark)
             elif name == "<<":
                 fix = "use `extends: base.yaml`, or write the keys out"
-                self._problem("merge-key", "merge keys ('<<') are not part of YAML 1.2", fix, key.mark)
+                hint = Hint(edit="merge", told="write the keys that '<<' merges out")
+                self._problem("merge-key", "merge keys ('<<') are not part of YAML 1.2", fix, key.mark, hint)
             elif name in entries:
                 first = entries[name].key
                 where = f"; first on line {first.line}" if first else ""
-                self._problem("duplicate-key", f"key {name!r} is written twice{where}", "keep one of them", key.mark)
+                message = f"key {name!r} is written twice{where}"
+                hint = _second(name, value, entries[name])
+                self._problem("duplicate-key", message, "keep one of them", key.mark, hint)
             else:
                 entries[name] = replace(value, key=key.mark)
         return entries
+
+
+def _second(name: str, value: Node, first: Node) -> Hint:
+    """Return the edit that leaves out a key's second value: nothing is lost where both are the same."""
+    told = f"leave out the second {name!r}"
+    if plain(value) == plain(first):
+        return Hint(edit="drop", told=told)
+    kept = f"; {first.source} stays" if first.source else ""
+    lost = f"{name!r} has two values, and {value.source or 'the second'} of line {value.mark.line} goes{kept}"
+    return Hint(edit="drop", told=told, lost=lost)
 
 
 def _is_unicode(text: str) -> bool:

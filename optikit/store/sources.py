@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 Note = Callable[[str], None]
 MOST_TEXT_BYTES = 2**30
+MOST_PATH = 4096
+"""Characters of a path, by Linux's PATH_MAX."""
 CUT_VERSION = 3
 """Raised when `cut` would cut the same text differently."""
 
@@ -242,23 +244,36 @@ def _kind(spec: str) -> Literal["path", "hf", "pypi"]:
         return "pypi"
     if scheme == "hf" and colon:
         return "hf"
-    if re.match(r"[a-z][a-z0-9+]+:", spec) and not Path(spec).exists():
+    if re.match(r"[a-z][a-z0-9+]+:", spec) and not _is_there(Path(spec)):
         raise RecipeError(f"{spec!r}: sources are paths, hf: or pypi:", fix="download it and name the path")
     return "path"
 
 
 def _existing(spec: str, base: Path) -> Path:
     """Return the absolute path that a spec means: from the recipe's directory, or else the working directory."""
-    wanted = Path(spec).expanduser()
+    try:
+        wanted = Path(spec).expanduser()
+    except RuntimeError:  # nobody of that name, or no home is known
+        raise InputMissingError(f"{spec[:200]}: no such home directory", fix="write the path out") from None
     candidates = [base / wanted, Path.cwd() / wanted]
     for path in candidates:
-        if path.exists():
+        if _is_there(path):
             return path.absolute()
+    if len(spec) > MOST_PATH:
+        raise InputMissingError(f"{spec[:200]}… has {len(spec)} characters, which no path has", fix="check the path")
     raise InputMissingError(f"{spec} doesn't exist (looked in {base.absolute()})", fix=_nearby(spec, candidates[0]))
 
 
+def _is_there(path: Path) -> bool:
+    """Return whether there is such a path; what the system can't even look for isn't there."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def _nearby(spec: str, path: Path) -> str:
-    neighbours = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    neighbours = [other.name for other in path.parent.iterdir()] if _is_there(path.parent / ".") else []
     near = difflib.get_close_matches(path.name, neighbours, n=1)
     if near:
         return f"did you mean {str(Path(spec).with_name(near[0]))!r}?"

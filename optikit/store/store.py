@@ -56,7 +56,11 @@ class Store:
     """
 
     def __init__(self, root: Path, *, warn: Callable[[str], None] | None = None) -> None:
-        self.root = root.expanduser().absolute()
+        try:
+            self.root = root.expanduser().absolute()
+        except RuntimeError:  # HOME isn't set, and the system doesn't know this user
+            message = f"the store {root} needs a home directory, and this user ({os.getuid()}) has none"
+            raise CannotCreateError(message, fix="set OPTIKIT_HOME to a directory of your own") from None
         self.warnings: list[str] = []
         self.warn = warn or self.warnings.append
         self._verified: set[str] = set()

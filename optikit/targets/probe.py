@@ -51,7 +51,7 @@ def path() -> Path:
     home = os.environ.get("OPTIKIT_HOME")
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     directory = Path(home) if home else Path(cache) / "optikit"
-    return directory.expanduser() / "calibration.json"
+    return Path(os.path.expanduser(directory)) / "calibration.json"  # noqa: PTH111 - without a home, "~" stays as it is
 
 
 def measured(file: Path | None = None) -> Probe | None:

@@ -98,7 +98,7 @@ def load(text: str, file: str, known: Rows | None = None) -> dict[str, Target]:
     """
     try:
         rows: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"{file} can't be read: {error}", fix="one table per target: [my-box]") from error
     everything = {**(known or {}), **rows}
     targets = {}
@@ -201,6 +201,9 @@ def rows(extra: Path | None = None) -> Mapping[str, Target]:
     if extra is None:
         return _rows()
     try:
+        if not extra.is_file():
+            extra.stat()  # nothing there is told as that
+            raise RecipeError(f"{extra} is not a regular file", fix="one TOML table per target, in a file")
         text = extra.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise InputMissingError(f"no targets file {str(extra)!r}", fix="check the path after --targets") from error

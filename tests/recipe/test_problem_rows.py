@@ -11,7 +11,7 @@ from optikit.cli import explain
 from optikit.problems import did_you_mean
 
 PACKAGE = Path(explain.__file__).parents[1]
-CODE = re.compile(r'(?:code=|_Bad\(|_problem\(|return |^\s+)"([a-z0-9]+(?:-[a-z0-9]+)+)"', re.MULTILINE)
+CODE = re.compile(r'(?:code=|_Bad\(|Sentence\(|_problem\(|return |^\s+)"([a-z0-9]+(?:-[a-z0-9]+)+)"', re.MULTILINE)
 
 
 def codes() -> set[str]:

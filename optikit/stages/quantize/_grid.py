@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -54,14 +55,41 @@ def check_grid(options: GridOptions, facts: ModelFacts) -> Iterator[Problem]:
     linears = chosen(options, facts)
     for pattern in options.ignore:
         if not any(ignored(name, (pattern,)) for name in facts.linears):
-            message = f"ignore {pattern!r} matches no linear layer"
-            fix = f"names look like {next(iter(facts.linears), 'model.layers.0.mlp.up_proj')}"
-            yield Problem(code="ignore-matches-nothing", message=message, fix=fix, loc=("ignore",))
+            yield _matches_nothing(pattern, options, facts)
     if not linears:
         yield Problem(code="nothing-to-quantize", message="every linear layer is ignored", loc=("ignore",))
         return
     yield from _check_groups(options, linears)
     yield from _check_packing(options, linears)
+
+
+def _matches_nothing(pattern: str, options: GridOptions, facts: ModelFacts) -> Problem:
+    """Return what is wrong with a pattern of `ignore`; other tools' patterns come with ours."""
+    message = f"ignore {pattern!r} matches no linear layer"
+    fix = f"names look like {next(iter(facts.linears), 'model.layers.0.mlp.up_proj')}"
+    ours: list[str] | None = None
+    if pattern == "lm_head":
+        fix, ours = "leave it out: the output head stays dense anyway", []
+    elif glob := as_glob(pattern):
+        fix, ours = f"write {glob!r}: patterns here are shells', not regular expressions", [glob]
+    rest = [own for own in options.ignore for own in ([own] if own != pattern else ours or [])]
+    repair = {} if ours is None else {"quantize": {"ignore": rest}}
+    return Problem(code="ignore-matches-nothing", message=message, fix=fix, loc=("ignore",), repair=repair)
+
+
+def as_glob(pattern: str) -> str:
+    r"""Return llm-compressor's `re:` pattern, which need not match to the end of a name, as ours; "" where none is.
+
+    >>> as_glob("re:.*down_proj"), as_glob(r"re:model\.layers\.0\..*$"), as_glob("re:.*(q|k)_proj")
+    ('*down_proj*', 'model.layers.0.*', '')
+    """
+    if not pattern.startswith("re:"):
+        return ""
+    words = pattern.removeprefix("re:").removeprefix("^")
+    words, to_the_end = words.removesuffix("$"), words.endswith("$")
+    glob = words.replace(".*", "*").replace("\\.", ".")
+    plain = re.fullmatch(r"(?:[A-Za-z0-9_-]|\\\.|\.\*)+", words)
+    return (glob if to_the_end or glob.endswith("*") else f"{glob}*") if plain else ""
 
 
 def _starred(name: str) -> str:
