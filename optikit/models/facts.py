@@ -86,6 +86,7 @@ class ModelFacts:
         tokenizer_sha256: Hash of tokenizer.json; empty where unknown.
         config: The raw config.json.
         sliding_window: Attention window in tokens, or None.
+        left_dense: Linears that a packed directory holds as floats.
     """
 
     model_type: str
@@ -104,6 +105,7 @@ class ModelFacts:
     traits: frozenset[Trait]
     tokenizer_sha256: str = ""
     sliding_window: int | None = None
+    left_dense: frozenset[str] = frozenset()
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def having(self, *traits: Trait, without: frozenset[Trait] = frozenset()) -> ModelFacts:

@@ -35,7 +35,7 @@ def test_types_are_those_of_the_format() -> None:
 @pytest.mark.parametrize("family", architectures.gguf_names())
 def test_names_are_those_of_the_format(family: str) -> None:
     names = get_tensor_name_map(MODEL_ARCH[family.upper()], 1)
-    for linear, short in reader.GGUF_LINEARS.items():
+    for linear, short in reader.GGUF_NAMES.items():
         assert names.get_name(f"model.layers.0.{linear}") == f"blk.0.{short}"
 
 

@@ -107,6 +107,14 @@ def stored_dtype(graph: onnx.GraphProto) -> str:
     return f"int{bits.most_common(1)[0][0]}" if bits else "float32"
 
 
+def keep_activations(graph: onnx.GraphProto) -> None:
+    """Let quantized products take their inputs as float32, where they would round them to int8."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
+                attribute.i = 1
+
+
 def find_head(graph: onnx.GraphProto, where: Path) -> int:
     """Return the index of the output head's node.
 

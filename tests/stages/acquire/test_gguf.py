@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from optikit.errors import StageFailedError
+from optikit.errors import IntegrityError
 from optikit.models.reader import read, read_gguf
 from optikit.stage import Job
 from optikit.stages.acquire import gguf as stage
@@ -91,5 +91,5 @@ def test_the_same_file_gives_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
     gguf_files.write(tmp_path / "tiny.gguf", spoil=value)
-    with pytest.raises(StageFailedError, match=r"model\.norm\.weight has weights that aren't finite"):
+    with pytest.raises(IntegrityError, match=r"model\.norm\.weight holds NaN or infinity"):
         acquire(tmp_path / "tiny.gguf", tmp_path / "model")
