@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,18 +12,19 @@ from optikit.calibration.empty_model import EmptyModel
 from optikit.calibration.source_model import SourceModel
 from optikit.formats.checkpoint import Checkpoint
 
+Weights = Mapping[str, Callable[[], Tensor]]
+
 
 class _Substituted(SourceModel):
     """A model directory, some of whose weights are others."""
 
-    def __init__(self, directory: Path, weight: Callable[[str], Tensor | None]) -> None:
+    def __init__(self, directory: Path, weights: Weights) -> None:
         super().__init__(Checkpoint(directory))
-        self._weight = weight
-        self.own_head = self.own_head or weight(f"{self.row.head}.weight") is not None
+        self._weights = weights
+        self.own_head = self.own_head or f"{self.row.head}.weight" in weights
 
     def read(self, name: str) -> Tensor:
-        found = self._weight(name)
-        return super().read(name) if found is None else found
+        return self._weights[name]() if name in self._weights else super().read(name)
 
 
 class ReferenceModel:
@@ -31,12 +32,12 @@ class ReferenceModel:
 
     Args:
         directory: Hugging Face directory, dense or packed.
-        weight: Returns the weight that stands for a tensor of the directory, (out_features, in_features) in a float
-            dtype; None leaves the directory's own, which then has to be dense.
+        weights: What reads the weight that stands for a tensor of the directory, (out_features, in_features) in a float
+            dtype. All others are the directory's own.
     """
 
-    def __init__(self, directory: Path, weight: Callable[[str], Tensor | None]) -> None:
-        self._empty = EmptyModel(_Substituted(directory, weight), dtype=torch.float32, device="cpu")
+    def __init__(self, directory: Path, weights: Weights) -> None:
+        self._empty = EmptyModel(_Substituted(directory, weights), dtype=torch.float32, device="cpu")
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor) -> Tensor:

@@ -82,6 +82,17 @@ def read(directory: Path) -> ModelFacts:
     return facts
 
 
+def tensor_shapes(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a model by name, packed linears as the weight that they stand for.
+
+    Raises:
+        RecipeError: Its family isn't known.
+    """
+    architecture = _architecture(facts.model_type, Path("config.json"))
+    sizes = {name: getattr(facts, name) for name in USUAL_KEYS}
+    return expected.tensors(architecture, sizes, {**facts.config, "tie_word_embeddings": facts.tied})
+
+
 def read_gguf(path: Path) -> ModelFacts:
     """Read the facts of a gguf file from its header.
 
@@ -192,12 +203,10 @@ def _check_tensors(
     architecture: Architecture, scheme: Storage, facts: ModelFacts, found: Mapping[str, TensorFacts], where: Path
 ) -> None:
     """Hold names and shapes of all tensors to what config.json describes."""
-    sizes = {name: getattr(facts, name) for name in USUAL_KEYS}
-    wanted = expected.tensors(architecture, sizes, {**facts.config, "tie_word_embeddings": facts.tied})
     packed = {name: shape for name, shape in facts.linears.items() if scheme.packs(name, found)}
     if scheme.packs(architecture.head, found):
         packed[architecture.head] = scheme.shape(architecture.head, found, transposed=False) or (0, 0)
-    expected.check(architecture, scheme, wanted, found, packed, where)
+    expected.check(architecture, scheme, tensor_shapes(facts), found, packed, where)
 
 
 def _facts(

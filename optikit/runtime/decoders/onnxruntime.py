@@ -167,7 +167,7 @@ class OnnxDecoder:
         self._begin_cache()
 
     def _begin_cache(self) -> None:
-        shape = (1, self._layout.kv_heads, self.max_tokens, self._layout.head_dim)
+        shape = (1, self._layout.kv_heads, max(self.max_tokens, self._layout.window), self._layout.head_dim)
         self._cache = [np.zeros(shape, np.float32) for _ in self._layout.cache_names]
         self._calls: dict[int, _Call] = {}
         self._last_row = np.empty((1, 1, self.vocab), np.float32)

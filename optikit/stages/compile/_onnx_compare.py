@@ -10,7 +10,7 @@ positions changes most, and far positions cost nothing there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from optikit.errors import IntegrityError
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from optikit.calibration.reference_logits import ReferenceModel
+    from optikit.calibration.reference_logits import ReferenceModel, Weights
     from optikit.formats.onnx_graph import OnnxGraph
     from optikit.models.facts import ModelFacts
 
@@ -98,29 +98,25 @@ def _computed(dest: Path, tokens: Tensor, threads: int, *, exact: bool) -> Tenso
     return torch.from_numpy(decoder.forward(tokens.numpy(), 0))
 
 
-def weights(facts: ModelFacts, graph: OnnxGraph) -> Callable[[str], Tensor | None]:
-    """Return a function from a tensor of the source to what the graph has in its place, (out_features, in_features).
+def weights(facts: ModelFacts, graph: OnnxGraph) -> Weights:
+    """Return what reads, for a tensor of the model, the weight that the graph has in its place.
 
     Norms and biases aren't among them: the source's own stand for those.
     """
-    import numpy as np
-    import torch
-
     table, head = outer_names(facts)
     held = {f"{name}.weight": tuple(places(name, facts, graph)) for name in facts.linears}
     whole = (Place(product=HEAD, rows=graph.products[HEAD].rows),)
     held |= {head: whole} | ({} if TABLE in graph.tensors else {table: whole})
+    return {name: partial(_weight, graph, parts) for name, parts in held.items()}
 
-    def weight(name: str) -> Tensor | None:
-        if name not in held:
-            return None
-        parts = [
-            graph.weight(graph.products[place.product], place.graph_row, place.graph_row + place.rows)[0]
-            for place in held[name]
-        ]
-        return torch.from_numpy(np.concatenate(parts))
 
-    return weight
+def _weight(graph: OnnxGraph, parts: tuple[Place, ...]) -> Tensor:
+    """Return the rows of a weight, (out_features, in_features) float32."""
+    import numpy as np
+    import torch
+
+    rows = [graph.weight(graph.products[p.product], p.graph_row, p.graph_row + p.rows)[0] for p in parts]
+    return torch.from_numpy(np.concatenate(rows))
 
 
 def compare_tables(graph: OnnxGraph, model: ReferenceModel) -> int:
@@ -144,12 +140,12 @@ def _compare_rows(name: str, start: int, found: Any, model: ReferenceModel) -> N
     positions = np.arange(start, start + len(found), dtype=np.int64)
     wanted = model.rotary(torch.from_numpy(positions))[TABLES[name]][:, : found.shape[1]].numpy()
     rounding = 1e-5 if found.dtype == np.float32 else 1e-2  # half of bfloat16's last place is 4e-3
-    apart = np.abs(found.astype(np.float32) - wanted).max(axis=1)
-    wrong = np.flatnonzero(~(apart <= rounding + ULP * positions))
+    apart = np.abs(found.astype(np.float32) - wanted)
+    wrong = np.argwhere(~(apart <= (rounding + ULP * positions)[:, None]))
     if wrong.size:
-        row = int(wrong[0])
+        row, column = (int(index) for index in wrong[0])
         message = (
-            f"the compiled graph rotates position {start + row} otherwise than the model: {name} has "
-            f"{found[row][:3].tolist()}, transformers {wanted[row][:3].tolist()}"
+            f"the compiled graph rotates otherwise than the model: {name} has {found[row, column]:.6g} at position "
+            f"{start + row}, channel {column}, and transformers {wanted[row, column]:.6g}"
         )
         raise IntegrityError(message, fix=FIX)
