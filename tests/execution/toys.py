@@ -8,7 +8,7 @@ from pathlib import Path
 STAGE = """
 from optikit.stage import ANY, StageOptions, no_objection, nothing
 SUMMARY, NEEDS, WRITES, USES_TARGET, LIBRARIES = "", ANY, "{writes}", False, ("pydantic",)
-inputs, fits = nothing, no_objection
+ENVIRONMENT, inputs, fits = None, nothing, no_objection
 class Options(StageOptions):
     bits: int = 4
 def run(options, job):
