@@ -60,4 +60,5 @@ def rope_type(config: Mapping[str, Any]) -> str:
 
 
 def _kind(parameters: Mapping[str, Any]) -> str:
-    return str(parameters.get("rope_type", parameters.get("type", "default")))
+    kind = str(parameters.get("rope_type", parameters.get("type", "default")))
+    return kind if parameters.get("partial_rotary_factor") in (None, 1) else f"{kind}, partial"

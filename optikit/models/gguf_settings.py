@@ -77,7 +77,7 @@ def rope(path: Path, header: GgufHeader, figures: Mapping[str, int]) -> dict[str
             raise _unknown(path, f"{family}.{key}", value)
     theta = {"rope_theta": float(keys.get("rope.freq_base", 10000.0))}
     if ROPE_FACTORS not in header.tensors:
-        return theta | _scaled(path, kind, scaling, figures)
+        return theta | _scaled(path, kind, scaling | {"family": family}, figures)
     if kind != "none":
         raise _unknown(path, ROPE_FACTORS, f"a second scaling beside {kind}")
     return theta | _llama3(path, header, theta["rope_theta"], figures["head_dim"])
@@ -89,12 +89,12 @@ def _unknown(path: Path, key: str, value: Any) -> RecipeError:
 
 
 def _scaled(path: Path, kind: str, told: Mapping[str, Any], figures: Mapping[str, int]) -> dict[str, Any]:
-    """Return the scaling that metadata names; yarn by llama.cpp's defaults, which are transformers', too."""
+    """Return the scaling that keys below `rope.scaling` name; llama.cpp's defaults of yarn are transformers', too."""
     if kind == "none":
         return {"rope_type": "default"}
     factor = told.get("factor")
     if not isinstance(factor, float) or not 1 <= factor < math.inf:
-        raise _unknown(path, "rope.scaling.factor", factor)
+        raise _unknown(path, f"{told['family']}.rope.scaling.factor", factor)
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     found = {"rope_type": "yarn", "factor": factor}

@@ -249,13 +249,16 @@ def _gguf_tensors(architecture: Architecture, header: GgufHeader, path: Path) ->
         "output": architecture.head,
     }
     short = {gguf: module for module, gguf in GGUF_NAMES.items()}
-    places = {f"{architecture.block(0)}{pattern.removeprefix('*')}" for pattern in architecture.tensors}
     found = {}
     for name, tensor in header.tensors.items():
         stem, _, leaf = name.rpartition(".")  # blk.7.attn_q.weight
-        _, index, inside = (*stem.split(".", 2), "", "")[:3]
-        module = f"{architecture.blocks}.{index}.{short.get(inside)}" if stem.startswith("blk.") else names.get(stem)
-        if module is not None and (not inside or f"{architecture.block(0)}.{short.get(inside)}.{leaf}" in places):
+        if stem.startswith("blk."):
+            index, _, inside = stem.removeprefix("blk.").partition(".")
+            module, place = f"{architecture.blocks}.{index}.{short.get(inside)}", f"*.{short.get(inside)}.{leaf}"
+        else:
+            module = names.get(stem, "")
+            place = f"{module}.{leaf}"
+        if place in architecture.tensors:
             found[f"{module}.{leaf}"] = TensorFacts(dtype="BF16", shape=tensor.shape)
         elif name != gguf_settings.ROPE_FACTORS:
             message = f"{path}: tensor {name} isn't understood: {architecture.model_type} has no place for it here"
