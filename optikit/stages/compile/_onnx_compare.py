@@ -57,12 +57,10 @@ def compare(source: Path, dest: Path, facts: ModelFacts, *, window: int, threads
     Raises:
         IntegrityError: Further than float32 explains, or the kernels further than rounding does.
     """
-    import torch
-
     from optikit.calibration.reference_logits import ReferenceModel, relative_distance
     from optikit.formats.onnx_graph import OnnxGraph
 
-    tokens = torch.randint(facts.vocab, (min(TOKENS, window),), generator=torch.Generator().manual_seed(0))
+    tokens = probe(facts, window)
     graph = OnnxGraph(dest / GRAPH)
     model = ReferenceModel(source, weights(facts, graph))
     positions = compare_tables(graph, model)
@@ -74,17 +72,25 @@ def compare(source: Path, dest: Path, facts: ModelFacts, *, window: int, threads
             f"{apart:.2g} of their spread apart, and float32 explains {APART:g}"
         )
         raise IntegrityError(message, fix=FIX)
-    told = {"logits_compared": len(tokens), "logits_apart": _short(apart), "rotary_positions_compared": positions}
+    told = {"logits_compared": len(tokens), "logits_apart": short(apart), "rotary_positions_compared": positions}
     if any(product.bits < 32 for product in graph.products.values()):
         rounded = relative_distance(_computed(dest, tokens, threads, exact=False), found)
         if not rounded <= ROUNDED:
             message = f"the kernels of this processor change the logits by {rounded:.2g} of their spread"
             raise IntegrityError(message, fix="compile with accuracy_level: 1, and report the processor")
-        told["activation_rounding_apart"] = _short(rounded)
+        told["activation_rounding_apart"] = short(rounded)
     return told
 
 
-def _short(value: float) -> float:
+def probe(facts: ModelFacts, window: int) -> Tensor:
+    """Return the text on which logits are compared, (tokens,) int64: no longer than the graph claims to be right."""
+    import torch
+
+    return torch.randint(facts.vocab, (min(TOKENS, window),), generator=torch.Generator().manual_seed(0))
+
+
+def short(value: float) -> float:
+    """Return a distance as reports show it."""
     return float(f"{value:.2g}")
 
 

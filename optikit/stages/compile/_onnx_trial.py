@@ -21,8 +21,7 @@ def main(directory: str, count: int) -> None:
     prompt = tokenizer.encode(PROMPT)
     settings = genai.GeneratorParams(model)
     length = len(prompt) + count
-    # The cache has max_length places, and attention with a window refuses one that is smaller than the window.
-    settings.set_search_options(do_sample=False, min_length=length, max_length=max(length, _window(directory)))
+    settings.set_search_options(do_sample=False, min_length=length, max_length=_places(directory, length))
     generator = genai.Generator(model, settings)
     generator.append_tokens(prompt)
     tokens: list[int] = []
@@ -32,10 +31,11 @@ def main(directory: str, count: int) -> None:
     sys.stdout.write(json.dumps({"tokens": tokens, "text": tokenizer.decode(tokens)}) + "\n")
 
 
-def _window(directory: str) -> int:
-    """Return the attention window that genai_config.json names; 0 without one."""
-    decoder = json.loads((Path(directory) / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
-    return int(decoder.get("sliding_window", {}).get("window_size", 0))
+def _places(directory: str, length: int) -> int:
+    """Return how many places the cache needs: attention with a window refuses one that is smaller than the window."""
+    model = json.loads((Path(directory) / "genai_config.json").read_text(encoding="utf-8"))["model"]
+    window = int(model["decoder"].get("sliding_window", {}).get("window_size", 0))
+    return max(length, min(window, int(model["context_length"])))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,12 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     """Estimate from the CPU builder: the weights, and copies of the head."""
     written = after(options, facts).weight_bytes
     held = 6 * facts.parameters
-    return Estimate(seconds=15 + facts.parameters / 2e7, peak_bytes=450_000_000 + held, disk_bytes=written)
+    return Estimate(
+        seconds=15 + facts.parameters / 2e7,
+        peak_bytes=450_000_000 + held,
+        disk_bytes=written,
+        scratch_bytes=2 * written,
+    )
 
 
 def after(options: Options, facts: ModelFacts) -> ModelFacts:
