@@ -70,6 +70,35 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
 
 
+def teach(source: Path, dest: Path, text: Path) -> Path:
+    """Write a copy of a tiny model that has learned to predict a text's bytes far better than by chance."""
+    import shutil
+
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(source, dest, dirs_exist_ok=True)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    tokens = torch.tensor(Tokenizer.from_file(str(source / "tokenizer.json")).encode(text.read_text("utf-8")).ids)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(40):
+        starts = torch.randint(len(tokens) - 64, (8,))
+        batch = torch.stack([tokens[start : start + 64] for start in starts])
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.to(torch.bfloat16).save_pretrained(dest)
+    return dest
+
+
+@pytest.fixture(scope="session")
+def taught_llama(tiny_llama: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_llama` trained on `prose`, so that gates on its quality mean something: treat as read-only."""
+    return teach(tiny_llama, tmp_path_factory.mktemp("taught-llama"), prose)
+
+
 def round_to_gptq(source: Path, dest: Path, *, bits: int = 4, group_size: int = 32) -> Path:
     """Write a `gptq` directory whose linears are rounded to nearest, asymmetric: real packing, no quantizer needed."""
     import shutil

@@ -57,6 +57,7 @@ class EmptyModel:
 
     def __init__(self, source: SourceModel, *, dtype: torch.dtype, device: str) -> None:
         config = AutoConfig.from_pretrained(source.checkpoint.directory, trust_remote_code=False)
+        vars(config).pop("quantization_config", None)  # the modules are those of the dense model
         # sdpa ignores Gemma 2's soft cap on attention scores.
         capped = getattr(config, "attn_logit_softcapping", None) is not None
         attention = "eager" if capped else "sdpa"
@@ -107,7 +108,7 @@ class EmptyModel:
         """Hold all but the blocks in memory: embeddings, last norm, output head."""
         head = self._model.get_submodule(self._row.head)
         with self.stem_filled():
-            if f"{self._row.head}.weight" in self._source.checkpoint:
+            if self._source.own_head:
                 self._fill(head, f"{self._row.head}.")
             else:
                 head.weight = self._model.get_submodule(self._row.embedding).weight
@@ -161,6 +162,18 @@ class EmptyModel:
         for part in torch.split(windows, batch):
             self._run(part, self.blocks[:1], recorder)
             yield found.pop()
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cosines and sines that the model rotates queries and keys by.
+
+        Args:
+            positions: (tokens,) int64.
+
+        Returns:
+            (tokens, channels) float32 twice.
+        """
+        cos, sin = self._stem.rotary_emb(torch.zeros(1, 1, 1, device=self.device), positions[None].to(self.device))
+        return cos[0].cpu(), sin[0].cpu()
 
     def logits(self, windows: Tensor, hidden: Tensor) -> Tensor:
         """Return the logits of the last block's output; gradients flow back into `hidden`.

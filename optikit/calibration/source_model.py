@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optikit.calibration.method import PreviousOp
 from optikit.errors import StageFailedError
-from optikit.formats.checkpoint import Checkpoint
+from optikit.formats.checkpoint import Checkpoint, finite
 from optikit.models import architectures
 from optikit.models.architectures import Architecture
 
@@ -43,6 +43,7 @@ class SourceModel:
         row: Which module does what.
         layers: Number of decoder blocks.
         max_positions: Longest sequence the model was made for, in tokens.
+        own_head: The output head has a matrix of its own, not the embedding's.
 
     Raises:
         StageFailedError: The architecture is unknown, or the config contradicts its row.
@@ -58,6 +59,7 @@ class SourceModel:
         self.row: Architecture = row
         self.layers = int(str(config[row.keys["layers"]]))
         self.max_positions = int(str(config[row.keys["max_positions"]]))
+        self.own_head = f"{row.head}.weight" in checkpoint
         heads, hidden = (int(str(config[row.keys[key]])) for key in ("heads", "hidden"))
         self._head_dim = int(str(config.get(row.keys["head_dim"]) or hidden // heads))
 
@@ -77,13 +79,11 @@ class SourceModel:
         """Read a tensor as it is stored.
 
         Raises:
-            StageFailedError: It isn't there, or holds NaN or infinity.
+            StageFailedError: It isn't there.
+            IntegrityError: It holds NaN or infinity.
         """
         stored = self.tensor_name(name)
-        tensor = self.checkpoint.read(stored)
-        if not torch.isfinite(tensor).all():
-            raise StageFailedError(f"{stored} holds NaN or infinity", fix="the checkpoint is damaged: fetch it again")
-        return tensor
+        return finite(stored, self.checkpoint.read(stored), self.checkpoint.directory)
 
     def groups(self, block: int, ignore: Callable[[str], bool]) -> list[tuple[Linear, ...]]:
         """Return the linears of a block that are to be changed, grouped by input, in execution order."""

@@ -138,6 +138,7 @@ def main(directory: Path) -> int:
     try:
         work, started = _work(directory), time.monotonic()
         facts = work.do(work.options, work.job)
+        _require_loadable(work)
         response = _answer(work.stage, facts, time.monotonic() - started)
     except BaseException as error:  # noqa: BLE001 - whatever goes wrong here has to cross the process border
         del cushion
@@ -148,6 +149,19 @@ def main(directory: Path) -> int:
         except OSError as error:
             response = _failed(error)
     return 0 if response["ok"] else int(response["code"])
+
+
+def _require_loadable(work: _Work) -> None:
+    """Refuse a model directory that transformers can't load, before it counts as a result.
+
+    What a library of its own environment left is looked at by `check_backend`.
+    """
+    from optikit.stage import MAIN
+
+    if work.stage.WRITES in ("source", "model") and work.stage.ENVIRONMENT == MAIN and not rank():
+        from optikit.formats import loadable
+
+        loadable.require(work.job.dest)
 
 
 def _answer(stage: Stage, facts: Facts, seconds: float) -> dict[str, Any]:

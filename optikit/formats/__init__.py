@@ -8,41 +8,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optikit.errors import IntegrityError
 from optikit.formats import awq, compressed_tensors, gptq, llm_int8, nf4
-from optikit.formats.checkpoint import Checkpoint
-from optikit.models import architectures
-
-
-@dataclass(frozen=True)
-class _Packing:
-    """A way of packing a linear.
-
-    Attributes:
-        dialect: Key of `quantization_config` that names the variant, its value here, and what its absence means.
-        suffixes: Tensors of a packed linear.
-        mark: The one of them that no dense linear has.
-        unpack: Tensors by suffix, and bits → weight (out, in) float32.
-        optional: Tensors that some packed linears have besides.
-    """
-
-    dialect: tuple[str, str, str]
-    suffixes: tuple[str, ...]
-    mark: str
-    unpack: Callable[[Mapping[str, Tensor], int], Tensor]
-    optional: tuple[str, ...] = ()
-
-    def split(self, name: str) -> tuple[str, str]:
-        """Return the linear and the suffix that a tensor's name is made of; ("", "") where it has no such suffix."""
-        found = next((s for s in (*self.suffixes, *self.optional) if name.endswith(f".{s}")), "")
-        return (name.removesuffix(f".{found}"), found) if found else ("", "")
+from optikit.formats.checkpoint import Checkpoint, finite
+from optikit.models import architectures, quantization
 
 
 def _gptq(tensors: Mapping[str, Tensor], bits: int) -> Tensor:
@@ -65,37 +39,20 @@ def _int_quantized(tensors: Mapping[str, Tensor], _: int) -> Tensor:
     return compressed_tensors.dequantize(tensors)
 
 
-PACKINGS: Mapping[str, tuple[_Packing, ...]] = {
-    "gptq": (_Packing(("checkpoint_format", "gptq", "gptq"), gptq.SUFFIXES, "qweight", _gptq),),
-    "awq": (_Packing(("version", "gemm", "gemm"), awq.SUFFIXES, "qweight", _awq),),
-    "compressed-tensors": (
-        _Packing(("format", "int-quantized", ""), compressed_tensors.SUFFIXES, "weight_scale", _int_quantized),
-    ),
-    "bitsandbytes": (
-        _Packing(("load_in_8bit", "True", "False"), llm_int8.SUFFIXES, "SCB", _llm_int8),
-        _Packing(("bnb_4bit_quant_type", "nf4", "fp4"), nf4.SUFFIXES, "weight.absmax", _nf4, nf4.NESTED_SUFFIXES),
-    ),
+UNPACK: Mapping[str, Callable[[Mapping[str, Tensor], int], Tensor]] = {
+    "int4_gptq": _gptq,
+    "int8_gptq": _gptq,
+    "int4_awq": _awq,
+    "int8_w8a8": _int_quantized,
+    "int8_llm": _llm_int8,
+    "nf4": _nf4,
 }
-"""Packings that can be read, by `quant_method`."""
+"""Tensors by suffix, and bits → weight (out, in) float32, by how they are stored."""
 
 
 def _transposed(config: Mapping[str, Any]) -> bool:
     row = architectures.find(str(config.get("model_type", "")))
     return row is not None and row.transposed
-
-
-def _packing(settings: Mapping[str, Any], directory: Path) -> _Packing | None:
-    if not settings:
-        return None
-    method = settings.get("quant_method")
-    rows = PACKINGS.get(str(method), ())
-    for row in rows:
-        key, wanted, absent = row.dialect
-        if str(settings.get(key, absent)) == wanted:
-            return row
-    told = [f"{key} {settings.get(key)!r}" for key, *_ in (row.dialect for row in rows)]
-    method = f"{method} with {', '.join(told)}" if told else method
-    raise IntegrityError(f"{directory} is packed as {method!r}", fix=f"formats that can be read: {', '.join(PACKINGS)}")
 
 
 def dequantized_state(directory: Path) -> Iterator[tuple[str, Tensor]]:
@@ -104,20 +61,20 @@ def dequantized_state(directory: Path) -> Iterator[tuple[str, Tensor]]:
     Dense tensors come in the dtype they are stored in, dequantized ones in float32, under their Hugging Face names.
 
     Raises:
-        IntegrityError: The directory is packed in a format that no stage here writes.
+        IntegrityError: A tensor holds NaN or infinity.
+        RecipeError: The directory is packed in a format that no stage here writes.
     """
     checkpoint = Checkpoint(directory)
     config: Mapping[str, Any] = checkpoint.config()
-    settings: Mapping[str, Any] = config.get("quantization_config") or {}
-    packing = _packing(settings, directory)
+    storage = quantization.scheme(config, directory / "config.json")
     for name in checkpoint:
-        layer, kind = packing.split(name) if packing else ("", "")
-        if packing is None or f"{layer}.{packing.mark}" not in checkpoint:
-            yield name, checkpoint.read(name)
-        elif kind == packing.mark:
-            there = (*packing.suffixes, *(s for s in packing.optional if f"{layer}.{s}" in checkpoint))
+        layer, kind = storage.split(name)
+        if not storage.packs(layer, checkpoint):
+            yield name, finite(name, checkpoint.read(name), directory)
+        elif kind == storage.suffixes[0]:
+            there = (*storage.suffixes, *(s for s in storage.optional if f"{layer}.{s}" in checkpoint))
             tensors = {suffix: checkpoint.read(f"{layer}.{suffix}") for suffix in there}
-            weight = packing.unpack(tensors, int(settings.get("bits", 0)))
+            weight = finite(layer, UNPACK[storage.trait](tensors, storage.bits), directory)
             yield f"{layer}.weight", weight.T.contiguous() if _transposed(config) else weight
 
 

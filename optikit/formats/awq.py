@@ -20,7 +20,6 @@ from torch import Tensor
 
 from optikit.formats.gptq import pack_words, unpack_words
 
-SUFFIXES = ("qweight", "qzeros", "scales")
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Output of each nibble of a word, lowest bits first."""
 BITS = 4

@@ -93,6 +93,20 @@ def read_entry(entry: Entry) -> Tensor:
     return tensor
 
 
+def finite(name: str, tensor: Tensor, where: Path) -> Tensor:
+    """Return a tensor if all of it is finite.
+
+    Raises:
+        IntegrityError: It holds NaN or infinity; the message names it.
+    """
+    if tensor.is_floating_point() and not bool(
+        torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all()
+    ):
+        message = f"{where}: {name} holds NaN or infinity"
+        raise IntegrityError(message, fix="the checkpoint is damaged: get it again, or make it anew")
+    return tensor
+
+
 def _files(directory: Path) -> list[str]:
     if (directory / headers.SINGLE).exists():
         return [headers.SINGLE]
@@ -110,7 +124,7 @@ class Checkpoint:
         for name in _files(directory):
             self.entries.update(locate(directory / name))
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self.entries
 
     def __iter__(self) -> Iterator[str]:
@@ -203,15 +217,22 @@ def _write_shard(path: Path, names: Iterable[str], entries: Mapping[str, Entry])
         out.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             entry = entries[name]
-            with entry.file.open("rb") as file:
-                file.seek(entry.start)
-                left = entry.stop - entry.start
-                while left:
-                    chunk = file.read(min(left, COPY_BYTES))
-                    if not chunk:
-                        raise IntegrityError(f"{entry.file.name} ended early", fix="fetch or write it again")
-                    out.write(chunk)
-                    left -= len(chunk)
+            _copy(name, entry, out)
+
+
+def _copy(name: str, entry: Entry, out: BinaryIO) -> None:
+    """Append a tensor's bytes; floats among them have to be finite."""
+    with entry.file.open("rb") as file:
+        file.seek(entry.start)
+        left = entry.stop - entry.start
+        while left:
+            chunk = bytearray(file.read(min(left, COPY_BYTES)))  # a multiple of every element's size
+            if not chunk:
+                raise IntegrityError(f"{entry.file.name} ended early", fix="fetch or write it again")
+            if entry.torch_dtype.is_floating_point and len(chunk) % entry.torch_dtype.itemsize == 0:
+                finite(name, torch.frombuffer(chunk, dtype=entry.torch_dtype), entry.file.parent)
+            out.write(chunk)
+            left -= len(chunk)
 
 
 def write_shards(directory: Path, entries: Mapping[str, Entry], *, shard_bytes: int = SHARD_BYTES) -> list[Path]:
@@ -219,6 +240,9 @@ def write_shards(directory: Path, entries: Mapping[str, Entry], *, shard_bytes: 
 
     Returns:
         The files written. Same entries, same bytes.
+
+    Raises:
+        IntegrityError: A tensor holds NaN or infinity.
     """
     shards = _shards(entries, shard_bytes)
     if len(shards) == 1:

@@ -21,8 +21,6 @@ from torch import Tensor
 from optikit.errors import StageFailedError
 from optikit.formats import gptq
 
-SUFFIXES = ("weight", "weight_scale")
-
 
 def pack(codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
     """Return the tensors of one linear by suffix: codes (out, in) int8, scales (out, 1) in a float dtype."""

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 LEVELS = 127
-SUFFIXES = ("weight", "SCB", "weight_format")
 
 
 def pack(codes: Tensor, scales: Tensor) -> dict[str, Tensor]:

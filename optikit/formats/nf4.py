@@ -25,10 +25,6 @@ from optikit.algorithms import nf4
 from optikit.errors import IntegrityError
 from optikit.models.quantization import NF4_STATE
 
-SUFFIXES = ("weight", "weight.absmax", "weight.quant_map", NF4_STATE)
-NESTED_SUFFIXES = ("weight.nested_absmax", "weight.nested_quant_map")
-"""There where constants are quantized again."""
-
 
 def pack(codes: Tensor, absmax: Tensor | nf4.Constants, shape: tuple[int, int], dtype: str) -> dict[str, Tensor]:
     """Return the tensors of one linear by suffix.

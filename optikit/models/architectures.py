@@ -52,6 +52,10 @@ class Architecture:
         windowless: Engines that leave its attention window out.
         free_heads: Loaders read a head's width from config.json; else it is the hidden size over the heads.
         gguf: `general.architecture` of a gguf file that becomes this family, or "".
+        tensors: Name of every tensor → its shape in words; see architectures.toml.
+        leftovers: Ends of names of tensors that no model reads.
+        ties: What config.json means where it doesn't say whether head and embedding are the same.
+        settings: Keys of config.json that change what is computed, and are obeyed.
     """
 
     model_type: str
@@ -70,6 +74,10 @@ class Architecture:
     windowless: tuple[str, ...] = ()
     free_heads: bool = False
     gguf: str = ""
+    tensors: Mapping[str, str] = field(default_factory=dict, repr=False)
+    leftovers: tuple[str, ...] = ()
+    ties: bool = False
+    settings: tuple[str, ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -87,6 +95,7 @@ class Architecture:
                 yield f"{self.blocks}.{index}.{name}"
 
 
+_LISTS = ("previous_ops", "residual_sources", "engines", "windowless", "leftovers", "settings")
 _OWN = frozenset({"engines", "gguf"})
 """Columns that are proven for each family, so that none comes from the row that another is like."""
 
@@ -95,7 +104,8 @@ def _row(model_type: str, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     row = dict(rows[model_type])
     like = row.pop("like", None)
     inherited = {} if like is None else _row(like, rows)
-    return {key: value for key, value in inherited.items() if key not in _OWN} | row
+    tensors = {**inherited.get("tensors", {}), **row.get("tensors", {})}
+    return {key: value for key, value in inherited.items() if key not in _OWN} | row | {"tensors": tensors}
 
 
 @cache
@@ -106,9 +116,9 @@ def _rows() -> Mapping[str, Architecture]:
     for model_type in rows:
         row = _row(model_type, rows)
         row["groups"] = tuple(tuple(group) for group in row["groups"])
-        lists = ("previous_ops", "residual_sources", "engines", "windowless")
-        row |= {key: tuple(row[key]) for key in lists if key in row}
+        row |= {key: tuple(row[key]) for key in _LISTS if key in row}
         row["keys"] = MappingProxyType({**USUAL_KEYS, **row.get("keys", {})})
+        row["tensors"] = MappingProxyType(row["tensors"])
         row["requires"] = MappingProxyType(row.get("requires", {}))
         found[model_type] = Architecture(model_type=model_type, **row)
     return MappingProxyType(found)

@@ -87,6 +87,7 @@ class ModelFacts:
         tokenizer_tokens: Rows of an embedding that it needs; 0 where there is none.
         config: The raw config.json.
         sliding_window: Attention window in tokens, or None.
+        left_dense: Linears that a packed directory holds as floats.
     """
 
     model_type: str
@@ -106,6 +107,7 @@ class ModelFacts:
     tokenizer_sha256: str = ""
     tokenizer_tokens: int = 0
     sliding_window: int | None = None
+    left_dense: frozenset[str] = frozenset()
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def having(self, *traits: Trait, without: frozenset[Trait] = frozenset()) -> ModelFacts:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +21,8 @@ MAGIC = b"GGUF"
 MOST_ENTRIES = 100_000
 """Largest number of metadata entries, or of tensors, that isn't absurd."""
 MOST_STRING = 2**26
+MOST_VALUE_BYTES = 2**16
+"""Of a tensor that is read while planning."""
 MOST_KEPT = 16
 """Arrays longer than this (token lists) are counted, not kept."""
 
@@ -60,11 +62,12 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass(frozen=True, kw_only=True)
 class GgufTensor:
-    """One tensor: type name, shape as a matrix in PyTorch's order (out, in), bytes in the file."""
+    """One tensor: type name, shape as a matrix in PyTorch's order (out, in), bytes in the file, and the first one."""
 
     type: str
     shape: tuple[int, ...]
     bytes: int
+    start: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,20 @@ def read_header(path: Path) -> GgufHeader:
             return _Reader(content).header()
     except (ValueError, struct.error) as error:
         raise IntegrityError(f"{path}: {error}", fix=FIX) from error
+
+
+def read_values(path: Path, header: GgufHeader, name: str) -> bytes:
+    """Return the bytes of a small tensor of a file whose header was read.
+
+    Raises:
+        IntegrityError: It is larger than what is read while planning.
+    """
+    tensor = header.tensors[name]
+    if tensor.bytes > MOST_VALUE_BYTES:
+        raise IntegrityError(f"{path}: {name} has {tensor.bytes} bytes, more than {MOST_VALUE_BYTES}", fix=FIX)
+    with path.open("rb") as file:
+        file.seek(tensor.start)
+        return file.read(tensor.bytes)
 
 
 class _Reader:
@@ -213,7 +230,7 @@ class _Reader:
                 msg = f"tensor {name!r} at {offset} with {tensor.bytes} bytes overlaps another or ends after the file"
                 raise ValueError(msg)
             free_from = offset + tensor.bytes
-        found = {name: tensor for name, tensor, _ in rows}
+        found = {name: replace(tensor, start=data + offset) for name, tensor, offset in rows}
         if len(found) != len(rows):
             msg = "a tensor is there twice"
             raise ValueError(msg)

@@ -13,7 +13,7 @@ A linear that was left alone has a plain `weight` in every one of them. Which se
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,18 @@ def scheme(config: Mapping[str, Any], where: Path) -> Storage:
     if found is None:
         message = f"{where}: {_describe(settings)} can't be read as the start of a stack"
         raise RecipeError(message, fix="start from the model before it was quantized, or from a gptq or awq directory")
+    mixed = next((rule for rule, row in _dynamic(settings) if row.get("bits", found.bits) != found.bits), None)
+    if mixed is not None:
+        message = f"{where}: linears that match {mixed!r} have another number of bits than the {found.bits} of the rest"
+        raise RecipeError(message, fix="quantize the model anew, with one number of bits")
     return found
+
+
+def _dynamic(settings: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield what GPTQModel calls dynamic: a pattern of names, and what is different about those linears."""
+    rules = settings.get("dynamic")
+    rows = rules.items() if isinstance(rules, dict) else ()
+    yield from ((rule, row) for rule, row in rows if isinstance(row, dict))
 
 
 def stated_shapes(directory: Path, tensors: Mapping[str, TensorFacts]) -> dict[str, tuple[int, int]]:
@@ -78,6 +89,6 @@ def _shape(name: str, stated: bytes, tensors: Mapping[str, TensorFacts], directo
 def _describe(settings: Any) -> str:
     if not isinstance(settings, dict):
         return "its quantization_config"
-    keys = ("quant_method", "bits", "version", "format", "bnb_4bit_quant_type")
+    keys = ("quant_method", "bits", "version", "format", "checkpoint_format", "load_in_8bit", "bnb_4bit_quant_type")
     told = (f"{key} {settings[key]}" for key in keys if key in settings)
     return f"quantization ({', '.join(told)})"

@@ -9,7 +9,17 @@ from types import MappingProxyType
 from typing import Any
 
 from optikit.errors import IntegrityError, RecipeError
-from optikit.models import architectures, config, gguf_header, headers, quantization, tokenizer, traits
+from optikit.models import (
+    architectures,
+    config,
+    expected,
+    gguf_header,
+    gguf_settings,
+    headers,
+    quantization,
+    tokenizer,
+    traits,
+)
 from optikit.models.architectures import USUAL_KEYS, Architecture
 from optikit.models.facts import ModelFacts, TensorFacts
 from optikit.models.gguf_header import GgufHeader
@@ -18,30 +28,22 @@ from optikit.problems import did_you_mean
 
 _INCOMPLETE = "the checkpoint is incomplete or isn't what config.json describes: get it again"
 
-GGUF_LINEARS: Mapping[str, str] = MappingProxyType(
+GGUF_NAMES: Mapping[str, str] = MappingProxyType(
     {
+        "input_layernorm": "attn_norm",
         "self_attn.q_proj": "attn_q",
         "self_attn.k_proj": "attn_k",
         "self_attn.v_proj": "attn_v",
         "self_attn.o_proj": "attn_output",
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
+        "post_attention_layernorm": "ffn_norm",
         "mlp.gate_proj": "ffn_gate",
         "mlp.up_proj": "ffn_up",
         "mlp.down_proj": "ffn_down",
     }
 )
-"""Linear of a block → its name in a gguf file, for the families that have a gguf name."""
-GGUF_KEYS: Mapping[str, str] = MappingProxyType(
-    {
-        "hidden": "embedding_length",
-        "intermediate": "feed_forward_length",
-        "layers": "block_count",
-        "heads": "attention.head_count",
-        "kv_heads": "attention.head_count_kv",
-        "head_dim": "attention.key_length",
-        "max_positions": "context_length",
-    }
-)
-"""Figure of `ModelFacts` → key in a gguf file, below its architecture's name."""
+"""Module of a block → its name in a gguf file, for the families that have a gguf name."""
 
 
 def read(directory: Path) -> ModelFacts:
@@ -59,19 +61,25 @@ def read(directory: Path) -> ModelFacts:
     where = directory / "config.json"
     architecture = _architecture(settings.get("model_type"), where)
     _check_required(architecture, settings, where)
+    expected.check_settings(architecture, settings, where)
     scheme = quantization.scheme(settings, where)
     tensors = headers.read_directory(directory)
     figures = _figures(architecture.keys, settings, where)
     stated = quantization.stated_shapes(directory, tensors) if scheme.states_shape else {}
     named = _prefixed(architecture, tensors)
+    if scheme.trait == traits.DENSE and any(name.endswith(".qweight") for name in named):
+        message = f"{directory} holds packed weights, and config.json has no quantization_config"
+        raise RecipeError(
+            message, fix="copy the contents of quantize_config.json into config.json, with a quant_method"
+        )
     linears = _linears(architecture, scheme, named, figures["layers"], directory, stated)
     described = tokenizer.describe(directory)
-    _check_embedding(architecture, tensors, figures, directory)
-    return _facts(
+    tied = bool(settings.get("tie_word_embeddings", architecture.ties))
+    facts = _facts(
         architecture,
         figures,
         linears,
-        tied=bool(settings.get("tie_word_embeddings", f"{architecture.head}.weight" not in tensors)),
+        tied=tied,
         dtype=_main_dtype(tensors),
         weight_bytes=sum(tensor.bytes for tensor in tensors.values()),
         traits=frozenset({scheme.trait}),
@@ -79,7 +87,21 @@ def read(directory: Path) -> ModelFacts:
         tokenizer_tokens=described.tokens if described else 0,
         sliding_window=_window(settings),
         config=settings,
+        left_dense=frozenset(name for name in linears if scheme.suffixes and not scheme.packs(name, named)),
     )
+    _check_tensors(architecture, scheme, facts, named, directory)
+    return facts
+
+
+def tensor_shapes(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a model by name, packed linears as the weight that they stand for.
+
+    Raises:
+        RecipeError: Its family isn't known.
+    """
+    architecture = _architecture(facts.model_type, Path("config.json"))
+    sizes = {name: getattr(facts, name) for name in USUAL_KEYS}
+    return expected.tensors(architecture, sizes, {**facts.config, "tie_word_embeddings": facts.tied})
 
 
 def read_gguf(path: Path) -> ModelFacts:
@@ -100,13 +122,20 @@ def read_gguf(path: Path) -> ModelFacts:
         raise RecipeError(f"{path}: gguf architecture {family!r} isn't known here", fix=fix)
     if header.metadata.get("split.count", 0) not in (0, 1):
         raise RecipeError(f"{path} is one part of several", fix="join them with llama-gguf-split --merge")
-    tensors = _gguf_tensors(architecture, header)
-    figures = _gguf_figures(str(family), header, tensors, path)
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise IntegrityError(f"{path} has no token_embd.weight", fix=_INCOMPLETE)
+    keys = {name: f"{family}.{key}" for name, key in gguf_settings.FIGURES.items()}
+    known = {**header.metadata, "vocab": embedding.shape[0]}
+    figures = _figures({**keys, "vocab": "vocab"}, known, path)
+    tensors = _gguf_tensors(architecture, header, path)
     linears = _linears(architecture, traits.rows()[traits.DENSE], tensors, figures["layers"], path)
     tied = "output.weight" not in header.tensors
-    _check_embedding(architecture, tensors, figures, path)
-    settings = {key: figures[name] for name, key in USUAL_KEYS.items() if name in figures}
-    return _facts(
+    settings: dict[str, Any] = {key: figures[name] for name, key in USUAL_KEYS.items() if name in figures}
+    settings |= {"model_type": architecture.model_type, "tie_word_embeddings": tied}
+    settings |= dict.fromkeys(expected.conditions(architecture, tensors), True)
+    settings["rope_parameters"] = gguf_settings.rope(path, header, figures)
+    facts = _facts(
         architecture,
         figures,
         linears,
@@ -114,8 +143,10 @@ def read_gguf(path: Path) -> ModelFacts:
         dtype="BF16",
         weight_bytes=sum(tensor.bytes for tensor in header.tensors.values()),
         traits=frozenset(),
-        config={"model_type": architecture.model_type, "tie_word_embeddings": tied, **settings},
+        config=settings,
     )
+    _check_tensors(architecture, traits.rows()[traits.DENSE], facts, tensors, path)
+    return facts
 
 
 def _architecture(model_type: Any, where: Path) -> Architecture:
@@ -179,18 +210,14 @@ def _prefixed(architecture: Architecture, tensors: Mapping[str, TensorFacts]) ->
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def _check_embedding(
-    architecture: Architecture,
-    tensors: Mapping[str, TensorFacts],
-    figures: Mapping[str, int],
-    where: Path,
+def _check_tensors(
+    architecture: Architecture, scheme: Storage, facts: ModelFacts, found: Mapping[str, TensorFacts], where: Path
 ) -> None:
-    name = f"{architecture.embedding}.weight"
-    found = _prefixed(architecture, tensors).get(name)
-    shape = found.shape if found is not None else None
-    if shape != (figures["vocab"], figures["hidden"]):
-        message = f"{where}: {name} has shape {shape}, and {(figures['vocab'], figures['hidden'])} is promised"
-        raise IntegrityError(message, fix=_INCOMPLETE)
+    """Hold names and shapes of all tensors to what config.json describes."""
+    packed = {name: shape for name, shape in facts.linears.items() if scheme.packs(name, found)}
+    if scheme.packs(architecture.head, found):
+        packed[architecture.head] = scheme.shape(architecture.head, found, transposed=False) or (0, 0)
+    expected.check(architecture, scheme, tensor_shapes(facts), found, packed, where)
 
 
 def _facts(
@@ -217,28 +244,30 @@ def _window(settings: Mapping[str, Any]) -> int | None:
     return window
 
 
-def _gguf_tensors(architecture: Architecture, header: GgufHeader) -> dict[str, TensorFacts]:
-    """Return the matrices of a gguf file under their names in the model directory that it becomes."""
-    names = {"token_embd.weight": f"{architecture.embedding}.weight", "output.weight": f"{architecture.head}.weight"}
-    short = {gguf: linear for linear, gguf in GGUF_LINEARS.items()}
+def _gguf_tensors(architecture: Architecture, header: GgufHeader, path: Path) -> dict[str, TensorFacts]:
+    """Return the tensors of a gguf file under their names in the model directory that it becomes.
+
+    Raises:
+        RecipeError: Naming one that is no part of it.
+    """
+    names = {
+        "token_embd": architecture.embedding,
+        "output_norm": architecture.norm,
+        "output": architecture.head,
+    }
+    short = {gguf: module for module, gguf in GGUF_NAMES.items()}
     found = {}
     for name, tensor in header.tensors.items():
-        parts = name.split(".")  # blk.7.attn_q.weight
-        if len(parts) == 4 and parts[0] == "blk" and parts[2] in short and parts[3] == "weight":
-            found[f"{architecture.blocks}.{parts[1]}.{short[parts[2]]}.weight"] = _as_bf16(tensor.shape)
-        elif name in names:
-            found[names[name]] = _as_bf16(tensor.shape)
+        stem, _, leaf = name.rpartition(".")  # blk.7.attn_q.weight
+        if stem.startswith("blk."):
+            index, _, inside = stem.removeprefix("blk.").partition(".")
+            module, place = f"{architecture.blocks}.{index}.{short.get(inside)}", f"*.{short.get(inside)}.{leaf}"
+        else:
+            module = names.get(stem, "")
+            place = f"{module}.{leaf}"
+        if place in architecture.tensors:
+            found[f"{module}.{leaf}"] = TensorFacts(dtype="BF16", shape=tensor.shape)
+        elif name != gguf_settings.ROPE_FACTORS:
+            message = f"{path}: tensor {name} isn't understood: {architecture.model_type} has no place for it here"
+            raise RecipeError(message, fix="start from the model's safetensors directory")
     return found
-
-
-def _as_bf16(shape: tuple[int, ...]) -> TensorFacts:
-    return TensorFacts(dtype="BF16", shape=shape)
-
-
-def _gguf_figures(family: str, header: GgufHeader, tensors: Mapping[str, TensorFacts], path: Path) -> dict[str, int]:
-    embedding = tensors.get("model.embed_tokens.weight")
-    if embedding is None:
-        raise IntegrityError(f"{path} has no token_embd.weight", fix=_INCOMPLETE)
-    keys = {name: f"{family}.{key}" for name, key in GGUF_KEYS.items()}
-    known = {**header.metadata, "vocab": embedding.shape[0]}
-    return _figures({**keys, "vocab": "vocab"}, known, path)

@@ -6,7 +6,7 @@ Whoever asks which trait a directory has, how many bits that is, or which engine
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -32,6 +32,9 @@ class Storage:
         type: `int` or `float`, of a quantized weight.
         strategy: Which weights share a scale, where the format has a word for it.
         packed: Which axis of `qweight` is packed; None where nothing is.
+        suffixes: Tensors of a packed linear; the first one no dense linear has.
+        optional: Tensors that some have besides.
+        zeros: Tensors that some tools write beside them, all zero.
         states_shape: The shape of a linear stands beside its weight.
         integer_products: Activations are rounded, too.
         engines: What reads it.
@@ -47,6 +50,9 @@ class Storage:
     type: str = ""
     strategy: str = ""
     packed: Literal["in", "out"] | None = None
+    suffixes: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    zeros: tuple[str, ...] = ()
     states_shape: bool = False
     integer_products: bool = False
     engines: tuple[str, ...] = ()
@@ -67,6 +73,15 @@ class Storage:
             return False
         parts = [group.get(part) for group in groups.values() for part in ("weights", "input_activations")]
         return all(isinstance(part, dict) and self.groups.items() <= part.items() for part in parts)
+
+    def packs(self, linear: str, tensors: Container[str]) -> bool:
+        """Return whether a linear of these tensors is packed; some are left as they were."""
+        return bool(self.suffixes) and f"{linear}.{self.suffixes[0]}" in tensors
+
+    def split(self, name: str) -> tuple[str, str]:
+        """Return the linear and the suffix that a tensor's name is made of; ("", "") where it has no such suffix."""
+        found = next((each for each in (*self.suffixes, *self.optional) if name.endswith(f".{each}")), "")
+        return (name.removesuffix(f".{found}"), found) if found else ("", "")
 
     def shape(self, linear: str, tensors: Mapping[str, TensorFacts], *, transposed: bool) -> tuple[int, int] | None:
         """Return (out_features, in_features) of a linear, or None if it isn't there."""

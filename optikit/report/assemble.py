@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -22,6 +22,7 @@ from optikit.evaluation.results import (
     Interval,
     Measurement,
     OtherBaseline,
+    Perplexity,
     Quality,
     Report,
     Served,
@@ -52,6 +53,9 @@ SPEED = ("speed", "served_speed")
 NLL = "nll.npy"
 SECTIONS = frozenset(Quality.model_fields)
 """Facts of a quality or tasks step that are the measurement itself; the rest is detail."""
+CHANCE = 0.5
+"""Share of the vocabulary that a perplexity at chance level is at least; all zero weights have all of it, and a model
+that learned no more than which tokens are frequent is far below."""
 FEW_WINDOWS = 8
 FOR_P95 = 90
 """`statistics.requests_needed(0.95)`; written out, because that module loads numpy."""
@@ -265,6 +269,11 @@ class _Run:
         )
         reason = quality.reason if quality.top1_agreement is None else ""
         found["top1_agreement"] = Value(value=quality.top1_agreement, ci95=quality.top1_agreement_ci95, reason=reason)
+        fails = _at_chance(quality.perplexity, self.plan.facts.vocab)
+        compared = ("perplexity_ratio", "kl_divergence_mean", "top1_agreement")
+        found |= {
+            name: replace(found[name], fails=fails) for name in compared if fails and found[name].value is not None
+        }
         return found | dict(_task_values(quality))
 
     def _speed_values(self) -> dict[str, Value]:
@@ -388,6 +397,16 @@ class _Run:
             yield f"95th percentiles are left out: {runs} repetitions are too few, {FOR_P95} are needed."
         if timing.prompts < runs:
             yield f"The text has only {timing.prompts} prompts of that length: some were decoded more than once."
+
+
+def _at_chance(found: Perplexity | None, vocab: int) -> str:
+    """Say why a model can't pass, whatever its baseline is: it predicts no better than by chance. "" where it does."""
+    if found is None or found.value < CHANCE * vocab:
+        return ""
+    return (
+        f"its perplexity of {found.value:.4g} is that of guessing among {vocab} tokens: nothing is left to compare, "
+        "whatever the baseline predicts"
+    )
 
 
 def _subject(step: Step) -> str:

@@ -22,11 +22,12 @@ Judged = tuple[GateResult, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """A measurement that a gate may limit; `reason` says why it is None."""
+    """A measurement that a gate may limit; `reason` says why it is None, `fails` why no limit lets it pass."""
 
     value: float | None = None
     ci95: Interval | None = None
     reason: str = ""
+    fails: str = ""
 
 
 Values = Mapping[str, Value]
@@ -56,7 +57,9 @@ def judge(
 def _judge(gate: Asked, step: str, found: Value) -> GateResult:
     verdict: Verdict = "inconclusive"
     reason = found.reason
-    if found.value is not None:
+    if found.fails:
+        verdict, reason = "fail", found.fails
+    elif found.value is not None:
         interval = found.ci95 or (found.value, found.value)
         verdict = limit_verdict(interval, at_least=gate.limit.min, at_most=gate.limit.max)
         if verdict == "inconclusive":

@@ -56,10 +56,10 @@ Recipe = dict[str, Any]
 
 
 @pytest.fixture(scope="session")
-def base_recipe(tiny_llama: Path, prose: Path) -> Recipe:
+def base_recipe(taught_llama: Path, prose: Path) -> Recipe:
     """A whole small recipe: quantize, compile, measure, gate."""
     return {
-        "model": str(tiny_llama),
+        "model": str(taught_llama),
         "calibration": {"text": str(prose), "part": [0.0, 0.7], "samples": 4, "length": 32},
         "stages": [
             {"quantize": {"method": "gptq", "bits": 4, "group_size": 32}},

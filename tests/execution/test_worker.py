@@ -87,3 +87,14 @@ def test_a_job_that_is_not_there(tmp_path: Path) -> None:
     done = work(tmp_path, tmp_path / "nothing")
     assert done.returncode == Exit.STAGE_FAILED
     assert "FileNotFoundError" in done.stderr
+
+
+def test_a_model_directory_that_nothing_can_load_is_no_result(tmp_path: Path, tiny_llama: Path) -> None:
+    copied = f"import shutil; shutil.copytree({str(tiny_llama)!r}, job.dest, dirs_exist_ok=True)"
+    whole = write_job(tmp_path, f"{copied}; return {{}}", writes="model")
+    assert work(tmp_path, whole).returncode == 0
+    lost = "import json; path = job.dest / 'config.json'; told = json.loads(path.read_text())"
+    body = f"{copied}; {lost}; path.write_text(json.dumps(told | {{'tie_word_embeddings': False}})); return {{}}"
+    directory = write_job(tmp_path, body, directory=tmp_path / "lost", writes="model")
+    assert work(tmp_path, directory).returncode == Exit.STAGE_FAILED
+    assert "no tensor lm_head.weight" in json.loads((directory / "response.json").read_text())["message"]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 STAGE = """
 from optikit.stage import ANY, StageOptions, no_objection, nothing
-SUMMARY, NEEDS, WRITES, USES_TARGET, LIBRARIES = "", ANY, "model", False, ("pydantic",)
-inputs, fits = nothing, no_objection
+SUMMARY, NEEDS, WRITES, USES_TARGET, LIBRARIES = "", ANY, "{writes}", False, ("pydantic",)
+ENVIRONMENT, inputs, fits = None, nothing, no_objection
 class Options(StageOptions):
     bits: int = 4
 def run(options, job):
@@ -18,7 +18,9 @@ HOOK = "import optikit.stages.quantize as q\nq.__path__.append({path!r})\n"
 """Python runs this when it starts, where PYTHONPATH leads to it: a stage beside ours."""
 
 
-def write_job(place: Path, body: str, *, ranks: int = 1, directory: Path | None = None) -> Path:
+def write_job(
+    place: Path, body: str, *, ranks: int = 1, directory: Path | None = None, writes: str = "measurement"
+) -> Path:
     """Write the stage `quantize: toy` and a job that asks for it; return the job's directory.
 
     Args:
@@ -26,9 +28,10 @@ def write_job(place: Path, body: str, *, ranks: int = 1, directory: Path | None 
         body: Of the stage's `run(options, job)`, one statement a line, each but the first indented by four.
         ranks: Processes that share it.
         directory: Of the job; None is one in `place`.
+        writes: What the stage says that it leaves.
     """
     (place / "stages").mkdir(exist_ok=True)
-    (place / "stages" / "toy.py").write_text(STAGE.format(body=body))
+    (place / "stages" / "toy.py").write_text(STAGE.format(body=body, writes=writes))
     (place / "sitecustomize.py").write_text(HOOK.format(path=str(place / "stages")))
     directory = directory or place / "job"
     directory.mkdir(exist_ok=True)

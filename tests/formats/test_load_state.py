@@ -8,17 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from optikit import formats
 from optikit.algorithms.nf4 import LEVELS
-from optikit.errors import IntegrityError
+from optikit.errors import IntegrityError, RecipeError
 from optikit.formats import awq, compressed_tensors, gptq, llm_int8, nf4
+from optikit.models import quantization
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "gptq": {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq"},
     "awq": {"quant_method": "awq", "bits": 4, "version": "gemm"},
-    "compressed-tensors": {"quant_method": "compressed-tensors", "format": "int-quantized"},
+    "compressed-tensors": {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {
+            "group_0": {part: {"num_bits": 8, "type": "int"} for part in ("weights", "input_activations")}
+        },
+    },
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_8bit": True},
     "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
 }
@@ -89,8 +96,35 @@ def test_other_dialects_are_refused_by_name(tmp_path, method, key, value):
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"][key] = value
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(IntegrityError, match=str(value)):
+    with pytest.raises(RecipeError, match=str(value)):
         formats.load_state(tmp_path, torch.float32)
+
+
+def test_the_case_of_a_version_does_not_matter(tmp_path):
+    weight = write(tmp_path, "awq")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["version"] = "GEMM"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.allclose(formats.load_state(tmp_path, torch.float32)["a.q_proj.weight"], weight, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])
+@pytest.mark.parametrize("name", ["norm.weight", "a.o_proj.weight", "scales"])
+def test_a_number_that_is_not_finite_is_named(tmp_path, method, name):
+    write(tmp_path, method)
+    state = load_file(tmp_path / "model.safetensors")
+    name = name if name in state else f"a.q_proj.{'weight_scale' if method == 'compressed-tensors' else 'scales'}"
+    state[name].view(-1)[1] = float("nan")
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(IntegrityError, match=name.rpartition(".")[0]):
+        formats.load_state(tmp_path, torch.float32)
+
+
+def test_what_is_read_is_what_rows_say(tmp_path):
+    for method, config in CONFIGS.items():
+        suffixes = set(packed(method)[0])
+        row = quantization.scheme({"quantization_config": config}, tmp_path)
+        assert set(row.suffixes) <= suffixes <= {*row.suffixes, *row.optional}
 
 
 def test_only_w8a8_rounds_activations(tmp_path):

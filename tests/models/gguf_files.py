@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,20 @@ def write(
     spoil: float | None = None,
     leave_out: str = "",
     intermediate: bool = True,
-    **metadata: int,
+    tensors: Mapping[str, np.ndarray[Any, Any]] = {},
+    **metadata: float | str,
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Write a seeded random model, matrices in Q4_1, and return the weights that the file really holds."""
+    """Write a seeded random model, matrices in Q4_1, and return the weights that the file really holds.
+
+    Args:
+        path: Of the file.
+        family: `general.architecture`.
+        spoil: Becomes a weight of the last norm.
+        leave_out: A tensor that isn't written.
+        intermediate: Tell the width of the MLP.
+        tensors: Further ones, in float32.
+        metadata: Further keys, with `__` for a dot.
+    """
     import gguf
 
     tokens = vocabulary()
@@ -63,7 +75,8 @@ def write(
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(len(tokens))
     for key, value in metadata.items():
-        writer.add_uint32(key.replace("__", "."), value)
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        add(key.replace("__", "."), value)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
@@ -84,6 +97,9 @@ def write(
         packed = gguf.quants.quantize(weight, kind)
         writer.add_tensor(name, packed, raw_dtype=kind)
         held[name] = gguf.quants.dequantize(packed, kind)
+    for name, extra in tensors.items():
+        writer.add_tensor(name, extra.astype(np.float32))
+        held[name] = extra.astype(np.float32)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

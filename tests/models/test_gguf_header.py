@@ -35,8 +35,12 @@ def test_types_are_those_of_the_format() -> None:
 @pytest.mark.parametrize("family", architectures.gguf_names())
 def test_names_are_those_of_the_format(family: str) -> None:
     names = get_tensor_name_map(MODEL_ARCH[family.upper()], 1)
-    for linear, short in reader.GGUF_LINEARS.items():
-        assert names.get_name(f"model.layers.0.{linear}") == f"blk.0.{short}"
+    row = architectures.of_gguf(family)
+    assert row is not None
+    for pattern in row.tensors:
+        module = pattern.removeprefix("*.").rpartition(".")[0]
+        if pattern.startswith("*."):
+            assert names.get_name(f"model.layers.0.{module}") == f"blk.0.{reader.GGUF_NAMES[module]}"
 
 
 def test_it_reads_what_the_packages_own_reader_reads(llama: Path) -> None:

@@ -128,6 +128,19 @@ def nf4(name: str, weight: np.ndarray[Any, Any], shape: Any = None) -> dict[str,
     }
 
 
+def int8(name: str, weight: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    return {f"{name}.weight": np.zeros(weight.shape, np.int8), f"{name}.SCB": np.zeros(weight.shape[0], np.float32)}
+
+
+def _with(directory: Path, more: dict[str, np.ndarray[Any, Any]]) -> None:
+    import torch
+    from safetensors.torch import load_file as load_torch
+    from safetensors.torch import save_file as save_torch
+
+    path = directory / "model.safetensors"
+    save_torch(load_torch(path) | {name: torch.from_numpy(value) for name, value in more.items()}, path)
+
+
 INT8 = {"num_bits": 8, "type": "int"}
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 W8A8 = {
@@ -140,7 +153,7 @@ QUANTIZED = {
     "gptq 8": (gptq(8), {"quant_method": "gptq", "bits": 8, "group_size": 32}, "int8_gptq"),
     "awq": (awq, {"quant_method": "awq", "bits": 4, "version": "gemm"}, "int4_awq"),
     "w8a8": (w8a8, W8A8, "int8_w8a8"),
-    "int8": (w8a8, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "int8_llm"),
+    "int8": (int8, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "int8_llm"),
     "nf4": (nf4, NF4, "nf4"),
 }
 
@@ -292,9 +305,12 @@ def test_a_row_that_does_not_hold_is_refused(tmp_path: Path) -> None:
 
 
 def test_sliding_windows(copy: Path) -> None:
-    edit(copy, lambda config: config.update(sliding_window=256))
+    biases = {f"model.layers.{n}.self_attn.{name}_proj.bias": np.zeros(64 if name == "q" else 32, np.float32)
+              for n in range(2) for name in "qkv"}  # fmt: skip
+    edit(copy, lambda config: config.update(model_type="mistral", sliding_window=256))
     assert read(copy).sliding_window == 256
-    edit(copy, lambda config: config.update(use_sliding_window=False))
+    edit(copy, lambda config: config.update(model_type="qwen2", use_sliding_window=False))
+    _with(copy, biases)
     assert read(copy).sliding_window is None
 
 

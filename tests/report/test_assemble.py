@@ -275,6 +275,22 @@ def test_gates_decide_the_verdict(tmp_path, artifacts):
     assert report(plan(tmp_path, recipe=failing), artifacts).verdict == "fail"
 
 
+def test_a_result_at_chance_level_fails_whatever_its_ratio(tmp_path, artifacts):
+    whole = plan(tmp_path)
+    assert report(replace(whole, facts=replace(whole.facts, vocab=17)), artifacts).verdict == "pass"
+    made = report(replace(whole, facts=replace(whole.facts, vocab=16)), artifacts)  # its perplexity is 8
+    verdicts = {gate.name: gate.verdict for gate in made.gates}
+    assert verdicts == {"perplexity_ratio": "fail", "decode_speedup": "pass", "size_ratio": "pass"}
+    assert "guessing among 16 tokens" in made.gates[0].reason
+
+
+@pytest.mark.parametrize("value", [130.0, 260.0, 1e30])
+def test_what_is_no_better_than_chance(value):
+    found = Perplexity(protocol="text-bbbbbbbb@16x12", value=value, tokens=180)
+    assert assemble._at_chance(found, 260)
+    assert not assemble._at_chance(found.model_copy(update={"value": 129.9}), 260)
+
+
 def test_tokens_are_priced_from_the_measured_speed(tmp_path, artifacts):
     cost = report(plan(tmp_path), artifacts).result.cost
     assert cost.usd_per_million_output_tokens == pytest.approx(5.0)  # 3.6 $/h at 0.72 million tokens per hour

@@ -37,6 +37,7 @@ from optikit.runtime.decoders.onnxruntime_session import (
     LENGTH,
     STATES,
     Layout,
+    keep_activations,
     open_session,
     pass_lengths,
     read_graph,
@@ -122,6 +123,7 @@ class OnnxDecoder:
         threads: CPU threads; None is all that this process may use.
         max_tokens: Longest sequence; None is the model's context, or less where its cache would pass 4 GiB.
         spinning: Threads wait for their next work by spinning: faster, unless another model runs in between.
+        exact: Quantized products keep their inputs in float32, whatever the graph says: slow, for comparisons.
 
     Raises:
         InputMissingError: A file is missing.
@@ -139,6 +141,7 @@ class OnnxDecoder:
         threads: int | None = None,
         max_tokens: int | None = None,
         spinning: bool = True,
+        exact: bool = False,
     ) -> None:
         layout = read_layout(directory)
         model = read_graph(layout)
@@ -154,6 +157,8 @@ class OnnxDecoder:
         self.max_tokens = max_tokens or min(layout.context, CACHE_BYTES // row_bytes)
         self.threads = threads or host.threads()
         self.vocab = layout.vocab
+        if exact:
+            keep_activations(model.graph)
         slice_before_head(model.graph, layout.graph)
         pass_lengths(model.graph, layout.inputs["attention_mask"])
         self._layout = layout
@@ -162,7 +167,7 @@ class OnnxDecoder:
         self._begin_cache()
 
     def _begin_cache(self) -> None:
-        shape = (1, self._layout.kv_heads, self.max_tokens, self._layout.head_dim)
+        shape = (1, self._layout.kv_heads, max(self.max_tokens, self._layout.window), self._layout.head_dim)
         self._cache = [np.zeros(shape, np.float32) for _ in self._layout.cache_names]
         self._calls: dict[int, _Call] = {}
         self._last_row = np.empty((1, 1, self.vocab), np.float32)

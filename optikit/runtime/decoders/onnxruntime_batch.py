@@ -170,7 +170,7 @@ class OnnxBatch:
         self._session = open_session(model, layout, threads, spinning=True)
         self._binding = self._session.io_binding()
         self._positioned = "position_ids" in {each.name for each in self._session.get_inputs()}
-        self._caches = {place: self._buffers(max_tokens) for place in range(places)}
+        self._caches = {place: self._buffers(max(max_tokens, layout.window)) for place in range(places)}
         self._caches[NOBODY] = self._buffers(1)
         self._attends: list[int | None] = [None] * places
         self._filled = [0] * places

@@ -33,7 +33,11 @@ FAILURES = tuple(each for each in vars(native).values() if isinstance(each, type
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What genai_config.json says of a decoder graph: names of its inputs and outputs, shape of its cache."""
+    """What genai_config.json says of a decoder graph: names of its inputs and outputs, shape of its cache.
+
+    Attributes:
+        window: Attention window in tokens, 0 without one: the least places that its kernel takes of a cache.
+    """
 
     graph: Path
     layers: int
@@ -44,6 +48,7 @@ class Layout:
     context: int
     inputs: Mapping[str, str]
     outputs: Mapping[str, str]
+    window: int = 0
 
     @property
     def cache_names(self) -> Iterator[tuple[str, str]]:
@@ -76,6 +81,7 @@ def read_layout(directory: Path) -> Layout:
             context=int(model["context_length"]),
             inputs=decoder["inputs"],
             outputs=decoder["outputs"],
+            window=int(decoder.get("sliding_window", {}).get("window_size", 0)),
         )
     except (ValueError, KeyError, TypeError) as error:
         message = f"{path} isn't a decoder's configuration: {type(error).__name__}: {error}"
@@ -105,6 +111,14 @@ def stored_dtype(graph: onnx.GraphProto) -> str:
         if node.op_type == "MatMulNBits"
     )
     return f"int{bits.most_common(1)[0][0]}" if bits else "float32"
+
+
+def keep_activations(graph: onnx.GraphProto) -> None:
+    """Let quantized products take their inputs as float32, where they would round them to int8."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
+                attribute.i = 1
 
 
 def find_head(graph: onnx.GraphProto, where: Path) -> int:

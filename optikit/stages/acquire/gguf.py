@@ -63,35 +63,47 @@ def run(options: Options, job: Job) -> Facts:
         `tensor_types`: how many tensors the file has of each type; `parameters`: weights written.
 
     Raises:
-        StageFailedError: If a weight isn't finite, or what was written isn't what the header promises.
+        IntegrityError: If a weight isn't finite.
+        StageFailedError: If what was written isn't what the header promises.
     """
     from optikit.models.gguf_header import read_header
+    from optikit.models.reader import read_gguf
 
-    header = read_header(job.source)
+    header, wanted = read_header(job.source), read_gguf(job.source)
     job.progress(0, 3, "weights")
-    parameters = _write_weights(job)
+    parameters = _write_weights(job, wanted)
     job.progress(2, 3, "tokenizer")
     _write_tokenizer(job, header.metadata)
-    _check(job)
+    _check(job, wanted)
     job.progress(3, 3, "checked")
     types = Counter(tensor.type for tensor in header.tensors.values())
     return {"tensor_types": dict(sorted(types.items())), "parameters": parameters}
 
 
-def _write_weights(job: Job) -> int:
-    import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
+def _write_weights(job: Job, wanted: ModelFacts) -> int:
+    """Read the weights into a model of the settings that the header's every key was read for; save it.
 
+    transformers' own reading of the header knows neither scaled rotary embeddings nor biases.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+
+    from optikit.formats.checkpoint import finite
+
+    config = AutoConfig.from_pretrained(job.source.parent, gguf_file=job.source.name, local_files_only=True)
+    for key, value in wanted.config.items():
+        if key != "model_type":
+            setattr(config, key, value)
     model = AutoModelForCausalLM.from_pretrained(
         job.source.parent,
+        config=config,
         gguf_file=job.source.name,
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.bfloat16,
         local_files_only=True,
     )
     for name, weight in model.named_parameters():
-        if not bool(torch.isfinite(weight).all()):
-            raise StageFailedError(f"{job.source.name}: {name} has weights that aren't finite", fix="get it again")
+        finite(name, weight, job.source)
     job.progress(1, 3, "weights")
     model.save_pretrained(job.dest)
     _strip(job.dest / "config.json", ("_model_name_or_path", "_name_or_path"))
@@ -115,14 +127,17 @@ def _strip(path: Path, keys: tuple[str, ...]) -> None:
     path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _check(job: Job) -> None:
+def _check(job: Job, wanted: ModelFacts) -> None:
     """Re-open what was written and compare it with the header of what was read."""
-    from optikit.models.reader import read, read_gguf
+    from optikit.models.reader import read
 
-    wanted, found = read_gguf(job.source), read(job.dest)
-    for name in ("linears", "vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "tied", "dtype"):
-        if getattr(wanted, name) != getattr(found, name):
-            message = (
-                f"{job.source.name}: wrote {name} {getattr(found, name)!r}, the file has {getattr(wanted, name)!r}"
-            )
+    found = read(job.dest)
+    pairs = [
+        (name, getattr(wanted, name), getattr(found, name))
+        for name in ("linears", "vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "tied", "dtype")
+    ]
+    pairs += [(key, value, found.config.get(key)) for key, value in wanted.config.items()]
+    for name, promised, written in pairs:
+        if written != promised:
+            message = f"{job.source.name}: wrote {name} {written!r}, the file has {promised!r}"
             raise StageFailedError(message, fix="report this with the file's name")

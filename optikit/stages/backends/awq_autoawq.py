@@ -192,8 +192,9 @@ def _differing(written: Any, name: str, options: Options) -> int:
     from awq.utils.packing_utils import dequantize_gemm
 
     from optikit.formats import awq, gptq
+    from optikit.models import traits
 
-    tensors = {suffix: written.read(f"{name}.{suffix}") for suffix in awq.SUFFIXES}
+    tensors = {suffix: written.read(f"{name}.{suffix}") for suffix in traits.rows()["int4_awq"].suffixes}
     theirs = dequantize_gemm(tensors["qweight"], tensors["qzeros"], tensors["scales"], 4, options.group_size)
     mine = gptq.dequantize(*awq.unpack(tensors))
     return int((mine.half() != theirs.T).sum())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 PROMPT = "The capital of France is"
 
@@ -20,14 +21,21 @@ def main(directory: str, count: int) -> None:
     prompt = tokenizer.encode(PROMPT)
     settings = genai.GeneratorParams(model)
     length = len(prompt) + count
-    settings.set_search_options(do_sample=False, min_length=length, max_length=length)
+    settings.set_search_options(do_sample=False, min_length=length, max_length=_places(directory, length))
     generator = genai.Generator(model, settings)
     generator.append_tokens(prompt)
-    tokens = []
-    while not generator.is_done():
+    tokens: list[int] = []
+    while len(tokens) < count and not generator.is_done():
         generator.generate_next_token()
         tokens.append(int(generator.get_next_tokens()[0]))
     sys.stdout.write(json.dumps({"tokens": tokens, "text": tokenizer.decode(tokens)}) + "\n")
+
+
+def _places(directory: str, length: int) -> int:
+    """Return how many places the cache needs: attention with a window refuses one that is smaller than the window."""
+    model = json.loads((Path(directory) / "genai_config.json").read_text(encoding="utf-8"))["model"]
+    window = int(model["decoder"].get("sliding_window", {}).get("window_size", 0))
+    return max(length, min(window, int(model["context_length"])))
 
 
 if __name__ == "__main__":

@@ -63,12 +63,13 @@ def compare(source: Path, dest: Path, facts: ModelFacts, *, exact: bool) -> dict
     from optikit.formats.onnx_graph import OnnxGraph
 
     graph = OnnxGraph(dest / GRAPH)
-    places = {f"{name}.weight": tuple(_places(name, facts, graph)) for name in facts.linears}
-    _check_products(places, graph)
-    table, head = _outer_names(facts)
+    held = {f"{name}.weight": tuple(places(name, facts, graph)) for name in facts.linears}
+    _check_products(held, graph)
+    table, own = outer_names(facts)
+    head = table if facts.tied else own
     distances: dict[str, float] = {}
     for name, tensor in dequantized_state(source):
-        for place in places.get(name, ()):
+        for place in held.get(name, ()):
             steps = _distance(name, tensor, place, graph, exact=exact)
             distances[name] = max(distances.get(name, 0.0), steps)
         if name == table:
@@ -77,13 +78,13 @@ def compare(source: Path, dest: Path, facts: ModelFacts, *, exact: bool) -> dict
             product = graph.products[HEAD]
             whole = Place(product=HEAD, rows=product.rows)
             distances[HEAD] = _distance(name, tensor, whole, graph, exact=product.bits == 32)
-    missing = next((name for name in (*places, HEAD) if name not in distances), None)
+    missing = next((name for name in (*held, HEAD) if name not in distances), None)
     if missing is not None:
         raise StageFailedError(f"{missing} is in the graph, but not in the source", fix="check the model directory")
     return {
-        "linears_compared": len(places),
-        "linears_bit_equal": len(places) if exact else 0,
-        "linears_largest_steps": round(max(distances[name] for name in places), 4),
+        "linears_compared": len(held),
+        "linears_bit_equal": len(held) if exact else 0,
+        "linears_largest_steps": round(max(distances[name] for name in held), 4),
         "head": _stored(graph.products[HEAD].bits),
         "head_largest_steps": round(distances[HEAD], 4),
         "embedding": "float32" if TABLE in graph.tensors else "the head's",
@@ -94,16 +95,15 @@ def _stored(bits: int) -> str:
     return "float32" if bits == 32 else f"int{bits}"
 
 
-def _outer_names(facts: ModelFacts) -> tuple[str, str]:
-    """Return the source's names of the embedding and of the head."""
+def outer_names(facts: ModelFacts) -> tuple[str, str]:
+    """Return the model's names of the embedding and of the head; where they are tied, the source has the first only."""
     row = architectures.find(facts.model_type)
     if row is None:
         raise StageFailedError(f"model_type {facts.model_type!r} is unknown", fix="add it to architectures.toml")
-    table = f"{row.embedding}.weight"
-    return table, table if facts.tied else f"{row.head}.weight"
+    return f"{row.embedding}.weight", f"{row.head}.weight"
 
 
-def _places(name: str, facts: ModelFacts, graph: OnnxGraph) -> Iterator[Place]:
+def places(name: str, facts: ModelFacts, graph: OnnxGraph) -> Iterator[Place]:
     """Yield where a linear of the source lies in the graph."""
     block, part, leaf = name.rsplit(".", 2)
     stem = f"/{block.replace('.layers', '/layers')}/{part.replace('self_attn', 'attn')}"

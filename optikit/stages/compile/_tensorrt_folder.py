@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from optikit.errors import IntegrityError, StageFailedError
 from optikit.models.reader import read
 from optikit.stage import EMITTED
-from optikit.stages.compile import _onnx_build, _tensorrt_run
+from optikit.stages.compile import _onnx_build, _tensorrt_compare, _tensorrt_run
 
 if TYPE_CHECKING:
     from optikit.models.facts import ModelFacts
@@ -26,13 +26,13 @@ def write(options: Options, job: Job) -> Facts:
 
     Raises:
         StageFailedError: The builder failed, or wrote what isn't ONNX.
-        IntegrityError: The job names no target.
+        IntegrityError: The job names no target, or the graph computes something else than the model.
     """
     if job.target is None:
         raise IntegrityError("a graph for TensorRT was asked for without its target", fix="run it through a recipe")
     facts = read(job.source)
     _onnx_build.build(job, options.precision, (), facts.layers, provider=_tensorrt_run.EXECUTION_PROVIDER)
-    found = checked(job.dest / "model.onnx", facts)
+    found = checked(job.dest / "model.onnx", facts) | _tensorrt_compare.compare(job, facts)
     files = {
         "run.py": Path(_tensorrt_run.__file__).read_text(encoding="utf-8"),
         "requirements.txt": "\n".join(REQUIREMENTS) + "\n",

@@ -22,10 +22,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from optikit.models import architectures, engines, traits
+from optikit.models import engines, traits
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import ANY, MAIN, Estimate, Facts, Job, StageOptions, directory_bytes, no_objection, nothing
+from optikit.stages.compile import _genai_builder
 from optikit.targets import Target
 
 SUMMARY = "ONNX Runtime graph for CPUs: int4 or int8 from gptq and awq weights, float32 from dense ones"
@@ -65,41 +66,27 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
         message = f"target {target.name!r} doesn't run {ENGINE}"
         fix = f"it runs {', '.join(target.engines)}" if target.engines else "choose target: cpu"
         yield Problem(code="engine-not-on-target", message=message, fix=fix)
-    yield from _check_family(facts)
-    stored = facts.traits & READABLE
-    if not stored:
-        message = f"the builder can't read these weights: {', '.join(sorted(facts.traits))}"
-        fix = f"compile from {', '.join(sorted(READABLE))}"
-        yield Problem(code="weights-not-readable", message=message, fix=fix)
-    elif stored & QUANTIZED:
-        yield from _check_packing(options, _packing(facts))
+    yield from unreadable(options, facts)
     if options.accuracy_level == 1 and options.head == "int8" and _bits(options, facts) < 32:
         message = "onnxruntime has no fast int8 kernel for float32 activations: the head alone takes most of a step"
         fix = "use accuracy_level: 4, or head: float32"
         yield Problem(code="slow-head", message=message, fix=fix, loc=("head",), level="warning")
 
 
-def _check_family(facts: ModelFacts) -> Iterator[Problem]:
-    known, family = architectures.known_to(ENGINE), architectures.find(facts.model_type)
-    if facts.model_type not in known:
-        message = f"onnxruntime-genai's builder doesn't know model_type {facts.model_type!r}"
-        yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(sorted(known))}")
-    rope, ropes = _rope_type(facts.config), engines.find(ENGINE).ropes
-    if rope not in ropes:
-        message = f"the builder doesn't know rotary embeddings of type {rope!r}"
-        yield Problem(code="unknown-rope", message=message, fix=f"known: {', '.join(sorted(ropes))}")
-    window = facts.sliding_window or facts.max_positions
-    if family is not None and ENGINE in family.windowless and window < facts.max_positions:
-        message = f"the builder leaves out {facts.model_type}'s attention window: beyond {window} tokens results differ"
-        yield Problem(code="window-left-out", message=message, fix=f"keep to {window} tokens", level="warning")
+def unreadable(options: Options, facts: ModelFacts) -> Iterator[Problem]:
+    """Yield what of a model the builder can't read, or would compute otherwise."""
+    yield from _genai_builder.problems(facts)
+    stored = facts.traits & READABLE
+    if not stored:
+        message = f"the builder can't read these weights: {', '.join(sorted(facts.traits))}"
+        fix = f"compile from {', '.join(sorted(READABLE))}"
+        yield Problem(code="weights-not-readable", message=message, fix=fix)
+    elif stored & QUANTIZED:
+        yield from _check_packing(options, facts)
 
 
-def _rope_type(config: Mapping[str, Any]) -> str:
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return str(found.get("rope_type", found.get("type", "default")))
-
-
-def _check_packing(options: Options, packing: Mapping[str, Any]) -> Iterator[Problem]:
+def _check_packing(options: Options, facts: ModelFacts) -> Iterator[Problem]:
+    packing = _packing(facts)
     bits = packing.get("bits", 4)
     if options.precision not in ("auto", f"int{bits}"):
         message = f"precision {options.precision} can't be made of weights that are already packed in {bits} bits"
@@ -115,10 +102,8 @@ def _check_packing(options: Options, packing: Mapping[str, Any]) -> Iterator[Pro
         yield Problem(
             code="groups-out-of-order", message=message, fix="quantize with groups in place (desc_act: false)"
         )
-    if packing.get("checkpoint_format", "gptq") != "gptq":
-        message = f"the builder reads {packing['checkpoint_format']} as gptq and would shift every zero point"
-        yield Problem(code="checkpoint-format", message=message, fix="write checkpoint_format: gptq")
-    if packing.get("dynamic"):
+    skipped = packing.get("modules_to_not_convert") or ()
+    if facts.left_dense or packing.get("dynamic") or any(part in name for part in skipped for name in facts.linears):
         message = "the builder can't read a quantized directory in which some linears are dense"
         yield Problem(code="partly-quantized", message=message, fix="quantize every linear (ignore: [])")
 
@@ -205,13 +190,14 @@ def builder_options(options: Options) -> tuple[str, ...]:
 
 
 def run(options: Options, job: Job) -> Facts:
-    """Build the graph, compare it with the source, decode with it.
+    """Build the graph, compare its weights and its logits with the source's, decode with it.
 
     Raises:
         StageFailedError: The builder failed, wrote other weights than it read, or a graph that doesn't run.
+        IntegrityError: The graph computes something else than the model.
     """
     from optikit.models.reader import read
-    from optikit.stages.compile import _onnx_build, _onnx_verify
+    from optikit.stages.compile import _onnx_build, _onnx_compare, _onnx_verify
 
     facts = read(job.source)
     precision = builder_precision(options, facts)
@@ -220,5 +206,7 @@ def run(options: Options, job: Job) -> Facts:
     found = _onnx_verify.compare(
         job.source, job.dest, facts, exact=precision == "fp32" or bool(facts.traits & QUANTIZED)
     )
+    window = _genai_builder.window(facts)
+    found |= _onnx_compare.compare(job.source, job.dest, facts, window=window, threads=job.threads)
     trial = json.loads(_onnx_build.decode(job, TRIAL_TOKENS))
     return {"builder_precision": precision, "builder_options": list(extra), **found, "trial": trial}

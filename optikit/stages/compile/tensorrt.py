@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from optikit.models import architectures
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, no_objection, nothing
+from optikit.stages.compile import _genai_builder
 from optikit.stages.compile._tensorrt_options import Options
 from optikit.targets import Target
 
@@ -32,8 +32,6 @@ inputs = nothing
 fits = no_objection
 
 ENGINE = "tensorrt"
-BUILDER = "onnxruntime"
-"""Who makes the graph, and so says which families."""
 LEAST_CAPABILITY = 80
 """TensorRT for RTX runs on Ampere and newer."""
 
@@ -47,17 +45,19 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
     elif (target.compute_capability or LEAST_CAPABILITY) < LEAST_CAPABILITY:
         message = f"TensorRT for RTX needs compute capability 8.0, and {target.name} has {target.compute_capability}/10"
         yield Problem(code="gpu-too-old", message=message, fix="choose an Ampere or newer GPU")
-    known = architectures.known_to(BUILDER)
-    if facts.model_type not in known:
-        message = f"onnxruntime-genai's builder doesn't know model_type {facts.model_type!r}"
-        yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(sorted(known))}")
+    yield from _genai_builder.problems(facts)
 
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
     """Estimate from the CPU builder: the weights, and copies of the head."""
     written = after(options, facts).weight_bytes
     held = 6 * facts.parameters
-    return Estimate(seconds=15 + facts.parameters / 2e7, peak_bytes=450_000_000 + held, disk_bytes=written)
+    return Estimate(
+        seconds=15 + facts.parameters / 2e7,
+        peak_bytes=450_000_000 + held,
+        disk_bytes=written,
+        scratch_bytes=2 * written,
+    )
 
 
 def after(options: Options, facts: ModelFacts) -> ModelFacts:

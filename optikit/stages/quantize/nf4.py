@@ -128,11 +128,13 @@ def run(options: Options, job: Job) -> Facts:
     from optikit.calibration.methods.nf4 import Nf4
     from optikit.calibration.write_checkpoint import ScaledLayout
     from optikit.formats import nf4
+    from optikit.models import traits
     from optikit.models.quantization import NF4_STATE
     from optikit.models.reader import read
 
     config = quantization_config(options, read(job.source))
-    dtypes = dict.fromkeys((*nf4.SUFFIXES, *(nf4.NESTED_SUFFIXES * options.double_quant)), torch.float32)
+    row = traits.rows()["nf4"]
+    dtypes = dict.fromkeys((*row.suffixes, *(row.optional * options.double_quant)), torch.float32)
     dtypes |= dict.fromkeys(("weight", NF4_STATE), torch.uint8)
     dtypes["weight.absmax"] = torch.uint8 if options.double_quant else torch.float32
     layout = ScaledLayout(dtypes=dtypes, unpack=nf4.dequantize, config=config)

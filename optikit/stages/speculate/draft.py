@@ -25,7 +25,7 @@ from optikit.errors import StageFailedError
 from optikit.models import architectures, tokenizer
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import ANY, MAIN, Estimate, Facts, Input, Job, directory_bytes
+from optikit.stage import ANY, DENSE, MAIN, Estimate, Facts, Input, Job, directory_bytes
 from optikit.stages._budget import Budget, budget
 from optikit.stages.speculate import _prompts
 from optikit.stages.speculate._prompts import PromptOptions
@@ -132,8 +132,23 @@ def fits(options: Options, facts: ModelFacts, models: Mapping[str, ModelFacts]) 
     from optikit.deploy.draft import problems
 
     for draft in models.values():
-        for problem in problems(draft, facts):
+        for problem in (*problems(draft, facts), *_uncompiled(options, draft)):
             yield problem.under("model")
+
+
+def _uncompiled(options: Options, draft: ModelFacts) -> Iterator[Problem]:
+    """Yield why a draft can't be compiled for this runtime."""
+    from optikit.stages.compile import onnxruntime
+
+    chosen = onnxruntime.Options(precision=_precision(options, draft))
+    yield from (replace(problem, loc=()) for problem in onnxruntime.unreadable(chosen, draft))
+
+
+def _precision(options: Options, draft: ModelFacts) -> Literal["auto", "int4", "int8", "fp32"]:
+    """Return how the draft is compiled: what a quantizer packed stays as it is."""
+    from optikit.stages.compile import onnxruntime
+
+    return "auto" if draft.traits & onnxruntime.QUANTIZED else options.precision
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
@@ -148,6 +163,8 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
     elif making.layers >= facts.layers:
         message = f"a draft of {making.layers} blocks is no smaller than the model with {facts.layers}"
         yield Problem(code="draft-too-large", message=message, fix="lower layers", loc=("make", "layers"))
+    else:
+        yield from _uncompiled(options, replace(facts, traits=DENSE))
 
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
@@ -273,11 +290,11 @@ def _compile(options: Options, job: Job, facts: ModelFacts, directory: Path) -> 
 
     dest = directory / "onnxruntime"
     dest.mkdir()
-    precision = "auto" if facts.traits & onnxruntime.QUANTIZED else options.precision
-    chosen = onnxruntime.Options(precision=precision)
+    chosen = onnxruntime.Options(precision=_precision(options, facts))
     inner = replace(job, source=directory, dest=dest, scratch=job.scratch / "compile", inputs={})
     found = onnxruntime.run(chosen, inner)
-    return {name: found[name] for name in ("builder_precision", "linears_compared", "linears_largest_steps", "head")}
+    told = ("builder_precision", "linears_compared", "linears_largest_steps", "head", "logits_apart")
+    return {name: found[name] for name in told}
 
 
 def _write(options: Options, job: Job) -> dict[str, str]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from optikit.errors import StageFailedError
+from optikit.errors import IntegrityError, RecipeError
 from optikit.models.reader import read, read_gguf
 from optikit.stage import Job
 from optikit.stages.acquire import gguf as stage
@@ -88,8 +91,114 @@ def test_the_same_file_gives_the_same_bytes(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "b" / "model" / path.name).read_bytes(), path.name
 
 
+def factors(**scaling: Any) -> np.ndarray[Any, Any]:
+    """What llama3 scaling divides each frequency by, from transformers' own frequencies."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    told = {"rope_theta": 10000.0, **scaling}
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=128, rope_parameters=told)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
+    plain = 10000.0 ** (-np.arange(0, 16, 2) / 16)
+    return np.asarray(plain / scaled.numpy())
+
+
+LLAMA3: dict[str, Any] = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+SCALED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "linear": (
+        {"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 4.0},
+        {"rope_type": "linear", "factor": 4.0},
+    ),
+    "yarn": (
+        {
+            "llama__rope__scaling__type": "yarn",
+            "llama__rope__scaling__factor": 4.0,
+            "llama__rope__scaling__original_context_length": 32,
+        },
+        YARN,
+    ),
+    "yarn, told of all": (
+        {
+            "llama__rope__scaling__type": "yarn",
+            "llama__rope__scaling__factor": 4.0,
+            "llama__rope__scaling__original_context_length": 32,
+            "llama__rope__scaling__attn_factor": 0.5,
+            "llama__rope__scaling__yarn_beta_fast": 16.0,
+            "llama__rope__scaling__yarn_beta_slow": 2.0,
+        },
+        {**YARN, "attention_factor": 0.5 * (0.1 * math.log(4) + 1), "beta_fast": 16.0, "beta_slow": 2.0},
+    ),
+    "none": ({"llama__rope__scaling__type": "none"}, {"rope_type": "default"}),
+    "llama3": ({"tensors": {"rope_freqs.weight": factors(**LLAMA3)}}, LLAMA3),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_scaled_rotary_embeddings_are_written_as_the_file_has_them(name: str, tmp_path: Path) -> None:
+    told, wanted = SCALED[name]
+    gguf_files.write(tmp_path / "tiny.gguf", **told)
+    assert read_gguf(tmp_path / "tiny.gguf").config["rope_parameters"] == {"rope_theta": 10000.0, **wanted}
+    acquire(tmp_path / "tiny.gguf", tmp_path / "model")
+    found = json.loads((tmp_path / "model" / "config.json").read_text())["rope_parameters"]
+    assert found == {"rope_theta": 10000.0, **wanted}
+
+
+def test_biases_are_read_where_all_of_a_kind_are_there(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    draw = np.random.default_rng(1)
+    widths = {"attn_q": 64, "attn_k": 32, "attn_v": 32, "attn_output": 64}
+    biases = {f"blk.{n}.{name}.bias": draw.normal(size=width) for n in range(2) for name, width in widths.items()}
+    held = gguf_files.write(tmp_path / "tiny.gguf", tensors=biases)
+    acquire(tmp_path / "tiny.gguf", tmp_path / "model")
+    assert read(tmp_path / "model").config["attention_bias"] is True
+    found = load_file(tmp_path / "model" / "model.safetensors")
+    theirs = torch.from_numpy(held["blk.1.attn_v.bias"]).to(torch.bfloat16)
+    assert torch.equal(found["model.layers.1.self_attn.v_proj.bias"], theirs)
+    paired = (
+        torch.from_numpy(held["blk.0.attn_q.bias"]).to(torch.bfloat16).reshape(4, -1, 2).transpose(1, 2).reshape(-1)
+    )
+    assert torch.equal(found["model.layers.0.self_attn.q_proj.bias"], paired)
+    del biases["blk.0.attn_output.bias"], biases["blk.1.attn_output.bias"]
+    gguf_files.write(tmp_path / "three.gguf", tensors=biases)
+    with pytest.raises(IntegrityError, match=r"no place for tensor model\.layers\.0\.self_attn\.k_proj\.bias"):
+        read_gguf(tmp_path / "three.gguf")
+
+
+UNKNOWN: dict[str, tuple[dict[str, Any], str]] = {
+    "a scaling": ({"llama__rope__scaling__type": "longrope"}, r"llama\.rope\.scaling\.type is 'longrope'"),
+    "a setting": ({"llama__attn_logit_softcapping": 30.0}, r"llama\.attn_logit_softcapping is 30"),
+    "experts": ({"llama__expert_count": 8}, r"llama\.expert_count is 8"),
+    "another width": ({"llama__attention__value_length": 32}, r"llama\.attention\.value_length is 32"),
+    "a factor without a type": ({"llama__rope__scaling__factor": 4.0}, r"llama\.rope\.scaling\.factor is 4"),
+    "no factor": ({"llama__rope__scaling__type": "linear"}, r"llama\.rope\.scaling\.factor is None"),
+    "a tensor": ({"tensors": {"blk.0.attn_sub_norm.weight": np.ones(64)}}, r"blk\.0\.attn_sub_norm\.weight"),
+    "an output bias": ({"tensors": {"output.bias": np.ones(260)}}, r"output\.bias"),
+    "another table": ({"tensors": {"rope_freqs.weight": np.linspace(1, 2, 8)}}, r"rope_freqs\.weight is 'a table"),
+    "both": (
+        {
+            "tensors": {"rope_freqs.weight": np.ones(8)},
+            "llama__rope__scaling__type": "linear",
+            "llama__rope__scaling__factor": 2.0,
+        },
+        "a second scaling beside linear",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_is_not_understood_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    told, message = UNKNOWN[name]
+    gguf_files.write(tmp_path / "tiny.gguf", **told)
+    with pytest.raises(RecipeError, match=message):
+        read_gguf(tmp_path / "tiny.gguf")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
     gguf_files.write(tmp_path / "tiny.gguf", spoil=value)
-    with pytest.raises(StageFailedError, match=r"model\.norm\.weight has weights that aren't finite"):
+    with pytest.raises(IntegrityError, match=r"model\.norm\.weight holds NaN or infinity"):
         acquire(tmp_path / "tiny.gguf", tmp_path / "model")

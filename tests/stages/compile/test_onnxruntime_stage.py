@@ -87,7 +87,6 @@ class TestCheck:
         [
             ({"group_size": -1}, "group-has-no-kernel"),
             ({"desc_act": True}, "groups-out-of-order"),
-            ({"checkpoint_format": "gptq_v2"}, "checkpoint-format"),
             ({"dynamic": {"-:^model.layers.0.mlp.up_proj$": {}}}, "partly-quantized"),
         ],
     )

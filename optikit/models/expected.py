@@ -1,0 +1,171 @@
+"""What a checkpoint of a family has to hold: the name and shape of every tensor, from config.json, without torch.
+
+A loader fills what is missing with random numbers and drops what it doesn't know; shapes that contradict config.json
+show only after hours of work. So planning compares all names and shapes with the row of architectures.toml, which
+a test holds to transformers' own models.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Container, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from optikit.errors import IntegrityError, RecipeError
+from optikit.models.architectures import Architecture
+from optikit.models.facts import TensorFacts
+from optikit.models.traits import Storage
+
+FIX = "the checkpoint is incomplete or isn't what config.json describes: get it again"
+_SIZE = re.compile(r"(?:(\d+)\*)?([a-z_]+)(?:\+(\d+))?")
+_ARITHMETIC = re.compile(
+    r"bias|norm|scal|multiplier|softcap|rotary|rope|window|layer_types|attn|attention|expert|moe|alibi|residual|clip"
+    r"|_act$|activation|(?:^|_)eps(?:ilon)?$|theta|logit|proj"
+)
+_NOT_ARITHMETIC = re.compile(r"drop|^_?attn_implementation|^num_attention_heads$|^output_attentions$|^_experts_impl")
+
+
+def tensors(
+    architecture: Architecture, sizes: Mapping[str, int], settings: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of the model that config.json describes, by name.
+
+    Args:
+        architecture: Its family.
+        sizes: Figures of `ModelFacts`, by name.
+        settings: config.json, with `tie_word_embeddings` as it is meant.
+    """
+    heads, width = sizes["heads"], sizes["head_dim"]
+    known = {
+        **sizes,
+        "queries": heads * width,
+        "keys": sizes["kv_heads"] * width,
+        "all_heads": (heads + 2 * sizes["kv_heads"]) * width,
+    }
+    found: dict[str, tuple[int, ...]] = {}
+    for pattern, words in architecture.tensors.items():
+        shape, _, condition = words.partition(" if ")
+        if not shape or (condition and not _holds(condition, settings)):
+            continue
+        whole = tuple(_size(word, known) for word in shape.split())
+        found |= dict.fromkeys(_named(pattern, architecture, sizes["layers"]), whole)
+    return found
+
+
+def conditions(architecture: Architecture, found: Container[str]) -> Iterator[str]:
+    """Yield the keys of config.json that have to be true for the first block to have all the tensors that it has.
+
+    A key is named where every tensor that hangs on it is there: where one is missing, the others have no place.
+    """
+    by_key: dict[str, list[bool]] = {}
+    for pattern, words in architecture.tensors.items():
+        key = words.partition(" if ")[2]
+        if key and pattern.startswith("*."):
+            by_key.setdefault(key, []).append(architecture.block(0) + pattern.removeprefix("*") in found)
+    yield from (key for key, there in by_key.items() if all(there))
+
+
+def _holds(condition: str, settings: Mapping[str, Any]) -> bool:
+    return not settings["tie_word_embeddings"] if condition == "untied" else bool(settings.get(condition))
+
+
+def _size(word: str, known: Mapping[str, int]) -> int:
+    [(times, name, more)] = _SIZE.findall(word)
+    return int(times or 1) * known[name] + int(more or 0)
+
+
+def _named(pattern: str, architecture: Architecture, layers: int) -> Iterator[str]:
+    if not pattern.startswith("*."):
+        yield pattern
+        return
+    for index in range(layers):
+        yield architecture.block(index) + pattern.removeprefix("*")
+
+
+def check(
+    architecture: Architecture,
+    scheme: Storage,
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, TensorFacts],
+    packed: Mapping[str, tuple[int, int]],
+    where: Path,
+) -> None:
+    """Compare all tensors of a checkpoint with those that its model has.
+
+    Args:
+        architecture: Its family.
+        scheme: How its linears are stored.
+        expected: Shapes by name, as `tensors` returns them.
+        found: Headers, under the names of the whole model.
+        packed: (out_features, in_features) of the linears that are packed.
+        where: The directory, for messages.
+
+    Raises:
+        IntegrityError: One is missing, has another shape, or belongs to no module; the message names it.
+    """
+    needed = {f"{linear}.{suffix}" for linear in packed for suffix in scheme.suffixes}
+    needed |= {name for name in expected if name.removesuffix(".weight") not in packed}
+    missing = sorted(needed - found.keys())
+    if missing:
+        raise IntegrityError(f"{where} has no tensor {missing[0]}{_beside(missing)}", fix=FIX)
+    for name, shape in expected.items():
+        linear = name.removesuffix(".weight")
+        wanted = shape[::-1] if linear in packed and architecture.transposed else shape
+        stored = packed.get(linear) or found[name].shape
+        if stored != wanted:
+            message = f"{where}: {linear if linear in packed else name} has shape {stored}, and {wanted} is promised"
+            raise IntegrityError(message, fix=FIX)
+    spare = {f"{linear}.{suffix}" for linear in packed for suffix in (*scheme.optional, *scheme.zeros)}
+    odd = sorted(name for name in found.keys() - needed - spare if not _is_left_over(name, architecture))
+    if odd:
+        message = f"{where}: {architecture.model_type} with these settings has no place for tensor {odd[0]}"
+        raise IntegrityError(message + _beside(odd), fix=FIX)
+
+
+def _beside(names: Sequence[str]) -> str:
+    return f", and {len(names) - 1} more like it" if len(names) > 1 else ""
+
+
+def _is_left_over(name: str, architecture: Architecture) -> bool:
+    """Return whether no model reads a tensor: what older versions kept, or the head of a model that ties it."""
+    if name == f"{architecture.head}.weight":
+        return True
+    return any(
+        name.startswith(architecture.blocks) and name.endswith(pattern.removeprefix("*"))
+        for pattern in architecture.leftovers
+    )
+
+
+def check_settings(architecture: Architecture, settings: Mapping[str, Any], where: Path) -> None:
+    """Refuse a key of config.json that would change what is computed and that transformers' class doesn't read.
+
+    Raises:
+        RecipeError: Naming the key and its value.
+    """
+    for key, value in settings.items():
+        if key in architecture.settings or not looks_arithmetic(key) or _is_neutral(key, value):
+            continue
+        if key == "hidden_act" and value == settings.get("hidden_activation"):
+            continue
+        message = f"{where}: {key} is {reprlib.repr(value)}, and {architecture.model_type} has no such setting here"
+        raise RecipeError(message, fix=f"remove {key}, if the model works without it; else its family isn't this one")
+
+
+def looks_arithmetic(key: str) -> bool:
+    """Return whether a key of config.json sounds as if it changed what is computed.
+
+    >>> looks_arithmetic("residual_multiplier"), looks_arithmetic("bos_token_id")
+    (True, False)
+    """
+    return bool(_ARITHMETIC.search(key)) and not _NOT_ARITHMETIC.search(key)
+
+
+def _is_neutral(key: str, value: Any) -> bool:
+    """Return whether a value says that nothing is changed."""
+    if key == "layer_types":
+        return isinstance(value, list) and set(value) <= {"full_attention"}
+    if isinstance(value, int | float) and value == 1 and type(value) is not bool:
+        return bool(re.search(r"scal|multiplier|factor", key))
+    return not value
