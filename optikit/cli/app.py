@@ -92,35 +92,44 @@ def options(
 
 def main() -> None:
     """Run the command line; every failure ends with its sentence on stderr and its exit code."""
+    from optikit.progress import Output
+
+    sys.stdout, sys.stderr = (stream and Output(stream) for stream in (sys.stdout, sys.stderr))  # None where closed
     try:
         app()
     except OptikitError as error:
-        sys.stderr.write(_told(error))
+        _tell(error)
         sys.exit(int(error.code))
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
         sys.exit(int(Exit.INTERRUPTED))
-    except BrokenPipeError:
-        sys.exit(int(Exit.OK))  # the reader of our output has seen enough
     except Exception as error:  # noqa: BLE001 - a bug is reported as one, with all that is needed to mend it
         from optikit.cli.crash import write_report
         from optikit.process.failure import ran_out
 
         known = ran_out(error)
         if known is not None:
-            sys.stderr.write(_told(known))
+            _tell(known)
             sys.exit(int(known.code))
         sys.stderr.write(f"error: optikit has a bug: {error!r}\nfix: send us this report: {write_report(error)}\n")
         sys.exit(int(Exit.BUG))
 
 
-def _told(error: OptikitError) -> str:
-    """Return what a failure says on stderr: every problem of a recipe in its place, or one sentence and its fix."""
+def _tell(error: OptikitError) -> None:
+    """Say a failure on stderr: every problem of a recipe in its place, or one sentence and its fix."""
     from optikit.errors import RecipeError
+    from optikit.progress import below, is_terminal
+    from optikit.text import redact
 
-    if isinstance(error, RecipeError) and error.problems:
-        from optikit.recipe.render_problems import render_problems
+    if not (isinstance(error, RecipeError) and error.problems):
+        fix = f"fix: {error.fix}\n" if error.fix else ""
+        sys.stderr.write(f"error: {error.message}\n{fix}")
+        return
+    from optikit.recipe.render_problems import render_problems
 
-        return f"{render_problems(error.problems, colour=sys.stderr.isatty())}\n{error.message}\n"
-    fix = f"fix: {error.fix}\n" if error.fix else ""
-    return f"error: {error.message}\n{fix}"
+    colour = is_terminal(sys.stderr)
+    lines = f"{render_problems(error.problems, colour=colour)}\n{error.message}\n"
+    if colour:  # its styles are ours, and what it quotes is made visible
+        below(sys.stderr).write(redact(lines))
+    else:
+        sys.stderr.write(lines)

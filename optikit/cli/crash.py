@@ -1,4 +1,4 @@
-"""A crash report: everything needed to mend a bug, and no values of variables, which may hold secrets."""
+"""A crash report: everything needed to mend a bug, without values of variables and without credentials."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ def write_report(error: Exception) -> Path:
     from optikit import __version__
     from optikit.host import versions
     from optikit.store.store import Store
+    from optikit.text import redact
 
     now = datetime.now(UTC)
     content = {
         "optikit": __version__,
         "created": now.isoformat(timespec="seconds"),
         "verb": sys.argv[1:2],
-        "traceback": traceback.format_exception(error),
+        "traceback": [redact(line) for line in traceback.format_exception(error)],
         "python": sys.version,
         "platform": platform.platform(),
         "versions": versions(("torch", "transformers", "onnxruntime", "onnxruntime-genai", "pydantic", "typer")),
     }
     path = Store.default().root / f"crash-{now:%Y%m%dT%H%M%S}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
     return path

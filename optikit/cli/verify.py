@@ -18,12 +18,10 @@ def verify(
 
     Files beside what was sealed, such as reports, are told apart and don't count.
     """
-    import json
-
     from optikit.errors import InputMissingError, IntegrityError
     from optikit.store.files import in_units
     from optikit.store.manifest import NAME, damages, is_beside, load
-    from optikit.text import clean
+    from optikit.text import clean, dump_json
 
     if not directory.is_dir():
         raise InputMissingError(f"{directory} is not a directory", fix="name an output directory of `optikit run`")
@@ -36,7 +34,7 @@ def verify(
     if as_json:
         damage = [{"path": one.path, "what": one.what} for one in found]
         counts = {"files": len(manifest.files), "size_bytes": manifest.size_bytes}
-        print(json.dumps({"ok": not found, **counts, "damage": damage, "unsealed": beside}, indent=1))
+        print(dump_json({"ok": not found, **counts, "damage": damage, "unsealed": beside}, indent=1))
     for one in found if not as_json else ():
         print(clean(str(one)))
     if found:

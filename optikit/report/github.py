@@ -15,6 +15,7 @@ from typing import Literal
 
 from optikit import text
 from optikit.evaluation.results import GateResult, Report
+from optikit.progress import below, say
 from optikit.report import gates, markdown, wording
 
 Level = Literal["error", "warning", "notice"]
@@ -31,7 +32,7 @@ def publish(report: Report, environ: Mapping[str, str] = os.environ) -> None:
     if environ.get("GITHUB_ACTIONS") != "true":
         return
     for line in commands(report):
-        print(line, file=sys.stderr, flush=True)  # noqa: T201 - a line on stderr is the interface
+        say(below(sys.stderr), line)
     if summary := environ.get("GITHUB_STEP_SUMMARY"):
         append_summary(markdown.render(report), Path(summary))
 
@@ -72,7 +73,7 @@ def append_summary(summary: str, path: Path) -> None:
 
 
 def _data(value: str) -> str:
-    return text.clean(value).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return text.redact(text.clean(value)).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
 def _described(gate: GateResult) -> str:

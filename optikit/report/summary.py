@@ -10,7 +10,7 @@ from pathlib import Path
 
 from optikit import text
 from optikit.evaluation.results import Report
-from optikit.progress import is_terminal, say
+from optikit.progress import below, is_terminal, say
 from optikit.report import figures, gates, wording
 
 WIDTH = 80
@@ -33,7 +33,7 @@ def show(report: Report, out: Path) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(file=sys.stderr)
+    console = Console(file=below(sys.stderr))
     for line in lines:
         console.print(Text.assemble(*line), no_wrap=True, overflow="ellipsis", crop=True)
 
