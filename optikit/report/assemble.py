@@ -37,6 +37,7 @@ from optikit.recipe import limits
 from optikit.recipe.schema import as_written
 from optikit.report import judge as judging
 from optikit.report.judge import Value
+from optikit.text import redact
 
 if TYPE_CHECKING:
     from optikit.models.facts import ModelFacts
@@ -82,9 +83,9 @@ def report(
         rolled_back: Why this plan ends before its recipe does; "" where it doesn't.
     """
     run = _Run(plan, artifacts, statuses)
-    judged = judge(plan, artifacts, statuses)
+    judged = (*judge(plan, artifacts, statuses), *run.guessing())
     return Report(
-        verdict=judging.overall(judged),
+        verdict=judging.overall(judged, known=run.known),
         recipe=_recipe(plan),
         model=_model(plan),
         target=asdict(plan.target),
@@ -103,7 +104,7 @@ def report(
         warnings=(*filter(None, (rolled_back,)), *(problem.message for problem in plan.warnings), *run.warnings()),
         seconds=seconds,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=command,
+        command=redact(command),
     )
 
 
@@ -153,6 +154,17 @@ class _Run:
         stages = [step for step in self.plan.steps if step.writes in ("model", "engine")]
         stages = [step for step in stages if not self.emitted(step)]
         return self.measurement(stages[-1], last=True) if stages else self.baseline
+
+    @property
+    def known(self) -> bool:
+        """Whether anything but files came of it: a measurement, or an engine that was built here."""
+        return bool(self.plan.measures) or any(s.writes == "engine" and not self.emitted(s) for s in self.plan.steps)
+
+    def guessing(self) -> Iterator[GateResult]:
+        """Yield the gate that a model fails which does no better than guessing."""
+        found, before = _perplexity(self.result), _perplexity(self.baseline)
+        if found is not None and (failed := judging.guessing(found, before, self.plan.facts.vocab)):
+            yield failed
 
     def emitted(self, step: Step) -> bool:
         """Return whether a step only wrote what another machine will do: there is nothing of it to measure."""
@@ -356,6 +368,10 @@ class _Run:
             yield f"The model's weights came from a {packed} file: what that lost is part of the baseline."
         if wanted.perplexity is not None and (wanted.perplexity.windows or FEW_WINDOWS) < FEW_WINDOWS:
             yield f"{wanted.perplexity.windows} windows are few: quality intervals are wide and rest on Student's t."
+        before = _perplexity(self.baseline)
+        if before is not None and judging.is_guessing(before, self.plan.facts.vocab):
+            guessed = f"a perplexity of {before:,.4g} with {self.plan.facts.vocab:,} tokens"
+            yield f"The model guesses before anything is done to it ({guessed}): what it loses can't be seen."
         for step in filter(self.emitted, self.plan.steps):
             yield f"{step.name} was emitted: size and quality are those of the weights that it will compile."
         if self.speculation is not None and self.speculation["chosen"] == "off":
@@ -388,6 +404,12 @@ class _Run:
             yield f"95th percentiles are left out: {runs} repetitions are too few, {FOR_P95} are needed."
         if timing.prompts < runs:
             yield f"The text has only {timing.prompts} prompts of that length: some were decoded more than once."
+
+
+def _perplexity(measurement: Measurement) -> float | None:
+    """Return perplexity per token."""
+    perplexity = measurement.quality.perplexity if measurement.quality else None
+    return perplexity.value if perplexity else None
 
 
 def _subject(step: Step) -> str:
@@ -468,7 +490,8 @@ def _recipe(plan: Plan) -> dict[str, Any]:
 
 def _model(plan: Plan) -> dict[str, Any]:
     facts: ModelFacts = plan.facts
-    return {
+    packed = {"source_bytes": plan.model.path.stat().st_size} if plan.model.path.is_file() else {}
+    return packed | {
         "source": plan.model.resolved,
         "digest": plan.model.digest,
         "model_type": facts.model_type,

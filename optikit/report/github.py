@@ -16,7 +16,8 @@ from typing import Literal
 from optikit import text
 from optikit.evaluation.results import GateResult, Report
 from optikit.progress import below, say
-from optikit.report import gates, markdown, wording
+from optikit.report import gates, markdown
+from optikit.report.headline import headline
 
 Level = Literal["error", "warning", "notice"]
 
@@ -38,7 +39,7 @@ def publish(report: Report, environ: Mapping[str, str] = os.environ) -> None:
 
 
 def commands(report: Report) -> tuple[str, ...]:
-    """Return the annotations: failed gates as errors, inconclusive ones and warnings as warnings, else a notice."""
+    """Return the annotations: failed gates as errors, inconclusive ones and warnings as warnings, else the headline."""
     failed = [("optikit gate failed", _described(gate)) for gate in report.gates if gate.verdict == "fail"]
     doubtful = [
         ("optikit gate inconclusive", _described(gate)) for gate in report.gates if gate.verdict == "inconclusive"
@@ -46,7 +47,8 @@ def commands(report: Report) -> tuple[str, ...]:
     warned = [("optikit", warning) for warning in report.warnings]
     lines = [*_some("error", failed), *_some("warning", [*doubtful, *warned])]
     if not failed and not doubtful:
-        lines.append(command("notice", "optikit", f"{wording.headline(report)}. {gates.sentence(report)}"))
+        level: Level = "warning" if gates.is_lax(report) else "notice"
+        lines.append(command(level, "optikit", f"{headline(report)}. {gates.sentence(report)}"))
     return tuple(lines)
 
 
