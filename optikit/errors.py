@@ -9,6 +9,8 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
+from optikit.text import redact
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -39,14 +41,17 @@ class Exit(IntEnum):
 
 
 class OptikitError(Exception):
-    """A failure with a name: `message` says what happened to which value, `fix` is one thing to do about it."""
+    """A failure with a name: `message` says what happened to which value, `fix` is one thing to do about it.
+
+    Neither holds a credential, whoever wrote it: both may end in a log, a report or a bug report.
+    """
 
     code = Exit.BUG
 
     def __init__(self, message: str, *, fix: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.fix = fix
+        super().__init__(redact(message))
+        self.message = redact(message)
+        self.fix = redact(fix)
 
 
 class UsageError(OptikitError):

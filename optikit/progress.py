@@ -6,11 +6,14 @@ one object with `event` (plan, start, update, finish, note), `time` (Unix second
 
 Nothing here may end a run: what can't be written is dropped. Rich is imported only for a live terminal. Every name that
 comes from outside is cleaned, and no string is ever read as markup.
+
+`Output` is the edge: both standard streams of the command line go through it, so that what a model, a server or a file
+says reaches no terminal and no CI system as anything but words, whichever verb or library prints it.
 """
 
 from __future__ import annotations
 
-import json
+import io
 import os
 import sys
 import threading
@@ -53,6 +56,76 @@ def make(mode: str, stream: TextIO | None = None) -> Progress:
     if mode == "none":
         return Progress(out)
     raise UsageError(f"--progress {text.clean(mode)!r} is unknown", fix=f"use one of {', '.join(MODES)}")
+
+
+class Output(io.TextIOBase):
+    """A text stream that writes only what can be read: `printable`, without credentials, in the stream's encoding.
+
+    A reader who has gone (a closed pipe) is no failure: the rest is dropped, and `gone` says so.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self.stream = stream
+        """What is below: for styles and orders to a CI system, whose words are cleaned and escaped already."""
+        self.gone = False
+        self._line = ""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # io.TextIOBase has it as an attribute that can be set
+        """Encoding of the stream below."""
+        return self.stream.encoding
+
+    def fileno(self) -> int:
+        """Return the descriptor of the stream below."""
+        return self.stream.fileno()
+
+    def isatty(self) -> bool:
+        """Tell whether the stream below is a terminal."""
+        return self.stream.isatty()
+
+    def writable(self) -> bool:
+        """Return True."""
+        return True
+
+    def flush(self) -> None:
+        """Flush the stream below."""
+        if not self.gone:
+            self._safely(self.stream.flush)
+
+    def write(self, value: str) -> int:
+        """Write text; it may be any part of a line."""
+        shown = text.printable(self._line + text.redact(value))[len(self._line) :]
+        line = shown.rpartition("\n")[2] if "\n" in shown else self._line + shown
+        self._line = line if len(line) <= LINE_KEPT else f"…{line[-LINE_KEPT:]}"
+        if not self.gone:
+            encoding = self.encoding or "utf-8"
+            self._safely(lambda: self.stream.write(shown.encode(encoding, "backslashreplace").decode(encoding)))
+        return len(value)
+
+    def _safely(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except BrokenPipeError:
+            self.gone = True
+            # What is still buffered would fail again when the interpreter ends.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+
+
+LINE_KEPT = 256
+"""Characters of an unfinished line that are kept, to know an order that comes in parts; none is longer."""
+
+
+def below(stream: TextIO) -> TextIO:
+    """Return the stream below an `Output`, else the stream itself."""
+    return stream.stream if isinstance(stream, Output) else stream
+
+
+def reader_gone(stream: TextIO) -> bool:
+    """Tell whether nobody reads a stream any more, so that nothing needs to be made for it."""
+    return isinstance(stream, Output) and stream.gone
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -146,7 +219,7 @@ class Json(Progress):
         self._event("note", text=line)
 
     def _event(self, event: str, **values: object) -> None:
-        say(self._stream, json.dumps({"event": event, "time": round(time.time(), 3), **values}))
+        say(self._stream, text.dump_json({"event": event, "time": round(time.time(), 3), **values}))
 
 
 @dataclass
@@ -257,7 +330,7 @@ class Live(Progress):
         from rich.table import Column
 
         super().__init__(stream)
-        self._console = console or Console(file=stream)
+        self._console = console or Console(file=below(stream))
 
         def words(field: str) -> progress.TextColumn:
             """Return a column of one line of text, which is never read as markup."""

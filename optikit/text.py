@@ -2,14 +2,19 @@
 
 Names of models, protocols and files come from outside. `clean` takes out of them whatever a terminal, a browser or a
 diff viewer would act on instead of showing; escaping for HTML, Markdown or XML is the renderer's own, last step.
+Whatever a verb prints goes through `printable` and `redact` once more, at the edge (`progress.Output`).
 """
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
 import unicodedata
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import Any
 
 UNMEASURED = "not measured"
 UNCHANGED = 0.005
@@ -41,6 +46,91 @@ def clean(value: str) -> str:
 
 def _hidden(character: str) -> bool:
     return unicodedata.category(character) in _UNSHOWN or ord(character) & 0xFFFE == 0xFFFE  # or a noncharacter
+
+
+_JOINERS = "\u200c\u200d"
+"""Without them Persian, Hindi and many emoji aren't spelt right; they move nothing."""
+_COMMAND = re.compile(r"((?:^|%0[AaDd])[^\S\n]*:)(?=:)|(##\w*)(?=\[)", re.MULTILINE)
+"""What a CI system takes for an order: `::error::` at the start of a line, `##[error]` or `##vso[…]` anywhere."""
+
+
+def printable(value: str) -> str:
+    r"""Return text of any number of lines that neither a terminal nor a CI system can take for a command.
+
+    What comes out stays as it is when it is put in again, also when more text is put behind it.
+
+    >>> print(printable("a\x1b[31mb\u202ec\n::error::d ##[group]"))
+    a\ufffd[31mb\ufffdc
+    : :error::d ## [group]
+    """
+    if not (value.isascii() and value.replace("\n", "").isprintable()):
+        value = "".join(c if c in f"\n\t{_JOINERS}" or not _acts(c) else "\ufffd" for c in value)
+    return _COMMAND.sub(lambda found: f"{found[1] or found[2]} ", value)
+
+
+def _acts(character: str) -> bool:
+    return _hidden(character) or character in "\u2028\u2029"
+
+
+def dump_json(value: Any, *, indent: int | None = None) -> str:
+    r"""Write JSON in which nothing is left for `printable` to change: what a terminal would act on is a \u escape.
+
+    >>> dump_json({"name": "é\x9b\u202e ##[x]"})
+    '{"name": "é\\u009b\\u202e ##\\u005bx]"}'
+    """
+    written = json.dumps(value, indent=indent, ensure_ascii=False)
+    if not (written.isascii() and written.replace("\n", "").isprintable()):
+        written = "".join(c if c == "\n" or c in _JOINERS or not _acts(c) else _escaped(c) for c in written)
+    return re.sub(r"(##\w*)\[|(%0[AaDd][^\S\n]*):(?=:)", lambda m: f"{m[1] or m[2]}{_escaped(m[0][-1])}", written)
+
+
+def _escaped(character: str) -> str:
+    units = character.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4))
+
+
+HIDDEN = "***"
+_TOKENS = re.compile(
+    r"""
+      (?P<scheme>[A-Za-z][\w.+-]*://) [^\s/?\#"'<>\\]* (?=@)              # user and password of an address
+    | (?P<bearer>\b(?:[Bb]earer|[Bb]asic)\ +) [\w.~+/=-]{8,}
+    | \b hf_[A-Za-z0-9]{16,}                                            # Hugging Face
+    | \b gh[opsur]_[A-Za-z0-9]{16,} | \b github_pat_\w{16,} | \b glpat-[\w-]{16,}
+    | \b sk-[\w-]{16,} | \b xox[a-z]-[\w-]{8,} | \b AKIA[A-Z0-9]{16}\b | \b pypi-Ag[\w-]{16,}
+    | -----BEGIN\ [A-Z ]*PRIVATE\ KEY-----
+    | (?P<account>(?:^|(?<=\s)|(?<=['"`]))[\w.-]+:) \$[0-9a-z]+\$[^:\s'"]+    # a password's hash, as in /etc/shadow
+    """,
+    re.VERBOSE | re.MULTILINE,
+)
+_SECRET_NAME = re.compile(
+    r"TOKEN(?!IZER)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|APIKEY"
+    r"|(^|_)(PASS|PWD|AUTH|KEYS?|CREDS?|COOKIE|PRIVATE|PAT|DSN|WEBHOOK)(_|$)"
+)
+LEAST_SECRET = 8
+"""Characters of a variable's value that is hidden wherever it is printed; shorter ones are words like `true`."""
+
+
+def redact(value: str, environ: Mapping[str, str] | None = None) -> str:
+    """Return text without credentials: those of known shape, and values of variables whose names say that they are.
+
+    >>> redact("GET https://me:pw@host/x with hf_0123456789abcdefgh", {"DB_PASSWORD": "swordfish"})
+    'GET https://***@host/x with ***'
+    >>> redact("it said swordfish", {"DB_PASSWORD": "swordfish"})
+    'it said ***'
+    """
+    for secret in _secrets(os.environ if environ is None else environ):
+        value = value.replace(secret, HIDDEN)
+    return _TOKENS.sub(lambda found: next(filter(None, found.groups()), "") + HIDDEN, value)
+
+
+def _secrets(environ: Mapping[str, str]) -> list[str]:
+    """Return values to hide, the longest first: one may hold another."""
+    named = {value for name, value in environ.items() if _SECRET_NAME.search(name.upper())}
+    return sorted((value for value in named if _is_secret(value)), key=len, reverse=True)
+
+
+def _is_secret(value: str) -> bool:
+    return len(value) >= LEAST_SECRET and not value.startswith("/")  # a path, as SSH_AUTH_SOCK has
 
 
 def number(value: float, digits: int = 3) -> str:

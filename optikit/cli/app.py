@@ -93,6 +93,9 @@ def options(
 
 def main() -> None:
     """Run the command line; every failure ends with its sentence on stderr and its exit code."""
+    from optikit.progress import Output
+
+    sys.stdout, sys.stderr = (stream and Output(stream) for stream in (sys.stdout, sys.stderr))  # None where closed
     try:
         app()
     except OptikitError as error:
@@ -101,8 +104,6 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
         sys.exit(int(Exit.INTERRUPTED))
-    except BrokenPipeError:
-        sys.exit(int(Exit.OK))  # the reader of our output has seen enough
     except Exception as error:  # noqa: BLE001 - a bug is reported as one, with all that is needed to mend it
         from optikit.cli.crash import known, write_report
 
@@ -117,11 +118,18 @@ def main() -> None:
 def tell(error: OptikitError) -> None:
     """Say a failure on stderr: every problem of a recipe in its place, or one sentence and its fix."""
     from optikit.errors import RecipeError
+    from optikit.progress import below, is_terminal
+    from optikit.text import redact
 
-    if isinstance(error, RecipeError) and error.problems:
-        from optikit.recipe.render_problems import render_problems
-
-        sys.stderr.write(f"{render_problems(error.problems, colour=sys.stderr.isatty())}\n{error.message}\n")
+    if not (isinstance(error, RecipeError) and error.problems):
+        fix = f"fix: {error.fix}\n" if error.fix else ""
+        sys.stderr.write(f"error: {error.message}\n{fix}")
         return
-    fix = f"fix: {error.fix}\n" if error.fix else ""
-    sys.stderr.write(f"error: {error.message}\n{fix}")
+    from optikit.recipe.render_problems import render_problems
+
+    colour = is_terminal(sys.stderr)
+    lines = f"{render_problems(error.problems, colour=colour)}\n{error.message}\n"
+    if colour:  # its styles are ours, and what it quotes is made visible
+        below(sys.stderr).write(redact(lines))
+    else:
+        sys.stderr.write(lines)

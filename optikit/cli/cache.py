@@ -22,13 +22,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 @app.command("list")
 def list_(as_json: AsJson = False) -> None:
     """List every artifact and download, the one used longest ago first."""
-    import json
     from datetime import UTC, datetime
 
     from optikit.cli._table import table
     from optikit.store import maintenance
     from optikit.store.files import in_units
     from optikit.store.store import Store
+    from optikit.text import dump_json
 
     store = Store.default()
     rows = [
@@ -43,7 +43,7 @@ def list_(as_json: AsJson = False) -> None:
     ]
     total = sum(int(str(row["size_bytes"])) for row in rows)
     if as_json:
-        print(json.dumps({"root": str(store.root), "size_bytes": total, "entries": rows}, indent=1))
+        print(dump_json({"root": str(store.root), "size_bytes": total, "entries": rows}, indent=1))
         return
     lines = [("used", "size", "kind", "name", "what")]
     lines += [
@@ -72,13 +72,12 @@ def gc(
     as_json: AsJson = False,
 ) -> None:
     """Remove damaged and abandoned work; with --max-size, old results too. Whatever goes can be made again."""
-    import json
-
     from optikit.errors import UsageError
     from optikit.recipe.schema import parse_size
     from optikit.store import maintenance
     from optikit.store.files import in_units
     from optikit.store.store import Store
+    from optikit.text import dump_json
 
     try:
         limit = parse_size(max_size) if max_size else None
@@ -89,7 +88,7 @@ def gc(
     if as_json:
         removed = [{"kind": one.kind, "name": one.name, "size_bytes": one.size_bytes} for one in done.removed]
         result = {"dry_run": dry_run, "removed": removed}
-        print(json.dumps(result | {"freed_bytes": done.freed_bytes, "kept_bytes": done.kept_bytes}, indent=1))
+        print(dump_json(result | {"freed_bytes": done.freed_bytes, "kept_bytes": done.kept_bytes}, indent=1))
         return
     for one in done.removed:
         print(f"{'would remove' if dry_run else 'removed'} {one.kind} {one.name} ({in_units(one.size_bytes)})")
@@ -114,18 +113,16 @@ def _named(store: Store, beginnings: list[str]) -> set[str]:
 @app.command()
 def check(as_json: AsJson = False) -> None:
     """Read every byte of the store again; set aside what is damaged, to be made again (exit 76 if anything is)."""
-    import json
-
     from optikit.errors import IntegrityError
     from optikit.store import maintenance
     from optikit.store.store import Store
-    from optikit.text import clean
+    from optikit.text import clean, dump_json
 
     store = Store.default()
     found = maintenance.fsck(store)
     if as_json:
         damage = {name: [{"path": one.path, "what": one.what} for one in rows] for name, rows in found.items()}
-        print(json.dumps({"ok": not found, "entries": len(store.keys()), "damage": damage}, indent=1))
+        print(dump_json({"ok": not found, "entries": len(store.keys()), "damage": damage}, indent=1))
     for name, rows in found.items() if not as_json else ():
         print("\n".join(f"{name[:12]} {clean(str(one))}" for one in rows))
     if found:

@@ -34,6 +34,7 @@ def write_report(error: Exception) -> str:
 
     try:
         path = Store.default().root / f"crash-{datetime.now(UTC):%Y%m%dT%H%M%S}.json"
+        path.touch(mode=0o600)
         path.write_text(content, encoding="utf-8")
     except (OSError, OptikitError):
         return content
@@ -43,13 +44,14 @@ def write_report(error: Exception) -> str:
 def _report(error: Exception) -> str:
     from optikit import __version__
     from optikit.host import versions
+    from optikit.text import redact
 
     now = datetime.now(UTC)
     content = {
         "optikit": __version__,
         "created": now.isoformat(timespec="seconds"),
         "verb": sys.argv[1:2],
-        "traceback": traceback.format_exception(error),
+        "traceback": [redact(line) for line in traceback.format_exception(error)],
         "python": sys.version,
         "platform": platform.platform(),
         "versions": versions(("torch", "transformers", "onnxruntime", "onnxruntime-genai", "pydantic", "typer")),

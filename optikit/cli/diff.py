@@ -31,9 +31,9 @@ def diff(
 
     found = compare.compare(*sides)
     if json:
-        import json as format_
+        from optikit.text import dump_json
 
-        typer.echo(format_.dumps(compare.as_json(*sides, found), indent=1))
+        typer.echo(dump_json(compare.as_json(*sides, found), indent=1))
     elif markdown:
         typer.echo(compare.as_markdown(*sides, found), nl=False)
     else:

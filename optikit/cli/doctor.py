@@ -18,19 +18,19 @@ def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Examine python, processor, memory, disk, devices and libraries. Ends with 69 if something fails."""
-    import json as json_library
     from dataclasses import asdict
 
     from optikit.app.doctor import calibrate as calibrate_machine
     from optikit.app.doctor import examine
     from optikit.errors import Exit
+    from optikit.text import dump_json
 
     if calibrate:
         typer.echo("measuring this machine...", err=True)
         calibrate_machine()
     findings = list(examine(online=online))
     if json:
-        typer.echo(json_library.dumps([asdict(finding) for finding in findings], indent=1))
+        typer.echo(dump_json([asdict(finding) for finding in findings], indent=1))
     else:
         width = max(len(finding.what) for finding in findings)
         typer.echo("\n".join(line for finding in findings for line in _lines(finding, width)))

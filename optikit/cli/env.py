@@ -20,15 +20,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 @app.command("list")
 def list_(as_json: AsJson = False) -> None:
     """List every environment, whether it is built, and what it is for."""
-    import json
-
     from optikit.cli._table import table
     from optikit.store.files import in_units
     from optikit.store.store import Store
+    from optikit.text import dump_json
 
     rows = [_row(environment) for environment in _environments(Store.default(), None)]
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print(dump_json(rows, indent=1))
         return
     lines = [("name", "state", "size", "packages", "what")]
     for row in rows:
@@ -60,10 +59,9 @@ def build(
 @app.command()
 def check(names: Names = None, as_json: AsJson = False) -> None:
     """Import what has to import, compare every version with the lock, in what is built. Ends with 69 if one fails."""
-    import json
-
     from optikit.errors import UnavailableError
     from optikit.store.store import Store
+    from optikit.text import dump_json
 
     found, missing = {}, []
     for environment in _environments(Store.default(), names):
@@ -72,7 +70,7 @@ def check(names: Names = None, as_json: AsJson = False) -> None:
         else:
             found[environment.definition.name] = environment.troubles()
     if as_json:
-        print(json.dumps(found, indent=1))
+        print(dump_json(found, indent=1))
     for name, troubles in found.items() if not as_json else ():
         print("\n".join(f"{name}  {trouble}" for trouble in troubles or ["as locked"]))
     for name in missing if not as_json else ():
@@ -90,17 +88,14 @@ def gc(
     as_json: AsJson = False,
 ) -> None:
     """Remove environments of other versions of their locks, and incomplete ones; never one that is in use."""
-    import json
-
     from optikit.environments.housekeeping import collect
     from optikit.store.files import in_units
     from optikit.store.store import Store
+    from optikit.text import dump_json
 
     rows = collect(Store.default(), everything=all_, dry_run=dry_run)
     if as_json:
-        print(
-            json.dumps([{"name": row.name, "size_bytes": row.size_bytes, "what": row.what} for row in rows], indent=1)
-        )
+        print(dump_json([{"name": row.name, "size_bytes": row.size_bytes, "what": row.what} for row in rows], indent=1))
         return
     for row in rows:
         print(f"{row.what}  {row.name}  {in_units(row.size_bytes)}")

@@ -46,6 +46,7 @@ def eval_(
     A server is measured from outside: it needs --prompts or --text; its perplexity only where it echoes logprobs.
     """
     from optikit.cli.run import code_of
+    from optikit.text import dump_json
 
     wanted, gates, base = _wanted(recipe, text=text, prompts=prompts, tasks=task or [], new_tokens=new_tokens)
     if subject.startswith(("http://", "https://")):
@@ -75,7 +76,7 @@ def eval_(
             eval_model.Request(subject=Path(subject), out=out, wanted=wanted, gates=gates, **here)
         )
     if json:
-        typer.echo(report.model_dump_json(indent=1))
+        typer.echo(dump_json(report.model_dump(mode="json"), indent=1))
     raise typer.Exit(code_of(report.verdict, strict=False))
 
 

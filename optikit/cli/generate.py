@@ -67,12 +67,16 @@ def _answer(
     """Stream one answer."""
     import sys
 
+    from optikit.progress import reader_gone
+
     tokens = generator.encode(prompt, chat=chat)
     times = []
     for chunk in generator.answer(tokens, max_tokens):
         times.append(chunk.at_ns)
         sys.stdout.write(chunk.text)
         sys.stdout.flush()
+        if reader_gone(sys.stdout):
+            break
     sys.stdout.write("\n")
     if stats:
         typer.echo(_speed(decoder, times), err=True)
@@ -89,15 +93,20 @@ def _answer_all(
     stats: bool,
 ) -> None:
     """Print answers as JSON Lines, in the order of their prompts."""
-    import json
+    import sys
     import time
+
+    from optikit.progress import reader_gone
+    from optikit.text import dump_json
 
     tokens = [generator.encode(each, chat=chat) for each in prompts]
     begun, written = time.perf_counter(), 0
     for prompt, answer in zip(prompts, generator.answers(tokens, max_tokens, batch=batch), strict=True):
         written += answer.tokens
         line = {"prompt": prompt, "text": answer.text, "tokens": answer.tokens, "finish": answer.finish}
-        typer.echo(json.dumps(line, ensure_ascii=False))
+        typer.echo(dump_json(line))
+        if reader_gone(sys.stdout):
+            break
     if stats:
         seconds = time.perf_counter() - begun
         per_second = f"{written / seconds:.1f} tokens/s with their prompts, {batch} at once"

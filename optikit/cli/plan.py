@@ -44,14 +44,13 @@ def plan(
     as a diff; --fix makes it. What would change the meaning is told, and done with --unsafe-fixes only.
     What --out wrote runs only while recipe, model, texts, target, code and libraries are what they were.
     """
-    import json as json_library
-
     from optikit.errors import RecipeError
     from optikit.plan import make_plan
     from optikit.plan.render import as_json, render
     from optikit.recipe.load import loads, read
     from optikit.store.store import Store
     from optikit.targets import names
+    from optikit.text import dump_json
 
     store = Store.default()
     content = read(recipe)
@@ -69,7 +68,7 @@ def plan(
         made = planned(content, _note)
     if out is not None:
         _write(out, made, loads(content, recipe, overrides=tuple(set_ or ())), tuple(set_ or ()), targets)
-    typer.echo(json_library.dumps(as_json(made, store), indent=1) if json else render(made, store))
+    typer.echo(dump_json(as_json(made, store), indent=1) if json else render(made, store))
 
 
 def _note(line: str) -> None:
@@ -77,15 +76,14 @@ def _note(line: str) -> None:
 
 
 def _write(out: Path, made: Plan, loaded: LoadedRecipe, overrides: tuple[str, ...], targets: Path | None) -> None:
-    import json as json_library
-
     from optikit.errors import UsageError
     from optikit.plan.frozen import freeze
     from optikit.report.write import put
+    from optikit.text import dump_json
 
     if out.suffix != ".json":
         raise UsageError(f"--out {out} doesn't end in .json", fix=f"write --out {out.with_suffix('.json')}")
-    put(out, json_library.dumps(freeze(made, loaded, overrides=overrides, targets=targets), indent=1) + "\n")
+    put(out, dump_json(freeze(made, loaded, overrides=overrides, targets=targets), indent=1) + "\n")
 
 
 class _Mending:

@@ -37,12 +37,11 @@ def recommend(
     json: Annotated[bool, typer.Option("--json", help="Print the ranking as JSON.")] = False,
 ) -> None:
     """Rank the stacks that are legal on a target by roofline floors, with reasons; write the best one's recipe."""
-    import json as json_library
-
     from optikit import targets
     from optikit.app import recommend as ranking
     from optikit.errors import RecipeError, UsageError
     from optikit.problems import did_you_mean
+    from optikit.text import dump_json
 
     row = targets.find(target, extra)
     if row is None:
@@ -50,7 +49,7 @@ def recommend(
     ranked = ranking.candidates(_facts(model, offline=offline), row, goal=for_.value, reports=tuple(reports or ()))
     good = ranking.within(ranked, max_quality_loss)
     if json:
-        typer.echo(json_library.dumps([_plain(one, one in good) for one in ranked], indent=1))
+        typer.echo(dump_json([_plain(one, one in good) for one in ranked], indent=1))
     else:
         typer.echo("\n".join(_shown(ranked, good)))
     if not good:

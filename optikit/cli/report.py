@@ -17,6 +17,7 @@ def report(
     from optikit.app import output_dir
     from optikit.report import junit as junit_xml
     from optikit.report import summary, write
+    from optikit.text import dump_json
 
     found = write.load(directory)
     home = directory if directory.is_dir() else directory.parent
@@ -24,5 +25,5 @@ def report(
     if junit is not None:
         write.put(junit, junit_xml.render(found))
     if json:
-        typer.echo(found.model_dump_json(indent=1))
+        typer.echo(dump_json(found.model_dump(mode="json"), indent=1))
     summary.show(found, home)

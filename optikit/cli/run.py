@@ -64,6 +64,7 @@ def run(
     """
     from optikit.app.run import Request, run_recipe
     from optikit.execution.execute import Settings
+    from optikit.text import dump_json
 
     report = run_recipe(
         Request(
@@ -81,7 +82,7 @@ def run(
     if report is None:
         return
     if json:
-        typer.echo(report.model_dump_json(indent=1))
+        typer.echo(dump_json(report.model_dump(mode="json"), indent=1))
     raise typer.Exit(code_of(report.verdict, strict=strict))
 
 

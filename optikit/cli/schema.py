@@ -11,8 +11,7 @@ def schema() -> None:
     Editors with a YAML language server check and complete a recipe whose first line is
     `# yaml-language-server: $schema=recipe.schema.json`.
     """
-    import json
-
     from optikit.recipe.jsonschema import export
+    from optikit.text import dump_json
 
-    typer.echo(json.dumps(export(), indent=2, ensure_ascii=False))
+    typer.echo(dump_json(export(), indent=2))

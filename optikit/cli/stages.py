@@ -9,11 +9,11 @@ import typer
 
 def stages(json: Annotated[bool, typer.Option("--json", help="Print as JSON, with every option.")] = False) -> None:
     """List verbs and methods, in the order in which they may stand, each with what it does and where it runs."""
-    import json as json_library
+    from optikit.text import dump_json
 
     rows = [_row(verb, method) for verb, method in _all()]
     if json:
-        typer.echo(json_library.dumps(rows, indent=1))
+        typer.echo(dump_json(rows, indent=1))
         return
     from optikit.cli._table import table
 

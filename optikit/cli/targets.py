@@ -18,15 +18,15 @@ def targets(
     json: Annotated[bool, typer.Option("--json", help="Print every field, with sources, as JSON.")] = False,
 ) -> None:
     """List the targets that a recipe may name: hardware, engines, price. Empty means not documented."""
-    import json as json_library
     from dataclasses import asdict
 
     from optikit.targets import rows
     from optikit.targets.target import present
+    from optikit.text import dump_json
 
     found = [present(target) for target in rows(extra).values()]
     if json:
-        typer.echo(json_library.dumps([asdict(target) for target in found], indent=1))
+        typer.echo(dump_json([asdict(target) for target in found], indent=1))
         return
     from optikit.cli._table import table
 

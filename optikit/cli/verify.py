@@ -19,21 +19,19 @@ def verify(
     The reports, recipe and lock of outputs that an earlier version wrote weren't sealed: they are named, and don't
     count.
     """
-    import json
-
     from optikit.app.verify import MADE_AGAIN
     from optikit.app.verify import verify as compare
     from optikit.errors import IntegrityError
     from optikit.store.files import in_units
     from optikit.store.manifest import NAME
-    from optikit.text import clean
+    from optikit.text import clean, dump_json
 
     found = compare(directory)
     if as_json:
         damage = [{"path": one.path, "what": one.what} for one in found.damage]
         counts = {"files": found.files, "size_bytes": found.size_bytes}
         told = {"ok": not damage, **counts, "damage": damage, "unsealed": list(found.unsealed)}
-        print(json.dumps(told, indent=1))
+        print(dump_json(told, indent=1))
     for one in found.damage if not as_json else ():
         print(clean(str(one)))
     if found.damage:

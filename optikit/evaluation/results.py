@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Verdict = Literal["pass", "fail", "inconclusive"]
+GateVerdict = Literal["pass", "fail", "inconclusive"]
+Verdict = Literal["pass", "fail", "inconclusive", "emitted"]
+"""Of a report: what its gates decided; `emitted` where nothing was compiled, measured or gated, so nothing is known."""
 Interval = tuple[float, float]
 """Lower and upper end of a 95 % confidence interval."""
 
@@ -246,7 +248,7 @@ class GateResult(_Frozen):
     limit: str
     value: float | None
     ci95: Interval | None
-    verdict: Verdict
+    verdict: GateVerdict
     reason: str = ""
 
 

@@ -150,8 +150,11 @@ def _merged(text: str | bytes, path: Path) -> tuple[Node | None, tuple[Problem, 
     chain: list[Node] = []
     seen = [Path(os.path.realpath(path))]
     problems: list[Problem] = []
+    named: Node | None = None
     while True:
         root, found = _parsed(text, path)
+        if named is not None and not _is_recipe(root):
+            return None, (*problems, _no_recipe(named))
         problems += found
         if root is None:
             return None, tuple(problems)
@@ -219,6 +222,21 @@ def _base(named: Node, path: Path, seen: Sequence[Path]) -> tuple[Path, bytes]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise refuse(f"can't read {name!r}: {reason}", f"the path starts from {str(path.parent)!r}") from None
+
+
+def _is_recipe(root: Node | None) -> bool:
+    """Return whether a file has any key of a recipe."""
+    keys = root.value if root is not None and isinstance(root.value, dict) else {}
+    return any(key in Recipe.model_fields or key in ("extends", "vars") for key in keys)
+
+
+def _no_recipe(named: Node) -> Problem:
+    """Return what is wrong with a base that isn't a recipe, at its name.
+
+    Not a word of what the file holds is told: a recipe may be somebody else's, and name any file of this machine.
+    """
+    message, fix = f"{named.value!r} is no recipe", "name a YAML file with keys of a recipe"
+    return Problem(code="bad-extends", message=message, fix=fix, mark=named.mark)
 
 
 def _over(base: Node, recipe: Node) -> Node:

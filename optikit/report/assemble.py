@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -22,7 +22,6 @@ from optikit.evaluation.results import (
     Interval,
     Measurement,
     OtherBaseline,
-    Perplexity,
     Quality,
     Report,
     Served,
@@ -38,6 +37,7 @@ from optikit.recipe import limits
 from optikit.recipe.schema import as_written
 from optikit.report import judge as judging
 from optikit.report.judge import Value
+from optikit.text import redact
 
 if TYPE_CHECKING:
     from optikit.models.facts import ModelFacts
@@ -53,9 +53,6 @@ SPEED = ("speed", "served_speed")
 NLL = "nll.npy"
 SECTIONS = frozenset(Quality.model_fields)
 """Facts of a quality or tasks step that are the measurement itself; the rest is detail."""
-CHANCE = 0.5
-"""Share of the vocabulary that a perplexity at chance level is at least; all zero weights have all of it, and a model
-that learned no more than which tokens are frequent is far below."""
 FEW_WINDOWS = 8
 FOR_P95 = 90
 """`statistics.requests_needed(0.95)`; written out, because that module loads numpy."""
@@ -86,9 +83,9 @@ def report(
         rolled_back: Why this plan ends before its recipe does; "" where it doesn't.
     """
     run = _Run(plan, artifacts, statuses)
-    judged = judge(plan, artifacts, statuses)
+    judged = (*judge(plan, artifacts, statuses), *run.guessing())
     return Report(
-        verdict=judging.overall(judged),
+        verdict=judging.overall(judged, known=run.known),
         recipe=_recipe(plan),
         model=_model(plan),
         target=asdict(plan.target),
@@ -107,7 +104,7 @@ def report(
         warnings=(*filter(None, (rolled_back,)), *(problem.message for problem in plan.warnings), *run.warnings()),
         seconds=seconds,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=command,
+        command=redact(command),
     )
 
 
@@ -157,6 +154,17 @@ class _Run:
         stages = [step for step in self.plan.steps if step.writes in ("model", "engine")]
         stages = [step for step in stages if not self.emitted(step)]
         return self.measurement(stages[-1], last=True) if stages else self.baseline
+
+    @property
+    def known(self) -> bool:
+        """Whether anything but files came of it: a measurement, or an engine that was built here."""
+        return bool(self.plan.measures) or any(s.writes == "engine" and not self.emitted(s) for s in self.plan.steps)
+
+    def guessing(self) -> Iterator[GateResult]:
+        """Yield the gate that a model fails which does no better than guessing."""
+        found, before = _perplexity(self.result), _perplexity(self.baseline)
+        if found is not None and (failed := judging.guessing(found, before, self.plan.facts.vocab)):
+            yield failed
 
     def emitted(self, step: Step) -> bool:
         """Return whether a step only wrote what another machine will do: there is nothing of it to measure."""
@@ -269,11 +277,6 @@ class _Run:
         )
         reason = quality.reason if quality.top1_agreement is None else ""
         found["top1_agreement"] = Value(value=quality.top1_agreement, ci95=quality.top1_agreement_ci95, reason=reason)
-        fails = _at_chance(quality.perplexity, self.plan.facts.vocab)
-        compared = ("perplexity_ratio", "kl_divergence_mean", "top1_agreement")
-        found |= {
-            name: replace(found[name], fails=fails) for name in compared if fails and found[name].value is not None
-        }
         return found | dict(_task_values(quality))
 
     def _speed_values(self) -> dict[str, Value]:
@@ -365,6 +368,10 @@ class _Run:
             yield f"The model's weights came from a {packed} file: what that lost is part of the baseline."
         if wanted.perplexity is not None and (wanted.perplexity.windows or FEW_WINDOWS) < FEW_WINDOWS:
             yield f"{wanted.perplexity.windows} windows are few: quality intervals are wide and rest on Student's t."
+        before = _perplexity(self.baseline)
+        if before is not None and judging.is_guessing(before, self.plan.facts.vocab):
+            guessed = f"a perplexity of {before:,.4g} with {self.plan.facts.vocab:,} tokens"
+            yield f"The model guesses before anything is done to it ({guessed}): what it loses can't be seen."
         for step in filter(self.emitted, self.plan.steps):
             yield f"{step.name} was emitted: size and quality are those of the weights that it will compile."
         if self.speculation is not None and self.speculation["chosen"] == "off":
@@ -399,14 +406,10 @@ class _Run:
             yield f"The text has only {timing.prompts} prompts of that length: some were decoded more than once."
 
 
-def _at_chance(found: Perplexity | None, vocab: int) -> str:
-    """Say why a model can't pass, whatever its baseline is: it predicts no better than by chance. "" where it does."""
-    if found is None or found.value < CHANCE * vocab:
-        return ""
-    return (
-        f"its perplexity of {found.value:.4g} is that of guessing among {vocab} tokens: nothing is left to compare, "
-        "whatever the baseline predicts"
-    )
+def _perplexity(measurement: Measurement) -> float | None:
+    """Return perplexity per token."""
+    perplexity = measurement.quality.perplexity if measurement.quality else None
+    return perplexity.value if perplexity else None
 
 
 def _subject(step: Step) -> str:
@@ -487,7 +490,8 @@ def _recipe(plan: Plan) -> dict[str, Any]:
 
 def _model(plan: Plan) -> dict[str, Any]:
     facts: ModelFacts = plan.facts
-    return {
+    packed = {"source_bytes": plan.model.path.stat().st_size} if plan.model.path.is_file() else {}
+    return packed | {
         "source": plan.model.resolved,
         "digest": plan.model.digest,
         "model_type": facts.model_type,

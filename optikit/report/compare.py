@@ -274,7 +274,9 @@ def _speed_words(line: Line | None, other: str) -> str:
     if line is None or line.ratio is None:
         return f"was not compared in speed with {other}"
     if line.outcome == "no measurable difference":
-        return f"writes as fast as {other} (within noise)"
+        reach = f" ({text.ratio_interval(line.ratio, line.ci95)})" if line.ci95 else ""
+        same = line.ci95 is not None and wording.is_one(line.ci95)
+        return f"writes as fast as {other}{reach}" if same else f"is of undetermined speed against {other}{reach}"
     word, value = ("faster", line.ratio) if line.ratio > 1 else ("slower", 1 / line.ratio)
     doubt = " (not tested for noise)" if line.outcome == "not tested" else ""
     return f"writes {text.ratio(value)} {word} than {other}{doubt}"

@@ -8,7 +8,7 @@ from typing import Literal
 
 from optikit import text
 from optikit.evaluation.results import Interval, Measurement, Quality, Report, Speed
-from optikit.report.wording import measured_only
+from optikit.report.wording import is_one, measured_only, source_bytes, spans_one
 
 Tone = Literal["better", "worse", "same", ""]
 
@@ -195,7 +195,7 @@ def groups(report: Report) -> tuple[Group, ...]:
     found = (
         Group(title="Quality", figures=(*_figures(report, _QUALITY), *_against_baseline(report.result.quality))),
         Group(title="Speed at batch 1", figures=_figures(report, _SPEED)),
-        Group(title="Footprint", figures=_figures(report, _FOOTPRINT)),
+        Group(title="Footprint", figures=(*_packed(report), *_figures(report, _FOOTPRINT))),
         Group(title="Energy", figures=_figures(report, _ENERGY)),
         Group(title="Cost", figures=_figures(report, _COST)),
     )
@@ -219,16 +219,20 @@ def _figure(report: Report, spec: _Spec) -> Figure | None:
         value = after / before
     if value is None:
         return Figure(key=spec.key, label=spec.label, baseline=old, result=new)
-    changed = verdict != "no measurable change"
+    doubtful = verdict == "no measurable change"
     return Figure(
         key=spec.key,
         label=spec.label,
         baseline=old,
         result=new,
-        change=text.change(value, spec.words, ci95) if changed else verdict,
+        change=_doubt(ci95) if doubtful else text.change(value, spec.words, ci95),
         interval=_oriented(value, ci95, spec.words),
-        tone=_tone(value, higher_is_better=spec.higher_is_better) if changed else "same",
+        tone="same" if doubtful else _tone(value, ci95, higher_is_better=spec.higher_is_better),
     )
+
+
+def _doubt(ci95: Interval | None) -> str:
+    return "unchanged" if ci95 and is_one(ci95) else "undetermined"
 
 
 def _paired(report: Report, key: str) -> tuple[float | None, Interval | None, str]:
@@ -249,10 +253,29 @@ def _oriented(value: float, ci95: Interval | None, words: tuple[str, str]) -> st
     return text.ratio_interval(value, ci95)
 
 
-def _tone(value: float, *, higher_is_better: bool) -> Tone:
-    if abs(value - 1) < text.UNCHANGED:
+def _tone(value: float, ci95: Interval | None, *, higher_is_better: bool) -> Tone:
+    """Call a change better or worse only where its interval excludes 1."""
+    if ci95 is None:
+        return "same" if abs(value - 1) < text.UNCHANGED else ""
+    if spans_one(ci95):
         return "same"
     return "better" if (value > 1) == higher_is_better else "worse"
+
+
+def _packed(report: Report) -> tuple[Figure, ...]:
+    """Compare the result's size with that of the file that the model came in, where that was packed."""
+    before, after = source_bytes(report), report.result.size_bytes
+    if before is None or not after or measured_only(report):
+        return ()
+    return (
+        Figure(
+            key="size",
+            label="Size against its file",
+            baseline=text.size(before),
+            result=text.size(after),
+            change=text.change(after / before, ("larger", "smaller")),
+        ),
+    )
 
 
 def _against_baseline(quality: Quality | None) -> tuple[Figure, ...]:

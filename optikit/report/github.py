@@ -15,7 +15,9 @@ from typing import Literal
 
 from optikit import text
 from optikit.evaluation.results import GateResult, Report
-from optikit.report import gates, markdown, wording
+from optikit.progress import below, say
+from optikit.report import gates, markdown
+from optikit.report.headline import headline
 
 Level = Literal["error", "warning", "notice"]
 
@@ -31,13 +33,13 @@ def publish(report: Report, environ: Mapping[str, str] = os.environ) -> None:
     if environ.get("GITHUB_ACTIONS") != "true":
         return
     for line in commands(report):
-        print(line, file=sys.stderr, flush=True)  # noqa: T201 - a line on stderr is the interface
+        say(below(sys.stderr), line)
     if summary := environ.get("GITHUB_STEP_SUMMARY"):
         append_summary(markdown.render(report), Path(summary))
 
 
 def commands(report: Report) -> tuple[str, ...]:
-    """Return the annotations: failed gates as errors, inconclusive ones and warnings as warnings, else a notice."""
+    """Return the annotations: failed gates as errors, inconclusive ones and warnings as warnings, else the headline."""
     failed = [("optikit gate failed", _described(gate)) for gate in report.gates if gate.verdict == "fail"]
     doubtful = [
         ("optikit gate inconclusive", _described(gate)) for gate in report.gates if gate.verdict == "inconclusive"
@@ -45,7 +47,8 @@ def commands(report: Report) -> tuple[str, ...]:
     warned = [("optikit", warning) for warning in report.warnings]
     lines = [*_some("error", failed), *_some("warning", [*doubtful, *warned])]
     if not failed and not doubtful:
-        lines.append(command("notice", "optikit", f"{wording.headline(report)}. {gates.sentence(report)}"))
+        level: Level = "warning" if gates.is_lax(report) else "notice"
+        lines.append(command(level, "optikit", f"{headline(report)}. {gates.sentence(report)}"))
     return tuple(lines)
 
 
@@ -72,7 +75,7 @@ def append_summary(summary: str, path: Path) -> None:
 
 
 def _data(value: str) -> str:
-    return text.clean(value).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return text.redact(text.clean(value)).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
 def _described(gate: GateResult) -> str:

@@ -19,6 +19,7 @@ from optikit.evaluation.results import GateResult, Measurement, Report, StepRepo
 from optikit.report import figures, gates, server_table, svg, task_table, wording
 from optikit.report import speculation_table as speculating
 from optikit.report.definitions import DEFINITIONS, needed
+from optikit.report.headline import headline
 from optikit.report.values import listed, table
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def _page(report: Report) -> dict[str, Any]:
     """Return everything the template shows that takes more than a field's name."""
     speculation = report.speculation or {}
     return {
-        "headline": wording.headline(report),
+        "headline": headline(report),
         "tiles": tuple(_tiles(report)),
         "gates": tuple(_gate(report, gate, i) for i, gate in enumerate(report.gates)),
         "tradeoff": _tradeoff(report),

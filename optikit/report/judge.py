@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from optikit.evaluation.results import GateResult, Interval, Verdict
+from optikit.evaluation.results import GateResult, GateVerdict, Interval, Verdict
 from optikit.recipe.limits import Asked, asked
 
 if TYPE_CHECKING:
@@ -22,12 +22,11 @@ Judged = tuple[GateResult, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """A measurement that a gate may limit; `reason` says why it is None, `fails` why no limit lets it pass."""
+    """A measurement that a gate may limit; `reason` says why it is None."""
 
     value: float | None = None
     ci95: Interval | None = None
     reason: str = ""
-    fails: str = ""
 
 
 Values = Mapping[str, Value]
@@ -55,11 +54,9 @@ def judge(
 
 
 def _judge(gate: Asked, step: str, found: Value) -> GateResult:
-    verdict: Verdict = "inconclusive"
+    verdict: GateVerdict = "inconclusive"
     reason = found.reason
-    if found.fails:
-        verdict, reason = "fail", found.fails
-    elif found.value is not None:
+    if found.value is not None:
         interval = found.ci95 or (found.value, found.value)
         verdict = limit_verdict(interval, at_least=gate.limit.min, at_most=gate.limit.max)
         if verdict == "inconclusive":
@@ -75,7 +72,7 @@ def _judge(gate: Asked, step: str, found: Value) -> GateResult:
     )
 
 
-def limit_verdict(interval: Interval, *, at_least: float | None = None, at_most: float | None = None) -> Verdict:
+def limit_verdict(interval: Interval, *, at_least: float | None = None, at_most: float | None = None) -> GateVerdict:
     """Judge an interval by limits: pass iff all of it is inside, fail iff all of it is beyond one, else inconclusive.
 
     >>> limit_verdict((1.02, 1.08), at_most=1.1), limit_verdict((1.08, 1.12), at_most=1.1)
@@ -94,10 +91,54 @@ def describe_limit(gate: Limit) -> str:
     return ", ".join(f"{name} {bound:g}" for name, bound in bounds if bound is not None)
 
 
-def overall(results: Iterable[GateResult]) -> Verdict:
-    """Return fail if any gate fails, else inconclusive if any is, else pass; pass without gates."""
+def overall(results: Iterable[GateResult], *, known: bool = True) -> Verdict:
+    """Return fail if any gate fails, else inconclusive if any is, else pass.
+
+    Without gates: pass, or emitted where nothing is `known` of the result.
+    """
     verdicts = {result.verdict for result in results}
-    return next((verdict for verdict in ("fail", "inconclusive") if verdict in verdicts), "pass")
+    if not verdicts and not known:
+        return "emitted"
+    return next((verdict for verdict in _WORST_FIRST if verdict in verdicts), "pass")
+
+
+_WORST_FIRST: tuple[GateVerdict, ...] = ("fail", "inconclusive")
+
+GUESSING = 0.9
+"""Share of the vocabulary's size from which a perplexity is that of guessing: random weights had 0.96 to 1.03 of it."""
+UNIFORM = 1e-4
+"""How near to the vocabulary's size a perplexity comes when every token gets the same logit."""
+
+
+def is_guessing(perplexity: float, vocab: int) -> bool:
+    """Tell whether a perplexity per token is no better than that of picking one of `vocab` tokens blindly.
+
+    >>> is_guessing(258.8, 260), is_guessing(18.2, 49152)
+    (True, False)
+    """
+    return perplexity >= GUESSING * vocab
+
+
+def guessing(perplexity: float, baseline: float | None, vocab: int) -> GateResult | None:
+    """Judge a model that guesses: it fails, however near its perplexity is to the baseline's.
+
+    None where it doesn't guess, or where the baseline guesses as well and the logits still tell tokens apart: random
+    weights, on which a stack is tried.
+    """
+    if not is_guessing(perplexity, vocab):
+        return None
+    uniform = abs(perplexity / vocab - 1) < UNIFORM
+    if not uniform and baseline is not None and is_guessing(baseline, vocab):
+        return None
+    why = "every token gets the same logit" if uniform else "no better than picking tokens blindly"
+    return GateResult(
+        name="perplexity",
+        limit=f"below {vocab:,}, that of guessing",
+        value=perplexity,
+        ci95=None,
+        verdict="fail",
+        reason=f"it guesses: a perplexity of {perplexity:,.4g} with {vocab:,} tokens is chance, {why}",
+    )
 
 
 def describe(result: GateResult, place: str = "") -> str:

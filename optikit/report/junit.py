@@ -1,7 +1,7 @@
 """A report as JUnit XML: one test case per gate and one per step, for CI systems that draw test results.
 
 A failed gate is a failure. An inconclusive gate and an emitted step are skipped, with the reason: neither has failed;
-`--strict` turns the former into an exit code.
+`--strict` turns the former into an exit code. A report whose verdict is `emitted` has one more case, skipped.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ def render(report: Report) -> str:
     suite = ET.Element("testsuite", name=wording.model_name(report), timestamp=_timestamp(report.created))
     for gate in report.gates:
         _gate(suite, gate)
+    if report.verdict == "emitted":
+        case = ET.SubElement(suite, "testcase", classname="verdict", name=gates.verdict(report), time="0")
+        ET.SubElement(case, "skipped", message=gates.EMITTED)
     for step in (*report.steps, *report.measures):
         _step(suite, step)
     cases = suite.findall("testcase")

@@ -14,10 +14,11 @@ from optikit import text
 from optikit.evaluation.results import Report, StepReport
 from optikit.report import figures, gates, server_table, task_table, values, wording
 from optikit.report import speculation_table as speculating
+from optikit.report.headline import headline
 
 _ACTIVE = re.compile(r"([\\`*_{}\[\]|~$<>&]|^[-+#]|(?<=^\d)[.)](?=\s))")
 _LINKED = re.compile(r"@|(?:#|GH-)(?=\d)|:(?=//)|\bwww(?=\.)")
-_MARK = {"pass": "✅", "fail": "❌", "inconclusive": "⚠️"}
+_MARK: Mapping[gates.Mark, str] = {"pass": "✅", "lax": "⚠️", "fail": "❌", "inconclusive": "⚠️", "emitted": "📦"}
 
 
 def render(report: Report) -> str:
@@ -59,8 +60,8 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _blocks(report: Report) -> Iterator[list[str]]:
-    yield [f"## {_MARK[report.verdict]} {escape(wording.headline(report))}"]
-    yield [f"**{report.verdict}** · {escape(gates.sentence(report))}"]
+    yield [f"## {_MARK[gates.mark(report)]} {escape(headline(report))}"]
+    yield [f"**{gates.verdict(report)}** · {escape(gates.sentence(report))}"]
     yield [f"Done: {escape(wording.what_was_done(report))}"]
     yield from _gates(report)
     yield from _figures(report)

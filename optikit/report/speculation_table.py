@@ -45,6 +45,31 @@ def listed(given: Mapping[str, Any], *, drawn: bool) -> Rows:
     return tuple(row for _, rows in grouped(given, drawn=drawn) for row in rows)
 
 
+NAMES: Mapping[Any, str] = {"medusa": "Medusa", "draft": "Draft model"}
+"""Methods that somebody trained something for, so that its idleness is news."""
+
+
+def drafters(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return who drafts, in words: whoever was asked in any step; empty where nothing drafts or that isn't known."""
+    by = given.get("by_drafter")
+    used = [name for name, row in by.items() if _steps(row)] if isinstance(by, Mapping) else []
+    chosen = given.get("chosen")
+    named = used or ([chosen] if isinstance(chosen, str) else [])
+    return () if chosen == "off" else tuple(_drafter(name) for name in named)
+
+
+def not_used(given: Mapping[str, Any]) -> bool:
+    """Tell whether the heads or the draft model that were asked for draft nothing."""
+    asked, chosen, by = given.get("method"), given.get("chosen"), given.get("by_drafter")
+    if not isinstance(chosen, str) or not (isinstance(asked, str) and asked in NAMES):
+        return False
+    return chosen != asked or (isinstance(by, Mapping) and not _steps(by.get(asked)))
+
+
+def _steps(row: Any) -> bool:
+    return isinstance(row, Mapping) and bool(row.get("steps"))
+
+
 def sentence(given: Mapping[str, Any]) -> str:
     """Say what speculation brought; nothing where that isn't known."""
     if given.get("chosen") == "off":

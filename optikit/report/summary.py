@@ -5,19 +5,26 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from optikit import text
 from optikit.evaluation.results import Report
-from optikit.progress import is_terminal, say
+from optikit.progress import below, is_terminal, say
 from optikit.report import figures, gates, wording
+from optikit.report.headline import headline
 
 WIDTH = 80
 Styled = tuple[str, str]
 """Words and their style: "" or one of rich's, e.g. `bold green`."""
 
-_VERDICT = {"pass": ("✓", "bold green"), "fail": ("✗", "bold red"), "inconclusive": ("?", "bold yellow")}
+_VERDICT: Mapping[gates.Mark, Styled] = {
+    "pass": ("✓", "bold green"),
+    "lax": ("!", "bold yellow"),
+    "fail": ("✗", "bold red"),
+    "inconclusive": ("?", "bold yellow"),
+    "emitted": ("→", "bold cyan"),
+}
 _TONE = {"better": "green", "worse": "yellow", "same": "dim", "": ""}
 
 
@@ -33,15 +40,15 @@ def show(report: Report, out: Path) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(file=sys.stderr)
+    console = Console(file=below(sys.stderr))
     for line in lines:
         console.print(Text.assemble(*line), no_wrap=True, overflow="ellipsis", crop=True)
 
 
 def _lines(report: Report, out: Path, width: int) -> Iterator[list[Styled]]:
-    mark, style = _VERDICT[report.verdict]
-    lead = f"{mark} {report.verdict}"
-    said = textwrap.wrap(wording.headline(report), width - len(lead) - 2, break_on_hyphens=False) or [""]
+    mark, style = _VERDICT[gates.mark(report)]
+    lead = f"{mark} {gates.verdict(report)}"
+    said = textwrap.wrap(headline(report), width - len(lead) - 2, break_on_hyphens=False) or [""]
     yield [("", "")]
     yield [(lead, style), (f"  {said[0]}", "bold")]
     yield from ([(f"{'':{len(lead)}}  {line}", "bold")] for line in said[1:])
@@ -77,8 +84,7 @@ def _figures(report: Report) -> Iterator[list[Styled]]:
     for group in figures.groups(report):
         for figure in group.figures:
             label = figure.label.removesuffix(", median")
-            change = "within noise" if figure.change == "no measurable change" else figure.change
-            values = (label, figure.baseline, figure.result, change, figure.interval.replace(" ", ""))
+            values = (label, figure.baseline, figure.result, figure.change, figure.interval.replace(" ", ""))
             line = _cells(values, widths, sides)
             yield [*line[:3], (line[3][0], _TONE[figure.tone]), line[4]]
 

@@ -22,6 +22,8 @@ class TaskRow:
     interval: str = ""
     flips: str = ""
     p_worse: str = ""
+    shows: str = ""
+    """What the change tells: worse, better or undetermined."""
     tone: Tone = ""
 
 
@@ -49,8 +51,39 @@ def _task(name: str, before: TaskResult | None, after: TaskResult | None, *, wor
         interval=_points_range(after.change_ci95),
         flips=f"{after.lost} lost, {after.won} won",
         p_worse="" if after.p_worse is None else _p_value(after.p_worse),
-        tone="worse" if worse else "same",
+        shows="worse" if worse else _shows(before, after),
+        tone="worse" if worse else "better" if after.change_ci95[0] > 0 else "same",
     )
+
+
+FLOOR = "undetermined: the baseline has too little right for a loss to show"
+
+
+def _shows(before: TaskResult | None, after: TaskResult) -> str:
+    """Word a change that no test calls a loss."""
+    if after.change_ci95 is not None and after.change_ci95[0] > 0:
+        return "better"
+    return FLOOR if before is not None and _at_floor(before, after) else "undetermined"
+
+
+def _at_floor(before: TaskResult, after: TaskResult) -> bool:
+    """Tell whether losing all that the baseline has right is less than such items would show."""
+    return after.detectable is not None and before.accuracy < after.detectable
+
+
+def shows(report: Report) -> str:
+    """Say what all tasks together tell: worse, better or undetermined."""
+    quality = report.result.quality
+    verdict = quality.tasks_verdict if quality else None
+    if quality is None or verdict is None:
+        return ""
+    if verdict.conclusion == "worse":
+        return "worse"
+    if verdict.change_ci95[0] > 0:
+        return "better"
+    sides = report.baseline.quality.tasks if report.baseline.quality else {}
+    pairs = [(sides[name], after) for name, after in quality.tasks.items() if name in sides]
+    return FLOOR if pairs and all(_at_floor(*pair) for pair in pairs) else "undetermined"
 
 
 def _points_range(ci95: Interval) -> str:
@@ -71,7 +104,8 @@ def sentence(report: Report) -> str:
     chance = f"p {p}" if p.startswith("<") else f"p = {p}"
     reach = f"{middle} on average over tasks, 95 % interval {_points_range(verdict.change_ci95)}, {chance}"
     if verdict.conclusion == "no measurable loss":
-        return f"No measurable loss: {reach}."
+        said = shows(report)
+        return f"{'No measurable loss' if said == 'undetermined' else said.capitalize()}: {reach}."
     where = f" on {text.clean(', '.join(verdict.worse))}" if verdict.worse else " taken together"
     return f"Worse{where}: {reach}."
 

@@ -1,16 +1,17 @@
 """A report in sentences, before any markup: what the Markdown, the page, the terminal and CI all say.
 
-Nothing here measures or judges; it chooses, names and words what `results.Report` holds. `figures` has the table,
-`gates` what gates decided.
+Nothing here measures or judges; it chooses, names and words what `results.Report` holds. `headline` has the sentence
+above it, `figures` the table, `gates` what gates decided.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from optikit import text
-from optikit.evaluation.results import Measurement, Ratio, Report, StepReport
+from optikit.evaluation.results import Measurement, Report, StepReport
 from optikit.plan.check_gates import PRICE
+from optikit.report.speculation_table import not_used
 
 
 def model_name(report: Report) -> str:
@@ -36,22 +37,20 @@ def short_name(source: str) -> str:
     return package.partition("@")[0].rpartition("/")[2] or source
 
 
-def headline(report: Report) -> str:
-    """Say in one sentence what the run achieved: "X is 5.2× faster and 3.4× smaller at 1.12× perplexity"."""
-    before, after = report.baseline, report.result
-    if measured_only(report):
-        return f"{model_name(report)}: {', '.join(_measured(report)) or 'nothing could be measured'}"
-    sizes = (before.size_bytes or 0, after.size_bytes or 0)
-    size = text.change(sizes[1] / sizes[0], ("larger", "smaller")) if all(sizes) else ""
-    claims = [claim for claim in (_speed_claim(report.speedup.decode), size) if claim]
-    gains = " and ".join("the same size" if claim == "unchanged" else claim for claim in claims)
-    perplexity = after.quality.perplexity if after.quality else None
-    at = f" at {text.ratio(perplexity.ratio)} perplexity" if perplexity and perplexity.ratio is not None else ""
-    missing = [
-        name for name, known in (("speed", report.speedup.decode is not None), ("quality", bool(at))) if not known
-    ]
-    rest = f"; its {' and '.join(missing)} {'were' if len(missing) > 1 else 'was'} not measured" if missing else ""
-    return f"{model_name(report)} is {gains or 'unchanged in size'}{at}{rest}"
+def spans_one(ci95: tuple[float, float]) -> bool:
+    """Tell whether an interval holds 1: then it isn't known which way a ratio goes."""
+    return ci95[0] <= 1 <= ci95[1]
+
+
+def is_one(ci95: tuple[float, float]) -> bool:
+    """Tell whether all of an interval would be printed as 1."""
+    return max(abs(end - 1) for end in ci95) < text.UNCHANGED
+
+
+def source_bytes(report: Report) -> int | None:
+    """Return the size of the file that the model came in, where that was packed; None where it wasn't."""
+    found = report.model.get("source_bytes")
+    return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else None
 
 
 def measured_only(report: Report) -> bool:
@@ -59,35 +58,18 @@ def measured_only(report: Report) -> bool:
     return not report.steps
 
 
-def _measured(report: Report) -> Iterator[str]:
-    """Yield the figures that a model without a baseline is known by."""
-    rows = report.served.speed if report.served else ()
-    for row in (rows[:1] + rows[-1:])[: len(rows)]:
-        at = "alone" if row.concurrency == 1 else f"with {row.concurrency} at a time"
-        yield f"{text.per_second(row.output_tokens_per_s)} {at}"
-    found = report.result
-    if found.speed:
-        yield text.per_second(found.speed.decode_tokens_per_s)
-    if found.quality and found.quality.perplexity:
-        yield f"perplexity {text.number(found.quality.perplexity.value, 4)}"
-    if found.quality:
-        yield from (f"{text.clean(name)} {text.percent(task.accuracy)}" for name, task in found.quality.tasks.items())
-    if found.size_bytes:
-        yield text.size(found.size_bytes)
-
-
-def _speed_claim(decode: Ratio | None) -> str:
-    if decode is None:
-        return ""
-    if decode.verdict == "no measurable change":
-        return "as fast as before"
-    return text.change(decode.value, ("faster", "slower"))
-
-
 def what_was_done(report: Report) -> str:
     """Name the steps in order: "quantize gptq → compile onnxruntime"."""
-    names = [f"{s.verb} {s.method}" + (" (emitted)" if s.status == "emitted" else "") for s in report.steps]
+    names = [f"{s.verb} {s.method}" + (f" ({note})" if (note := step_note(report, s)) else "") for s in report.steps]
     return text.clean(" → ".join(names)) or "measured only, nothing changed"
+
+
+def step_note(report: Report, step: StepReport) -> str:
+    """Say what a reader of the list of steps has to know of one: that it wasn't run here, or isn't used."""
+    given = report.speculation or {}
+    if step.verb == "speculate" and step.method == given.get("method") and not_used(given):
+        return "not used"
+    return "" if step.status in ("executed", "cached") else step.status
 
 
 def compared(report: Report) -> str:

@@ -256,6 +256,11 @@ def thin() -> Report:
     )
 
 
+def emitted() -> Report:
+    """A run that wrote a folder for another machine, measured nothing and was asked for nothing."""
+    return thin().model_copy(update={"verdict": "emitted", "gates": ()})
+
+
 def named(words: str) -> Report:
     """The full report with every free string replaced by `words`."""
     report = full()
@@ -315,6 +320,11 @@ def full_report() -> Report:
 @pytest.fixture(scope="session")
 def thin_report() -> Report:
     return thin()
+
+
+@pytest.fixture(scope="session")
+def emitted_report() -> Report:
+    return emitted()
 
 
 @pytest.fixture(scope="session")

@@ -203,3 +203,36 @@ def test_a_price_is_limited_where_there_is_one():
     assert "limits a price, and target cpu has no price per hour" in problem.message
     (problem,) = check_gates.unmeasurable(made, target=Target(name="l4", device="cuda", usd_per_hour=1))
     assert "charges for an accelerator" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "baseline", "verdict"),
+    [
+        (49_152.0, 18.0, "fail"),  # every logit the same
+        (49_152.0, 49_152.0, "fail"),  # an all-zero model has a ratio of exactly 1
+        (49_152.0, None, "fail"),
+        (60_000.0, 18.0, "fail"),  # worse than guessing
+        (45_000.0, 18.0, "fail"),
+        (48_900.0, 49_500.0, None),  # random weights before and after: nothing was lost
+        (40_000.0, 18.0, None),
+    ],
+)
+def test_guessing_fails_whatever_the_ratio(perplexity, baseline, verdict):
+    found = judge.guessing(perplexity, baseline, 49_152)
+    assert (found.verdict if found else None) == verdict
+    if found:
+        assert (found.value, found.name) == (perplexity, "perplexity")
+        assert judge.overall((found,)) == "fail"
+
+
+def test_all_zero_logits_are_known_by_their_perplexity():
+    """Whatever text is scored: the mean of -ln(1/n) is ln(n)."""
+    torch = pytest.importorskip("torch")
+    logits, targets = torch.zeros(512, 49_152), torch.arange(512)
+    perplexity = math.exp(torch.nn.functional.cross_entropy(logits, targets))
+    assert "every token gets the same logit" in judge.guessing(perplexity, perplexity, 49_152).reason
+
+
+def test_nothing_known_is_emitted_and_no_pass():
+    assert judge.overall((), known=False) == "emitted"
+    assert judge.overall(()) == "pass"

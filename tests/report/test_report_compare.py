@@ -45,7 +45,7 @@ def test_a_run_is_no_different_from_itself(full_report):
     assert {line.outcome for line in found.lines} == {"no measurable difference", "not tested"}
     assert found.refused == ()
     assert found.sentence.startswith(
-        "b writes as fast as a (within noise) and is the same size; no difference in quality"
+        "b is of undetermined speed against a (0.95–1.05×) and is the same size; no difference in quality"
     )
 
 

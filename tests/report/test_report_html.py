@@ -53,7 +53,7 @@ class Page(HTMLParser):
         return [(tag, tuple(attributes)) for tag, attributes in self.elements]
 
 
-@pytest.fixture(params=["full", "thin", "hostile"])
+@pytest.fixture(params=["full", "thin", "emitted", "hostile"])
 def source(request):
     return html.render(request.getfixturevalue(f"{request.param}_report"))
 
