@@ -133,8 +133,8 @@ def measure(request: Request) -> Report:
     wanted = request.wanted
     if wanted.perplexity is None and wanted.speed is None and not wanted.tasks:
         raise UsageError("nothing to measure", fix="give --text, --task or --recipe")
-    store = Store.default()
     with make_progress(request.progress) as progress:
+        store = Store.default(warn=progress.note)
         plan = make(subject, request, store, note=progress.note)
         execution = execute(plan, store, progress, Settings())
     report = assemble.report(

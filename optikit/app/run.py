@@ -66,8 +66,8 @@ def run_recipe(request: Request) -> Report | None:
     if frozen is not None:
         frozen_plan.require_recipe(frozen, loaded)
     output_dir.require_writable(request.out, timeout=request.settings.lock_timeout)
-    store = Store.default()
     with make_progress(request.progress) as progress:
+        store = Store.default(warn=progress.note)
         plan = make_plan(
             loaded,
             store,

@@ -88,10 +88,14 @@ def gc(
     if as_json:
         removed = [{"kind": one.kind, "name": one.name, "size_bytes": one.size_bytes} for one in done.removed]
         result = {"dry_run": dry_run, "removed": removed}
+        result |= {"in_use": [one.name for one in done.in_use]}
         print(dump_json(result | {"freed_bytes": done.freed_bytes, "kept_bytes": done.kept_bytes}, indent=1))
         return
     for one in done.removed:
         print(f"{'would remove' if dry_run else 'removed'} {one.kind} {one.name} ({in_units(one.size_bytes)})")
+    if done.in_use:
+        size = in_units(sum(one.size_bytes for one in done.in_use))
+        print(f"{len(done.in_use)} more ({size}) are in use by a running process")
     freed = "would be free" if dry_run else "freed"
     print(f"{in_units(done.freed_bytes)} {freed}, {in_units(done.kept_bytes)} stay in {store.root}")
     if limit is None and not done.removed:

@@ -1,21 +1,20 @@
 """Is a written SQL query right? Run it and the reference on the same SQLite database and compare what comes back.
 
-The query comes from a language model and is hostile until proven otherwise: it runs in a database in memory, may only
-read, can't attach files, load extensions or change settings, and is stopped after a number of steps.
+Query and schema are hostile until proven otherwise: both run in a process of their own, under limits; see `sql_worker`.
 """
 
 from __future__ import annotations
 
-import sqlite3
-from collections import Counter
+import json
+import signal
+from contextlib import ExitStack
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
-STEPS = 5_000_000
-"""Virtual-machine instructions after which a query counts as running away: about a second."""
-ROWS = 100_000
-MOST_BYTES = 1_000_000
-"""Longest text or blob that a query may make."""
-_READING = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE})
+from optikit.errors import OutOfMemoryError, StageFailedError
+from optikit.evaluation import sql_worker
+from optikit.process import child, program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,37 +25,78 @@ class Outcome:
     reason: str = ""
 
 
-def same_result(schema: str, reference: str, query: str) -> Outcome:
-    """Compare two queries on the database that `schema` (SQL with CREATE and INSERT) makes.
+class Sandbox:
+    """One process for many queries; it starts with the first, and anew after a statement that ended it."""
 
-    Rows are compared as a multiset; in order where the reference has ORDER BY. Column names don't matter.
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._child: child.Child | None = None
 
-    Raises:
-        ValueError: The schema or the reference itself fails: the item is broken, not the answer.
-    """
-    try:
-        expected = _rows(schema, reference)
-    except sqlite3.Error as error:
-        msg = f"the reference query fails: {error}"
-        raise ValueError(msg) from error
-    try:
-        found = _rows(schema, query)
-    except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
-        return Outcome(correct=False, reason=f"{type(error).__name__}: {error}")
-    if "order by" in " ".join(reference.lower().split()):
-        same = found == expected
-    else:
-        same = Counter(found) == Counter(expected)
-    return Outcome(correct=same, reason="" if same else f"{len(found)} rows, not the {len(expected)} expected")
+    def __enter__(self) -> Self:
+        return self
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
 
-def _rows(schema: str, query: str) -> list[tuple[object, ...]]:
-    database = sqlite3.connect(":memory:")
-    try:
-        database.executescript(schema)
-        database.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in _READING else sqlite3.SQLITE_DENY)
-        database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MOST_BYTES)
-        database.set_progress_handler(lambda: 1, STEPS)
-        return database.execute(query).fetchmany(ROWS)
-    finally:
-        database.close()
+    def same_result(self, schema: str, reference: str, query: str) -> Outcome:
+        """Compare two queries on the database that `schema` (SQL with CREATE and INSERT) makes.
+
+        Rows are compared as a multiset; in order where the reference has ORDER BY. Column names don't matter.
+
+        Raises:
+            ValueError: The schema or the reference itself fails: the item is broken, not the answer.
+            OptikitError: The process could not be started, or ended for a reason of its own.
+        """
+        running = self._child or self._start()
+        request = {"schema": schema, "reference": reference, "query": query}
+        running.input.write(json.dumps(request).encode() + b"\n")
+        running.input.flush()
+        own = self._answer(running)
+        if own is None:
+            raise ValueError(f"the schema or the reference query fails: {self._death(running)}")
+        if own:
+            raise ValueError(own)
+        reason = self._answer(running)
+        if reason is None:
+            reason = self._death(running)
+        return Outcome(correct=not reason, reason=reason)
+
+    def _start(self) -> child.Child:
+        started = self._stack.enter_context(child.started(program.module(sql_worker.__name__), piped=True, grace_s=0))
+        self._child = started
+        if self._answer(started) != sql_worker.READY:
+            raise StageFailedError(f"the process that runs SQL didn't start: {self._death(started)}")
+        return started
+
+    @staticmethod
+    def _answer(running: child.Child) -> str | None:
+        """Return the next answer; None if the process ended instead."""
+        line = running.output.readline()
+        return str(json.loads(line)) if line.endswith(b"\n") else None
+
+    def _death(self, running: child.Child) -> str:
+        """Return how a statement ended its process.
+
+        Raises:
+            OutOfMemoryError: The machine had no memory left: whose fault that is nobody knows.
+            StageFailedError: It was no statement that ended it.
+        """
+        _, errors = running.finish()
+        code = running.code or 0
+        self._end()
+        if code == -signal.SIGPROF:
+            return f"it took more than {sql_worker.SECONDS:g} s of processor time"
+        if code == -signal.SIGKILL:
+            raise OutOfMemoryError("the process that runs SQL was killed", fix="give it more memory")
+        if "MemoryError" in errors:
+            return sql_worker.OUT_OF_MEMORY
+        if code < 0:
+            return f"it crashes SQLite: {signal.Signals(-code).name}"
+        last = (errors.strip().splitlines() or [f"exit code {code}"])[-1]
+        raise StageFailedError(f"the process that runs SQL ended: {last}", fix="report this, with the item's SQL")
+
+    def _end(self) -> None:
+        self._child = None
+        self._stack.close()

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from sqlite3 import Error
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from optikit.errors import InputMissingError
-from optikit.evaluation import perplexity, sql
-from optikit.evaluation.task_items import DELIMITER, Choice, Query, Question
+from optikit.evaluation import perplexity
+from optikit.evaluation.sql import Outcome, Sandbox
+from optikit.evaluation.task_items import DELIMITER, Choice, Item, Query, Question
 from optikit.runtime.decoder import Decoder
 
 CHUNK = 256
@@ -60,12 +60,13 @@ class Chosen:
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """What a model wrote: its text up to the stop, its length in tokens, whether it is right."""
+    """What a model wrote: its text up to the stop, its length in tokens, whether it is right, and why a query isn't."""
 
     id: str
     text: str
     tokens: int
     correct: bool
+    reason: str = ""
 
 
 def split_pair(tokenizer: Tokenizer, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -143,6 +144,7 @@ def answer(
     tokenizer: Tokenizer,
     item: Question | Query,
     *,
+    sandbox: Sandbox,
     max_tokens: int = 64,
     stop: Sequence[str] = ("\n",),
     end_tokens: frozenset[int] = frozenset(),
@@ -168,16 +170,28 @@ def answer(
             break
     for mark in stop:
         text = text.split(mark, 1)[0]
-    return Answered(id=item.id, text=text, tokens=len(written), correct=_is_right(item, text))
+    outcome = _outcome(item, text, sandbox)
+    return Answered(id=item.id, text=text, tokens=len(written), correct=outcome.correct, reason=outcome.reason)
 
 
-def _is_right(item: Question | Query, text: str) -> bool:
+def _outcome(item: Question | Query, text: str, sandbox: Sandbox) -> Outcome:
     if isinstance(item, Question):
-        return _normal(text) in {_normal(each) for each in item.answers}
+        return Outcome(correct=_normal(text) in {_normal(each) for each in item.answers})
     try:
-        return sql.same_result(item.schema, item.answer, text).correct
-    except (ValueError, Error) as error:
+        return sandbox.same_result(item.schema, item.answer, text)
+    except ValueError as error:
         raise InputMissingError(f"item {item.id}: {error}", fix="correct its `schema` and `answer`") from error
+
+
+def require_sound(items: Sequence[Item], sandbox: Sandbox) -> None:
+    """Run the SQL that items bring along, before a model has written anything.
+
+    Raises:
+        InputMissingError: It fails.
+    """
+    for item in items:
+        if isinstance(item, Query):
+            _outcome(item, item.answer, sandbox)
 
 
 def _normal(text: str) -> str:

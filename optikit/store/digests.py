@@ -3,18 +3,22 @@
 What `git` does with its index, for the same reason: a warm run must not read gigabytes. It can't notice a bit that the
 disk lost, so whoever uses or ships such a file reads it anew (`Digests.read`). A file that was written within
 the clock's step before it was hashed may change again without changing its times, so such an entry isn't trusted.
-The memory is a cache: lost, torn or refused, it costs time and nothing else.
+The memory is a cache with a checksum: lost, torn, refused or damaged, it costs time and nothing else.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from optikit.errors import RefusedError
+from optikit.store import files
 from optikit.store.files import sha256
 from optikit.store.keys import is_key
 
@@ -30,10 +34,11 @@ def _identity(stat: os.stat_result) -> list[int]:
 
 
 class Digests:
-    """sha256 by path, kept in one JSON file."""
+    """sha256 by path, kept in one JSON file; `warn` is told when that is damaged."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, warn: Callable[[str], None] = lambda _: None) -> None:
         self._path = path
+        self._warn = warn
         self._entries: dict[str, list[Any]] | None = None
         self._new: dict[str, list[Any]] = {}
 
@@ -73,7 +78,7 @@ class Digests:
         kept = dict(list(entries.items())[-MOST_ENTRIES:])
         partial = self._path.with_name(f"{self._path.name}.{os.getpid()}.part")
         with suppress(OSError):
-            partial.write_text(json.dumps(kept), encoding="utf-8")
+            partial.write_text(json.dumps({"sha256": _checksum(kept), "entries": kept}), encoding="utf-8")
             partial.replace(self._path)
         self._entries, self._new = kept, {}
 
@@ -84,10 +89,23 @@ class Digests:
 
     def _read(self) -> dict[str, list[Any]]:
         try:
-            loaded = json.loads(self._path.read_bytes())
-        except (OSError, ValueError, RecursionError):
+            with files.open_regular(self._path) as file:
+                loaded = json.loads(file.read())
+            entries: dict[str, list[Any]] = loaded["entries"]
+            if loaded["sha256"] == _checksum(entries) and all(map(_is_row, entries.values())):
+                return entries
+            why = "its checksum differs"
+        except FileNotFoundError:
             return {}
-        return {path: row for path, row in loaded.items() if _is_row(row)} if isinstance(loaded, dict) else {}
+        except (OSError, RefusedError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            why = f"{type(error).__name__}: {error}"
+        files.remove_tree(self._path)
+        self._warn(f"{self._path} was damaged ({why}): files are read again")
+        return {}
+
+
+def _checksum(entries: dict[str, list[Any]]) -> str:
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def _is_row(row: Any) -> bool:

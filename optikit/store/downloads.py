@@ -28,7 +28,7 @@ def find(store: Store, digest: str) -> Path | None:
     if not is_key(digest):
         return None
     directory = store.root / "downloads" / "files" / digest
-    present = sorted(directory.iterdir()) if directory.is_dir() else []
+    present = sorted(directory.iterdir()) if store.hold(directory) and directory.is_dir() else []
     if len(present) != 1:
         return None
     if store.digest_file(present[0]) != digest:
@@ -58,9 +58,12 @@ def keep(store: Store, file: Path) -> tuple[str, Path]:
 
 
 def find_text(store: Store, digest: str) -> Path | None:
-    """Return a kept text if it is there and whole."""
+    """Return a kept text if it is there and whole; a damaged one is set aside and counts as absent."""
     path = store.root / "downloads" / "texts" / f"{digest}.txt"
-    if not is_key(digest) or not path.is_file() or store.digest_file(path) != digest:
+    if not is_key(digest) or not store.hold(path):
+        return None
+    if path.is_symlink() or not path.is_file() or store.digest_file(path) != digest:
+        store.set_aside(path, [Damage(path.name, "sha256 differs")])
         return None
     return path
 
@@ -70,6 +73,8 @@ def keep_text(store: Store, content: bytes, digest: str) -> Path:
     path = store.root / "downloads" / "texts" / f"{valid(digest)}.txt"
     path.parent.mkdir(mode=0o700, exist_ok=True)
     files.write_whole(path, content)
+    while not store.hold(path):  # collected before it was held
+        files.write_whole(path, content)
     return path
 
 

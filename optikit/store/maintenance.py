@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from optikit.errors import IntegrityError, LockedError
-from optikit.store import files
+from optikit.store import files, in_use
 from optikit.store.keys import is_key
 from optikit.store.manifest import NAME, Damage, damages, load
 from optikit.store.store import Store
@@ -24,7 +23,7 @@ class Entry:
     """Something in the store that can be made or fetched again.
 
     Attributes:
-        kind: `artifact`, `download`, or rubbish: `corrupt`, `scratch`, `job`.
+        kind: `artifact`, `download`, or rubbish: `corrupt`, `scratch`, `job`, `unfinished`.
         name: Its key, or the sha256 of a downloaded file.
         path: Where it is.
         size_bytes: Bytes of its files.
@@ -40,9 +39,14 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:
-    """What a collection removed (or would), and what is left, in bytes."""
+    """What a collection removed (or would), and what is left, in bytes.
+
+    Attributes:
+        in_use: What would have gone if no run worked with it.
+    """
 
     removed: tuple[Entry, ...]
+    in_use: tuple[Entry, ...]
     freed_bytes: int
     kept_bytes: int
 
@@ -89,6 +93,8 @@ def fsck(store: Store) -> dict[str, list[Damage]]:
 def gc(store: Store, keep: set[str], max_bytes: int | None = None, *, dry_run: bool = False) -> Collected:
     """Remove what is broken or abandoned, then the artifacts and downloads used longest ago until the rest fits.
 
+    What a running process has found or made stays, and so does what it works on.
+
     Args:
         store: The store.
         keep: Keys of artifacts, and sha256 of downloads, that stay.
@@ -97,19 +103,20 @@ def gc(store: Store, keep: set[str], max_bytes: int | None = None, *, dry_run: b
     """
     present = entries(store)
     left = sum(entry.size_bytes for entry in present)
-    victims = []
+    removed, used = [], []
     for entry in present:
         if max_bytes is None or left <= max_bytes:
             break
-        if entry.name not in keep and not _is_locked(store, entry.name):
-            victims.append(entry)
+        if entry.name in keep or _is_locked(store, entry.name):
+            continue
+        if _remove(store, entry.path, dry_run=dry_run):
+            removed.append(entry)
             left -= entry.size_bytes
-    victims += _rubbish(store)
-    if not dry_run:
-        for entry in victims:
-            _remove(store, entry.path)
-    freed = sum(entry.size_bytes for entry in victims)
-    return Collected(removed=tuple(victims), freed_bytes=freed, kept_bytes=left)
+        else:
+            used.append(entry)
+    removed += [entry for entry in _rubbish(store) if _remove(store, entry.path, dry_run=dry_run)]
+    freed = sum(entry.size_bytes for entry in removed)
+    return Collected(removed=tuple(removed), in_use=tuple(used), freed_bytes=freed, kept_bytes=left)
 
 
 def _downloads(store: Store) -> Iterator[tuple[str, Path]]:
@@ -145,7 +152,7 @@ def _size(path: Path) -> int:
 
 def _rubbish(store: Store) -> list[Entry]:
     found = []
-    for kind, directory in (("corrupt", "corrupt"), ("scratch", "scratch"), ("job", "jobs")):
+    for kind, directory in (("corrupt", "corrupt"), ("scratch", "scratch"), ("job", "jobs"), ("unfinished", "tmp")):
         for path in sorted((store.root / directory).iterdir()):
             entry = _entry(kind, path.name, path)
             if entry is not None and (kind == "corrupt" or _is_given_up(store, entry)):
@@ -154,10 +161,12 @@ def _rubbish(store: Store) -> list[Entry]:
 
 
 def _is_given_up(store: Store, entry: Entry) -> bool:
+    old = time.time() - entry.used > ABANDONED_SECONDS
+    if entry.kind == "unfinished":  # of another machine, whose locks can't be seen from here, or of another version
+        return old
     if not is_key(entry.name):
         return True
-    done = store.artifact_path(entry.name).exists()
-    return (done or time.time() - entry.used > ABANDONED_SECONDS) and not _is_locked(store, entry.name)
+    return (old or store.artifact_path(entry.name).exists()) and not _is_locked(store, entry.name)
 
 
 def _is_locked(store: Store, key: str) -> bool:
@@ -168,9 +177,14 @@ def _is_locked(store: Store, key: str) -> bool:
         return True
 
 
-def _remove(store: Store, path: Path) -> None:
-    """Remove something so that no reader ever sees half of it."""
-    doomed = store.staging("0" * 64)
-    with suppress(OSError):
-        path.rename(doomed / path.name)
+def _remove(store: Store, path: Path, *, dry_run: bool) -> bool:
+    """Remove something that nobody uses, so that no reader ever sees half of it; return whether it is gone."""
+    doomed = store.root / "tmp" / f"{path.name}-{os.getpid()}-{time.time_ns()}.gone"
+    with in_use.alone(path) as unused:
+        if unused and not dry_run:
+            try:
+                path.rename(doomed)
+            except OSError:
+                return False
     files.remove_tree(doomed)
+    return unused

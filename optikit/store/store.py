@@ -2,32 +2,36 @@
 
     ROOT/artifacts/KEY/     files + artifact.json           scratch/KEY/   half-done work, kept for the resume
          tmp/               being written, not yet sealed   downloads/     files of models and texts
-         locks/             flock; dies with its holder     corrupt/       what didn't match its seal
+         locks/             one writer per key, by flock    corrupt/       what didn't match its seal
          jobs/KEY/          request and log of a step       digests.json   sha256 remembered by size, times, inode
 
 Writing: a fresh directory in tmp/ → files → fsync → artifact.json → fsync → rename → fsync. Killed anywhere, the store
 holds the artifact whole or not at all, and what is left in tmp/ is swept by the next run. Reading: every size always,
 every sha256 once per process, that of large files from memory until a step reads them or the output gets them; what
-differs is set aside in corrupt/ and counts as absent, so that it is made again.
+differs is set aside in corrupt/ and counts as absent, so that it is made again. What a process has found or made nobody
+removes while it lives; see `in_use`.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from optikit import text
 from optikit.errors import CannotCreateError, IntegrityError, LockedError
-from optikit.process.child import is_alive
-from optikit.store import fault_points, files
+from optikit.store import fault_points, files, in_use
 from optikit.store.digests import Digests
 from optikit.store.keys import cache_key, is_key, valid
 from optikit.store.manifest import NAME, Artifact, Damage, Manifest, damages, load, seal
@@ -39,8 +43,9 @@ DIRECTORIES = ("artifacts", "tmp", "locks", "scratch", "downloads", "corrupt", "
 ENVIRONMENTS = "environments"
 """Directory of the managed environments, made with the first: what lies there is executed."""
 _TOKEN = os.urandom(4).hex()
-"""Tells this process from an earlier one that had its number."""
-_STAGING = re.compile(r"[0-9a-f]{16}-(?P<pid>\d+)-(?P<token>[0-9a-f]{8})-\d+@(?P<host>.*)")
+"""Tells this process from others that have its number: earlier ones, and those of other containers."""
+_NUMBERS = itertools.count(1)
+_STAGING = re.compile(r"[0-9a-f]{16}-\d+-[0-9a-f]{8}-\d+@(?P<host>.*)")
 
 
 class Store:
@@ -48,7 +53,7 @@ class Store:
 
     Args:
         root: Directory of the store.
-        warn: Told about damage found and mended; by default it goes to `warnings`.
+        warn: Told about damage found and mended, which is in `warnings`, too.
 
     Raises:
         CannotCreateError: If the directories can't be made.
@@ -62,21 +67,29 @@ class Store:
             message = f"the store {root} needs a home directory, and this user ({os.getuid()}) has none"
             raise CannotCreateError(message, fix="set OPTIKIT_HOME to a directory of your own") from None
         self.warnings: list[str] = []
-        self.warn = warn or self.warnings.append
+        self.warn = partial(_warn, self.warnings, warn)
         self._verified: set[str] = set()
         self._reread: set[str] = set()
-        self._stagings = 0
+        self._holder = in_use.Holder()
         with files.disk_errors(self.root, f"store {self.root}"):
             self._make_directories()
-        self._digests = Digests(self.root / "digests.json")
+        self._digests = Digests(self.root / "digests.json", warn=self.warn)
         self._sweep()
 
     @classmethod
     def default(cls, *, warn: Callable[[str], None] | None = None) -> Store:
-        """Open the user's store: $OPTIKIT_HOME, else $XDG_CACHE_HOME/optikit, else ~/.cache/optikit."""
+        """Open the user's store: $OPTIKIT_HOME, else $XDG_CACHE_HOME/optikit, else ~/.cache/optikit.
+
+        Args:
+            warn: Told about damage found and mended; by default it goes to standard error.
+        """
         home = os.environ.get("OPTIKIT_HOME")
         cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        return cls(Path(home) if home else Path(cache) / "optikit", warn=warn)
+        return cls(Path(home) if home else Path(cache) / "optikit", warn=warn or _to_stderr)
+
+    def hold(self, path: Path) -> bool:
+        """Keep others from removing an entry as long as this object lives; return whether it is there."""
+        return self._holder.hold(path)
 
     def _make_directories(self) -> None:
         try:
@@ -99,9 +112,12 @@ class Store:
             verify: `full` compares sha256 the first time that this process asks for it; `size` never does.
         """
         path = self.artifact_path(key)
-        if not path.exists():
+        if not self.hold(path):
             return None
         contents = verify == "full" and key not in self._verified
+        if path.is_symlink() or not path.is_dir():
+            self.set_aside(path, [Damage(path.name, "is no directory")])
+            return None
         try:
             manifest = load(path)
             found = damages(path, manifest, contents=contents, digest=self._digests.of)
@@ -179,6 +195,8 @@ class Store:
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         try:
             path.rename(aside)
+        except FileNotFoundError:  # another process did so
+            return
         except OSError as error:
             self.warn(f"{path} is damaged ({found[0]}{more}) and can't be set aside: {error.strerror}")
             return
@@ -188,12 +206,13 @@ class Store:
 
     def staging(self, key: str) -> Path:
         """Return a fresh, empty directory to write an artifact into; swept if this process dies."""
-        self._stagings += 1
-        name = f"{valid(key)[:16]}-{os.getpid()}-{_TOKEN}-{self._stagings}@{os.uname().nodename}"
-        path = self.root / "tmp" / name
-        with files.disk_errors(self.root, f"store {self.root}"):
-            path.mkdir(mode=0o700)
-        return path
+        while True:
+            name = f"{valid(key)[:16]}-{os.getpid()}-{_TOKEN}-{next(_NUMBERS)}@{os.uname().nodename}"
+            path = self.root / "tmp" / name
+            with files.disk_errors(self.root, f"store {self.root}"):
+                path.mkdir(mode=0o700)
+            if self.hold(path):  # else it was swept before it was held
+                return path
 
     def scratch(self, key: str) -> Path:
         """Return the directory that keeps half-done work of a step until its result is committed."""
@@ -301,6 +320,8 @@ class Store:
         from filelock import FileLock, Timeout
 
         path = self.root / "locks" / f"{valid(key)}.lock"
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            self.set_aside(path, [Damage(path.name, "is no file")])
         holder = path.with_suffix(".holder")
         lock = FileLock(path, mode=0o600)
         with files.disk_errors(self.root, f"lock {path}"):
@@ -328,10 +349,9 @@ class Store:
             match = _STAGING.fullmatch(path.name)
             if match is None or match["host"] != os.uname().nodename:
                 continue
-            pid = int(match["pid"])
-            ours = pid == os.getpid() and match["token"] == _TOKEN
-            if not ours and (pid == os.getpid() or not is_alive(pid)):
-                files.remove_tree(path)
+            with in_use.alone(path) as unused:
+                if unused:
+                    files.remove_tree(path)
 
 
 def directory_digest(digests: Mapping[str, str]) -> str:
@@ -354,6 +374,16 @@ def replace_directory(source: Path, dest: Path) -> None:
         raise
     files.sync_directory(dest.parent)
     files.remove_tree(old)
+
+
+def _warn(warnings: list[str], also: Callable[[str], None] | None, what: str) -> None:
+    warnings.append(what)
+    if also is not None:
+        also(what)
+
+
+def _to_stderr(what: str) -> None:
+    sys.stderr.write(f"warning: {text.clean(what)}\n")
 
 
 def _ourselves() -> dict[str, str | int]:

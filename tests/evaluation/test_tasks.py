@@ -10,6 +10,7 @@ import pytest
 from optikit.errors import InputMissingError
 from optikit.evaluation import task_items as i
 from optikit.evaluation import tasks as t
+from optikit.evaluation.sql import Sandbox
 
 
 class Bytes:
@@ -80,14 +81,14 @@ def test_an_item_longer_than_the_context_is_named(decoder, tokenizer):
     with pytest.raises(InputMissingError, match=r"item seven needs 602 tokens, .* holds 512"):
         t.choose(decoder, tokenizer, long, start_token=0)
     with pytest.raises(InputMissingError, match="item q needs"):
-        t.answer(decoder, tokenizer, i.Question(id="q", prompt="x" * 500, answers=("a",)))
+        t.answer(decoder, tokenizer, i.Question(id="q", prompt="x" * 500, answers=("a",)), sandbox=Sandbox())
 
 
 def test_an_answer_is_greedy_and_ends_where_it_should(decoder, tokenizer, model):
     import torch
 
     question = i.Question(id="q", prompt="The old house", answers=("?",))
-    free = t.answer(decoder, tokenizer, question, max_tokens=12, stop=())
+    free = t.answer(decoder, tokenizer, question, sandbox=Sandbox(), max_tokens=12, stop=())
     with torch.no_grad():
         tokens = tokenizer.encode(question.prompt)
         for _ in range(12):
@@ -95,13 +96,15 @@ def test_an_answer_is_greedy_and_ends_where_it_should(decoder, tokenizer, model)
     written = tokens[-12:]
     assert free.text == tokenizer.decode(written)
     assert (free.tokens, free.correct) == (12, False)
-    ended = t.answer(decoder, tokenizer, question, max_tokens=12, stop=(), end_tokens=frozenset(written[3:4]))
+    ended = t.answer(
+        decoder, tokenizer, question, sandbox=Sandbox(), max_tokens=12, stop=(), end_tokens=frozenset(written[3:4])
+    )
     assert ended.tokens == written.index(written[3])
     mark = tokenizer.decode(written[2:3])
-    stopped = t.answer(decoder, tokenizer, question, max_tokens=12, stop=(mark,))
+    stopped = t.answer(decoder, tokenizer, question, sandbox=Sandbox(), max_tokens=12, stop=(mark,))
     assert mark not in stopped.text
     right = i.Question(id="q", prompt=question.prompt, answers=("no", f"  {free.text}\n"))
-    assert t.answer(decoder, tokenizer, right, max_tokens=12, stop=()).correct
+    assert t.answer(decoder, tokenizer, right, sandbox=Sandbox(), max_tokens=12, stop=()).correct
 
 
 def write(path, *entries):

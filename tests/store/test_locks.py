@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -80,13 +83,37 @@ def test_what_a_dead_process_was_writing_is_swept(store: Store, child: Child) ->
     assert list((store.root / "tmp").iterdir()) == []
 
 
-def test_staging_of_this_process_is_left_alone(store: Store) -> None:
+def test_staging_is_left_alone_as_long_as_its_store_lives(store: Store) -> None:
     one, other = store.staging(KEY), store.staging(KEY)
+    left = Store(store.root).staging(KEY)  # by an object that is gone
+    assert len({one, other, left}) == 3
     Store(store.root)
     assert one.is_dir()
     assert other.is_dir()
-    assert one != other
-    earlier = one.with_name(one.name.replace(one.name.split("-")[2], "0" * 8))
-    one.rename(earlier)  # as an earlier process with our number would have left it
-    Store(store.root)
-    assert not earlier.exists()
+    assert not left.exists()
+
+
+def test_a_live_writer_whose_process_cannot_be_seen_is_left_alone(store: Store, child: Child) -> None:
+    unshare = ["unshare", "--pid", "--fork", "--kill-child"]
+    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a process namespace can't be made here")
+    writer = child(WRITE, store.root)
+    assert writer.stdout is not None
+    writer.stdout.readline()
+    sweep = "import sys; from pathlib import Path; from optikit.store.store import Store; Store(Path(sys.argv[1]))"
+    command = [*unshare, sys.executable, "-c", sweep, str(store.root)]
+    for left in (1, 0):
+        subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
+        assert len(list((store.root / "tmp").iterdir())) == left
+        writer.kill()
+        writer.wait()
+
+
+@pytest.mark.parametrize("damage", ["directory", "link", "pipe"])
+def test_a_damaged_lock_is_set_aside_and_told(store: Store, damage: str, tmp_path: Path) -> None:
+    path, elsewhere = store.root / "locks" / f"{KEY}.lock", tmp_path / "elsewhere"
+    {"directory": path.mkdir, "link": lambda: path.symlink_to(elsewhere), "pipe": lambda: os.mkfifo(path)}[damage]()
+    with store.lock(KEY, timeout=0), pytest.raises(LockedError), Store(store.root).lock(KEY, timeout=0):
+        pytest.fail("two hold one lock")
+    assert "is no file" in store.warnings[0]
+    assert not elsewhere.exists()

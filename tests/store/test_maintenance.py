@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -18,18 +19,19 @@ from optikit.store import downloads, maintenance
 from optikit.store.manifest import NAME
 from optikit.store.store import Store, cache_key
 from tests.store.artifacts import FILES, KEY, commit
+from tests.store.conftest import Child
 
 KEYS = [cache_key(number=number) for number in range(4)]
 SIZE = sum(map(len, FILES.values()))
 
 
 @pytest.fixture
-def full(store: Store) -> Store:
-    """Four artifacts; the first was used longest ago."""
+def full(tmp_path: Path) -> Store:
+    """Four artifacts, made by a store object that is gone; the first was used longest ago."""
     for age, key in enumerate(KEYS):
-        path = commit(store, key).path
+        path = commit(Store(tmp_path / "store"), key).path
         os.utime(path, (1000 + age, 1000 + age))
-    return Store(store.root)
+    return Store(tmp_path / "store")
 
 
 def _bytes(store: Store) -> int:
@@ -73,6 +75,105 @@ def test_what_is_kept_or_locked_stays(full: Store) -> None:
     assert list((full.root / "tmp").iterdir()) == []
 
 
+HOLD = """
+import sys
+from pathlib import Path
+from optikit.store.store import Store
+store = Store(Path(sys.argv[1]))
+found = store.find(sys.argv[2])
+print("found", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_what_a_running_process_found_stays_until_it_ends(full: Store, child: Child) -> None:
+    holder = child(HOLD, full.root, KEYS[1])
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "found\n"
+    done = maintenance.gc(full, set(), 0)
+    assert full.keys() == (KEYS[1],)
+    assert [entry.name for entry in done.in_use] == [KEYS[1]]
+    assert done.kept_bytes == _bytes(full) > SIZE
+    assert json.loads(run_in(full, "cache", "gc", "--max-size", "0", "--json"))["in_use"] == [KEYS[1]]
+    assert "1 more (" in run_in(full, "cache", "gc", "--max-size", "0", "--dry-run")
+    holder.kill()
+    holder.wait()
+    assert [entry.name for entry in maintenance.gc(full, set(), 0).removed] == [KEYS[1]]
+    assert full.keys() == ()
+
+
+def test_texts_and_files_that_a_process_found_stay(store: Store) -> None:
+    texts = [f"text {number}".encode() for number in range(2)]
+    digests = [hashlib.sha256(text).hexdigest() for text in texts]
+    for text, digest in zip(texts, digests, strict=True):
+        downloads.keep_text(Store(store.root), text, digest)
+    staging = (other := Store(store.root)).staging(KEY)
+    (staging / "a.gguf").write_bytes(b"abc")
+    digest, kept = downloads.keep(other, staging / "a.gguf")
+    used = downloads.find_text(store, digests[0])
+    maintenance.gc(store, set(), 0)
+    assert used is not None
+    assert used.read_bytes() == texts[0]
+    assert downloads.find_text(store, digests[1]) is None
+    assert kept.read_bytes() == b"abc"
+    del other
+    maintenance.gc(store, set(), 0)
+    assert downloads.find(store, digest) is None
+
+
+READ = """
+import sys, time
+from pathlib import Path
+from optikit.store.store import Store
+from tests.store.artifacts import FILES, contents
+root, seen, absent = Path(sys.argv[1]), 0, 0
+end = time.monotonic() + float(sys.argv[3])
+while time.monotonic() < end:
+    found = Store(root).find(sys.argv[2])  # a store of its own each time: nothing is held in between
+    if found is None:
+        absent += 1
+        continue
+    store = Store(root)
+    found = store.find(sys.argv[2])
+    if found is not None:
+        time.sleep(0.002)
+        assert {name: data for name, data in contents(found.path).items() if name in FILES} == FILES
+        seen += 1
+    del store
+print(seen, absent, flush=True)
+"""
+
+
+def test_what_is_found_can_be_read_while_others_collect_and_make_it_again(tmp_path: Path, child: Child) -> None:
+    root = tmp_path / "store"
+    readers = [child(READ, root, KEY, "3") for _ in range(2)]
+    collected = 0
+    while any(reader.poll() is None for reader in readers):
+        commit(Store(root))
+        done = maintenance.gc(Store(root), set(), 0)
+        collected += len(done.removed)
+    for reader in readers:
+        assert reader.stdout is not None
+        assert reader.stderr is not None
+        seen = [int(number) for number in reader.stdout.read().split()]
+        assert seen, reader.stderr.read()
+        assert seen[0] > 0
+    assert collected > 0
+    assert list((root / "corrupt").iterdir()) == [], "nothing was taken for damaged"
+
+
+def test_what_others_left_half_written_goes_in_the_end(full: Store) -> None:
+    old = time.time() - maintenance.ABANDONED_SECONDS - 10
+    foreign = full.root / "tmp" / f"{'0' * 16}-7-{'0' * 8}-1@another"
+    fresh, other = foreign.with_name(f"{foreign.name}-2"), foreign.with_name("of another version")
+    for path in (foreign, fresh, other):
+        path.mkdir()
+    for path in (foreign, other):
+        os.utime(path, (old, old))
+    maintenance.gc(Store(full.root), set())
+    assert list((full.root / "tmp").iterdir()) == [fresh]
+
+
 def test_a_dry_run_removes_nothing(full: Store) -> None:
     done = maintenance.gc(full, set(), 0, dry_run=True)
     assert len(done.removed) == 4
@@ -105,6 +206,11 @@ app.add_typer(cache, name="cache")
 
 def run(*arguments: str | Path) -> str:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False).stdout
+
+
+def run_in(store: Store, *arguments: str) -> str:
+    env = {"OPTIKIT_HOME": str(store.root)}
+    return CliRunner().invoke(app, list(arguments), env=env, catch_exceptions=False).stdout
 
 
 def test_verify_says_what_differs(full: Store) -> None:

@@ -183,6 +183,51 @@ def test_a_broken_memory_of_digests_costs_only_time(content: str, tmp_path: Path
     digests.save()
 
 
+@pytest.mark.parametrize("damage", ["bit", "torn", "empty", "directory", "link", "pipe"])
+def test_damage_of_the_memory_of_digests_is_told_and_healed(damage: str, tmp_path: Path) -> None:
+    path, file = tmp_path / "digests.json", tmp_path / "file"
+    file.write_text("x")
+    _settle(tmp_path)
+    told: list[str] = []
+
+    def fresh() -> Digests:
+        return Digests(path, warn=told.append)
+
+    first = fresh()
+    digest = first.of(file)
+    first.save()
+    content = path.read_text()
+    assert digest in content
+    wrong = content.replace(digest, digest.replace(digest[0], "0" if digest[0] != "0" else "1", 1))
+    if damage in ("bit", "torn", "empty"):
+        path.write_text({"bit": wrong, "torn": content[:-9], "empty": ""}[damage])
+    else:
+        path.unlink()
+        {"directory": path.mkdir, "link": lambda: path.symlink_to(file), "pipe": lambda: os.mkfifo(path)}[damage]()
+    again = fresh()
+    assert again.of(file) == digest
+    assert len(told) == 1
+    assert file.read_text() == "x"
+    again.save()
+    assert json.loads(path.read_text())["entries"]
+    assert fresh().of(file) == digest
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("what", ["file", "link", "pipe", "empty directory"])
+def test_something_else_in_an_artifacts_place_is_set_aside(what: str, tmp_path: Path) -> None:
+    path, moved = commit(Store(tmp_path)).path, tmp_path / "moved"
+    path.rename(moved)
+    make = {"file": path.touch, "link": lambda: path.symlink_to(moved), "pipe": lambda: os.mkfifo(path)}
+    make.get(what, path.mkdir)()
+    store = Store(tmp_path)
+    assert store.find(KEY) is None
+    assert len(store.warnings) == 1
+    assert commit(store).path == path
+    assert store.find(KEY) is not None
+    assert (moved / NAME).is_file()
+
+
 def test_a_file_changed_right_after_it_was_hashed_is_hashed_again(tmp_path: Path) -> None:
     path = tmp_path / "file"
     for round_ in range(200):

@@ -131,6 +131,7 @@ def run(options: Options, job: Job) -> Facts:
     asked = {task.name: _items(task, job.inputs[role(task.name)]) for task in options.tasks}
     by = _Tokenizer(job.inputs["tokenizer"])
     longest = _require_fit(options.tasks, asked, by)
+    _require_sound(asked)
     about = {task.name: _protocol(asked[task.name], job.inputs[role(task.name)]) for task in options.tasks}
     baseline = job.inputs.get("baseline")
     if baseline is not None:
@@ -221,6 +222,17 @@ def _require_fit(wanted: Sequence[Task], asked: dict[str, Sequence[Item]], by: _
     return longest
 
 
+def _require_sound(asked: dict[str, Sequence[Item]]) -> None:
+    from optikit.evaluation import sql, tasks
+
+    with sql.Sandbox() as sandbox:
+        for name, items in asked.items():
+            try:
+                tasks.require_sound(items, sandbox)
+            except InputMissingError as error:
+                raise InputMissingError(f"task {name!r}: {error.message}", fix=error.fix) from error
+
+
 def _require_same(about: dict[str, str], baseline: dict[str, str]) -> None:
     for name, protocol in about.items():
         if baseline.get(name) != protocol:
@@ -237,19 +249,20 @@ def _answers(
     job: Job,
     progress: tuple[dict[str, list[Chosen | Answered]], int],
 ) -> list[Chosen | Answered]:
-    from optikit.evaluation import tasks
+    from optikit.evaluation import sql, tasks
 
     done, total = sum(len(each) for each in progress[0].values()), progress[1]
     start = by.start_token(ends)
     found: list[Chosen | Answered] = []
+    limits: dict[str, Any] = {"max_tokens": task.max_tokens, "stop": task.stop, "end_tokens": ends}
     try:
-        for item in items:
-            if isinstance(item, Choice):
-                found.append(tasks.choose(decoder, by, item, start_token=start))
-            else:
-                limits: dict[str, Any] = {"max_tokens": task.max_tokens, "stop": task.stop, "end_tokens": ends}
-                found.append(tasks.answer(decoder, by, item, **limits))
-            job.progress(done + len(found), total, "item")
+        with sql.Sandbox() as sandbox:
+            for item in items:
+                if isinstance(item, Choice):
+                    found.append(tasks.choose(decoder, by, item, start_token=start))
+                else:
+                    found.append(tasks.answer(decoder, by, item, sandbox=sandbox, **limits))
+                job.progress(done + len(found), total, "item")
     except tasks.NotFiniteError as error:
         message = f"{task.name}: {decoder.runtime} ({decoder.dtype}): {error}"
         raise StageFailedError(message, fix="the model overflows; try another dtype, or a milder stage") from error

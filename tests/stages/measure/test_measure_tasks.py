@@ -9,6 +9,7 @@ import pytest
 
 from optikit.errors import InputMissingError, StageFailedError
 from optikit.evaluation.results import TaskResult, TasksVerdict
+from optikit.evaluation.sql import Sandbox
 from optikit.stage import Job
 from optikit.stages.measure import tasks
 from tests.stages.measure.test_measure_quality import noisy
@@ -134,11 +135,20 @@ def test_sql_is_judged_by_its_rows():
     from optikit.evaluation import tasks as scorer
 
     item = scorer.Query(id="1", prompt="p", schema=SCHEMA, answer="SELECT count(*) FROM town")
-    assert scorer._is_right(item, " SELECT 2")
-    assert not scorer._is_right(item, "no idea")
     broken = scorer.Query(id="9", prompt="p", schema="CREATE", answer="SELECT 1")
-    with pytest.raises(InputMissingError, match="item 9: the reference query fails"):
-        scorer._is_right(broken, "SELECT 1")
+    with Sandbox() as sandbox:
+        assert scorer._outcome(item, " SELECT 2", sandbox).correct
+        assert scorer._outcome(item, "no idea", sandbox).reason == 'near "no": syntax error'
+        with pytest.raises(InputMissingError, match="item 9: the schema fails"):
+            scorer._outcome(broken, "SELECT 1", sandbox)
+
+
+def test_an_item_whose_own_sql_fails_stops_before_the_model_is_asked(root, tiny_llama, tmp_path):
+    path = tmp_path / "broken.jsonl"
+    entry = {"prompt": "p", "answer": "SELECT 1"}
+    path.write_text("\n".join(json.dumps(entry | {"schema": text}) for text in (SCHEMA, "ATTACH 'x.db' AS x")))
+    with pytest.raises(InputMissingError, match="task 'broken': item 2: the schema fails: ATTACH is not allowed"):
+        ask(root / "broken", tiny_llama, [path], tiny_llama)
 
 
 def test_fewer_items_are_another_protocol_and_not_compared(root, files, tiny_llama, baseline):
