@@ -194,12 +194,7 @@ def _merged(text: str, mark: Mark, hint: Hint, entries: Mapping[int, Pair]) -> l
     sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
     if not all(isinstance(source, yaml.MappingNode) for source in sources):
         return None
-    known, written = _known(text, mapping), [each.value for each, _ in mapping.value]
-    brought: dict[str, yaml.Node] = {}
-    for name, each in (pair for source in sources for pair in source.value):
-        wanted = known is None or name.value in known
-        if isinstance(name, yaml.ScalarNode) and name.value not in written and wanted:
-            brought.setdefault(name.value, each)
+    brought = _brought(text, mapping, sources)
     if any(isinstance(each, yaml.CollectionNode) and not each.flow_style for each in brought.values()):
         return None
     if not brought:
@@ -207,6 +202,17 @@ def _merged(text: str, mark: Mark, hint: Hint, entries: Mapping[int, Pair]) -> l
     pairs = [f"{name}: {text[each.start_mark.index : each.end_mark.index]}" for name, each in brought.items()]
     between = ", " if mapping.flow_style else newline(text) + " " * key.start_mark.column
     return [Span(key.start_mark.index, last_index(value), between.join(pairs))]
+
+
+def _brought(text: str, mapping: yaml.MappingNode, sources: Sequence[yaml.MappingNode]) -> dict[str, yaml.Node]:
+    """Return what merged mappings bring, by key: the first of each, unless it is written or means nothing there."""
+    known, written = _known(text, mapping), [each.value for each, _ in mapping.value]
+    found: dict[str, yaml.Node] = {}
+    for name, each in (pair for source in sources for pair in source.value):
+        wanted = known is None or name.value in known
+        if isinstance(name, yaml.ScalarNode) and name.value not in written and wanted:
+            found.setdefault(name.value, each)
+    return found
 
 
 def _known(text: str, mapping: yaml.MappingNode) -> tuple[str, ...] | None:
