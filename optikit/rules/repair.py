@@ -30,7 +30,7 @@ SET, SORT, METHOD, REMOVE, ELSEWHERE = 2, 3, 4, 6, 3
 MAX_COST = 14
 ROUNDS = 20
 """How often hints are made: each time, what is under a mended verb or method is read for the first time."""
-SECONDS = 6.0
+SECONDS = 10.0
 """Time after which nothing further is tried; an attempt that has begun is finished."""
 INTRODUCED = frozenset({"yaml-syntax", "duplicate-key", "unknown-alias"})
 """Faults of the text that a hint must not bring in."""
