@@ -19,17 +19,24 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from optikit.models.facts import ModelFacts
+from optikit.models.reader import read, read_gguf
 from optikit.problems import Problem
 from optikit.rules.engine import check
 from optikit.rules.stack import Placed, Stack
 from optikit.stages import load, method_key, methods
+from optikit.stages.acquire import gguf
+from optikit.stages.compile import _neuron_options
+from optikit.store.sources import ModelSource
 from optikit.targets import Target
-from optikit.targets.estimate import Floors, floors
+from optikit.targets.estimate import PRICED_BATCH, Floors, floors, price_words
+from optikit.text import clean
 
 Row = Mapping[str, Any]
 """One figure: method, bits, parameters of the model in 10⁹, ratio, source."""
+Stages = tuple[tuple[str, str, Mapping[str, Any]], ...]
+"""Verb, method and options of each stage."""
 Goal = Literal["latency", "throughput", "cost"]
-BATCH: Mapping[Goal, int] = {"latency": 1, "throughput": 16, "cost": 16}
+BATCH: Mapping[Goal, int] = {"latency": 1, "throughput": PRICED_BATCH, "cost": PRICED_BATCH}
 """Sequences at once that each goal is judged at."""
 BITS = (4, 8)
 GROUP_SIZES = (128, 64, 32)
@@ -56,13 +63,15 @@ class Candidate:
         floors: What serving its result takes at least.
         gain: Time per token of the untouched model over that of this one, floors of both.
         quality: Published or measured quality of the method, or None.
+        rounded: The engine that stores the weights in fewer bits although no stage quantizes them, or "".
         problems: Why it can't work; warnings if it can.
     """
 
-    stages: tuple[tuple[str, str, Mapping[str, Any]], ...]
+    stages: Stages
     floors: Floors
     gain: float
     quality: Quality | None
+    rounded: str
     problems: tuple[Problem, ...]
 
     @property
@@ -77,6 +86,13 @@ class Candidate:
             f"{method} {options['bits']}-bit" if "bits" in options else method for _, method, options in self.stages
         ]
         return " + ".join(words) or "as it is"
+
+
+def facts_of(source: ModelSource) -> ModelFacts:
+    """Return what stages will see of a model: one in a gguf file is unpacked before the first of them."""
+    if source.format == "gguf":
+        return gguf.after(gguf.Options(), read_gguf(source.path))
+    return read(source.path)
 
 
 def candidates(
@@ -95,7 +111,10 @@ def candidates(
         InputMissingError: One of them has no report.
     """
     rows = (*(row for directory in reports for row in measured(directory)), *evidence())
-    found = [_judge(stages, facts, target, goal, length, rows) for stages in _stacks(facts, target)]
+    found = [
+        _first_legal([_judge(stages, facts, target, goal, length, rows) for stages in alike])
+        for alike in _stacks(facts, target)
+    ]
     return sorted(found, key=lambda one: (not one.legal, one.floors.fits is False, -one.gain, _loss(one)))
 
 
@@ -117,16 +136,31 @@ def within(ranked: list[Candidate], most_loss: float | None) -> list[Candidate]:
     ]
 
 
-def _stacks(facts: ModelFacts, target: Target) -> Iterator[tuple[tuple[str, str, Mapping[str, Any]], ...]]:
+def _stacks(facts: ModelFacts, target: Target) -> Iterator[list[Stages]]:
+    """Yield every stack, each as the ways to compile it that are worth a try, in order."""
     engines = [method for method in methods("compile") if method in target.engines]
-    ends: list[tuple[tuple[str, str, Mapping[str, Any]], ...]] = [(("compile", engine, {}),) for engine in engines]
+    ends: list[list[Stages]] = [
+        [(("compile", engine, options),) for options in _engine_presets(engine, target)] for engine in engines
+    ]
     if not ends or target.device in SERVERS:
-        ends.append(())
+        ends.append([()])
     for end in ends:
         yield end
         for method in methods("quantize"):
             for options in _presets(method, facts):
-                yield (("quantize", method, options), *end)
+                yield [(("quantize", method, options), *each) for each in end]
+
+
+def _engine_presets(engine: str, target: Target) -> list[Mapping[str, Any]]:
+    """Return options to try for an engine: of Neuron, as few cores as the model fits on."""
+    if engine != "neuron":
+        return [{}]
+    backend = _neuron_options.backend_for(target)
+    return [{"backend": backend, "tensor_parallel": degree} for degree in _neuron_options.degrees(target)]
+
+
+def _first_legal(alike: Sequence[Candidate]) -> Candidate:
+    return next((one for one in alike if one.legal), alike[-1])
 
 
 def _presets(method: str, facts: ModelFacts) -> Iterator[Mapping[str, Any]]:
@@ -145,7 +179,7 @@ def _presets(method: str, facts: ModelFacts) -> Iterator[Mapping[str, Any]]:
 
 
 def _judge(
-    stages: tuple[tuple[str, str, Mapping[str, Any]], ...],
+    stages: Stages,
     facts: ModelFacts,
     target: Target,
     goal: Goal,
@@ -173,11 +207,13 @@ def _judge(
     problems += check(stack)
     served = floors(after, target, batch=BATCH[goal], length=length)
     plain = floors(facts, target, batch=BATCH[goal], length=length)
+    kept = after.weight_bytes >= facts.weight_bytes or any(verb == "quantize" for verb, _, _ in stages)
     return Candidate(
         stages=stages,
         floors=served,
         gain=_moved(plain) / _moved(served),
-        quality=_known(stages, facts, rows),
+        quality=_known(stages, facts, rows) if kept else None,
+        rounded="" if kept else stages[-1][1],
         problems=tuple(problems),
     )
 
@@ -214,9 +250,7 @@ def measured(directory: Path) -> Iterator[Row]:
         }
 
 
-def _known(
-    stages: tuple[tuple[str, str, Mapping[str, Any]], ...], facts: ModelFacts, known: Sequence[Row]
-) -> Quality | None:
+def _known(stages: Stages, facts: ModelFacts, known: Sequence[Row]) -> Quality | None:
     for verb, method, options in stages:
         if verb != "quantize":
             continue
@@ -236,9 +270,10 @@ def recipe(best: Candidate, path: Path, target: Target, *, model: str, most_loss
     from optikit.recipe.load import loads
     from optikit.recipe.starter import PROSE
 
+    runs_here = not _compiled(best) or target.device == "cpu"
     lines = [
         f"# {best.name} for {target.name}, recommended by optikit. Floors by roofline, not measurements:",
-        *(f"#   {line}" for line in reasons(best)),
+        *(f"#   {clean(line)}" for line in reasons(best)),
         "",
         f"model: {json.dumps(model)}",
         f"target: {json.dumps(target.name)}",
@@ -253,6 +288,21 @@ def recipe(best: Candidate, path: Path, target: Target, *, model: str, most_loss
         "stages:" if best.stages else "stages: []",
         *(line for stage in best.stages for line in _stage_lines(*stage)),
         "",
+        *(
+            _measured_here(best, most_loss)
+            if runs_here
+            else ["# Nothing here runs what this compiles to: measure it where it runs, with `optikit eval URL`."]
+        ),
+        "",
+    ]
+    text = "\n".join(lines)
+    loads(text, path)
+    return text
+
+
+def _measured_here(best: Candidate, most_loss: float | None) -> Iterator[str]:
+    """Yield measurements and gates of what a runtime on this machine can load."""
+    yield from (
         "evaluate:",
         "  perplexity:",
         "    text: *prose",
@@ -260,16 +310,12 @@ def recipe(best: Candidate, path: Path, target: Target, *, model: str, most_loss
         "    drop_lines: *markup",
         "    window: 512",
         "    windows: 16",
-        *(["  speed: {prompt_tokens: 128, new_tokens: 64, repetitions: 8}"] if _compiled(best) else []),
-        "",
-        "gates:",
-        f"  perplexity_ratio: {{max: {1 + (0.5 if most_loss is None else most_loss):g}}}",
-        *(["  decode_speedup: {min: 1.0}"] if _compiled(best) else []),
-        "",
-    ]
-    text = "\n".join(lines)
-    loads(text, path)
-    return text
+    )
+    if _compiled(best):
+        yield "  speed: {prompt_tokens: 128, new_tokens: 64, repetitions: 8}"
+    yield from ("", "gates:", f"  perplexity_ratio: {{max: {1 + (0.5 if most_loss is None else most_loss):g}}}")
+    if _compiled(best):
+        yield "  decode_speedup: {min: 1.0}"
 
 
 def _compiled(one: Candidate) -> bool:
@@ -290,9 +336,11 @@ def reasons(one: Candidate) -> list[str]:
     lines = [f"weights {found.weight_bytes / 1e9:.3g} GB; {step}"]
     if found.decode_seconds is not None:
         lines.append(f"decodes at most {found.batch / found.decode_seconds:.4g} tokens/s at batch {found.batch}")
-    if found.usd_per_million_output_tokens is not None:
-        lines.append(f"at least ${found.usd_per_million_output_tokens:.3g} per million tokens ({found.price_source})")
-    if one.quality is None:
+    if price := price_words(found):
+        lines.append(price)
+    if one.rounded:
+        lines.append(f"quality: {one.rounded} stores the weights in fewer bits, and nothing is published of that loss")
+    elif one.quality is None:
         lines.append("quality: nothing published for this method on a model of this size; the gate decides")
     else:
         lines.append(f"quality: perplexity times {one.quality.ratio:g} expected ({one.quality.source})")

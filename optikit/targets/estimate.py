@@ -1,4 +1,4 @@
-"""Roofline floors: how fast a model could at best run on a target, and what that would at least cost.
+"""Roofline floors: how fast a model could at best run on a target, and what a token would cost at that speed.
 
 Decoding reads every weight once per step and the whole key-value cache: bytes over bandwidth, or at large batch work
 over rate. Prefill multiplies: work over rate. Real engines are slower; a floor says what no engine on that hardware
@@ -24,7 +24,8 @@ class Floors:
         memory_bytes: Memory of the target.
         decode_seconds: One decoding step, which yields `batch` tokens.
         prefill_seconds: Reading prompts of `length` tokens, `batch` of them.
-        usd_per_million_output_tokens: Price of decoding at that floor.
+        usd_per_million_output_tokens: Price of decoding `priced_batch` sequences of `priced_length` at their floor.
+        priced_batch, priced_length: Sequences at once and tokens in each: the same whatever is asked about a stack.
         price_source: Where the price per hour was read.
     """
 
@@ -36,6 +37,8 @@ class Floors:
     decode_seconds: float | None
     prefill_seconds: float | None
     usd_per_million_output_tokens: float | None
+    priced_batch: int
+    priced_length: int
     price_source: str
 
     @property
@@ -44,21 +47,44 @@ class Floors:
         return None if self.memory_bytes is None else self.weight_bytes + self.kv_bytes < self.memory_bytes
 
 
+PRICED_BATCH = 16
+"""Sequences at once that tokens are priced at, where so many fit: whoever pays for a machine keeps it busy."""
+PRICED_LENGTH = 2048
+"""Tokens in each of them, where the model has so many positions."""
+
+
 def floors(facts: ModelFacts, target: Target, *, batch: int = 1, length: int = 2048) -> Floors:
     """Return the floors of serving a model on a whole target, split over all of its accelerators."""
     kv_bytes = cache_bytes(facts, batch=batch, length=length)
-    decode = decode_floor(facts, target, batch=batch, length=length)
+    priced_length = min(PRICED_LENGTH, facts.max_positions or PRICED_LENGTH)
+    priced_batch = _priced_batch(facts, target, length=priced_length)
+    priced = decode_floor(facts, target, batch=priced_batch, length=priced_length)
     return Floors(
         batch=batch,
         length=length,
         weight_bytes=facts.weight_bytes,
         kv_bytes=kv_bytes,
         memory_bytes=target.memory_bytes,
-        decode_seconds=decode,
+        decode_seconds=decode_floor(facts, target, batch=batch, length=length),
         prefill_seconds=prefill_floor(facts, target, batch=batch, length=length),
-        usd_per_million_output_tokens=price_per_million(target.usd_per_hour, batch / decode if decode else None),
+        usd_per_million_output_tokens=price_per_million(target.usd_per_hour, priced_batch / priced if priced else None),
+        priced_batch=priced_batch,
+        priced_length=priced_length,
         price_source=target.price_source,
     )
+
+
+def _priced_batch(facts: ModelFacts, target: Target, *, length: int) -> int:
+    """Return the largest power of two up to `PRICED_BATCH` whose caches fit beside the weights; one if none does."""
+    batch = PRICED_BATCH
+    while batch > 1 and not _fits(facts, target, batch=batch, length=length):
+        batch //= 2
+    return batch
+
+
+def _fits(facts: ModelFacts, target: Target, *, batch: int, length: int) -> bool:
+    needed = facts.weight_bytes + cache_bytes(facts, batch=batch, length=length)
+    return target.memory_bytes is None or needed < target.memory_bytes
 
 
 def cache_bytes(facts: ModelFacts, *, batch: int, length: int) -> int:
@@ -134,7 +160,14 @@ def told(found: Floors, target: Target) -> list[str]:
         lines.append(f"  decode   at least {1e3 * found.decode_seconds:.3g} ms a step, at most {rate:.4g} tokens/s")
     if found.prefill_seconds is not None:
         lines.append(f"  prefill  at least {1e3 * found.prefill_seconds:.3g} ms for {found.length} tokens")
-    if found.usd_per_million_output_tokens is not None:
-        price = f"${found.usd_per_million_output_tokens:.3g} per million output tokens"
-        lines.append(f"  price    at least {price} ({found.price_source})")
+    if price := price_words(found):
+        lines.append(f"  price    {price}")
     return lines
+
+
+def price_words(found: Floors) -> str:
+    """Write the price of a token with the batch and the length that it holds for; "" where it isn't known."""
+    if found.usd_per_million_output_tokens is None:
+        return ""
+    price = f"${found.usd_per_million_output_tokens:.3g} per million output tokens"
+    return f"{price} at batch {found.priced_batch}, {found.priced_length} tokens ({found.price_source})"

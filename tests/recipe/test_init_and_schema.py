@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +16,12 @@ from jsonschema import Draft7Validator
 from optikit import stages
 from optikit.cli.init import init
 from optikit.errors import CannotCreateError, Exit, UsageError
+from optikit.plan import make_plan
 from optikit.recipe.jsonschema import export
 from optikit.recipe.load import load
+from optikit.recipe.starter import PROSE
+from optikit.store.store import Store
+from optikit.targets import names, rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,6 +128,34 @@ def test_a_foreign_schema_file_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / "recipe.schema.json").read_text() == "{}"
     init(tmp_path / "r.yaml", model=None, force=True)
     init(tmp_path / "second.yaml", model=None)
+
+
+def different() -> list[str]:
+    """Return names of targets, one of each kind: by device, engines and degrees."""
+    kinds = {
+        (row.device, row.engines, row.tensor_parallel, row.compute_capability): row.name for row in rows().values()
+    }
+    return [*kinds.values(), "inf2.48xlarge"]
+
+
+@pytest.mark.parametrize("target", different())
+def test_what_init_writes_plans_on_its_own_target(
+    target: str, tiny_llama: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPTIKIT_HOME", str(tmp_path / "home"))
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+    (tmp_path / "prose.txt").write_text(prose.read_text() * 8)
+    init(tmp_path / "r.yaml", model=str(model), target=target)
+    written = (tmp_path / "r.yaml").read_text()
+    (tmp_path / "r.yaml").write_text(written.replace(PROSE, "prose.txt"))
+    loaded = load(tmp_path / "r.yaml", known_targets=names())
+    plan = make_plan(loaded, Store.default(), offline=True, note=print)
+    assert plan.steps[-1].verb == {"cpu": "compile", "cuda": "quantize", "neuron": "compile"}[plan.target.device]
+    override = re.search(r"--set (\S+)", written)
+    assert override
+    load(tmp_path / "r.yaml", overrides=(override[1],))
 
 
 def test_init_knows_the_stages_it_writes() -> None:

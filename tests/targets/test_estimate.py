@@ -17,6 +17,7 @@ from optikit.targets.estimate import (
     prefill_floor,
     prefill_operations,
     price_per_million,
+    price_words,
     told,
 )
 from optikit.targets.neuron import llama2_7b
@@ -45,7 +46,9 @@ def test_floors_in_words():
     assert lines[1] == "  memory   weights 13.48 GB + cache 17.18 GB of 17.2 GB: doesn't fit"
     assert lines[2].startswith("  decode   at least ")
     assert len(lines) == 4
-    assert "price" in told(floors(MODEL, rows()["g5.xlarge"]), rows()["g5.xlarge"])[-1]
+    last = told(floors(MODEL, rows()["g5.xlarge"]), rows()["g5.xlarge"])[-1]
+    assert last.startswith("  price    $")
+    assert "per million output tokens at batch 8, 2048 tokens (" in last
     assert len(told(floors(MODEL, BARE), BARE)) == 2
 
 
@@ -93,10 +96,26 @@ def test_what_the_row_leaves_open_stays_open():
 
 
 def test_price_of_a_million_tokens_by_hand():
-    found = floors(MODEL, rows()["ml.g5.xlarge"], batch=8, length=512)
-    rate = 8 / found.decode_seconds
+    target = rows()["ml.g5.xlarge"]
+    found = floors(MODEL, target)
+    rate = 8 / decode_floor(MODEL, target, batch=8, length=2048)
     assert found.usd_per_million_output_tokens == pytest.approx(1.408 / 3600 / rate * 1e6)
     assert found.price_source == rows()["ml.g5.xlarge"].price_source
+
+
+@given(st.integers(1, 64), st.integers(1, 8192))
+def test_a_stack_has_one_price_whatever_else_is_asked(batch, length):
+    target = rows()["ml.g5.xlarge"]
+    one, other = floors(MODEL, target), floors(MODEL, target, batch=batch, length=length)
+    assert price_words(one) == price_words(other)
+    assert "at least" not in price_words(one)
+
+
+def test_no_more_sequences_are_priced_than_fit():
+    """13.5 GB of weights and 1.07 GB of cache per sequence: 8 fit in 24 GiB, 2 in 16, 16 in four times 24."""
+    found = {name: floors(MODEL, rows()[name]).priced_batch for name in ("g5.xlarge", "t4", "g5.12xlarge")}
+    assert found == {"g5.xlarge": 8, "t4": 2, "g5.12xlarge": 16}
+    assert floors(replace(MODEL, max_positions=100), rows()["t4"]).priced_length == 100
 
 
 def test_fits():

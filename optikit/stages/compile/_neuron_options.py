@@ -55,6 +55,16 @@ def instance_family(target: Target) -> str:
     return target.name.removeprefix("ml.").split(".")[0]
 
 
+def backend_for(target: Target) -> Backend:
+    """Return the backend that compiles for a target: optimum-neuron where it knows the instance."""
+    return "optimum-neuron" if instance_family(target) in PLATFORMS else "nxd-inference"
+
+
+def degrees(target: Target) -> tuple[int, ...]:
+    """Return degrees of tensor parallelism to try, the smallest first: the documented ones, else powers of two."""
+    return target.tensor_parallel or tuple(2**power for power in range((target.cores or 1).bit_length()))
+
+
 def need_bytes(options: Options, facts: ModelFacts) -> int:
     """Return bytes of weights and cache on all cores together; int8 and fp8 of NxD Inference take one per weight."""
     size = 4 if options.dtype == "float32" else 2
