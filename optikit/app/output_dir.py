@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from optikit import __version__
 from optikit.app import verify
-from optikit.errors import CannotCreateError, IntegrityError, LockedError, RefusedError
+from optikit.errors import CannotCreateError, DiskError, IntegrityError, LockedError, RefusedError
 from optikit.fileio import file_sha256
 from optikit.store import files, manifest
 from optikit.store.manifest import NAME, Damage
@@ -92,9 +92,7 @@ def write(
                 (partial / RECIPE).write_text(loaded.text, encoding="utf-8")
                 (partial / LOCK).write_text(json.dumps(lock_entries(plan.sources), indent=1), encoding="utf-8")
                 if report is not None:
-                    from optikit.report import write as report_files
-
-                    report_files.write(report, partial)
+                    _write_reports(report, partial, out)
                 _seal(partial, _said(plan, loaded))
             except BaseException:
                 files.remove_tree(partial)
@@ -105,6 +103,15 @@ def write(
             _exchange(place, partial)  # cut short, the next run finishes it
             files.remove_tree(partial)
             files.remove_tree(partial.with_suffix(".old"))
+
+
+def _write_reports(report: Report, partial: Path, out: Path) -> None:
+    from optikit.report import write as report_files
+
+    try:
+        report_files.write(report, partial)
+    except DiskError as error:  # names the place where it is built
+        raise DiskError(f"{out} can't be written: {error.message}", fix=files.GC_FIX) from error
 
 
 def render_reports(directory: Path, report: Report) -> None:
