@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from optikit import environments, host, stages
-from optikit.errors import InterruptError, OptikitError, TerminatedError
+from optikit.errors import IntegrityError, InterruptError, OptikitError, TerminatedError
 from optikit.execution import check_backend, supervise
 from optikit.fileio import write_json
 from optikit.process.failure import raise_failure
@@ -186,6 +186,22 @@ class _Executor:
         shutil.rmtree(directory, ignore_errors=True)
         return artifact
 
+    def _require_intact(self, step: Step) -> None:
+        """Read again, every byte, what a step is about to be made of; what the disk damaged is made again first."""
+        for key in sorted({step.source, *step.inputs.values()}):
+            if key:
+                self._intact(key)
+            elif not self.reread:
+                require_unchanged(self.plan.model, self.store)
+                self.reread.append(self.plan.model.digest)
+
+    def _intact(self, key: str) -> None:
+        try:
+            self.store.require_intact(self.artifacts[key])
+        except IntegrityError:
+            made = next(each for each in self.plan.order if each.key == key)
+            self.artifacts[key], _ = self.bring(made)
+
     def _environment(
         self, step: Step, observe: Callable[[int, int, str], None]
     ) -> AbstractContextManager[environments.Environment | None]:
@@ -194,15 +210,6 @@ class _Executor:
             return nullcontext()
         offline, note = self.settings.offline, self.progress.note
         return environments.use(step.environment, self.store, offline=offline, note=note, progress=observe)
-
-    def _require_intact(self, step: Step) -> None:
-        """Read again, every byte, what a step is about to be made of."""
-        for key in {step.source, *step.inputs.values()}:
-            if key:
-                self.store.require_intact(self.artifacts[key])
-            elif not self.reread:
-                require_unchanged(self.plan.model, self.store)
-                self.reread.append(self.plan.model.digest)
 
     def _path(self, key: str) -> str:
         """Return where an artifact lies; "" is the model that the recipe names."""

@@ -148,7 +148,7 @@ def capture_plan(recipe: Path, directory: Path) -> str:
 
 
 def capture_broken(recipe: Path, directory: Path) -> tuple[str, str]:
-    """Return what a broken recipe is told, as a capture, and what `--fix` wrote, `--unsafe-fixes` where it takes that."""
+    """Return what a broken recipe is told, as a capture, and what `--fix` (or `--unsafe-fixes`) wrote."""
     copy = directory / recipe.name
     shutil.copy(recipe, copy)
     code, printed = command("plan", copy.name)
