@@ -30,6 +30,9 @@ ORDER = ("__main__", *PACKAGES, *GROUND, "")
 SHARED_NAMES = ("stages", "cli", "deploy")
 """A file here is named after a method or an engine, a verb, a server: other packages name theirs the same way."""
 
+MOST_BRANCHES, MOST_LINES = 12, 63
+"""A function above this does two things: split it where its reasons to change divide."""
+
 ROOT = Path(__file__).parent.parent / "optikit"
 BRANCHES = (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.match_case)
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -228,6 +231,11 @@ def tree() -> Tree:
 def test_the_law_holds(rule, tree):
     problems = rule(tree)
     assert not problems, "\n" + "\n".join(problems)
+
+
+def test_functions_are_small(tree):
+    large = [each for each in tree.functions() if each.complexity > MOST_BRANCHES or each.lines > MOST_LINES]
+    assert not large, "\n" + "\n".join(map(str, large))
 
 
 def test_the_order_names_no_package_that_is_gone(tree):

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -227,20 +227,29 @@ def _require_ours(out: Path, place: Path) -> None:
 def _layout(plan: Plan, artifacts: Mapping[str, Artifact]) -> Iterator[tuple[str, Path, str, Artifact | None]]:
     """Yield (name in the output, file, its sha256, its artifact) of everything that is shipped."""
     done = [step for step in plan.steps if step.key in artifacts]
-    directories = [step for step in done if step.writes in ("source", "model")]
-    if directories:
-        yield from _files("model", artifacts[directories[-1].key])
+    yield from _model_files(plan, [artifacts[step.key] for step in done if step.writes in ("source", "model")])
+    for step in done:
+        if step.writes == "engine":
+            yield from _files(f"compiled/{step.method}", artifacts[step.key])
+    for step in _speculators(plan):
+        if step.key in artifacts:
+            yield from _files("speculator", artifacts[step.key])
+
+
+def _speculators(plan: Plan) -> list[Step]:
+    """Return the steps that make what drafts, then those that choose how it is used: their files lie together."""
+    made = [step for step in plan.steps if step.writes == "speculator"]
+    return made + [step for step in plan.measures if step.method == "speculation"]
+
+
+def _model_files(plan: Plan, made: Sequence[Artifact]) -> Iterator[tuple[str, Path, str, Artifact | None]]:
+    """Yield the files of the last model directory made; where none was, those of the recipe's own."""
+    if made:
+        yield from _files("model", made[-1])
     elif plan.model.format == "safetensors":
         for name in plan.model.names:
             path = (plan.model.path / name).resolve()
             yield f"model/{name}", path, file_sha256(path), None
-    for step in done:
-        if step.writes == "engine":
-            yield from _files(f"compiled/{step.method}", artifacts[step.key])
-    speculation = [step for step in plan.measures if step.method == "speculation" and step.key in artifacts]
-    for step in (*done, *speculation):
-        if step.writes == "speculator" or step in speculation:
-            yield from _files("speculator", artifacts[step.key])
 
 
 def layout_digests(plan: Plan, artifacts: Mapping[str, Artifact]) -> dict[str, str]:

@@ -175,6 +175,14 @@ def stop_at_gate(plan: Plan, finished: Step, artifacts: Mapping[str, Artifact]) 
         raise GateFailedError(f"stopped after {made.name}: {'; '.join(failed)}", fix=fix)
 
 
+def _broken_gates(plan: Plan, name: str, artifacts: Mapping[str, Artifact]) -> list[str] | None:
+    """Return the gates that a step doesn't pass, in words; None where it is emitted: nothing was measured of it."""
+    judged = assemble.judge(plan.until(name), artifacts, on_fail="rollback")
+    if judged and all(result.value is None for result in judged):
+        return None
+    return [judge.describe(result, name) for result in judged if result.verdict == "fail"]
+
+
 def roll_back(plan: Plan, artifacts: Mapping[str, Artifact]) -> tuple[Plan, str]:
     """Return the plan that ends with the last step that passes all gates with `on_fail: rollback`, and why it does.
 
@@ -186,10 +194,9 @@ def roll_back(plan: Plan, artifacts: Mapping[str, Artifact]) -> tuple[Plan, str]
         return plan, ""
     failed: list[str] = []
     for step in reversed(made):
-        judged = assemble.judge(plan.until(step.name), artifacts, on_fail="rollback")
-        if judged and all(result.value is None for result in judged):
-            continue  # emitted: nothing was measured of it
-        wrong = [judge.describe(result, step.name) for result in judged if result.verdict == "fail"]
+        wrong = _broken_gates(plan, step.name, artifacts)
+        if wrong is None:
+            continue
         if not wrong:
             ended = f"Rolled back to {step.name}: " + "; ".join(failed)
             return (plan.until(step.name), ended + ".") if failed else (plan, "")

@@ -114,12 +114,17 @@ class SourceModel:
         if not inside or len(linears) < len(self.row.groups[place]) or (linear and ignore(full)):
             return None
         name = self.linear_name(full)
-        own = (f"{name}.weight", f"{name}.bias")
-        kept = {key: self.read(key) for key in own if key in self.checkpoint and not (linear and key == own[0])}
-        made = {key: tensor for key, tensor in changed.items() if key.startswith(f"{name}.")}
+        tensors = self._stored(name, linear=linear) | {
+            key: tensor for key, tensor in changed.items() if key.startswith(f"{name}.")
+        }
         ties = self._ties(Linear(inside, name), self.width(linears[0])) if linear else None
         offset = 0.0 if linear else self.row.norm_offset
-        return PreviousOp(name=name, tensors={**kept, **made}, linear=linear, offset=offset, ties=ties)
+        return PreviousOp(name=name, tensors=tensors, linear=linear, offset=offset, ties=ties)
+
+    def _stored(self, name: str, *, linear: bool) -> dict[str, Tensor]:
+        """Return a previous op's tensors as the checkpoint has them, but for a linear's weight: the walk makes it."""
+        own = (f"{name}.bias",) if linear else (f"{name}.weight", f"{name}.bias")
+        return {key: self.read(key) for key in own if key in self.checkpoint}
 
     def _ties(self, previous: Linear, width: int) -> Tensor | None:
         """Return which row of the previous op each of `width` inputs copies: key-value heads serve several queries."""

@@ -48,17 +48,7 @@ def verify_packed(source: Path, dest: Path, linears: tuple[str, ...], grid: Grid
         StageFailedError: Naming the tensor that isn't what was promised.
     """
     model, written = SourceModel(Checkpoint(source)), Checkpoint(dest)
-    packed = set(linears)
-    expected = {f"{name}.{suffix}" for name in packed for suffix in gptq.SUFFIXES}
-    untouched = {name for name in model.checkpoint if name.removesuffix(".weight") not in packed}
-    for name in sorted(expected | untouched):
-        if name not in written:
-            raise StageFailedError(f"{name} was not written", fix=FIX)
-    for name in sorted(set(written) - expected - untouched):
-        raise StageFailedError(f"{name} was written and nothing asked for it", fix=FIX)
-    for name in sorted(untouched):
-        if not same_bytes(model.checkpoint.entries[name], written.entries[name]):
-            raise StageFailedError(f"{name} should be untouched and differs from the source", fix=FIX)
+    _check_names(model, written, set(linears))
     weights = packed_bytes = 0
     for name in linears:
         weights += _check_linear(model, written, name, grid)
@@ -70,6 +60,20 @@ def verify_packed(source: Path, dest: Path, linears: tuple[str, ...], grid: Grid
         "bits_per_weight": round(8 * packed_bytes / max(weights, 1), 3),
         "packed_share": round(weights / max(total, 1), 4),
     }
+
+
+def _check_names(model: SourceModel, written: Checkpoint, packed: set[str]) -> None:
+    """Check that the promised tensors are there, and no others; those that aren't packed have their old bytes."""
+    expected = {f"{name}.{suffix}" for name in packed for suffix in gptq.SUFFIXES}
+    untouched = {name for name in model.checkpoint if name.removesuffix(".weight") not in packed}
+    for name in sorted(expected | untouched):
+        if name not in written:
+            raise StageFailedError(f"{name} was not written", fix=FIX)
+    for name in sorted(set(written) - expected - untouched):
+        raise StageFailedError(f"{name} was written and nothing asked for it", fix=FIX)
+    for name in sorted(untouched):
+        if not same_bytes(model.checkpoint.entries[name], written.entries[name]):
+            raise StageFailedError(f"{name} should be untouched and differs from the source", fix=FIX)
 
 
 def _elements(entry: Entry) -> int:

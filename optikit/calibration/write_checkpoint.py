@@ -78,16 +78,20 @@ def _check_names(source: SourceModel, written: Checkpoint, layout: ScaledLayout,
     if promised | dense != set(written):
         odd = min((promised | dense) ^ set(written))
         raise StageFailedError(f"{odd} is {'missing' if odd not in written else 'unasked for'}", fix=FIX)
-    may_change = {
-        name
-        for block in range(source.layers)
-        for group in source.groups(block, walked.ignore)
-        if (previous := source.previous_op(block, group, walked.ignore, {}))
-        for name in (f"{previous.name}.weight", f"{previous.name}.bias")
-    }
-    for name in sorted(dense - may_change):
+    for name in sorted(dense - _scaled_names(source, walked.ignore)):
         if not same_bytes(source.checkpoint.entries[name], written.entries[name]):
             raise StageFailedError(f"{name} should be untouched and differs from the source", fix=FIX)
+
+
+def _scaled_names(source: SourceModel, ignore: Callable[[str], bool]) -> set[str]:
+    """Return the names of the tensors that a scale can be folded into."""
+    return {
+        name
+        for block in range(source.layers)
+        for group in source.groups(block, ignore)
+        if (previous := source.previous_op(block, group, ignore, {}))
+        for name in (f"{previous.name}.weight", f"{previous.name}.bias")
+    }
 
 
 def _check_block(

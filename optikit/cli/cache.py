@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from optikit.store.maintenance import Collected
     from optikit.store.store import Store
 
 app = typer.Typer(
@@ -86,10 +87,7 @@ def gc(
     store = Store.default()
     done = maintenance.gc(store, _named(store, keep or []), limit, dry_run=dry_run)
     if as_json:
-        removed = [{"kind": one.kind, "name": one.name, "size_bytes": one.size_bytes} for one in done.removed]
-        result = {"dry_run": dry_run, "removed": removed}
-        result |= {"in_use": [one.name for one in done.in_use]}
-        print(dump_json(result | {"freed_bytes": done.freed_bytes, "kept_bytes": done.kept_bytes}, indent=1))
+        print(dump_json({"dry_run": dry_run} | _as_json(done), indent=1))
         return
     for one in done.removed:
         print(f"{'would remove' if dry_run else 'removed'} {one.kind} {one.name} ({in_units(one.size_bytes)})")
@@ -100,6 +98,12 @@ def gc(
     print(f"{in_units(done.freed_bytes)} {freed}, {in_units(done.kept_bytes)} stay in {store.root}")
     if limit is None and not done.removed:
         print("nothing is damaged or abandoned; `--max-size 20GiB` removes old results too")
+
+
+def _as_json(done: Collected) -> dict[str, Any]:
+    removed = [{"kind": one.kind, "name": one.name, "size_bytes": one.size_bytes} for one in done.removed]
+    in_use = [one.name for one in done.in_use]
+    return {"removed": removed, "in_use": in_use, "freed_bytes": done.freed_bytes, "kept_bytes": done.kept_bytes}
 
 
 def _named(store: Store, beginnings: list[str]) -> set[str]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from optikit.environments import Environment
     from optikit.store.store import Store
 
@@ -71,14 +73,21 @@ def check(names: Names = None, as_json: AsJson = False) -> None:
             found[environment.definition.name] = environment.troubles()
     if as_json:
         print(dump_json(found, indent=1))
-    for name, troubles in found.items() if not as_json else ():
-        print("\n".join(f"{name}  {trouble}" for trouble in troubles or ["as locked"]))
-    for name in missing if not as_json else ():
-        print(f"{name}  not built; the first step that needs it builds it, or `optikit env build {name}`")
+    else:
+        for line in _lines(found, missing):
+            print(line)
     broken = [name for name, troubles in found.items() if troubles]
     if broken:
         fix = f"optikit env build --rebuild {' '.join(broken)}"
         raise UnavailableError(f"{len(broken)} of {len(found)} environments aren't healthy", fix=fix)
+
+
+def _lines(found: Mapping[str, Sequence[str]], missing: Sequence[str]) -> Iterator[str]:
+    """Yield what is said of each environment: what is wrong with those that are built, then what isn't built."""
+    for name, troubles in found.items():
+        yield from (f"{name}  {trouble}" for trouble in troubles or ["as locked"])
+    for name in missing:
+        yield f"{name}  not built; the first step that needs it builds it, or `optikit env build {name}`"
 
 
 @app.command()

@@ -49,32 +49,26 @@ def eval_(
     from optikit.text import dump_json
 
     wanted, gates, base = _wanted(recipe, text=text, prompts=prompts, tasks=task or [], new_tokens=new_tokens)
+    asked: dict[str, Any] = {"out": out, "wanted": wanted, "gates": gates, "base": base}
+    asked |= {"offline": offline, "progress": progress}
     if subject.startswith(("http://", "https://")):
         from optikit.app import eval_server
 
         report: Report = eval_server.measure(
             eval_server.Request(
                 url=subject,
-                out=out,
-                wanted=wanted,
-                gates=gates,
-                base=base,
                 concurrency=_levels(concurrency),
                 requests=requests,
                 timeout_s=timeout,
                 model=model,
                 key_from=key_from,
-                offline=offline,
-                progress=progress,
+                **asked,
             )
         )
     else:
         from optikit.app import eval_model
 
-        here: dict[str, Any] = {"base": base, "offline": offline, "progress": progress}
-        report = eval_model.measure(
-            eval_model.Request(subject=Path(subject), out=out, wanted=wanted, gates=gates, **here)
-        )
+        report = eval_model.measure(eval_model.Request(subject=Path(subject), **asked))
     if json:
         typer.echo(dump_json(report.model_dump(mode="json"), indent=1))
     raise typer.Exit(code_of(report.verdict, strict=False))

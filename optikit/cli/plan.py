@@ -137,9 +137,6 @@ class _Mending:
 
     def _found(self, text: str, problems: tuple[Problem, ...]) -> tuple[Repair | None, list[str]]:
         """Return the repair to show or make, and what is to be said of one that isn't, or isn't allowed."""
-        from dataclasses import replace
-
-        from optikit.recipe.render_problems import visible
         from optikit.rules.repair import SECONDS
 
         if any(problem.code == "too-large" for problem in problems):
@@ -151,6 +148,17 @@ class _Mending:
         if safe is not None and not safe.left:
             return safe, []
         base, left = (safe.text, safe.left) if safe else (text, problems)
+        return self._dared(safe, base, left, deadline)
+
+    def _dared(
+        self, safe: Repair | None, base: str, left: tuple[Problem, ...], deadline: float
+    ) -> tuple[Repair | None, list[str]]:
+        """Return what `_found` does, where safe fixes leave problems: those that need --unsafe are looked for."""
+        from dataclasses import replace
+
+        from optikit.recipe.render_problems import visible
+        from optikit.rules.repair import SECONDS
+
         notes = [f"{LEFT}{visible(problem.message)}" for problem in left[:MOST_NOTES]] if safe else []
         if not any(problem.loc or problem.mark for problem in left):  # a source can't be had
             return safe, notes

@@ -91,18 +91,21 @@ def score(
         for start, logits, targets in _chunks(decoder, window):
             at = (index, slice(start, start + len(logits)))
             nll[at] = perplexity.token_nll(logits, targets)
-            if not np.isfinite(nll[at]).all():
-                raise NotFiniteError(index, "a log-likelihood")
+            _check_finite(nll[at], index, "a log-likelihood")
             top1[at] = logits.argmax(axis=1)
             if keep is not None and is_compared:
                 divergence.keep(logits).tofile(keep)
             if apart is not None and against is not None and is_compared:
                 base = np.fromfile(against, np.float16, logits.size).reshape(logits.shape)
                 apart[at] = divergence.token_divergence(base, logits)
-                if not np.isfinite(apart[at]).all():
-                    raise NotFiniteError(index, "a divergence")
+                _check_finite(apart[at], index, "a divergence")
         progress(index + 1, len(windows), "window")
     return Scores(nll=nll, top1=top1, divergence=apart)
+
+
+def _check_finite(found: Floats, window: int, what: str) -> None:
+    if not np.isfinite(found).all():
+        raise NotFiniteError(window, what)
 
 
 def _chunks(decoder: Decoder, window: Window) -> Iterator[tuple[int, Logits, NDArray[np.int64]]]:

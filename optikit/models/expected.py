@@ -110,18 +110,29 @@ def check(
     missing = sorted(needed - found.keys())
     if missing:
         raise IntegrityError(f"{where} has no tensor {missing[0]}{_beside(missing)}", fix=FIX)
-    for name, shape in expected.items():
-        linear = name.removesuffix(".weight")
-        wanted = shape[::-1] if linear in packed and architecture.transposed else shape
-        stored = packed.get(linear) or found[name].shape
-        if stored != wanted:
-            message = f"{where}: {linear if linear in packed else name} has shape {stored}, and {wanted} is promised"
-            raise IntegrityError(message, fix=FIX)
+    _check_shapes(expected, found, packed, where, transposed=architecture.transposed)
     spare = {f"{linear}.{suffix}" for linear in packed for suffix in (*scheme.optional, *scheme.zeros)}
     odd = sorted(name for name in found.keys() - needed - spare if not _is_left_over(name, architecture))
     if odd:
         message = f"{where}: {architecture.model_type} with these settings has no place for tensor {odd[0]}"
         raise IntegrityError(message + _beside(odd), fix=FIX)
+
+
+def _check_shapes(
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, TensorFacts],
+    packed: Mapping[str, tuple[int, int]],
+    where: Path,
+    *,
+    transposed: bool,
+) -> None:
+    for name, shape in expected.items():
+        linear = name.removesuffix(".weight")
+        wanted = shape[::-1] if linear in packed and transposed else shape
+        stored = packed.get(linear) or found[name].shape
+        if stored != wanted:
+            message = f"{where}: {linear if linear in packed else name} has shape {stored}, and {wanted} is promised"
+            raise IntegrityError(message, fix=FIX)
 
 
 def _beside(names: Sequence[str]) -> str:

@@ -58,22 +58,15 @@ def rope(path: Path, header: GgufHeader, figures: Mapping[str, int]) -> dict[str
         RecipeError: Naming a key or tensor, and its value.
     """
     family = header.metadata["general.architecture"]
-    keys = {
-        key.removeprefix(f"{family}."): value for key, value in header.metadata.items() if key.startswith(f"{family}.")
-    }
-    scaling = {
-        key.removeprefix("rope.scaling."): value for key, value in keys.items() if key.startswith("rope.scaling.")
-    }
+    keys = _below(f"{family}.", header.metadata)
+    scaling = _below("rope.scaling.", keys)
     kind = scaling.pop("type", "none")
     known = _SCALING.get(kind) if isinstance(kind, str) else None
     if known is None:
         raise _unknown(path, f"{family}.rope.scaling.type", kind)
+    used = _PLAIN | {"rope.scaling.type", *(f"rope.scaling.{name}" for name in known)}
     for key, value in keys.items():
-        if key in _PLAIN or (key in _NEUTRAL and value == _NEUTRAL[key]) or key == "rope.scaling.type":
-            continue
-        if key.removeprefix("rope.scaling.") in known and key.startswith("rope.scaling."):
-            continue
-        if key not in _SAME or value != figures[_SAME[key]]:
+        if key not in used and not _changes_nothing(key, value, figures):
             raise _unknown(path, f"{family}.{key}", value)
     theta = {"rope_theta": float(keys.get("rope.freq_base", 10000.0))}
     if ROPE_FACTORS not in header.tensors:
@@ -81,6 +74,17 @@ def rope(path: Path, header: GgufHeader, figures: Mapping[str, int]) -> dict[str
     if kind != "none":
         raise _unknown(path, ROPE_FACTORS, f"a second scaling beside {kind}")
     return theta | _llama3(path, header, theta["rope_theta"], figures["head_dim"])
+
+
+def _below(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+
+
+def _changes_nothing(key: str, value: Any, figures: Mapping[str, int]) -> bool:
+    """Tell whether a key has the one value at which it changes nothing, or agrees with a figure of the model."""
+    if key in _NEUTRAL and value == _NEUTRAL[key]:
+        return True
+    return key in _SAME and value == figures[_SAME[key]]
 
 
 def _unknown(path: Path, key: str, value: Any) -> RecipeError:

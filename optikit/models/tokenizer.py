@@ -111,15 +111,20 @@ def _part(value: Any) -> Any:
         return [_part(each) for each in value]
     if not isinstance(value, dict):
         return value
-    whole = {**_WHOLE.get(value.get("type", ""), {}), **value}
-    if value.get("type") == "Metaspace" and "prepend_scheme" not in value:  # before tokenizers 0.15
-        whole["prepend_scheme"] = "always" if whole.get("add_prefix_space", True) else "never"
-    if value.get("type") == "Metaspace":
-        whole.pop("add_prefix_space", None)
-    kept = {key: _part(each) for key, each in whole.items() if key not in _IDLE}
+    kept = {key: _part(each) for key, each in _whole(value).items() if key not in _IDLE}
     return {
         key: each for key, each in kept.items() if each is not None and each is not False and each not in ("", [], {})
     }
+
+
+def _whole(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a part with its defaults filled in and its keys as they are called now."""
+    whole = {**_WHOLE.get(value.get("type", ""), {}), **value}
+    if value.get("type") == "Metaspace":
+        spaced = whole.pop("add_prefix_space", True)
+        if "prepend_scheme" not in value:  # before tokenizers 0.15
+            whole["prepend_scheme"] = "always" if spaced else "never"
+    return whole
 
 
 def load(directory: Path) -> Tokenizer:

@@ -146,14 +146,19 @@ def _steps(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     for name in {**before, **now}:
         if name not in before or name not in now:
             yield f"{name}: {'new' if name in now else 'gone'}"
-            continue
-        causes = [each for each in differences(before[name], now[name]) if not each[0].startswith("estimate")]
-        told = [each for each in causes if each[0] != "key"]
-        if any(key == "code" for key, _, _ in told):
-            yield f"{name}: optikit's code for it"
-        yield from (f"{name}: {key}: {_short(old)} is now {_short(new)}" for key, old, new in told if key != "code")
-        if causes and not told and now[name]["key"] != before[name]["key"]:
-            yield f"{name}: what it is made from, or this machine"
+        else:
+            yield from (f"{name}: {cause}" for cause in _causes(before[name], now[name]))
+
+
+def _causes(before: Any, now: Any) -> Iterator[str]:
+    """Say what changed in one step."""
+    causes = [each for each in differences(before, now) if not each[0].startswith("estimate")]
+    told = [each for each in causes if each[0] != "key"]
+    if any(key == "code" for key, _, _ in told):
+        yield "optikit's code for it"
+    yield from (f"{key}: {_short(old)} is now {_short(new)}" for key, old, new in told if key != "code")
+    if causes and not told and now["key"] != before["key"]:
+        yield "what it is made from, or this machine"
 
 
 def differences(before: Any, now: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:

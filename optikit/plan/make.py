@@ -18,7 +18,7 @@ from optikit.plan.context import Context, Found, at, given, resolve_models, reso
 from optikit.plan.measure_served import problems as served_problems
 from optikit.plan.measure_steps import length_problems, measure_steps, runtime_problems
 from optikit.plan.measurements import scored_steps
-from optikit.plan.model import Plan, Step
+from optikit.plan.model import Plan, Step, original_key
 from optikit.problems import Problem
 from optikit.recipe.schema import as_written, parse_size, step_name
 from optikit.stage import Input
@@ -199,8 +199,7 @@ def _engine_steps(context: Context, steps: Sequence[Step]) -> tuple[Step, ...]:
 
     Nothing where the recipe doesn't ask for attribution, or the engine can't take one of these models.
     """
-    wanted = context.recipe.evaluate
-    if not wanted.attribution or wanted.speed is None or not steps or steps[-1].writes != "engine":
+    if not (steps and steps[-1].writes == "engine" and _attributed(context)):
         return ()
     index = len(context.recipe.stages) - 1
     acquired = [step for step in steps if step.writes == "source"]
@@ -209,11 +208,21 @@ def _engine_steps(context: Context, steps: Sequence[Step]) -> tuple[Step, ...]:
     for count in range(len(written)):
         before = [*acquired, *written[:count]]
         facts = before[-1].after if before else context.facts
-        if any(problem.level == "error" for problem in _stage_problems(context, index, facts)):
+        if _is_refused(context, index, facts):
             return ()
         name = written[count - 1].name if count else "baseline"
         found.append(replace(_stage_step(context, index, facts, before), name=f"engine-{name}"))
     return tuple(found)
+
+
+def _is_refused(context: Context, index: int, facts: ModelFacts) -> bool:
+    return any(problem.level == "error" for problem in _stage_problems(context, index, facts))
+
+
+def _attributed(context: Context) -> bool:
+    """Tell whether the recipe asks what each stage does for speed."""
+    wanted = context.recipe.evaluate
+    return wanted.attribution and wanted.speed is not None
 
 
 def _stage_step(context: Context, index: int, facts: ModelFacts, before: Sequence[Step]) -> Step:
@@ -239,7 +248,7 @@ def _found(context: Context, index: int, before: Sequence[Step]) -> Iterator[tup
             text = given(context.texts["calibration"])
             yield role, replace(text, digest=f"{text.digest}:{calibration.samples}x{calibration.length}")
         elif wanted.of == "original":
-            yield role, Found(key=next((step.key for step in before if step.writes == "source"), ""))
+            yield role, Found(key=original_key(before))
         elif wanted.of == "step":
             keys = [step.key for step in before if (step.verb, step.method) == wanted.made_by]
             yield from ((role, Found(key=key)) for key in keys[-1:])

@@ -31,26 +31,31 @@ def served_steps(
     """
     wanted = context.recipe.evaluate
     source, facts = (written[-1].key, written[-1].after) if written else (original, context.facts)
-    found = {"tokenizer": Found(key=original)}
-    if wanted.perplexity is not None:
-        found |= {"baseline": Found(key=before[0].key), "text": given(context.texts["perplexity"])}
-    if wanted.speed is not None:
-        found["prompts"] = given(context.texts["prompts" if wanted.speed.prompts else "perplexity"])
-    speculators = [Found(key=step.key) for step in steps if step.writes == "speculator"]
-    found |= {"speculator": speculators[-1]} if speculators else {}
     scored = written[-1].name if written and wanted.perplexity is not None else ""
     served = context.step(
         f"measure-quality-{scored}" if scored else ALONE,
         ("measure", "served"),
         measuring("served", served_options(wanted)),
         on=(source, facts),
-        found=found,
+        found=_inputs(context, steps, original, before),
         subject=scored,
         tokens=tokens_of([context.texts["perplexity"]] if wanted.perplexity is not None else []),
     )
     yield served
     if wanted.speed is not None and written:
         yield _speed(context, wanted.speed, served, original)
+
+
+def _inputs(context: Context, steps: Sequence[Step], original: str, before: Sequence[Step]) -> dict[str, Found]:
+    """Return what the step reads beside the model: texts, what was measured before, what was made for drafting."""
+    wanted = context.recipe.evaluate
+    found = {"tokenizer": Found(key=original)}
+    if wanted.perplexity is not None:
+        found |= {"baseline": Found(key=before[0].key), "text": given(context.texts["perplexity"])}
+    if wanted.speed is not None:
+        found["prompts"] = given(context.texts["prompts" if wanted.speed.prompts else "perplexity"])
+    speculators = [Found(key=step.key) for step in steps if step.writes == "speculator"]
+    return found | ({"speculator": speculators[-1]} if speculators else {})
 
 
 def _speed(context: Context, wanted: SpeedOptions, served: Step, original: str) -> Step:

@@ -9,7 +9,7 @@ from optikit import stages
 from optikit.plan.context import Context, Found, given
 from optikit.plan.measure_served import served_steps
 from optikit.plan.measurements import Subject, measuring, quality_step, speed_step, tasks_step
-from optikit.plan.model import BASELINE, Step
+from optikit.plan.model import BASELINE, Step, original_key
 from optikit.problems import Loc, Problem
 from optikit.recipe.schema import SpeedOptions
 from optikit.stage import Speculating
@@ -33,7 +33,7 @@ def runtime(step: Step) -> str:
 def measure_steps(context: Context, steps: Sequence[Step], engines: Sequence[Step] = ()) -> tuple[Step, ...]:
     """Return the measuring steps that a recipe asks for; `engines` compile earlier models, to be timed as well."""
     wanted = context.recipe.evaluate
-    original = next((step.key for step in steps if step.writes == "source"), "")
+    original = original_key(steps)
     baseline = Subject(name=BASELINE, key=original, runtime="transformers", facts=context.facts)
     written = [step for step in steps if step.writes in ("model", "engine") and runtime(step)]
     made = [Subject(name=step.name, key=step.key, runtime=runtime(step), facts=step.after) for step in written]
@@ -45,17 +45,24 @@ def measure_steps(context: Context, steps: Sequence[Step], engines: Sequence[Ste
         found += _each(tasks_step, context, baseline, made[-1:])
     if is_served:
         return (*found, *served_steps(context, steps, written, original, found))
-    if not written or written[-1].writes != "engine":
-        return tuple(found)
+    if written and written[-1].writes == "engine":
+        found += _compiled(context, steps, written, original, engines)
+    return tuple(found)
+
+
+def _compiled(
+    context: Context, steps: Sequence[Step], written: Sequence[Step], original: str, engines: Sequence[Step]
+) -> list[Step]:
+    """Return the steps that judge the speculators of a compiled model, and the one that times it."""
     choices = [
         _speculation(context, index, step, written[-1], original)
         for index, step in enumerate(each for each in steps if each.writes != "source")
         if step.writes == "speculator"
     ]
-    found += choices
-    if wanted.speed is not None:
-        found += [*engines, _speed(context, wanted.speed, written, original, choices, engines)]
-    return tuple(found)
+    wanted = context.recipe.evaluate.speed
+    if wanted is None:
+        return choices
+    return [*choices, *engines, _speed(context, wanted, written, original, choices, engines)]
 
 
 def runtime_problems(steps: Sequence[Step], measures: Sequence[Step]) -> Iterator[Problem]:
@@ -125,15 +132,7 @@ def _speed(
     engines: Sequence[Step],
 ) -> Step:
     result = written[-1]
-    against = context.recipe.evaluate.baseline
-    own = "bfloat16" if context.facts.dtype == "BF16" else "float32"
-    dtype = own if against.dtype == "auto" else against.dtype
-    arms = [{"name": "baseline", "role": "baseline", "runtime": against.runtime, "dtype": dtype}]
-    arms += [
-        {"name": f"transformers-{other}", "role": "baseline", "runtime": "transformers", "dtype": other}
-        for other in against.also
-        if other != dtype
-    ]
+    arms = _baseline_arms(context)
     speculator = {"speculator": "speculator"} if choices else {}
     loaded = {"runtime": runtime(result), "dtype": "auto"}
     own_arms = [{"name": step.name, "role": step.name, **loaded} for step in engines]
@@ -148,3 +147,16 @@ def _speed(
     inputs |= {"speculator": choices[-1].key, "made": choices[-1].inputs["speculator"]} if choices else {}
     options = {"arms": arms, "chain": chain, **wanted.model_dump(exclude={"prompts"})}
     return speed_step(context, options, result.key, {role: Found(key=key) for role, key in inputs.items()})
+
+
+def _baseline_arms(context: Context) -> list[dict[str, str]]:
+    """Return how the untouched model is timed: as the recipe says first, then in the other precisions it names."""
+    against = context.recipe.evaluate.baseline
+    own = "bfloat16" if context.facts.dtype == "BF16" else "float32"
+    dtype = own if against.dtype == "auto" else against.dtype
+    others = [
+        {"name": f"transformers-{other}", "role": "baseline", "runtime": "transformers", "dtype": other}
+        for other in against.also
+        if other != dtype
+    ]
+    return [{"name": "baseline", "role": "baseline", "runtime": against.runtime, "dtype": dtype}, *others]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -58,6 +58,11 @@ class Step:
     estimate: Estimate
     before: ModelFacts
     after: ModelFacts
+
+
+def original_key(steps: Iterable[Step]) -> str:
+    """Return the key of the untouched model's directory, "" where the source is that directory."""
+    return next((step.key for step in steps if step.writes == "source"), "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,4 +123,4 @@ class Plan:
     @property
     def baseline_key(self) -> str:
         """Key of the untouched model's directory, "" where the source is that directory."""
-        return next((step.key for step in self.steps if step.writes == "source"), "")
+        return original_key(self.steps)

@@ -212,10 +212,14 @@ def _unnamed(verb: str, key: str, written: Node, at: Loc) -> _Bad:
         return _Bad("unknown-key", f"unknown key {other!r}", f"{verb} takes {key!r}", (*at, other), rename(other, key))
     for name in written.value if isinstance(written.value, dict) else ():
         word = foreign_words.find((verb,), name, (key,))
-        meant = key if (word and word.becomes == key) or misspelt(name, (key,)) else None
-        if meant:
+        if (word and word.becomes == key) or misspelt(name, (key,)):
             fix = word.fix() if word else did_you_mean(name, (key,))
-            return _Bad("unknown-key", f"unknown key {name!r}", fix, (*at, name), rename(name, meant))
+            return _Bad("unknown-key", f"unknown key {name!r}", fix, (*at, name), rename(name, key))
+    return _without_method(verb, key, written, at)
+
+
+def _without_method(verb: str, key: str, written: Node, at: Loc) -> _Bad:
+    """Return that the key which names the method is missing; a quantization scheme may tell which one is meant."""
     scheme = plain(written).get("scheme")
     foreign = foreign_words.method(verb, scheme) if isinstance(scheme, str) else None
     fix = foreign.told if foreign else f"choose from {', '.join(stages.methods(verb))}"

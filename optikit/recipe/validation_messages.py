@@ -204,8 +204,7 @@ def _typed(finding: _Finding) -> tuple[str, str]:
     """Return the fix for a value of the wrong type, and the same value as it should be written, "" if nobody knows."""
     wanted, value = KINDS[finding.kind], finding.value
     if wanted == "text":
-        quoted = json.dumps(finding.around.source or str(value)) if isinstance(value, int | float) else ""
-        return (f"put it in quotes: {quoted}", quoted) if quoted else ("write one text", "")
+        return _quoted(finding)
     if wanted == "a list" and isinstance(value, str | int | float):
         return f"write [{value}]", f"[{json.dumps(value, ensure_ascii=False)}]"
     if wanted == "a mapping of keys" and _is_gate(finding):
@@ -214,6 +213,13 @@ def _typed(finding: _Finding) -> tuple[str, str]:
     if text and isinstance(value, str) and "number" in wanted:
         return "remove the quotes", text
     return f"write {text or wanted}", text
+
+
+def _quoted(finding: _Finding) -> tuple[str, str]:
+    if not isinstance(finding.value, int | float):
+        return "write one text", ""
+    quoted = json.dumps(finding.around.source or str(finding.value))
+    return f"put it in quotes: {quoted}", quoted
 
 
 def _is_gate(finding: _Finding) -> bool:

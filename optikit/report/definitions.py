@@ -160,11 +160,14 @@ def needed(report: Report) -> tuple[str, ...]:
     keys = [figure.key for group in figures.groups(report) for figure in group.figures]
     if "perplexity" in keys and not wording.measured_only(report):
         keys.insert(keys.index("perplexity") + 1, "perplexity_ratio")
-    keys += ["ttft", "tpot", "end_to_end"] if report.served else []
     shown = task_table.rows(report)
-    keys += ["task_accuracy"] if shown else []
-    keys += ["flips", "mcnemar"] if any(row.flips for row in shown) else []
-    keys += ["speedup"] if report.speedup.decode or report.speedup.prefill else []
-    keys += ["acceptance_length", "acceptance_by_position"] if report.speculation else []
-    keys += ["gate"] if report.gates else []
+    further = (
+        (report.served, ("ttft", "tpot", "end_to_end")),
+        (shown, ("task_accuracy",)),
+        (any(row.flips for row in shown), ("flips", "mcnemar")),
+        (report.speedup.decode or report.speedup.prefill, ("speedup",)),
+        (report.speculation, ("acceptance_length", "acceptance_by_position")),
+        (report.gates, ("gate",)),
+    )
+    keys += [key for found, group in further if found for key in group]
     return tuple(dict.fromkeys(keys))

@@ -244,11 +244,8 @@ def _rows(report: Report) -> Iterator[Row]:
     memory = max((step.peak_memory_mib for step in steps), default=0.0)
     first_size = report.baseline.size_bytes or 0
     largest = max((first_size, *map(wording.size_after, report.steps)))
-    ratios = [_ratio(step.measurement)[0] or 1.0 for step in report.steps] + [_ratio(report.result)[0] or 1.0]
-    sized = _sized(first_size, largest, "base")
-    known = report.result.quality is not None and report.result.quality.perplexity is not None
-    first = _compared(1.0, max(ratios), "base") if known else Cell()
-    yield Row(label="Baseline", status="", kind="baseline", size=sized, perplexity=first)
+    worst = _largest_ratio(report)
+    yield _baseline_row(report, _sized(first_size, largest, "base"), worst)
     start = 0.0
     for i, step in enumerate(steps):
         changes = step.verb != "measure"
@@ -262,9 +259,21 @@ def _rows(report: Report) -> Iterator[Row]:
             time=_timed(step, start, seconds, f"t{i}"),
             memory=_remembered(step, memory, f"m{i}"),
             size=_sized(wording.size_after(step), largest, f"s{i}") if changes else Cell(),
-            perplexity=_compared(ratio, max(ratios), f"p{i}") if changes and ratio is not None else Cell(),
+            perplexity=_compared(ratio, worst, f"p{i}") if changes and ratio is not None else Cell(),
         )
         start += step.seconds
+
+
+def _largest_ratio(report: Report) -> float:
+    """Return the largest perplexity relative to the baseline, of every step and the result; unknown ones count as 1."""
+    measured = (*(step.measurement for step in report.steps), report.result)
+    return max(_ratio(each)[0] or 1.0 for each in measured)
+
+
+def _baseline_row(report: Report, size: Cell, worst: float) -> Row:
+    known = report.result.quality is not None and report.result.quality.perplexity is not None
+    perplexity = _compared(1.0, worst, "base") if known else Cell()
+    return Row(label="Baseline", status="", kind="baseline", size=size, perplexity=perplexity)
 
 
 def _timed(step: StepReport, start: float, total: float, ident: str) -> Cell:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from optikit import text
@@ -33,11 +33,17 @@ def grouped(given: Mapping[str, Any], *, drawn: bool) -> tuple[tuple[str, Rows],
         drawn: Whether `DRAWN` are pictures and not told in words.
     """
     known = {str(key): value for key, value in given.items() if not (drawn and key in DRAWN)}
-    keys = {title: [key for key in group if key in known] for title, group in GROUPS.items()}
-    keys[FURTHER] = [key for key in known if key not in WORDS]
     return tuple(
-        (title, tuple(row for key in names for row in _rows(key, known[key]))) for title, names in keys.items() if names
+        (title, tuple(row for key in names for row in _rows(key, known[key])))
+        for title, names in _titled(known).items()
+        if names
     )
+
+
+def _titled(known: Collection[str]) -> dict[str, list[str]]:
+    """Return the keys below each title; those that nobody here knows stand last."""
+    keys = {title: [key for key in group if key in known] for title, group in GROUPS.items()}
+    return keys | {FURTHER: [key for key in known if key not in WORDS]}
 
 
 def listed(given: Mapping[str, Any], *, drawn: bool) -> Rows:

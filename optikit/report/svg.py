@@ -240,7 +240,23 @@ def _label(point: Point, x: _Axis, y: _Axis, frame: _Box, taken: list[_Box]) -> 
     """Write a point's name on the first of eight positions that covers nothing, and take that place."""
     words = shortened(point.label)
     wide, high = GLYPH * len(words), FONT + 2
-    at, height = x(point.speed), frame.bottom if point.ratio is None else y(point.ratio)
+    room = _Box(frame.left, frame.top - 8, frame.right + 14, frame.bottom)
+    spots = _spots(point, x, y, frame)
+    boxes = [_text_box(anchor, left, base, wide, high) for anchor, left, base in spots]
+    free = (i for i, box in enumerate(boxes) if box.inside(room) and not any(box.meets(other) for other in taken))
+    best = next(free, 0)
+    taken.append(boxes[best])
+    anchor, left, base = spots[best]
+    return _text(words, left, base, f"name {point.kind}", anchor)
+
+
+def _spots(point: Point, x: _Axis, y: _Axis, frame: _Box) -> list[tuple[str, float, float]]:
+    """Return (anchor, x, y) of the positions for a point's name, the best first."""
+    at = x(point.speed)
+    if point.ratio is None:
+        height = frame.bottom
+        return [(anchor, at, height - 14 - 16 * row) for row in range(4) for anchor in ("middle", "start", "end")]
+    height = y(point.ratio)
     arm = 11 + (x(point.speed_ci95[1]) - at if point.speed_ci95 else 0)
     spots = [
         ("start", at + arm, height + 4.5),
@@ -252,17 +268,9 @@ def _label(point: Point, x: _Axis, y: _Axis, frame: _Box, taken: list[_Box]) -> 
         ("start", at + 9, height + 21),
         ("end", at - 9, height + 21),
     ]
-    if point.ratio is None:
-        spots = [(anchor, at, height - 14 - 16 * row) for row in range(4) for anchor in ("middle", "start", "end")]
-    elif point.ratio == 1:
-        spots = [spots[i] for i in (4, 5, 6, 7, 0, 1, 2, 3)]  # beside it runs the line at 1
-    room = _Box(frame.left, frame.top - 8, frame.right + 14, frame.bottom)
-    boxes = [_text_box(anchor, left, base, wide, high) for anchor, left, base in spots]
-    free = (i for i, box in enumerate(boxes) if box.inside(room) and not any(box.meets(other) for other in taken))
-    best = next(free, 0)
-    taken.append(boxes[best])
-    anchor, left, base = spots[best]
-    return _text(words, left, base, f"name {point.kind}", anchor)
+    if point.ratio == 1:
+        return spots[4:] + spots[:4]  # beside it runs the line at 1
+    return spots
 
 
 def _text_box(anchor: str, x: float, y: float, wide: float, high: float) -> _Box:
@@ -283,8 +291,7 @@ def interval(
     known = [v for v in (value, *(ci95 or ()), *limit) if v is not None]
     if not known:
         return Markup("")
-    spread = (max(known) - min(known)) or abs(known[0]) or 1.0
-    axis = _Axis(min(known) - 0.35 * spread, max(known) + 0.35 * spread, 2, 158)
+    axis = _padded(known, 2, 158)
     low, high = limit
     ends = (axis.start if low is None else axis(low), axis.end if high is None else axis(high))
     drawn = [_line(axis.start, 14, axis.end, 14, "axis-line"), _rect(_Box(ends[0], 4, ends[1], 24), "allowed")]
@@ -297,6 +304,12 @@ def interval(
     return picture(
         drawn, ident=ident, title=title, description=description, width=160, height=28, class_="gate-picture"
     )
+
+
+def _padded(known: Sequence[float], start: float, end: float) -> _Axis:
+    """Return an axis with all values on it and room on both sides."""
+    spread = (max(known) - min(known)) or abs(known[0]) or 1.0
+    return _Axis(min(known) - 0.35 * spread, max(known) + 0.35 * spread, start, end)
 
 
 def bar(start: float, length: float, total: float, *, ident: str, title: str, style: str = "") -> Markup:
@@ -339,13 +352,8 @@ def histogram(
         for low, high, count in usable
     ]
     drawn.append(_line(frame.left, frame.bottom, frame.right, frame.bottom, "axis-line"))
-    for power in range(math.ceil(x.low - 1e-9), math.floor(x.high + 1e-9) + 1):
-        at = x(power)
-        drawn.append(_line(at, frame.bottom, at, frame.bottom + 5, "tick"))
-        if (power - math.ceil(x.low)) % max(1, round((x.high - x.low) / 8)) == 0:
-            drawn.append(_text(_power(power), at, frame.bottom + 21, "axis", "middle"))
-    shown = [(name, value) for name, value in marks if value > 0 and x.low <= math.log10(value) <= x.high]
-    drawn += _marked([(f"{name} {text.number(value)}", x(math.log10(value))) for name, value in shown], frame)
+    drawn += _powers(x, frame)
+    drawn += _marked(_placed(marks, x), frame)
     drawn.append(_text("nats per token, logarithmic →", frame.right, frame.bottom + 42, "axis-title", "end"))
     return picture(
         drawn,
@@ -356,6 +364,21 @@ def histogram(
         height=298,
         class_="chart",
     )
+
+
+def _placed(marks: Sequence[tuple[str, float]], x: _Axis) -> list[tuple[str, float]]:
+    """Return (name with its value, where it lies) of the marks that lie on a logarithmic axis."""
+    shown = [(name, value) for name, value in marks if value > 0 and x.low <= math.log10(value) <= x.high]
+    return [(f"{name} {text.number(value)}", x(math.log10(value))) for name, value in shown]
+
+
+def _powers(x: _Axis, frame: _Box) -> Iterator[Markup]:
+    """Draw a tick at every power of ten, and name about eight of them."""
+    for power in range(math.ceil(x.low - 1e-9), math.floor(x.high + 1e-9) + 1):
+        at = x(power)
+        yield _line(at, frame.bottom, at, frame.bottom + 5, "tick")
+        if (power - math.ceil(x.low)) % max(1, round((x.high - x.low) / 8)) == 0:
+            yield _text(_power(power), at, frame.bottom + 21, "axis", "middle")
 
 
 def _marked(marks: Sequence[tuple[str, float]], frame: _Box) -> Iterator[Markup]:

@@ -255,6 +255,11 @@ def _rearranged(text: str, blocks: Sequence[Block], order: Sequence[int]) -> str
         pieces = [text[block.item.start_mark.index : block.item.end_mark.index] for block in blocks]
         start, end = blocks[0].item.start_mark.index, blocks[-1].item.end_mark.index
         return text[:start] + ", ".join(pieces[index] for index in order) + text[end:]
+    return _rearranged_lines(text, blocks, order)
+
+
+def _rearranged_lines(text: str, blocks: Sequence[Block], order: Sequence[int]) -> str:
+    """Write stages that stand on lines of their own in another order, each with the comments above it."""
     starts = line_starts(text)
     lines = [text[a:b] for a, b in pairwise(starts) if a < b]
     if lines and not LINE_BREAK.search(lines[-1]):

@@ -155,14 +155,22 @@ def _indented(text: str, mark: Mark, hint: Hint, entries: Mapping[int, Pair]) ->
     (verb, options), *others = found[0].value
     if verb.value != hint.text or any(key.start_mark.column != verb.start_mark.column for key, _ in others):
         return None
-    column = verb.start_mark.column + 2
-    if isinstance(options, yaml.MappingNode) and options.value and not options.flow_style:
-        column = options.value[0][0].start_mark.column
-    elif not isinstance(options, yaml.ScalarNode) or options.value:
+    column = _options_column(verb, options)
+    if column is None:
         return None
     columns = column - verb.start_mark.column
     moved = (_shifted(text, key.start_mark.line, last_line(value), columns) for key, value in others)
     return [span for spans in moved for span in spans]
+
+
+def _options_column(verb: yaml.Node, options: yaml.Node) -> int | None:
+    """Return where the keys below a verb begin; None where no key can stand there: its value is none of blocks."""
+    if isinstance(options, yaml.MappingNode) and options.value and not options.flow_style:
+        column: int = options.value[0][0].start_mark.column
+        return column
+    if isinstance(options, yaml.ScalarNode) and not options.value:
+        return verb.start_mark.column + 2
+    return None
 
 
 def _named(text: str, mark: Mark, hint: Hint, entries: Mapping[int, Pair]) -> list[Span] | None:

@@ -253,15 +253,22 @@ def _numbers(answer: Answer, values: object) -> tuple[float, ...]:
     return tuple(map(float, values[1:]))
 
 
+def _tokens(answer: Answer, told: Mapping[str, Any], count: int) -> list[str]:
+    """Return the texts of the tokens that were scored; none where the server doesn't tell them."""
+    tokens = told.get("tokens") or []
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise answer.malformed("tokens", tokens)
+    if tokens and len(tokens) != count:
+        raise answer.malformed(f"{count} log-probabilities of {len(tokens)} tokens", tokens)
+    return tokens
+
+
 def _echo(answer: Answer, prompt: str) -> Echo | None:
     told = _logprobs(answer)
     if told is None or not told.get("token_logprobs"):
         return None
-    numbers, tokens = _numbers(answer, told["token_logprobs"]), told.get("tokens") or []
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise answer.malformed("tokens", tokens)
-    if tokens and len(tokens) != len(numbers) + 1:
-        raise answer.malformed(f"{len(numbers) + 1} log-probabilities of {len(tokens)} tokens", tokens)
+    numbers = _numbers(answer, told["token_logprobs"])
+    tokens = _tokens(answer, told, len(numbers) + 1)
     first = tokens[0] if tokens and prompt.startswith(tokens[0]) else ""  # a token that begins every text is not of it
     scored = len(prompt.encode()) - len(first.encode())
     if not numbers:

@@ -118,12 +118,8 @@ def _download(wanted: Repository, note: Callable[[str], None]) -> Fetched:
     if file:
         path = hf_hub_download(wanted.repo, file, repo_type=kind, revision=commit)
     else:
-        path = snapshot_download(
-            wanted.repo,
-            repo_type=kind,
-            revision=commit,
-            allow_patterns=[name for name in names if is_model_file(name)],
-        )
+        patterns = list(filter(is_model_file, names))
+        path = snapshot_download(wanted.repo, repo_type=kind, revision=commit, allow_patterns=patterns)
     return Fetched(path=Path(path), commit=commit, file=file)
 
 
@@ -165,11 +161,15 @@ def choose(where: str, names: Iterable[str]) -> str:
     if ggufs:
         fix = f"name one: {where}#{ggufs[0]}" if where.startswith("hf:") else f"name one: {where}/{ggufs[0]}"
         raise RecipeError(f"{where} holds {len(ggufs)} gguf files", fix=fix)
+    raise _no_weights(where, names)
+
+
+def _no_weights(where: str, names: Iterable[str]) -> RefusedError | RecipeError:
     pickled = next((name for name in names if name.endswith(PICKLES)), None)
     if pickled is not None:
         message = f"{where} has its weights in {pickled}: a pickle can run any code when it is read"
-        raise RefusedError(message, fix="convert it to safetensors where that can do no harm, or use another copy")
-    raise RecipeError(f"{where} holds neither *.safetensors nor a gguf file", fix="name a model directory")
+        return RefusedError(message, fix="convert it to safetensors where that can do no harm, or use another copy")
+    return RecipeError(f"{where} holds neither *.safetensors nor a gguf file", fix="name a model directory")
 
 
 _REASONS = {

@@ -44,16 +44,20 @@ def canonical(value: Any) -> Any:
             raise ValueError(msg)
         return value
     if isinstance(value, Mapping):
-        if not all(isinstance(name, str) for name in value):
-            msg = f"a mapping with keys that aren't text can't be part of a cache key: {value!r}"
-            raise TypeError(msg)
-        return {name: canonical(item) for name, item in value.items()}
+        return _canonical_mapping(value)
     if isinstance(value, set | frozenset):
         return sorted(canonical(item) for item in value)
     if isinstance(value, list | tuple):
         return [canonical(item) for item in value]
     msg = f"{type(value).__name__} can't be part of a cache key: {value!r}"
     raise TypeError(msg)
+
+
+def _canonical_mapping(value: Mapping[Any, Any]) -> dict[str, Any]:
+    if not all(isinstance(name, str) for name in value):
+        msg = f"a mapping with keys that aren't text can't be part of a cache key: {value!r}"
+        raise TypeError(msg)
+    return {name: canonical(item) for name, item in value.items()}
 
 
 def cache_key(**parts: Any) -> str:

@@ -94,16 +94,19 @@ class Speculator:
             return NoDraft()
         longer = {n: k for n, k in self.lengths.items() if n > 1}
         single = {n: k for n, k in self.lengths.items() if n == 1}
-        parts: list[Drafter] = [PromptLookup(longer)] if longer else []
+        between = list(self._between(cached))
+        if longer and single and not between:  # one table does the work of two
+            return PromptLookup(self.lengths)
+        parts = [*_lookups(longer), *between, *_lookups(single)]
+        return FirstOf(parts) if len(parts) > 1 else parts[0] if parts else NoDraft()
+
+    def _between(self, cached: CachedDrafts | None) -> Iterator[Drafter]:
+        """Yield what is asked after lookup of several tokens, and before lookup of one."""
         if self.datastore is not None:
-            parts.append(NGramDrafter(self.datastore, gate=self.gate))
+            yield NGramDrafter(self.datastore, gate=self.gate)
         model = self._model(cached)
         if model is not None:
-            parts.append(model)
-        parts += [PromptLookup(single)] if single else []
-        if len(parts) == 2 and longer and single:  # nothing in between: one table does the work of two
-            return PromptLookup(self.lengths)
-        return FirstOf(parts) if len(parts) > 1 else parts[0] if parts else NoDraft()
+            yield model
 
     def drafters(self, count: int) -> list[Drafter]:
         """Return new drafters for texts that are written at once; a draft model gets a cache for each.
@@ -136,6 +139,10 @@ class Speculator:
     def drafts(self) -> bool:
         """Whether it ever drafts."""
         return self.method != "off" and bool(self.lengths or self.datastore is not None or self.ahead)
+
+
+def _lookups(lengths: Mapping[int, int]) -> list[Drafter]:
+    return [PromptLookup(lengths)] if lengths else []
 
 
 MODELS = ("medusa", "draft")

@@ -8,7 +8,7 @@ from the text alone, without running the model again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
@@ -195,12 +195,7 @@ def tune(
     def cost(speculator: Speculator) -> float:
         return price(speculator, texts, costs, drafting).ms_per_token
 
-    moves = [partial(_drafting, n=n, k=k) for n in sorted({*matches, *given.lengths}, reverse=True) for k in drafts]
-    moves += [partial(_gated, gate=gate) for gate in GATES if given.datastore is not None]
-    if given.ahead:
-        most = max((each.cached_drafts.tokens.shape[1] for each in texts if each.cached_drafts), default=given.ahead)
-        moves += [partial(_looking, ahead=k) for k in AHEAD_LENGTHS if k <= most]
-        moves += [partial(_sure, gate=gate) for gate in AHEAD_GATES]
+    moves = _moves(given, texts, sorted({*matches, *given.lengths}, reverse=True), drafts)
     best, least = given, cost(given)
     improved = True
     while improved:
@@ -211,6 +206,19 @@ def tune(
             if found < least * (1 - 1e-6):
                 best, least, improved = trial, found, True
     return best if least < costs.at(1) * (1 - 1e-6) else replace(best, lengths={}, datastore=None, ahead=0)
+
+
+def _moves(
+    given: Speculator, texts: Sequence[Written], matches: Sequence[int], drafts: Sequence[int]
+) -> list[Callable[[Speculator], Speculator]]:
+    """Return what the descent tries in turn: each changes one length or one gate."""
+    moves: list[Callable[[Speculator], Speculator]] = [partial(_drafting, n=n, k=k) for n in matches for k in drafts]
+    moves += [partial(_gated, gate=gate) for gate in GATES if given.datastore is not None]
+    if given.ahead:
+        most = max((each.cached_drafts.tokens.shape[1] for each in texts if each.cached_drafts), default=given.ahead)
+        moves += [partial(_looking, ahead=k) for k in AHEAD_LENGTHS if k <= most]
+        moves += [partial(_sure, gate=gate) for gate in AHEAD_GATES]
+    return moves
 
 
 def _drafting(speculator: Speculator, *, n: int, k: int) -> Speculator:

@@ -6,7 +6,7 @@ have to agree on every weight. (`onnx.checker` can't judge these graphs: they us
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -59,12 +59,31 @@ def compare(source: Path, dest: Path, facts: ModelFacts, *, exact: bool) -> dict
     Raises:
         StageFailedError: The graph lacks a linear, or holds another weight; the message names it.
     """
-    from optikit.formats import dequantized_state
     from optikit.formats.onnx_graph import OnnxGraph
 
     graph = OnnxGraph(dest / GRAPH)
     held = {f"{name}.weight": tuple(places(name, facts, graph)) for name in facts.linears}
     _check_products(held, graph)
+    distances = _distances(source, held, graph, facts, exact=exact)
+    missing = next((name for name in (*held, HEAD) if name not in distances), None)
+    if missing is not None:
+        raise StageFailedError(f"{missing} is in the graph, but not in the source", fix="check the model directory")
+    return {
+        "linears_compared": len(held),
+        "linears_bit_equal": len(held) if exact else 0,
+        "linears_largest_steps": round(max(distances[name] for name in held), 4),
+        "head": _stored(graph.products[HEAD].bits),
+        "head_largest_steps": round(distances[HEAD], 4),
+        "embedding": "float32" if TABLE in graph.tensors else "the head's",
+    }
+
+
+def _distances(
+    source: Path, held: Mapping[str, Sequence[Place]], graph: OnnxGraph, facts: ModelFacts, *, exact: bool
+) -> dict[str, float]:
+    """Return how far each linear and the head are from the source's, in steps of the grid; check the embedding."""
+    from optikit.formats import dequantized_state
+
     table, own = outer_names(facts)
     head = table if facts.tied else own
     distances: dict[str, float] = {}
@@ -78,17 +97,7 @@ def compare(source: Path, dest: Path, facts: ModelFacts, *, exact: bool) -> dict
             product = graph.products[HEAD]
             whole = Place(product=HEAD, rows=product.rows)
             distances[HEAD] = _distance(name, tensor, whole, graph, exact=product.bits == 32)
-    missing = next((name for name in (*held, HEAD) if name not in distances), None)
-    if missing is not None:
-        raise StageFailedError(f"{missing} is in the graph, but not in the source", fix="check the model directory")
-    return {
-        "linears_compared": len(held),
-        "linears_bit_equal": len(held) if exact else 0,
-        "linears_largest_steps": round(max(distances[name] for name in held), 4),
-        "head": _stored(graph.products[HEAD].bits),
-        "head_largest_steps": round(distances[HEAD], 4),
-        "embedding": "float32" if TABLE in graph.tensors else "the head's",
-    }
+    return distances
 
 
 def _stored(bits: int) -> str:
