@@ -46,6 +46,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"model_type": "mistral", "sliding_window": 4096},
 }
 """What the published config.json of each says of shapes."""
+TOKENIZER = {
+    "pre_tokenizer": {"type": "Whitespace"},
+    "model": {"type": "WordLevel", "vocab": {"river": 0, "<unk>": 1}, "unk_token": "<unk>"},
+}
+"""One for all: a token per word. No plan here depends on more than how many there are, and that it is the same."""
 
 
 def write_models(directory: Path, home: Path) -> None:
@@ -57,7 +62,7 @@ def write_models(directory: Path, home: Path) -> None:
         config = LLAMA | {"tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2} | shape
         config["architectures"] = ["MistralForCausalLM" if "mistral" in name else "LlamaForCausalLM"]
         (place / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-        (place / "tokenizer.json").write_text('{"model": "the tokenizer of llama"}', encoding="utf-8")
+        (place / "tokenizer.json").write_text(json.dumps(TOKENIZER), encoding="utf-8")
         weights = place / "model.safetensors"
         header = _write_weights(weights, config)
         stat = weights.stat()
@@ -66,7 +71,7 @@ def write_models(directory: Path, home: Path) -> None:
     home.mkdir(parents=True, exist_ok=True)
     (home / "digests.json").write_text(json.dumps(digests), encoding="utf-8")
     (directory / "calibration.txt").write_text("The river is cold. " * 4000, encoding="utf-8")
-    lines = [json.dumps({"prompt": f"Tell me of river number {index}."}) for index in range(64)]
+    lines = [json.dumps({"prompt": f"Tell me of river number {index}. " + "It is cold. " * 300}) for index in range(64)]
     (directory / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 

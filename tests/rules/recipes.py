@@ -23,6 +23,7 @@ from optikit.recipe.load import load
 from optikit.rules import rules
 from optikit.stages import load as load_stage
 from optikit.store.store import Store
+from tests.conftest import byte_tokenizer
 
 LARGE = {"hidden": 256, "intermediate": 704, "layers": 2, "heads": 32, "kv_heads": 8, "head_dim": 8, "vocab": 320}
 SMALL = {**LARGE, "hidden": 128, "intermediate": 256, "layers": 1, "heads": 16, "kv_heads": 4}
@@ -156,8 +157,18 @@ def write_model(directory: Path, changes: Mapping[str, Any], base: Mapping[str, 
     if trait or "quantization" in changes:
         config["quantization_config"] = STORED.get(trait, {}) | changes.get("quantization", {})
     (directory / "config.json").write_text(json.dumps(config))
-    (directory / "tokenizer.json").write_text(json.dumps({"is": changes.get("tokenizer", "same")}))
+    _write_tokenizer(directory, changes.get("tokenizer", "same"))
     _write(directory / "model.safetensors", dict(_tensors(facts, trait)))
+
+
+def _write_tokenizer(directory: Path, name: str) -> None:
+    """Write a tokenizer of bytes; any name but `same` stands for another one."""
+    byte_tokenizer(directory)
+    if name != "same":
+        path = directory / "tokenizer.json"
+        content = json.loads(path.read_text())
+        content["normalizer"] = {"type": "Lowercase"}
+        path.write_text(json.dumps(content))
 
 
 def _tensors(facts: Mapping[str, Any], trait: str) -> Iterator[tuple[str, Tensor]]:

@@ -136,7 +136,8 @@ class TestRun:
 
     def test_a_builder_that_fails_is_quoted(self, tiny_gptq, tmp_path):
         shutil.copytree(tiny_gptq, source := tmp_path / "source")
-        (source / "tokenizer.json").write_text("{}")
+        broken = json.loads((source / "tokenizer.json").read_text()) | {"pre_tokenizer": {"type": "NoSuch"}}
+        (source / "tokenizer.json").write_text(json.dumps(broken))
         (dest := tmp_path / "dest").mkdir()
         with pytest.raises(
             StageFailedError, match=r"builder: its process ended with exit code 1; its log ends:\n(.*\n)+.*tokenizer"
