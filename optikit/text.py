@@ -93,12 +93,12 @@ HIDDEN = "***"
 _TOKENS = re.compile(
     r"""
       (?P<scheme>[A-Za-z][\w.+-]*://) [^\s/?\#"'<>\\]* (?=@)              # user and password of an address
-    | (?P<bearer>\b(?:[Bb]earer|[Bb]asic)\ +) [\w.~+/=-]{8,}
+    | (?P<bearer>\b(?:[Bb]earer|[Bb]asic)\ +) (?=\S*\d) [\w.~+/=-]{8,}
     | \b hf_[A-Za-z0-9]{16,}                                            # Hugging Face
     | \b gh[opsur]_[A-Za-z0-9]{16,} | \b github_pat_\w{16,} | \b glpat-[\w-]{16,}
     | \b sk-[\w-]{16,} | \b xox[a-z]-[\w-]{8,} | \b AKIA[A-Z0-9]{16}\b | \b pypi-Ag[\w-]{16,}
     | -----BEGIN\ [A-Z ]*PRIVATE\ KEY-----
-    | (?P<account>(?:^|(?<=\s)|(?<=['"`]))[\w.-]+:) \$[0-9a-z]+\$[^:\s'"]+    # a password's hash, as in /etc/shadow
+    | \$ (?:[1567y] | 2[abxy] | argon2\w+) \$ [^:\s'"]{8,}                 # a password's hash, as in /etc/shadow
     """,
     re.VERBOSE | re.MULTILINE,
 )

@@ -115,7 +115,7 @@ def _tell(report: Report, request: Request) -> None:
     from optikit.report import github, junit, summary
 
     if request.junit is not None:
-        request.junit.write_text(junit.render(report), encoding="utf-8")
+        write.put(request.junit, junit.render(report))
     github.publish(report)
     if request.progress != "none":
         summary.show(report, request.out)

@@ -42,6 +42,7 @@ def recommend(
     from optikit.app import recommend as ranking
     from optikit.errors import RecipeError, UsageError
     from optikit.problems import did_you_mean
+    from optikit.report.write import put
     from optikit.text import dump_json
 
     row = targets.find(target, extra)
@@ -57,7 +58,7 @@ def recommend(
         raise RecipeError(f"no stack works on {row.name}", fix="see the reasons above; try another target")
     if out is not None:
         here = str(Path(model).absolute()) if Path(model).exists() else model
-        out.write_text(ranking.recipe(good[0], out, row, model=here, most_loss=max_quality_loss), encoding="utf-8")
+        put(out, ranking.recipe(good[0], out, row, model=here, most_loss=max_quality_loss))
         typer.echo(f"wrote {out}; next: optikit plan {out}", err=True)
 
 

@@ -61,7 +61,14 @@ def load(path: Path) -> Report:
 
 
 def put(path: Path, content: str) -> None:
-    """Write a UTF-8 file atomically: a temporary file beside it, flushed to disk, then renamed over it."""
+    """Write a UTF-8 file atomically: a temporary file beside it, flushed to disk, then renamed over it.
+
+    Raises:
+        CannotCreateError: It can't be made there.
+        DiskError: The disk is full or fails.
+    """
+    if not path.name:
+        raise CannotCreateError(f"{str(path)!r} is no name for a file", fix="name the file to write")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
