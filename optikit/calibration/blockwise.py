@@ -27,7 +27,7 @@ from optikit.calibration.forward_passes import ForwardPasses
 from optikit.calibration.gram import PairedGram
 from optikit.calibration.method import Batch, DataFreeMethod, Group, Method, PreviousOp, Result, Walked
 from optikit.calibration.paused_forward import CapturePoint, capture_hooks
-from optikit.calibration.resume import HiddenStates, ResumeState
+from optikit.calibration.resume import AIM, HiddenStates, ResumeState
 from optikit.calibration.source_model import Linear, SourceModel
 from optikit.errors import StageFailedError
 from optikit.formats.checkpoint import Checkpoint
@@ -77,14 +77,28 @@ def run(job: Job, method: Method[Any] | DataFreeMethod, *, identity: str, ignore
             for linears, apply in groups:
                 block.take(linears, apply())
                 del apply  # with its statistic, before the next one is made
-    return Outcome(method.layout.write(job, _walked(source, state, ignore)) | facts, state.facts)
+    written = method.layout.write(job, _walked(source, state, ignore))
+    return Outcome(written | facts | _corrections(state.facts), state.facts)
 
 
 def _walked(source: SourceModel, state: ResumeState, ignore: Callable[[str], bool]) -> Walked:
     replaced = {f"{name}.weight" for name in state.linears}
     kept = {name: entry for name, entry in source.checkpoint.entries.items() if name not in replaced}
     entries = {**kept, **state.entries()}
-    return Walked(entries=entries, linears=tuple(state.linears), ignore=ignore, rows=state.facts)
+    linears = tuple(state.linears)
+    return Walked(entries=entries, linears=linears, ignore=ignore, aims=state.aims(), rows=state.facts)
+
+
+def _corrections(rows: Mapping[str, Mapping[str, Any]]) -> Facts:
+    """Return how far linears were corrected, where a method corrects: the mean factor, and how many it is 0 for."""
+    factors = [row["correction"] for row in rows.values() if "correction" in row]
+    if not factors:
+        return {}
+    return {
+        "correction_mean": round(sum(factors) / len(factors), 3),
+        "linears_corrected": sum(each > 0 for each in factors),
+        "linears_uncorrected": sum(each == 0 for each in factors),
+    }
 
 
 class _Block:
@@ -101,8 +115,10 @@ class _Block:
         if self._forward is not None:
             self._forward(linears, result.weights)
         self.tensors.update(result.tensors or self._dense(linears, result.weights))
+        self.tensors.update({f"{AIM}{name}": tensor for name, tensor in result.aims.items()})
         self.linears += [linear.name for linear in linears]
-        self.facts.update(result.facts)
+        for name, facts in result.facts.items():
+            self.facts[name] = {**self.facts.get(name, {}), **facts}
 
     def _dense(self, linears: Linears, weights: tuple[Tensor, ...]) -> dict[str, Tensor]:
         pairs = zip(linears, weights, strict=True)
@@ -164,6 +180,7 @@ class _Calibrated:
         self._calls: list[Call] = []
         self._shape = (0, 0, 0)
         self._batch = 1
+        self._held_out: list[tuple[bool, ...]] = []
 
     def blocks(self) -> Blocks:
         """Yield the blocks that are not done yet."""
@@ -198,6 +215,8 @@ class _Calibrated:
         with self._model.stem_filled():
             self._calls = self._model.record(tokens[:1])
             tokens = distributed.share(tokens)
+            held_out = distributed.share(calibration_set.held_out(calibration.samples))
+            self._held_out = [tuple(part.tolist()) for part in torch.split(held_out, self._batch)]
             self._shape = (len(tokens), length, self._model.width)
             intact = self._intact()
             if not (distributed.agreed(intact) and intact):
@@ -253,16 +272,20 @@ class _Calibrated:
             return_memory()  # what passes needed on their way lies between what they still hold
             previous = self._source.previous_op(index, linears, self._ignore, block.tensors)
             group = _group(self._job, self._source, linears, previous)
-            yield linears, self._gathered(group, self._batches(passes, linears))
+            yield linears, self._gathered(group, self._batches(passes, linears), block)
 
-    def _gathered(self, group: Group, batches: Iterator[Batch]) -> Callable[[], Result]:
+    def _gathered(self, group: Group, batches: Iterator[Batch], block: _Block) -> Callable[[], Result]:
         statistic = self._method.statistic(group)
         for batch in batches:
             statistic.update(batch)
         if distributed.count() > 1:
             statistic.merge()
         if isinstance(statistic, PairedGram):
-            group = replace(group, corrected=statistic.corrected())
+            corrected = statistic.corrected()
+            group = replace(group, corrected=corrected.weight)
+            block.facts |= {
+                name: {"correction": factor} for name, factor in zip(group.names, corrected.factors, strict=True)
+            }
         return partial(self._method.apply, group, statistic)
 
     def _residual(self, linears: Linears) -> CapturePoint:
@@ -271,11 +294,12 @@ class _Calibrated:
 
     def _batches(self, passes: list[ForwardPasses], linears: Linears) -> Iterator[Batch]:
         point, residual = linears[0].inside, self._residual(linears)
-        for now, *dense in zip(*(each.inputs(point, residual) for each in passes), strict=True):
+        waiting = zip(*(each.inputs(point, residual) for each in passes), strict=True)
+        for held_out, (now, *dense) in zip(self._held_out, waiting, strict=True):
             inputs, stream = now
             if not _finite(inputs):
                 message = f"the inputs of {linears[0].name} are not finite"
                 raise StageFailedError(message, fix="does the dense model give finite outputs on this text?")
             wanted, dense_stream = dense[0] if dense else (inputs, None)
             gap = None if stream is None or dense_stream is None else dense_stream.float() - stream.float()
-            yield Batch(inputs=inputs, dense_inputs=wanted, residual_gap=gap)
+            yield Batch(inputs=inputs, dense_inputs=wanted, residual_gap=gap, held_out=held_out)

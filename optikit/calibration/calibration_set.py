@@ -14,6 +14,15 @@ from optikit.models import tokenizer
 CHUNK_CHARACTERS = 200_000
 """Text is tokenized in pieces of about this size, cut at line ends: a tokenizer keeps 50 bytes per character."""
 
+HELD_OUT = 4
+"""One window of so many is held out: corrections are tried on it, not fitted to it."""
+
+
+def held_out(samples: int) -> Tensor:
+    """Return which of the windows are held out, (samples,) bool; none of a single one."""
+    every = min(HELD_OUT, samples)
+    return torch.arange(samples) % every == every - 1 if every > 1 else torch.zeros(samples, dtype=torch.bool)
+
 
 def _pieces(text: str) -> list[str]:
     pieces = []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -81,11 +82,13 @@ class Result:
         weights: Per linear (out_features, in_features): what the walk goes on with; bit-equal to what `tensors` mean.
         tensors: Written in place of each linear's `weight`, under full names; changed tensors of the previous op may be
             among them. Empty writes `weights` in the checkpoint's layout and dtype.
+        aims: What was rounded, of corrected linears; see aims.py.
         facts: Facts about each linear by its name, as JSON.
     """
 
     weights: tuple[Tensor, ...]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    aims: Mapping[str, Tensor] = field(default_factory=dict)
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -98,11 +101,22 @@ class Batch:
         dense_inputs: The same tokens' inputs in the dense model; `inputs` where the dense model isn't run.
         residual_gap: (tokens, out_features): dense minus present residual stream that the group's only linear adds its
             output to; None where its output goes elsewhere.
+        held_out: Per window of the batch, whether corrections are tried on it instead of fitted to it; empty is none.
     """
 
     inputs: Tensor
     dense_inputs: Tensor
     residual_gap: Tensor | None = None
+    held_out: tuple[bool, ...] = ()
+
+    def parts(self) -> Iterator[tuple[bool, slice]]:
+        """Yield runs of tokens whose windows are held out, or aren't."""
+        length = len(self.inputs) // max(len(self.held_out), 1)
+        start = 0
+        for held_out, windows in groupby(self.held_out or (False,)):
+            stop = start + length * len(list(windows))
+            yield held_out, slice(start, stop)
+            start = stop
 
 
 class Statistic(Protocol):
@@ -125,12 +139,14 @@ class Walked:
         entries: Every tensor of the new checkpoint and where its bytes lie now: in the source, or in scratch.
         linears: Full names of the linears that were changed.
         ignore: Whether a linear (full name) was left as it is.
+        aims: What corrected linears were aimed at; see aims.py.
         rows: Facts about each linear by its name, as JSON.
     """
 
     entries: Mapping[str, Entry]
     linears: tuple[str, ...]
     ignore: Callable[[str], bool]
+    aims: Mapping[str, Entry] = field(default_factory=dict)
     rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 

@@ -1,7 +1,7 @@
 """Resume state of a walk, in the job's scratch directory: finished blocks and the hidden states after them.
 
     resume.json          which walk this is, how many blocks are done, sha256 of the hidden states after them
-    block-00012.safetensors   what is written in place of block 12's weights
+    block-00012.safetensors   what is written in place of block 12's weights, and the aims of corrected ones
     hidden-00013.bin     input of block 13, as it was in memory
     dense-00013.bin      the same in the dense model, where a technique looks at that too
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 STATE = "resume.json"
+AIM = "aim:"
+"""Opens the names of tensors that are kept for the verification, and not written into the model."""
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -158,10 +160,20 @@ class ResumeState:
         Raises:
             IntegrityError: One is damaged; the next run begins the walk again.
         """
-        found: dict[str, Entry] = {}
+        return {name: entry for name, entry in self._located() if not name.startswith(AIM)}
+
+    def aims(self) -> dict[str, Entry]:
+        """Return where the aims of all finished blocks lie, by name without `AIM`.
+
+        Raises:
+            IntegrityError: One is damaged; the next run begins the walk again.
+        """
+        return {name.removeprefix(AIM): entry for name, entry in self._located() if name.startswith(AIM)}
+
+    def _located(self) -> Iterator[tuple[str, Entry]]:
         for index in range(self.done):
-            if not is_intact(self._block_path(index)):
-                message = f"{self._block_path(index)} changed on the disk after it was written"
+            path = self._block_path(index)
+            if not is_intact(path):
+                message = f"{path} changed on the disk after it was written"
                 raise IntegrityError(message, fix="run again: this step begins anew; check the disk")
-            found.update(locate(self._block_path(index)))
-        return found
+            yield from locate(path).items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 
 from optikit.algorithms.grid import Grid, pruned_mask
+from optikit.calibration import aims
 from optikit.calibration.source_model import SourceModel
 from optikit.errors import StageFailedError
 from optikit.formats import gptq
-from optikit.formats.checkpoint import COPY_BYTES, Checkpoint, Entry
+from optikit.formats.checkpoint import COPY_BYTES, Checkpoint, Entry, read_entry
 
 FIX = "this is a defect of optikit or of the disk: run again, and report it if it stays"
 LARGEST_ERROR = 1.0
@@ -35,11 +37,13 @@ def same_bytes(one: Entry, other: Entry) -> bool:
     return True
 
 
-def verify_packed(source: Path, dest: Path, linears: tuple[str, ...], grid: Grid) -> dict[str, Any]:
+def verify_packed(
+    source: Path, dest: Path, linears: tuple[str, ...], grid: Grid, aimed: Mapping[str, Entry]
+) -> dict[str, Any]:
     """Check a `gptq` checkpoint against the dense one it was made from.
 
-    Every promised linear is packed in the promised grid, finite, close to the dense weight, zero where a pruned one
-    was zero; every other tensor has the bytes of the source.
+    Every promised linear is packed in the promised grid, finite, close to the dense weight, or to what a corrected one
+    was aimed at (see aims.py), zero where a pruned one was zero; every other tensor has the bytes of the source.
 
     Returns:
         Facts: linears packed, bits per packed weight, share of the blocks' linear weights that is packed.
@@ -51,7 +55,7 @@ def verify_packed(source: Path, dest: Path, linears: tuple[str, ...], grid: Grid
     _check_names(model, written, set(linears))
     weights = packed_bytes = 0
     for name in linears:
-        weights += _check_linear(model, written, name, grid)
+        weights += _check_linear(model, written, name, grid, aimed.get(name))
         entries = [written.entries[f"{name}.{suffix}"] for suffix in gptq.SUFFIXES]
         packed_bytes += sum(entry.stop - entry.start for entry in entries)
     total = sum(_elements(entry) for name, entry in model.checkpoint.entries.items() if _in_blocks(model, name))
@@ -85,7 +89,7 @@ def _in_blocks(model: SourceModel, name: str) -> bool:
     return name.endswith(linears)
 
 
-def _check_linear(model: SourceModel, written: Checkpoint, name: str, grid: Grid) -> int:
+def _check_linear(model: SourceModel, written: Checkpoint, name: str, grid: Grid, aim: Entry | None) -> int:
     tensors = {suffix: written.read(f"{name}.{suffix}") for suffix in gptq.SUFFIXES}
     dense = model.read(f"{name}.weight").float()
     dense = dense.T if model.row.transposed else dense
@@ -97,7 +101,8 @@ def _check_linear(model: SourceModel, written: Checkpoint, name: str, grid: Grid
     pruned = pruned_mask(dense)
     if pruned is not None and bool((new[~pruned] != 0).any()):
         raise StageFailedError(f"{name} was pruned and has lost zeros", fix=FIX)
-    error = ((new - dense).norm() / dense.norm().clamp_min(1e-30)).item()
+    found, wanted = (new, dense) if aim is None else (aims.seen(new), read_entry(aim))
+    error = ((found - wanted).norm() / wanted.norm().clamp_min(1e-30)).item()
     if error >= LARGEST_ERROR:
         raise StageFailedError(f"{name} is off by {error:.0%} of its norm", fix=FIX)
     return dense.numel()

@@ -16,11 +16,12 @@ from transformers import AutoConfig
 
 from optikit.algorithms.grid import Grid, pruned_mask
 from optikit.algorithms.sparsity import Pattern, holds
+from optikit.calibration import aims
 from optikit.calibration.method import PreviousOp, Walked
 from optikit.calibration.source_model import Linear, SourceModel
 from optikit.calibration.verify import FIX, LARGEST_ERROR, same_bytes, verify_packed
 from optikit.errors import StageFailedError
-from optikit.formats.checkpoint import Checkpoint
+from optikit.formats.checkpoint import Checkpoint, read_entry
 from optikit.formats.directory import write_model
 from optikit.stage import Facts, Job
 
@@ -35,7 +36,7 @@ class ScaledLayout:
     """Packed linears whose inputs may be scaled: scales are folded into the op before them.
 
     Norms and biases before scaled linears may change, and only they; what they were divided by is read off the files,
-    and with it every linear is compared with the dense one it stands for.
+    and with it every linear is compared with the dense one it stands for, or with what a corrected one was aimed at.
 
     Attributes:
         dtypes: Tensors of a packed linear by suffix, with their dtypes.
@@ -61,7 +62,7 @@ class ScaledLayout:
         _check_names(source, written, self, walked)
         errors: dict[str, float] = {}
         for block in range(source.layers):
-            errors |= _check_block(block, source, written, self, walked.ignore)
+            errors |= _check_block(block, source, written, self, walked)
         packed = [written.entries[f"{name}.{suffix}"] for name in walked.linears for suffix in self.dtypes]
         elements = sum(math.prod(source.checkpoint.entries[f"{name}.weight"].shape) for name in walked.linears)
         return {
@@ -95,36 +96,51 @@ def _scaled_names(source: SourceModel, ignore: Callable[[str], bool]) -> set[str
 
 
 def _check_block(
-    block: int, source: SourceModel, written: Checkpoint, layout: ScaledLayout, ignore: Callable[[str], bool]
+    block: int, source: SourceModel, written: Checkpoint, layout: ScaledLayout, walked: Walked
 ) -> dict[str, float]:
-    """Return the relative error of every packed linear of a block against the dense one, scaled as the files have it.
+    """Return the relative error of every packed linear of a block against what it was aimed at, scaled as that was.
 
     Scaled, because that is what was rounded: undone, the rounding of channels that were made small would count most.
     """
     errors, divided = {}, dict[str, Tensor]()
     scalable = {name for name in source.row.previous_ops if name in source.row.linears}
-    for group in source.groups(block, ignore):
-        previous = source.previous_op(block, group, ignore, {})
+    for group in source.groups(block, walked.ignore):
+        previous = source.previous_op(block, group, walked.ignore, {})
         columns = _scale(previous, written, divided)
         most = LARGEST_BEHIND_NORM if previous is not None and not previous.linear else LARGEST_ERROR
         for linear in group:
-            scale = columns
             new, dense = _unpacked(linear, written, layout), source.weight(linear)
             if new.shape != dense.shape:
                 raise StageFailedError(f"{linear.name} has shape {tuple(new.shape)}, not {tuple(dense.shape)}", fix=FIX)
             alive = pruned_mask(dense)
             if alive is not None and bool((new[~alive] != 0).any()):
                 raise StageFailedError(f"{linear.name} was pruned and has lost zeros", fix=FIX)
+            seen, wanted = _comparable(linear.name, new, dense, columns, walked)
             if linear.inside in scalable:
-                rows = _rows(new / scale, dense)
+                rows = _rows(seen, wanted)
                 divided[linear.name] = 1 / rows
-                scale = scale * rows[:, None]
-            wanted = dense * scale
-            error = float((new - wanted).norm() / wanted.norm().clamp_min(1e-30))
+                wanted = wanted * rows[:, None]
+            error = float((seen - wanted).norm() / wanted.norm().clamp_min(1e-30))
             if not error < most:
                 raise StageFailedError(f"{linear.name} is off by {error:.0%} of its norm", fix=FIX)
             errors[linear.name] = error
     return errors
+
+
+def _comparable(name: str, new: Tensor, dense: Tensor, columns: Tensor, walked: Walked) -> tuple[Tensor, Tensor]:
+    """Return a weight as written and as wanted, both in full or both as aims are kept; (out, n) each.
+
+    Args:
+        name: Full name of the linear.
+        new: (out, in), to be read with inputs that are divided by `columns`.
+        dense: (out, in), as the source has it: what is wanted where nothing was corrected.
+        columns: (in,) or (1,).
+        walked: Has the aim, where the linear was corrected, and the scale that its inputs should be divided by.
+    """
+    if name not in walked.aims:
+        return new, dense * columns
+    scale = read_entry(walked.aims[f"{name}{aims.SCALE}"])
+    return aims.seen(new * (scale / columns)), read_entry(walked.aims[name])
 
 
 def _rows(new: Tensor, dense: Tensor) -> Tensor:
@@ -253,7 +269,7 @@ class GptqLayout:
     def write(self, job: Job, walked: Walked) -> Facts:
         """Write `job.dest` and verify it against `job.source`; facts and errors are those of `verify_packed`."""
         write_model(job.source, job.dest, walked.entries, changes={"quantization_config": dict(self.config)})
-        return verify_packed(job.source, job.dest, walked.linears, self.grid)
+        return verify_packed(job.source, job.dest, walked.linears, self.grid, walked.aims)
 
 
 @dataclass(frozen=True)

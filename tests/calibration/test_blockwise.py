@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from optikit import stages
 from optikit.algorithms import gptq
-from optikit.algorithms.correction import corrected
 from optikit.algorithms.grid import Grid, dequantize
 from optikit.algorithms.precision import compute_dtype
 from optikit.calibration import blockwise, calibration_set
@@ -97,11 +96,11 @@ def test_equals_the_whole_model_with_hooks(tiny_llama, prose, tmp_path, correct)
             if correct and names[0] in RESIDUALS:
                 residual = f"model.layers.{block}.{RESIDUALS[names[0]]}"
                 gap = dense.inputs(residual, tokens).float() - now.inputs(residual, tokens).float()
-            gram.update(
-                Batch(inputs=now.inputs(full[0], tokens), dense_inputs=dense.inputs(full[0], tokens), residual_gap=gap)
-            )
+            held_out = tuple(calibration_set.held_out(SAMPLES).tolist())
+            inputs, wanted = now.inputs(full[0], tokens), dense.inputs(full[0], tokens)
+            gram.update(Batch(inputs=inputs, dense_inputs=wanted, residual_gap=gap, held_out=held_out))
             if isinstance(gram, PairedGram):
-                target = corrected(target, gram.mean(), gram.lacking(), damp=0.1, tokens=gram.tokens)
+                target = gram.corrected().weight
             new = gptq.quantize(target, gram.mean(), grid, damp=0.01).quantized
             expected = torch.split(dequantize(*new), [len(weight) for weight in weights])
             for name, weight in zip(full, expected, strict=True):

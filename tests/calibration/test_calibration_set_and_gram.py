@@ -89,17 +89,60 @@ def test_gram_is_the_mean_of_outer_products(width, parts, dtype):
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lacking_is_what_least_squares_is_asked_for(residual, dtype):
+def test_a_correction_is_fitted_to_some_windows_tried_on_others_and_made_of_all(residual, dtype):
     draw = torch.Generator().manual_seed(0)
     weights = (torch.randn(6, 12, generator=draw),) if residual else tuple(torch.randn(2, 4, 12, generator=draw))
-    weight = torch.cat(weights)
+    weight = torch.cat(weights).double()
     gram = PairedGram(Group(names=("a", "b")[: len(weights)], weights=weights), damp=0.01)
-    sums = torch.zeros(weight.shape, dtype=torch.float64)
-    for _ in range(3):
-        inputs, dense = (torch.randn(50, 12, generator=draw).to(dtype) for _ in range(2))
-        residual_gap = torch.randn(50, len(weight), generator=draw) if residual else None
-        gram.update(Batch(inputs=inputs, dense_inputs=dense, residual_gap=residual_gap))
-        gap = (dense.double() - inputs.double()) @ weight.double().T
-        sums += (gap + (0 if residual_gap is None else residual_gap.double())).T @ inputs.double()
-    tolerance = 1e-5 if dtype is torch.float32 else 3e-3
-    assert torch.allclose(gram.lacking().double(), sums / 150, atol=tolerance * float(weight.norm()))
+    there = torch.randn(len(weight) if residual else 12, 12, generator=draw) / 4
+    windows: dict[bool, list[tuple[torch.Tensor, torch.Tensor]]] = {False: [], True: []}
+    for held_out in ((False, False, True), (False,), (True, False)):
+        inputs = torch.randn(20 * len(held_out), 12, generator=draw).to(dtype)
+        gap = inputs.float() @ there.T + torch.randn(len(inputs), len(there), generator=draw)
+        dense = inputs if residual else (inputs.float() + gap).to(dtype)
+        lacks = gap if residual else None
+        gram.update(Batch(inputs=inputs, dense_inputs=dense, residual_gap=lacks, held_out=held_out))
+        lacking = gap.double() if residual else (dense.double() - inputs.double()) @ weight.T
+        for each, x, d in zip(held_out, inputs.double().split(20), lacking.split(20), strict=True):
+            windows[each].append((x, d))
+    fit, tried = ([torch.cat(part) for part in zip(*windows[each], strict=True)] for each in (False, True))
+    everything = [torch.cat(part) for part in zip(fit, tried, strict=True)]
+    moved, final = _ridge(*fit), _ridge(*everything)
+    x, d = tried
+    rows = [(moved * (d.T @ x)).sum(1), (moved @ (x.T @ x) * moved).sum(1)]
+    found = gram.corrected()
+    expected, place = weight.clone(), 0
+    for each, by in zip(weights, found.factors, strict=True):
+        part = slice(place, place + len(each))
+        best = float(rows[0][part].sum() / rows[1][part].sum())
+        assert by == pytest.approx(min(1, max(0, best)), abs=0.01)
+        expected[part] += by * final[part]
+        place += len(each)
+    assert torch.allclose(found.weight.double(), expected, atol=1e-4 if dtype is torch.float32 else 0.02)
+    assert any(found.factors)
+    assert gram.tokens == 120
+    assert torch.allclose(gram.mean().double(), everything[0].T @ everything[0] / 120, atol=1e-4)
+
+
+def _ridge(inputs: torch.Tensor, lacking: torch.Tensor) -> torch.Tensor:
+    hessian = inputs.T @ inputs / len(inputs)
+    held_back = 0.01 * max(1, 10 * len(hessian) / len(inputs)) * hessian.diagonal().mean()
+    damped = hessian + held_back * torch.eye(len(hessian), dtype=torch.float64)
+    return torch.linalg.solve(damped, inputs.T @ lacking / len(inputs)).T
+
+
+def test_where_nothing_was_held_out_nothing_is_corrected():
+    draw = torch.Generator().manual_seed(0)
+    inputs, dense, weight = (torch.randn(count, 8, generator=draw) for count in (30, 30, 4))
+    gram = PairedGram(Group(names=("a",), weights=(weight,)), damp=0.01)
+    gram.update(Batch(inputs=inputs, dense_inputs=dense))
+    found = gram.corrected()
+    assert found.factors == (0.0,)
+    assert torch.equal(found.weight, weight)
+    assert torch.allclose(gram.mean(), inputs.T @ inputs / 30, atol=1e-6)
+
+
+@pytest.mark.parametrize(("samples", "held"), [(1, 0), (2, 1), (3, 1), (4, 1), (7, 1), (24, 6)])
+def test_a_fixed_share_of_the_windows_is_held_out(samples, held):
+    found = calibration_set.held_out(samples)
+    assert (len(found), int(found.sum())) == (samples, held)

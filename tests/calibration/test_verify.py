@@ -34,7 +34,7 @@ def linears(directory: Path) -> tuple[str, ...]:
 
 
 def test_a_true_result_passes(tiny_llama, written):
-    facts = verify_packed(tiny_llama, written, linears(written), GRID)
+    facts = verify_packed(tiny_llama, written, linears(written), GRID, {})
     assert facts["linears_packed"] == 14
     assert facts["packed_share"] == 1.0
     assert 4.5 < facts["bits_per_weight"] < 6
@@ -65,7 +65,7 @@ def test_lies_are_caught_and_named(tiny_llama, written, tmp_path, lie):
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_bytes((written / "config.json").read_bytes())
     with pytest.raises(StageFailedError, match=lie) as error:
-        verify_packed(tiny_llama, tmp_path, promised, GRID)
+        verify_packed(tiny_llama, tmp_path, promised, GRID, {})
     assert LINEAR in error.value.message or lie in ("nothing asked for it", "should be untouched")
 
 
@@ -77,4 +77,4 @@ def test_lost_sparsity_is_caught(tiny_llama, written, tmp_path):
     save_file(state, pruned / "model.safetensors", {"format": "pt"})
     (pruned / "config.json").write_text(json.dumps(json.loads((tiny_llama / "config.json").read_text())))
     with pytest.raises(StageFailedError, match=f"{LINEAR} was pruned and has lost zeros"):
-        verify_packed(pruned, written, linears(written), GRID)
+        verify_packed(pruned, written, linears(written), GRID, {})

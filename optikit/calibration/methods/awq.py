@@ -9,6 +9,7 @@ from torch import Tensor
 
 from optikit.algorithms import awq, gptq, rtn
 from optikit.algorithms.grid import Grid, Quantized, dequantize, fit, pruned_mask
+from optikit.calibration import aims
 from optikit.calibration.gram import Gram, gram_of
 from optikit.calibration.method import Group, Result
 from optikit.calibration.methods.fold import fold
@@ -45,14 +46,17 @@ class Awq:
         scale, alpha, folded = self._scaled(group, weight, gram)
         if alpha is not None and self._error(weight, gram, scale) >= self._error(weight, gram, plain):
             scale, alpha, folded = plain, None, {}  # better with min-max ranges, not with searched ones
-        quantized = self._round(weight * scale, gram / scale / scale[:, None])
+        scaled = weight * scale
+        quantized = self._round(scaled, gram / scale / scale[:, None])
         back = dequantize(*quantized) / scale
         tensors = dict(folded)
         for name, *parts in zip(group.names, *(group.split(part) for part in quantized), strict=True):
             packed = awq_format.pack(*parts)
             tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.items()}
         facts = {"alpha": alpha, "loss": _relative(back - weight, weight, gram)}
-        return Result(weights=group.split(back), tensors=tensors, facts=dict.fromkeys(group.names, facts))
+        aimed = {} if group.corrected is None else aims.kept(group.names, group.split(scaled), scale)
+        rows = dict.fromkeys(group.names, facts)
+        return Result(weights=group.split(back), tensors=tensors, aims=aimed, facts=rows)
 
     def _scaled(self, group: Group, weight: Tensor, gram: Tensor) -> tuple[Tensor, float | None, dict[str, Tensor]]:
         plain = torch.ones(group.width, device=weight.device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from optikit.algorithms.grid import Grid, Quantized, Rounded, dequantize, pruned_mask
+from optikit.calibration import aims
 from optikit.calibration.gram import Gram, gram_of
 from optikit.calibration.method import Group, Result
 from optikit.calibration.write_checkpoint import GptqLayout
@@ -84,9 +85,9 @@ def _packed(group: Group, quantized: Quantized, grid: Grid, facts: Mapping[str, 
         for name, part in zip(group.names, parts, strict=True)
         for suffix, tensor in pack(part.codes, part.scales, part.zeros, grid.bits).items()
     }
-    return Result(
-        weights=tuple(dequantize(*part) for part in parts), tensors=tensors, facts=dict.fromkeys(group.names, facts)
-    )
+    aimed = {} if group.corrected is None else aims.kept(group.names, group.split(group.pruned_target))
+    weights, rows = tuple(dequantize(*part) for part in parts), dict.fromkeys(group.names, facts)
+    return Result(weights=weights, tensors=tensors, aims=aimed, facts=rows)
 
 
 def relative_loss(weight: Tensor, new: Tensor, hessian: Tensor) -> float:
