@@ -112,7 +112,7 @@ def _as_planned(request: Request, frozen: Frozen) -> Request:
 
 
 def _tell(report: Report, request: Request) -> None:
-    from optikit.report import github, junit, summary
+    from optikit.report import github, junit, summary, write
 
     if request.junit is not None:
         write.put(request.junit, junit.render(report))
