@@ -157,8 +157,11 @@ def answers(schema: str, reference: str, query: str) -> Iterator[str]:
 
 def _difference(reference: str, expected: list[tuple[object, ...]], found: list[tuple[object, ...]]) -> str:
     ordered = "order by" in " ".join(reference.lower().split())
-    same = found == expected if ordered else Counter(found) == Counter(expected)
-    return "" if same else f"{len(found)} rows, not the {len(expected)} expected"
+    if found == expected or (not ordered and Counter(found) == Counter(expected)):
+        return ""
+    if len(found) != len(expected):
+        return f"{len(found)} rows, not the {len(expected)} expected"
+    return "its rows differ from those expected"
 
 
 def _limit_process() -> None:

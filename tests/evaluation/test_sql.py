@@ -84,6 +84,7 @@ def test_rows_decide(sandbox: Sandbox, reference: str, query: str, correct: bool
             "too much memory",
         ),
         ("", "0 rows, not the 4 expected"),
+        ("SELECT people FROM town", "its rows differ"),
     ],
 )
 def test_anything_but_reading_is_wrong_with_a_reason(sandbox: Sandbox, tmp_path: Path, query: str, reason: str) -> None:

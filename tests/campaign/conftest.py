@@ -1,0 +1,51 @@
+"""The campaign: real kills, damage, full disks and hostile inputs, counted. `pytest tests/campaign -m slow -s`.
+
+OPTIKIT_CAMPAIGN=0.1 does a tenth of it, OPTIKIT_CAMPAIGN_SEED=1 draws other cases, OPTIKIT_CAMPAIGN_OUT=FILE gets the
+figures as JSON. To look at one case again: OPTIKIT_CAMPAIGN_ONLY=17, and OPTIKIT_CAMPAIGN_WORLD=DIR, which keeps what
+all cases start from.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.campaign.figures import Figures
+from tests.campaign.warm import Warm
+from tests.campaign.world import World, build
+
+_FIGURES = Figures()
+
+
+@pytest.fixture(scope="session")
+def figures() -> Figures:
+    return _FIGURES
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, prose: Path) -> World:
+    root = Path(os.environ.get("OPTIKIT_CAMPAIGN_WORLD") or tmp_path_factory.mktemp("campaign"))
+    for source, name in ((tiny_llama, "model"), (prose.parent, "prose")):
+        if not (root / name).exists():
+            shutil.copytree(source, root / name)
+    return build(root, root / "model", root / "prose" / prose.name)
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    with Warm() as started:
+        yield started
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not _FIGURES.groups:
+        return
+    terminalreporter.section("campaign")
+    for line in _FIGURES.lines():
+        terminalreporter.write_line(line)
+    if out := os.environ.get("OPTIKIT_CAMPAIGN_OUT"):
+        _FIGURES.write(Path(out))

@@ -1,0 +1,104 @@
+"""What a campaign counted: cases by how they ended, and every one that ended wrongly, by a name that finds it again."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+SCALE = float(os.environ.get("OPTIKIT_CAMPAIGN", "1"))
+"""Share of the cases to run: 1 is the whole campaign, 0.1 a tenth of it, at least one of each kind."""
+SEED = int(os.environ.get("OPTIKIT_CAMPAIGN_SEED", "0"))
+JOBS = int(os.environ.get("OPTIKIT_CAMPAIGN_JOBS", str(os.cpu_count() or 1)))
+"""Cases at a time."""
+
+
+ONLY = os.environ.get("OPTIKIT_CAMPAIGN_ONLY", "")
+"""Numbers of the cases to do again, with commas between them; empty is all."""
+
+
+def chosen(count: int, least: int = 1) -> list[int]:
+    """Return the numbers of the cases to run, of `count` in the whole campaign."""
+    if ONLY:
+        return [int(number) for number in ONLY.split(",") if int(number) < count]
+    return list(range(max(least, round(count * SCALE))))
+
+
+def draw(*what: object) -> Random:
+    """Return a generator of random numbers for one case; the same in every campaign of this seed."""
+    return Random(repr((SEED, *what)))
+
+
+@dataclass
+class Group:
+    """One kind of injection.
+
+    Attributes:
+        name: What was done.
+        wanted: How many cases the whole campaign has.
+        ended: How many ended how.
+        wrong: Cases that ended wrongly: name → why.
+    """
+
+    name: str
+    wanted: int
+    ended: Counter[str] = field(default_factory=Counter)
+    wrong: dict[str, list[str]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def run(self, cases: Iterable[tuple[str, Callable[[], tuple[str, list[str]]]]]) -> None:
+        """Do all cases, several at a time; each returns how it ended and what was wrong with that."""
+        began = time.monotonic()
+        with ThreadPoolExecutor(JOBS) as pool:
+            done = [(name, pool.submit(case)) for name, case in cases]
+            for name, future in done:
+                ended, wrong = future.result()
+                self.ended[ended] += 1
+                if wrong:
+                    self.wrong[name] = wrong
+        self.seconds += time.monotonic() - began
+
+    @property
+    def count(self) -> int:
+        """Cases that were done."""
+        return self.ended.total()
+
+    def lines(self) -> list[str]:
+        """Return the figures as lines of text."""
+        ended = ", ".join(f"{count} {how}" for how, count in sorted(self.ended.items()))
+        head = f"{self.name}: {self.count} of {self.wanted} in {self.seconds:.0f} s: {ended}; {len(self.wrong)} wrong"
+        return [head, *(f"  WRONG {name}: {'; '.join(why)}" for name, why in self.wrong.items())]
+
+
+@dataclass
+class Figures:
+    """All groups of a campaign."""
+
+    groups: list[Group] = field(default_factory=list)
+
+    def group(self, name: str, wanted: int) -> Group:
+        """Begin a group."""
+        self.groups.append(Group(name, wanted))
+        return self.groups[-1]
+
+    def lines(self) -> list[str]:
+        """Return every group's lines and the sums that count."""
+        why = [reason for group in self.groups for wrong in group.wrong.values() for reason in wrong]
+        kinds = ("lost", "silently different", "exit 1", "hung", "not found")
+        sums = ", ".join(f"{sum(kind in reason for reason in why)} {kind}" for kind in kinds)
+        cases = sum(group.count for group in self.groups)
+        return [*(line for group in self.groups for line in group.lines()), f"{cases} cases: {sums}"]
+
+    def write(self, path: Path) -> None:
+        """Write the figures as JSON."""
+        rows = [
+            {"name": g.name, "wanted": g.wanted, "ended": dict(g.ended), "wrong": g.wrong, "seconds": g.seconds}
+            for g in self.groups
+        ]
+        path.write_text(json.dumps({"seed": SEED, "scale": SCALE, "groups": rows}, indent=1), encoding="utf-8")
