@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from optikit.errors import RefusedError
+from optikit.errors import IntegrityError, RefusedError
 from optikit.models.strict_json import FIX, read_object, read_text
-from optikit.models.tokenizer import TEMPLATES, template_files
+from optikit.models.tokenizer import POINTER, TEMPLATES, template_files
 
 RUNS_CODE = frozenset(
     {"auto_map", "trust_remote_code", "model_file", "custom_pipelines", "custom_generate"}
@@ -76,12 +76,14 @@ def model_files(directory: Path) -> tuple[str, ...]:
 
     Raises:
         RefusedError: One is a link out of the directory, no regular file, or holds something else.
+        IntegrityError: One stands for a file that Git LFS hasn't fetched.
     """
     with os.scandir(directory) as entries:
         names = sorted(each.name for each in entries if is_model_file(each.name) and not _is_folder(each))
     names += template_files(directory)
     for name in names:
         _require_regular(directory, name)
+        _require_fetched(directory / name)
         why = _content(name)(directory / name)
         if why:
             raise RefusedError(f"{directory / name} is not what its name says: {why}", fix=FIX)
@@ -134,6 +136,12 @@ def _require_regular(directory: Path, name: str) -> None:
         raise RefusedError(f"{path} can't be read: {error.strerror}", fix="get the model again") from error
     if not stat.S_ISREG(mode):
         raise RefusedError(f"{path} is not a regular file", fix="get the model again from a source that you trust")
+
+
+def _require_fetched(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise IntegrityError(f"{path} is a pointer of Git LFS, not the file", fix="run `git lfs pull` beside it")
 
 
 def _is_of_a_hub_cache(directory: Path, link: Path) -> bool:

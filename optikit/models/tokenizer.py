@@ -29,7 +29,7 @@ DEFAULT_TEMPLATE = "default"
 FILES = (FILE, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 TEMPLATES = "additional_chat_templates"
 """Folder with chat templates that have names; the one without is chat_template.jinja."""
-_POINTER = b"version https://git-lfs"
+POINTER = b"version https://git-lfs"
 _DAMAGED = "get it again from where the model came from"
 
 _WHOLE: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -71,7 +71,7 @@ def describe(directory: Path) -> Described | None:
 @lru_cache(maxsize=8)
 def _described(path: Path, _size: int, _changed_ns: int) -> Described:
     with path.open("rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
+        if file.read(len(POINTER)) == POINTER:
             raise IntegrityError(f"{path} is a pointer of Git LFS, not the file", fix="run `git lfs pull` beside it")
     content = read_object(path)
     try:

@@ -210,3 +210,11 @@ def test_a_configuration_has_bounds(copy: Path) -> None:
         file.truncate(2**27)
     with pytest.raises((RefusedError, IntegrityError)):
         intake.admit(copy)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors", "config.json"])
+def test_what_git_lfs_has_not_fetched_is_named_as_that(copy: Path, name: str) -> None:
+    (copy / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(IntegrityError, match="pointer of Git LFS") as told:
+        intake.model_files(copy)
+    assert told.value.fix == "run `git lfs pull` beside it"

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 SLOWER = """
 import sys, time
-from optikit.stages.measure import _arm
+from optikit.evaluation import speed_worker
 
 def slowed(tokens):
     last = time.perf_counter_ns()
@@ -37,9 +37,9 @@ class Slowed:
     def greedy(self, prompt, new_tokens):
         return slowed(self._decoder.greedy(prompt, new_tokens))
 
-load = _arm.load
-_arm.load = lambda request: (lambda decoder, answer: (Slowed(decoder), answer))(*load(request))
-_arm.main(int(sys.argv[1]))
+load = speed_worker.load
+speed_worker.load = lambda request: (lambda decoder, answer: (Slowed(decoder), answer))(*load(request))
+speed_worker.main(int(sys.argv[1]))
 """
 
 

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from optikit.errors import InputMissingError, StageFailedError
-from optikit.evaluation.results import Speed
+from optikit.evaluation.results import Machine, Speed
 from optikit.evaluation.speed import Trace
 from optikit.evaluation.speed_schedule import AGAIN, Rounds, Sample, schedule, select
 from optikit.stage import Job
@@ -58,7 +58,12 @@ ABOUT |= {"joules_per_output_token": 0.25, "energy_source": "package-0", "energy
 def timed(tpot_by_arm, **how):
     options = speed.Options(arms=[ARMS[0] | {"name": name} for name in tpot_by_arm], new_tokens=9, prompt_tokens=16)
     about = {name: ABOUT | {"peak_memory_mib": 100.0} for name in tpot_by_arm}
-    return speed._facts(list(made_up(tpot_by_arm, **how)), options, about, seed=0)
+    return facts_of(list(made_up(tpot_by_arm, **how)), options, about)
+
+
+def facts_of(samples, options, about):
+    machine = Machine(before={}, after={}, steal_share=None)
+    return speed._timing(samples, options, about, 0, machine=machine, prompts=8).model_dump(mode="json")
 
 
 def test_identical_arms_show_no_measurable_change():
@@ -196,7 +201,7 @@ def test_a_chain_compares_each_arm_with_the_one_before_it():
     options = speed.Options.model_validate({"arms": arms, "chain": list(paces), "new_tokens": 3})
     read_back = {"runtime": "r", "dtype": "d", "threads": 1, "load_s": 1.0, "peak_memory_mib": 1.0}
     read_back |= {"joules_per_output_token": None, "energy_source": "", "energy_reason": "no counter"}
-    found = speed._facts(samples, options, dict.fromkeys(paces, read_back), 0)
+    found = facts_of(samples, options, dict.fromkeys(paces, read_back))
     assert {name: each["decode"]["value"] for name, each in found["chain"].items()} == {
         "engine": pytest.approx(2),
         "result": pytest.approx(4),
