@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ValidationError
+
 from optikit import __version__, stages
 from optikit.errors import InputMissingError, IntegrityError
 from optikit.host import versions
@@ -46,6 +48,23 @@ class Frozen:
     device: str
     targets: Path | None
     content: Mapping[str, Any]
+
+
+class _Content(BaseModel):
+    """What is looked into before it is compared."""
+
+    recipe: dict[str, Any] = {}
+    steps: dict[str, dict[str, Any]] = {}
+
+
+class _File(BaseModel):
+    """The form of a plan's file."""
+
+    recipe_path: Path
+    overrides: list[str]
+    device: str
+    targets: Path | None
+    content: _Content
 
 
 def freeze(plan: Plan, loaded: LoadedRecipe, *, overrides: tuple[str, ...], targets: Path | None) -> dict[str, Any]:
@@ -102,16 +121,19 @@ def read(path: Path) -> Frozen | None:
     if loaded[MARK] != SCHEMA:
         raise InputMissingError(f"{path} is a plan of form {loaded[MARK]}, this version reads {SCHEMA}", fix=again)
     try:
-        return Frozen(
-            path=path,
-            recipe=Path(loaded["recipe_path"]),
-            overrides=tuple(loaded["overrides"]),
-            device=str(loaded["device"]),
-            targets=Path(loaded["targets"]) if loaded["targets"] else None,
-            content=dict(loaded["content"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputMissingError(f"{path} is an incomplete plan: {error!r}", fix=again) from error
+        file = _File.model_validate(loaded)
+    except ValidationError as error:
+        first = error.errors()[0]
+        message = f"{path} is an incomplete plan: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise InputMissingError(message, fix=again) from error
+    return Frozen(
+        path=path,
+        recipe=file.recipe_path,
+        overrides=tuple(file.overrides),
+        device=file.device,
+        targets=file.targets,
+        content=loaded["content"],
+    )
 
 
 def require_recipe(frozen: Frozen, loaded: LoadedRecipe) -> None:

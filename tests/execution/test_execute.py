@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from optikit.errors import LockedError, OptikitError
+from optikit.errors import IntegrityError, LockedError, OptikitError
 from optikit.execution.execute import Settings, execute
 from optikit.plan import Plan, make_plan
 from optikit.progress import Progress
@@ -89,11 +90,42 @@ def test_a_step_that_fails_is_told_and_keeps_those_before_it(planned, store, tin
     assert store.find(plan.steps[1].key) is None
 
 
-class _Trusting(Store):
-    """A store that doesn't look at its files again: what damages a step's input comes to the step."""
+class _Remembering(Store):
+    """A store that has read all of its files before: a bit that the disk lost since isn't seen by looking at them."""
 
     def find(self, key, **_):
         return super().find(key, verify="size")
+
+
+class _Trusting(_Remembering):
+    """A store that doesn't read what is used either: what damages a step's input comes to the step."""
+
+    def require_intact(self, artifact):
+        """Look at nothing."""
+
+
+def test_what_the_disk_damaged_is_made_again_before_a_step_reads_it(planned, store, tmp_path):
+    plan = planned(PRUNED, RTN)
+    first = execute(plan, store, Told(), Settings())
+    pruned, quantized = (first.artifacts[step.key].path / "model.safetensors" for step in plan.steps)
+    before, whole = quantized.read_bytes(), pruned.read_bytes()
+    quantized.parent.rename(tmp_path / "gone")
+    pruned.write_bytes(whole[:-9] + bytes([whole[-9] ^ 0x10]) + whole[-8:])
+    told: list[str] = []
+    again = execute(plan, _Remembering(store.root, warn=told.append), Told(), Settings())
+    assert again.statuses == {"1-prune-magnitude": "cached", "2-quantize-rtn": "executed"}
+    assert (pruned.read_bytes(), quantized.read_bytes()) == (whole, before)
+    assert len(told) == 1
+    assert "model.safetensors: sha256 differs" in told[0]
+
+
+def test_a_model_that_changed_while_it_was_worked_on_is_refused(tiny_llama, store, tmp_path):
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    text = RECIPE.format(model=tmp_path / "model", target="cpu", stages=RTN)
+    plan = make_plan(loads(text, tmp_path / "recipe.yaml"), store)
+    (tmp_path / "model" / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(IntegrityError, match="isn't what it was"):
+        execute(plan, store, Told(), Settings())
 
 
 def test_what_was_emitted_stays_so_where_its_tools_are_not(planned, store):

@@ -121,9 +121,15 @@ def test_files_that_are_no_plans(root):
     other.write_text('{"optikit_plan": 99}')
     with pytest.raises(InputMissingError, match="a plan of form 99, this version reads 1"):
         frozen.read(other)
-    other.write_text('{"optikit_plan": 1}')
-    with pytest.raises(InputMissingError, match="an incomplete plan"):
-        frozen.read(other)
+    good = json.loads(frozen_file(root).read_text())
+    broken = [{"optikit_plan": 1}, *(good | {name: [5]} for name in ("recipe_path", "overrides", "device", "content"))]
+    broken += [good | {"content": {name: "x"}} for name in ("recipe", "steps")]
+    for value in broken:
+        other.write_text(json.dumps(value))
+        with pytest.raises(InputMissingError, match="an incomplete plan"):
+            frozen.read(other)
+    other.write_text('{"optikit_plan": 1, "a": ' + "[" * 200_000)
+    assert frozen.read(other) is None
 
 
 def test_the_command_writes_what_the_next_one_reads(root):

@@ -211,7 +211,7 @@ def test_graph_gone(tiny_onnx, tmp_path):
 def test_a_configuration_that_is_none(tiny_onnx, tmp_path, text):
     directory = damaged(tiny_onnx, tmp_path / "bad")
     (directory / "genai_config.json").write_text(text)
-    with pytest.raises(IntegrityError, match="isn't a decoder's configuration"):
+    with pytest.raises(IntegrityError, match=r"isn't a decoder's configuration|genai_config\.json: "):
         runtime.load(directory)
 
 

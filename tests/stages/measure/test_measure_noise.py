@@ -39,7 +39,7 @@ class Slowed:
 
 load = speed_worker.load
 speed_worker.load = lambda request: (lambda decoder, answer: (Slowed(decoder), answer))(*load(request))
-speed_worker.main(int(sys.argv[1]))
+speed_worker.serve()
 """
 
 
