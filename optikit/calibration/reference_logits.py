@@ -56,9 +56,3 @@ class ReferenceModel:
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and sines, (tokens, channels) each, by which queries and keys at positions (tokens,) turn."""
         return self._empty.rotary(positions)
-
-
-def relative_distance(found: Tensor, wanted: Tensor) -> float:
-    """Return how far logits (tokens, vocabulary) are apart, relative to their spread around each row's mean."""
-    spread = (wanted - wanted.mean(dim=-1, keepdim=True)).double().norm()
-    return float((found - wanted).double().norm() / spread.clamp_min(1e-30))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from types import MappingProxyType
 from typing import Any
+
+from optikit.models.facts import ModelFacts
+from optikit.problems import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,17 @@ def find(name: str) -> Engine:
         KeyError: There is none: a fault of the package, found by its tests.
     """
     return _rows()[name]
+
+
+def unlike(name: str, facts: ModelFacts) -> Iterator[Problem]:
+    """Yield why an engine would rotate queries and keys of a model otherwise than transformers does."""
+    rope, ropes = rope_type(facts.config), find(name).ropes
+    if facts.model_type in ropes.get(rope, ()):
+        return
+    right = sorted(kind for kind, families in ropes.items() if facts.model_type in families)
+    message = f"{name} doesn't rotate {facts.model_type} as transformers does where rope_type is {rope!r}"
+    fix = f"serve the model directory itself, or use another engine; right here: {', '.join(right) or 'none'}"
+    yield Problem(code="unknown-rope", message=message, fix=fix)
 
 
 def rope_type(config: Mapping[str, Any]) -> str:

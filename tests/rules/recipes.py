@@ -181,7 +181,10 @@ def _tensors(facts: Mapping[str, Any], trait: str) -> Iterator[tuple[str, Tensor
     yield "model.embed_tokens.weight", _zeros(dtype, facts["vocab"], hidden)
     if not facts["tied"]:
         yield "lm_head.weight", _zeros(dtype, facts["vocab"], hidden)
+    yield "model.norm.weight", _zeros(dtype, hidden)
     for layer in range(facts["layers"]):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"model.layers.{layer}.{norm}.weight", _zeros(dtype, hidden)
         for name, shape in shapes.items():
             for suffix, tensor in _linear(shape, trait, dtype).items():
                 yield f"model.layers.{layer}.{name}.{suffix}", tensor

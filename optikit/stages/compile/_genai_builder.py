@@ -22,15 +22,7 @@ def problems(facts: ModelFacts) -> Iterator[Problem]:
         message = f"onnxruntime-genai's builder doesn't know model_type {facts.model_type!r}"
         yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(sorted(known))}")
         return
-    engine, rope = engines.find(BUILDER), engines.rope_type(facts.config)
-    if facts.model_type not in engine.ropes.get(rope, ()):
-        right = sorted(name for name, families in engine.ropes.items() if facts.model_type in families)
-        message = (
-            f"onnxruntime-genai's builder rotates {facts.model_type} otherwise than transformers where rope_type is "
-            f"{rope!r}"
-        )
-        fix = f"use an engine or server that runs the model directory itself; right here: {', '.join(right)}"
-        yield Problem(code="unknown-rope", message=message, fix=fix)
+    yield from engines.unlike(BUILDER, facts)
     right_up_to = window(facts)
     if right_up_to < facts.max_positions:
         message = (

@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from optikit.errors import IntegrityError
+from optikit.stages.compile._logits import FIX, probe, relative_distance, short
 from optikit.stages.compile._onnx_verify import GRAPH, HEAD, TABLE, Place, outer_names, places
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from optikit.formats.onnx_graph import OnnxGraph
     from optikit.models.facts import ModelFacts
 
-TOKENS = 256
-"""Tokens of the text on which logits are compared."""
 APART = 1e-3
 """Relative distance of logits that float32 sums don't explain. Right graphs of tiny models are 2e-7 apart; rotary
 embeddings that ignore a scaling 1e-2 and more."""
@@ -38,7 +37,6 @@ ULP = 2.0**-22
 """Distance of two float32 angles relative to the position: both round the frequency and the product."""
 ROWS = 4096
 """Positions compared at a time."""
-FIX = "use another engine for this model, or serve its directory itself"
 
 
 def compare(source: Path, dest: Path, facts: ModelFacts, *, window: int, threads: int) -> dict[str, Any]:
@@ -57,7 +55,7 @@ def compare(source: Path, dest: Path, facts: ModelFacts, *, window: int, threads
     Raises:
         IntegrityError: Further than float32 explains, or the kernels further than rounding does.
     """
-    from optikit.calibration.reference_logits import ReferenceModel, relative_distance
+    from optikit.calibration.reference_logits import ReferenceModel
     from optikit.formats.onnx_graph import OnnxGraph
 
     tokens = probe(facts, window)
@@ -80,18 +78,6 @@ def compare(source: Path, dest: Path, facts: ModelFacts, *, window: int, threads
             raise IntegrityError(message, fix="compile with accuracy_level: 1, and report the processor")
         told["activation_rounding_apart"] = short(rounded)
     return told
-
-
-def probe(facts: ModelFacts, window: int) -> Tensor:
-    """Return the text on which logits are compared, (tokens,) int64: no longer than the graph claims to be right."""
-    import torch
-
-    return torch.randint(facts.vocab, (min(TOKENS, window),), generator=torch.Generator().manual_seed(0))
-
-
-def short(value: float) -> float:
-    """Return a distance as reports show it."""
-    return float(f"{value:.2g}")
 
 
 def _computed(dest: Path, tokens: Tensor, threads: int, *, exact: bool) -> Tensor:

@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optikit import records
-from optikit.errors import StageFailedError
+from optikit.errors import IntegrityError, StageFailedError
 from optikit.models.reader import read
 from optikit.process import program
+from optikit.stages.compile._logits import FIX, probe, relative_distance, short
 
 if TYPE_CHECKING:
     from optikit.stage import Calibration, Job
     from optikit.stages.compile._openvino_options import Options
 
 TRIAL = "optikit.stages.compile._openvino_trial"
+LOGITS = "optikit.stages.compile._openvino_logits"
+APART = {"float": 1e-2, "int8": 0.3, "int4": 1.0}
+"""Relative distance of logits that rounding weights doesn't explain, by `weight_format`."""
 
 
 def export(options: Options, job: Job) -> dict[str, Any]:
@@ -100,14 +104,45 @@ def _convert_tokenizer(tokenizer: Any, dest: Path) -> None:
         openvino.save_model(graph, dest / f"openvino_{name}.xml")
 
 
+def compare(options: Options, job: Job) -> dict[str, Any]:
+    """Compare the logits of the IR with transformers', in float32; return how far they are apart.
+
+    Raises:
+        IntegrityError: Further than rounding the weights explains.
+    """
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    facts = read(job.source)
+    tokens = probe(facts, facts.max_positions)
+    files = [str(job.scratch / name) for name in ("tokens.npy", "logits.npy")]
+    job.scratch.mkdir(parents=True, exist_ok=True)
+    np.save(files[0], tokens.numpy())
+    _trial("computing with OpenVINO", LOGITS, job, *files)
+    found = torch.from_numpy(np.load(files[1], allow_pickle=False))
+    model = AutoModelForCausalLM.from_pretrained(str(job.source), dtype=torch.float32, local_files_only=True).eval()
+    with torch.inference_mode():
+        apart = relative_distance(found, model(tokens[None]).logits[0])
+    if not apart <= APART[options.weight_format]:
+        message = f"the IR computes something else than the model: its logits are {apart:.2g} of their spread apart"
+        raise IntegrityError(f"{message}, and {options.weight_format} explains {APART[options.weight_format]}", fix=FIX)
+    return {"logits_compared": len(tokens), "logits_apart": short(apart)}
+
+
 def decode(job: Job, tokens: int) -> str:
-    """Let openvino-genai decode from `job.dest`; see `program.trial`. On some processors it ends by a signal.
+    """Let openvino-genai decode from `job.dest`; see `program.trial`.
 
     Raises:
         StageFailedError: It crashed or refused.
     """
+    return _trial("decoding with openvino-genai", TRIAL, job, str(tokens), str(job.threads))
+
+
+def _trial(what: str, module: str, job: Job, *arguments: str) -> str:
+    """Run a module on `job.dest`; on some processors OpenVINO ends by a signal."""
     try:
-        return program.trial("decoding with openvino-genai", TRIAL, job, str(tokens), str(job.threads))
+        return program.trial(what, module, job, *arguments)
     except StageFailedError as error:
         if "its process crashed with SIG" not in str(error):
             raise

@@ -1,7 +1,7 @@
 """Compare what a graph for TensorRT computes with what transformers computes with weights of the same dtype.
 
 No processor here computes as the GPU will. So a copy of the graph is made in which every float is a float32, and that
-is run by onnxruntime: what is left is the graph's arithmetic, and transformers' with weights rounded alike.
+is run by onnxruntime: what is left is the graph's arithmetic, and that of transformers on weights of the same dtype.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from optikit.errors import IntegrityError
 from optikit.stages.compile import _genai_builder
-from optikit.stages.compile._onnx_compare import FIX, compare_tables, probe, short
+from optikit.stages.compile._logits import FIX, probe, relative_distance, short
+from optikit.stages.compile._onnx_compare import compare_tables
 from optikit.stages.compile._onnx_verify import GRAPH
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def compare(job: Job, facts: ModelFacts) -> dict[str, Any]:
     Raises:
         IntegrityError: Further than the dtype explains.
     """
-    from optikit.calibration.reference_logits import ReferenceModel, relative_distance
+    from optikit.calibration.reference_logits import ReferenceModel
     from optikit.formats.checkpoint import Checkpoint
     from optikit.formats.onnx_graph import OnnxGraph
 

@@ -18,7 +18,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from optikit.models import architectures
+from optikit.models import architectures, engines
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import DENSE, Estimate, Facts, Input, Job, no_objection
@@ -53,6 +53,8 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
     if facts.model_type not in known:
         message = f"optimum-intel 2.2 isn't known to export model_type {facts.model_type!r}"
         yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(sorted(known))}")
+        return
+    yield from engines.unlike(ENGINE, facts)
     for name in ("awq", "scale_estimation"):
         if getattr(options, name) and options.weight_format != "int4":
             message = f"{name} fits int4 weights, and weight_format is {options.weight_format}"
@@ -95,8 +97,9 @@ def run(options: Options, job: Job) -> Facts:
 
     Raises:
         StageFailedError: The export failed, or what it wrote doesn't run on this processor.
+        IntegrityError: What it wrote computes something else than the model.
     """
     from optikit.stages.compile import _openvino_build
 
-    found = _openvino_build.export(options, job)
+    found = _openvino_build.export(options, job) | _openvino_build.compare(options, job)
     return {**found, "trial": json.loads(_openvino_build.decode(job, TRIAL_TOKENS))}

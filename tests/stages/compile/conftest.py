@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from optikit import targets
@@ -17,3 +19,18 @@ def target_row(name):
     target = targets.find(name)
     assert target is not None
     return target
+
+
+def tampered(source, dest, tensor, change):
+    """Copy a compiled directory and change one tensor in its data file."""
+    from optikit.formats.onnx_graph import OnnxGraph
+
+    shutil.copytree(source, dest)
+    graph = OnnxGraph(dest / "model.onnx")
+    place = {entry.key: entry.value for entry in graph.tensors[tensor].external_data}
+    values = graph.read(tensor).copy()
+    change(values)
+    with (dest / "model.onnx.data").open("r+b") as file:
+        file.seek(int(place["offset"]))
+        file.write(values.tobytes())
+    return dest

@@ -21,6 +21,7 @@ from optikit.stage import Job
 from optikit.stages.compile import _onnx_build, _onnx_verify, onnxruntime
 from optikit.stages.compile.onnxruntime import Options
 from optikit.targets import Target
+from tests.stages.compile.conftest import tampered
 
 CPU = Target(name="cpu", device="cpu", engines=("onnxruntime",))
 QUANT = "model.layers.1.self_attn.v_proj"
@@ -78,8 +79,13 @@ class TestCheck:
 
     def test_families_and_rotary_embeddings(self, dense):
         assert codes(replace(dense, model_type="opt")) == ["unknown-architecture"]
-        assert codes(replace(dense, config={"rope_scaling": {"type": "dynamic"}})) == ["unknown-rope"]
+        for kind in ("linear", "yarn", "longrope"):
+            assert codes(replace(dense, config={"rope_scaling": {"type": kind}})) == ["unknown-rope"]
         assert codes(replace(dense, config={"rope_parameters": {"rope_type": "llama3"}})) == []
+        linear = {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}
+        assert codes(replace(dense, model_type="qwen2", config=linear)) == []
+        partial = {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}
+        assert codes(replace(dense, config=partial)) == ["unknown-rope"]
         assert codes(replace(dense, model_type="mistral", sliding_window=64)) == ["window-left-out"]
 
     @pytest.mark.parametrize(
@@ -92,6 +98,12 @@ class TestCheck:
     )
     def test_packings_without_a_kernel(self, packed, changes, code):
         assert codes(repacked(packed, **changes)) == [code]
+
+    def test_linears_that_were_left_dense(self, packed):
+        left = replace(packed, left_dense=frozenset({"model.layers.1.mlp.up_proj"}))
+        assert codes(left) == ["partly-quantized"]
+        assert codes(repacked(packed, modules_to_not_convert=["down_proj"])) == ["partly-quantized"]
+        assert codes(repacked(packed, modules_to_not_convert=["lm_head"])) == []
 
     def test_packed_weights_have_a_precision_already(self, packed):
         problems = list(onnxruntime.check(Options(precision="fp32"), packed, CPU))
@@ -183,18 +195,6 @@ class TestVerify:
     def compare(self, source, directory):
         return _onnx_verify.compare(source, directory, read(source), exact=True)
 
-    def tampered(self, source, dest, tensor, change):
-        """Copy a compiled directory and change one tensor in its data file."""
-        shutil.copytree(source, dest)
-        graph = OnnxGraph(dest / "model.onnx")
-        place = {entry.key: entry.value for entry in graph.tensors[tensor].external_data}
-        values = graph.read(tensor).copy()
-        change(values)
-        with (dest / "model.onnx.data").open("r+b") as file:
-            file.seek(int(place["offset"]))
-            file.write(values.tobytes())
-        return dest
-
     def test_the_untouched_graph_passes(self, tiny_gptq, tiny_onnx_int4):
         assert self.compare(tiny_gptq, tiny_onnx_int4)["linears_bit_equal"] == 14
 
@@ -202,7 +202,7 @@ class TestVerify:
         def nudge(scales):
             scales[-1] = np.nextafter(scales[-1], np.float32(1))
 
-        bad = self.tampered(tiny_onnx_int4, tmp_path / "bad", "model.layers.1.attn.qkv_proj.MatMulNBits.scales", nudge)
+        bad = tampered(tiny_onnx_int4, tmp_path / "bad", "model.layers.1.attn.qkv_proj.MatMulNBits.scales", nudge)
         with pytest.raises(StageFailedError, match=rf"{QUANT}\.weight: \d\d of 2048 weights in the graph differ"):
             self.compare(tiny_gptq, bad)
 
@@ -210,7 +210,7 @@ class TestVerify:
         def flip(values):
             values[0] ^= 1
 
-        bad = self.tampered(tiny_onnx_int4, tmp_path / "bad", "model.layers.0.mlp.down_proj.MatMulNBits.qweight", flip)
+        bad = tampered(tiny_onnx_int4, tmp_path / "bad", "model.layers.0.mlp.down_proj.MatMulNBits.qweight", flip)
         with pytest.raises(StageFailedError, match=r"model\.layers\.0\.mlp\.down_proj\.weight: 1 of 8192 weights"):
             self.compare(tiny_gptq, bad)
 
@@ -218,7 +218,7 @@ class TestVerify:
         def flip(values):
             values[0] ^= 16
 
-        bad = self.tampered(tiny_onnx_int4, tmp_path / "bad", "model.layers.0.mlp.up_proj.MatMulNBits.qzeros", flip)
+        bad = tampered(tiny_onnx_int4, tmp_path / "bad", "model.layers.0.mlp.up_proj.MatMulNBits.qzeros", flip)
         with pytest.raises(StageFailedError, match=r"model\.layers\.0\.mlp\.up_proj\.weight: 32 of 8192 weights"):
             self.compare(tiny_gptq, bad)
 
@@ -227,7 +227,7 @@ class TestVerify:
             values[:4] += 2
 
         name = OnnxGraph(tiny_onnx_int4 / "model.onnx").products["/lm_head/MatMul"].weight
-        bad = self.tampered(tiny_onnx_int4, tmp_path / "bad", name, shift)
+        bad = tampered(tiny_onnx_int4, tmp_path / "bad", name, shift)
         with pytest.raises(StageFailedError, match=r"embed_tokens\.weight: \d of 16640 weights"):
             self.compare(tiny_gptq, bad)
 

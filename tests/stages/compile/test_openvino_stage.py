@@ -40,6 +40,8 @@ def test_what_works_has_no_problems(facts):
 def test_what_cannot_be(facts):
     assert codes(facts, Target(name="l4", device="cuda", engines=("vllm",))) == ["engine-not-on-target"]
     assert codes(replace(facts, model_type="opt")) == ["unknown-architecture"]
+    assert codes(replace(facts, config={"rope_parameters": {"rope_type": "yarn"}})) == []
+    assert codes(replace(facts, config={"rope_parameters": {"rope_type": "proportional"}})) == ["unknown-rope"]
     assert codes(facts, awq=True) == ["only-for-int4"]
     assert codes(facts, weight_format="float", scale_estimation=True) == ["only-for-int4"]
 
@@ -126,6 +128,9 @@ def test_the_real_exporter_writes_what_decodes_alike(tiny_llama, prose, tmp_path
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads((job / "response.json").read_text())["facts"]
     assert len(told["trial"]["text"]) > 0
+    assert told["logits_compared"] == 256
+    print(options, told["logits_apart"])
+    assert told["logits_apart"] < apart
     decoder = runtime.load(tmp_path / "ir", threads=1)
     assert (decoder.runtime, decoder.dtype) == ("openvino", dtype)
     reference = runtime.load(tiny_llama, dtype="float32", threads=1)
