@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from optikit.errors import RecipeError
+from optikit.models import architectures, expected, traits
 from optikit.plan.make import make_plan
 from optikit.problems import Problem
 from optikit.recipe.load import load
@@ -158,7 +159,7 @@ def write_model(directory: Path, changes: Mapping[str, Any], base: Mapping[str, 
         config["quantization_config"] = STORED.get(trait, {}) | changes.get("quantization", {})
     (directory / "config.json").write_text(json.dumps(config))
     _write_tokenizer(directory, changes.get("tokenizer", "same"))
-    _write(directory / "model.safetensors", dict(_tensors(facts, trait)))
+    _write(directory / "model.safetensors", dict(_tensors(facts, config, trait)))
 
 
 def _write_tokenizer(directory: Path, name: str) -> None:
@@ -171,26 +172,21 @@ def _write_tokenizer(directory: Path, name: str) -> None:
         path.write_text(json.dumps(content))
 
 
-def _tensors(facts: Mapping[str, Any], trait: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor that planning looks for."""
-    hidden, inner, dtype = facts["hidden"], facts["intermediate"], facts.get("dtype", "F16")
-    width, narrow = facts["heads"] * facts["head_dim"], facts["kv_heads"] * facts["head_dim"]
-    shapes = {"self_attn.q_proj": (width, hidden), "self_attn.o_proj": (hidden, width)}
-    shapes |= dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), (narrow, hidden))
-    shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
-    yield "model.embed_tokens.weight", _zeros(dtype, facts["vocab"], hidden)
-    if not facts["tied"]:
-        yield "lm_head.weight", _zeros(dtype, facts["vocab"], hidden)
-    yield "model.norm.weight", _zeros(dtype, hidden)
-    for layer in range(facts["layers"]):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield f"model.layers.{layer}.{norm}.weight", _zeros(dtype, hidden)
-        for name, shape in shapes.items():
-            for suffix, tensor in _linear(shape, trait, dtype).items():
-                yield f"model.layers.{layer}.{name}.{suffix}", tensor
+def _tensors(facts: Mapping[str, Any], config: Mapping[str, Any], trait: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor that such a model has; of packed linears, what planning reads has its shape."""
+    architecture = architectures.find(facts["model_type"]) or architectures.find("llama")
+    dtype = facts.get("dtype", "F16")
+    settings = {**config, "tie_word_embeddings": facts["tied"]}
+    for name, shape in expected.tensors(architecture, facts, settings).items():
+        linear = name.removesuffix(".weight")
+        if trait and linear.endswith(tuple(architecture.linears)) and name != linear:
+            packed = dict.fromkeys(traits.rows()[trait].suffixes, _zeros("F16", 1)) | _packed(shape, trait)
+            yield from ((f"{linear}.{suffix}", tensor) for suffix, tensor in packed.items())
+        else:
+            yield name, _zeros(dtype, *shape)
 
 
-def _linear(shape: tuple[int, int], trait: str, dtype: str) -> dict[str, Tensor]:
+def _packed(shape: tuple[int, ...], trait: str) -> dict[str, Tensor]:
     rows, columns = shape
     if trait in {"int4_gptq", "int8_gptq"}:
         return {"qweight": _zeros("I32", columns // (8 if "4" in trait[:4] else 4), rows)}
@@ -200,7 +196,7 @@ def _linear(shape: tuple[int, int], trait: str, dtype: str) -> dict[str, Tensor]
         state = json.dumps({"shape": list(shape)}).encode()
         packed = {"weight": _zeros("U8", rows * columns // 2, 1)}
         return packed | {"weight.quant_state.bitsandbytes__nf4": ("U8", (len(state),), state)}
-    return {"weight": _zeros("I8" if trait == "int8_w8a8" else dtype, rows, columns)}
+    return {"weight": _zeros("I8", rows, columns)}
 
 
 def _zeros(dtype: str, *shape: int) -> Tensor:
