@@ -92,7 +92,7 @@ def _escaped(character: str) -> str:
 HIDDEN = "***"
 _TOKENS = re.compile(
     r"""
-      (?P<scheme>[A-Za-z][\w.+-]*://) [^\s/?\#"'<>\\]* (?=@)              # user and password of an address
+      (?P<scheme>(?<![\w.+-])[A-Za-z][\w.+-]*://) [^\s/?\#"'<>\\]* (?=@)              # user and password of an address
     | (?P<bearer>\b(?:[Bb]earer|[Bb]asic)\ +) (?=\S*\d) [\w.~+/=-]{8,}
     | \b hf_[A-Za-z0-9]{16,}                                            # Hugging Face
     | \b gh[opsur]_[A-Za-z0-9]{16,} | \b github_pat_\w{16,} | \b glpat-[\w-]{16,}

@@ -302,6 +302,8 @@ def as_written(entry: StageEntry) -> dict[str, Any]:
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+MOST_BYTES = 2**63 - 1
+"""What a file system counts up to."""
 
 
 def _at_least_a_byte(text: str) -> None:
@@ -323,4 +325,8 @@ def parse_size(text: str) -> int:
     if match is None or match[2].upper() not in UNITS:
         msg = f"{text!r} is not a size; write for example 2GiB or 500MB"
         raise ValueError(msg)
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    size = float(match[1]) * UNITS[match[2].upper()]
+    if size > MOST_BYTES:
+        msg = f"{text[:20]!r} is more than a size can be"
+        raise ValueError(msg)
+    return int(size)

@@ -82,6 +82,14 @@ def test_what_is_printed_can_only_be_read(value):
     assert text.printable(shown) == shown
 
 
+@pytest.mark.parametrize("part", ["A", "#", "##a", "a://", "%0A ", ":", "sk-", "hf_", "bearer ", "$6$", "\x1b["])
+def test_a_long_word_is_read_in_one_pass(part):
+    """A pattern that looked on from each of a million characters to the end would take hours."""
+    long = part * (1_000_000 // len(part))
+    assert_only_read(text.printable(text.redact(long, {})))
+    assert json.loads(text.dump_json(long)) == long
+
+
 @given(st.text(alphabet=st.characters(categories=["L", "N", "P", "S"], exclude_characters=":#%")))
 def test_what_can_be_read_is_printed_as_it_is(value):
     assert text.printable(value) == value
