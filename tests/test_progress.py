@@ -270,7 +270,7 @@ def test_the_plain_summary_says_the_same(tmp_path):
     assert "\x1b" not in done.stderr
     for expected in (
         "✓ pass  SmolLM2-135M-Instruct is 5.21× faster and 3.39× smaller at 1.12×",
-        "All 3 gates pass.",
+        "All 3 gates pass: perplexity_ratio is 1.12×, allowed max 1.15;",
         "decode_speedup             min 4.0        5.21×        5.03–5.40×   pass",
         "Decode speed               37.1 tok/s   193 tok/s    5.21× faster    5.03–5.40×",
     ):

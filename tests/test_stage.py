@@ -70,7 +70,7 @@ def toy(**members: Any) -> ModuleType:
     usual = {
         "SUMMARY": "a toy",
         "NEEDS": ANY,
-        "WRITES": "model",
+        "WRITES": "measurement",
         "USES_TARGET": False,
         "LIBRARIES": (),
         "ENVIRONMENT": MAIN,
@@ -186,7 +186,7 @@ def test_an_option_renamed_changes_nothing_elsewhere(tmp_path, tiny_llama, monke
     assert [each.name for each in other.measures] == [each.name for each in usual.measures] == ["measure-speculation"]
     assert other.measures[0].options == usual.measures[0].options
     before = other.steps[0].key
-    prompts.write_text(json.dumps({"prompt": "another"}))
+    prompts.write_text("\n".join(json.dumps({"prompt": f"another {index}"}) for index in range(60)))
     assert planned(tmp_path, tiny_llama, "renamed", "sentences", prompts).steps[0].key != before
 
 

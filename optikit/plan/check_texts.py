@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from optikit import records
@@ -14,6 +15,7 @@ from optikit.models import tokenizer
 from optikit.plan.context import Context, at, stage_inputs
 from optikit.problems import Level, Loc, Problem
 from optikit.recipe.schema import PerplexityOptions, StageEntry, TaskOptions, Text
+from optikit.stage import Speculating
 from optikit.store.sources import TextSource
 
 if TYPE_CHECKING:
@@ -219,7 +221,8 @@ def _unreadable(error: InputMissingError, source: TextSource, loc: Loc) -> Probl
 
 def _stage_prompt_problems(entry: StageEntry, source: TextSource, counter: Counter, loc: Loc) -> Iterator[Problem]:
     """Yield why a stage can't be chosen and judged on its prompts."""
-    options: Any = entry.options
+    assert isinstance(entry.stage, Speculating)  # noqa: S101 - no other stage reads prompts
+    options = SimpleNamespace(**entry.stage.measured(entry.options))
     found = _prompts(source, options.template, loc)
     if isinstance(found, Problem):
         yield found

@@ -69,7 +69,8 @@ def write_models(directory: Path, home: Path) -> None:
         identity = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         digests[str(weights.absolute())] = [*identity, sha256(header).hexdigest()]  # nothing but a header is there
     home.mkdir(parents=True, exist_ok=True)
-    (home / "digests.json").write_text(json.dumps(digests), encoding="utf-8")
+    sealed = {"sha256": sha256(json.dumps(digests).encode()).hexdigest(), "entries": digests}
+    (home / "digests.json").write_text(json.dumps(sealed), encoding="utf-8")
     (directory / "calibration.txt").write_text("The river is cold. " * 4000, encoding="utf-8")
     lines = [json.dumps({"prompt": f"Tell me of river number {index}. " + "It is cold. " * 300}) for index in range(64)]
     (directory / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")

@@ -300,7 +300,7 @@ def damaged(source: Path, place: Path, name: str, value: float) -> Path:
 def test_weights_that_are_not_finite_are_named(three_blocks, prose, tmp_path, method, value):
     name = "model.layers.1.mlp.down_proj.weight"
     source = damaged(three_blocks, tmp_path / "damaged", name, value)
-    with pytest.raises(StageFailedError, match=r"model\.layers\.1\.mlp\.down_proj\.weight holds NaN or infinity"):
+    with pytest.raises(IntegrityError, match=r"model\.layers\.1\.mlp\.down_proj\.weight holds NaN or infinity"):
         quantize(make_job(source, prose, tmp_path / "out"), method)
 
 

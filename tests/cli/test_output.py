@@ -202,7 +202,7 @@ def test_an_error_holds_no_credential(word):
 def test_a_crash_report_holds_no_credential(tmp_path, monkeypatch):
     monkeypatch.setenv("OPTIKIT_HOME", str(tmp_path))
     monkeypatch.setenv("DB_PASSWORD", "canary-value")
-    path = write_report(ValueError("https://u:s3cr3tpw@h/x and canary-value"))
+    path = Path(write_report(ValueError("https://u:s3cr3tpw@h/x and canary-value")))
     assert "ValueError: https://***@h/x and ***" in path.read_text()
     assert path.stat().st_mode & 0o077 == 0
 
@@ -256,6 +256,7 @@ CALLS: Mapping[str, Sequence[Sequence[str]]] = {
     "diff": [[WORD, WORD], ["r", WORD], ["r", "r"], ["r", "r", "--json"], ["r", "r", "--markdown"]],
     "eval": [[WORD, "--out", "o", "--text", WORD], ["m", "--out", "o", "--task", WORD], ["m", "--recipe", WORD]],
     "verify": [[WORD], ["sealed"], ["sealed", "--json"]],
+    "reproduce": [[WORD], ["sealed"], ["sealed", "--json"]],
     "generate": [[WORD, "--prompt", WORD], ["m", "--prompts", WORD], ["m", "--max-tokens", WORD]],
     "cache": [[WORD], ["gc", "--keep", WORD], ["gc", "--max-size", WORD], ["list"], ["list", "--json"]],
     "env": [[WORD], ["build", WORD], ["check", WORD]],

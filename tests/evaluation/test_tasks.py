@@ -173,12 +173,12 @@ def test_answers_that_hold_what_ends_them_are_found(answers, stop, found):
 
 def test_an_answer_of_several_lines_can_be_given(decoder, tokenizer):
     question = i.Question(id="q", prompt="The old house", answers=("?",))
-    free = t.answer(decoder, tokenizer, question, max_tokens=12, stop=()).text
+    free = t.answer(decoder, tokenizer, question, sandbox=Sandbox(), max_tokens=12, stop=()).text
     middle = free[len(free) // 2]
     right = i.Question(id="q", prompt=question.prompt, answers=(free,))
     assert i.cut_short((right,), (middle,)) == (right, middle)
-    assert not t.answer(decoder, tokenizer, right, max_tokens=12, stop=(middle,)).correct
-    assert t.answer(decoder, tokenizer, right, max_tokens=12, stop=()).correct
+    assert not t.answer(decoder, tokenizer, right, sandbox=Sandbox(), max_tokens=12, stop=(middle,)).correct
+    assert t.answer(decoder, tokenizer, right, sandbox=Sandbox(), max_tokens=12, stop=()).correct
 
 
 def test_files_that_are_no_tasks(tmp_path):

@@ -15,6 +15,7 @@ from optikit.cli.generate import generate
 from optikit.errors import InputMissingError, UsageError
 from optikit.models import tokenizer
 from optikit.runtime.generate import TextGenerator
+from tests.app.outputs import seal_output
 
 app = typer.Typer()
 app.command()(generate)
@@ -228,6 +229,7 @@ def test_the_command_prints_the_text_of_greedy_decoding(tiny_onnx, tiny_llama, t
     shutil.copytree(tiny_llama, tmp_path / "out" / "model")
     if compiled:
         shutil.copytree(tiny_onnx, tmp_path / "out" / "compiled" / "onnxruntime")
+    seal_output(tmp_path / "out")
     decoder = runtime.load(tmp_path / "out")
     prompt = TextGenerator(decoder, tiny_llama).encode("stone", chat=False)
     wanted = "".join(chunk.text for chunk in TextGenerator(decoder, tiny_llama).answer(prompt, 6))

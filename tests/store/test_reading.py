@@ -184,7 +184,10 @@ def test_a_broken_memory_of_digests_costs_only_time(content: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("damage", ["bit", "torn", "empty", "directory", "link", "pipe"])
-def test_damage_of_the_memory_of_digests_is_told_and_healed(damage: str, tmp_path: Path) -> None:
+def test_damage_of_the_memory_of_digests_is_told_and_healed(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optikit.store.digests.WORTH_REMEMBERING", 0)
     path, file = tmp_path / "digests.json", tmp_path / "file"
     file.write_text("x")
     _settle(tmp_path)

@@ -138,7 +138,7 @@ def test_a_mark_at_the_start_is_left_out_and_lines_end_alike(store: Store, tmp_p
 def test_a_chat_template_with_a_name_is_part_of_a_model(store: Store, tmp_path: Path) -> None:
     (tmp_path / "m" / "additional_chat_templates").mkdir(parents=True)
     (tmp_path / "m" / "config.json").write_text("{}")
-    (tmp_path / "m" / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "m" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     digests = [model("m", store, tmp_path).digest]
     for content in ("one", "another"):
         (tmp_path / "m" / "additional_chat_templates" / "rag.jinja").write_text(content)

@@ -58,7 +58,12 @@ def test_int8_directories_round_the_inputs_too(tiny_llama, tmp_path):
     packed = compressed_tensors.pack((weight / scales).round(), scales)
     save_tensors(directory / "model.safetensors", state | {f"{name}.{suffix}": t for suffix, t in packed.items()})
     config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "int-quantized"}
+    eight = {"num_bits": 8, "type": "int"}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {"group_0": {"weights": eight, "input_activations": eight}},
+    }
     (directory / "config.json").write_text(json.dumps(config))
     inputs = []
     int8 = runtime.load(directory, dtype="float32", threads=1)
