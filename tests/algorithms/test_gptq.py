@@ -8,8 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optikit.algorithms import gptq, rtn
-from optikit.algorithms.correction import corrected
+from optikit.algorithms.correction import move
 from optikit.algorithms.grid import Grid, dequantize, fit
+
+
+def corrected(weight, hessian, lacking, *, damp, tokens):
+    return weight + move(hessian, lacking, damp=damp, tokens=tokens)
 
 
 def inputs(tokens: int, width: int, seed: int) -> torch.Tensor:
