@@ -211,7 +211,7 @@ class _Calibrated:
             length=length,
             seed=self._job.seed,
         )
-        self._batch = max(1, BATCH_TOKENS // length)
+        self._batch = 1 if self._source.row.alone else max(1, BATCH_TOKENS // length)
         with self._model.stem_filled():
             self._calls = self._model.record(tokens[:1])
             tokens = distributed.share(tokens)
@@ -302,4 +302,6 @@ class _Calibrated:
                 raise StageFailedError(message, fix="does the dense model give finite outputs on this text?")
             wanted, dense_stream = dense[0] if dense else (inputs, None)
             gap = None if stream is None or dense_stream is None else dense_stream.float() - stream.float()
+            if gap is not None:
+                gap /= self._source.residual_scale
             yield Batch(inputs=inputs, dense_inputs=wanted, residual_gap=gap, held_out=held_out)

@@ -32,7 +32,13 @@ class Linear:
 def linears_of(directory: Path) -> tuple[str, ...]:
     """Return the full names of all linears of a model directory's blocks, as its checkpoint has them."""
     source = SourceModel(Checkpoint(directory))
-    return tuple(source.linear_name(name) for name in source.row.names(source.layers))
+    row = source.row
+    return tuple(
+        source.linear_name(f"{row.block(block)}.{inside}")
+        for block in range(source.layers)
+        for inside in row.linears
+        if source.has(block, inside)
+    )
 
 
 class SourceModel:
@@ -44,6 +50,7 @@ class SourceModel:
         layers: Number of decoder blocks.
         max_positions: Longest sequence the model was made for, in tokens.
         own_head: The output head has a matrix of its own, not the embedding's.
+        residual_scale: What outputs are multiplied by before they are added to the residual stream.
 
     Raises:
         StageFailedError: The architecture is unknown, or the config contradicts its row.
@@ -51,15 +58,17 @@ class SourceModel:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         config = checkpoint.config()
-        row = architectures.find(str(config.get("model_type")))
+        row = architectures.find(str(config.get("model_type")), config)
         if row is None:
             known = ", ".join(architectures.names())
             raise StageFailedError(f"unknown model_type {config.get('model_type')!r}", fix=f"known: {known}")
         self.checkpoint = checkpoint
         self.row: Architecture = row
+        config = row.meant(config)
         self.layers = int(str(config[row.keys["layers"]]))
         self.max_positions = int(str(config[row.keys["max_positions"]]))
-        self.own_head = f"{row.head}.weight" in checkpoint
+        self.own_head = any(name in checkpoint for name in self._candidates(f"{row.head}.weight"))
+        self.residual_scale = float(str(config.get(row.residual_scale, 1.0)))
         heads, hidden = (int(str(config[row.keys[key]])) for key in ("heads", "hidden"))
         self._head_dim = int(str(config.get(row.keys["head_dim"]) or hidden // heads))
 
@@ -69,11 +78,15 @@ class SourceModel:
         Raises:
             StageFailedError: The checkpoint has no such tensor.
         """
-        bare = name.removeprefix(self.row.blocks.partition(".")[0] + ".")
-        for candidate in (name, bare):
+        for candidate in self._candidates(name):
             if candidate in self.checkpoint:
                 return candidate
         raise StageFailedError(f"the checkpoint has no tensor {name!r}", fix="quantize a dense checkpoint, once")
+
+    def _candidates(self, name: str) -> tuple[str, ...]:
+        module, _, leaf = name.rpartition(".")
+        bare = name.removeprefix(self.row.blocks.partition(".")[0] + ".")
+        return (name, bare, f"{self.row.stored_as.get(module, module)}.{leaf}")
 
     def read(self, name: str) -> Tensor:
         """Read a tensor as it is stored.
@@ -87,14 +100,18 @@ class SourceModel:
 
     def groups(self, block: int, ignore: Callable[[str], bool]) -> list[tuple[Linear, ...]]:
         """Return the linears of a block that are to be changed, grouped by input, in execution order."""
-        prefix = self.row.block(block)
         groups = []
         for names in self.row.groups:
-            full = [(name, f"{prefix}.{name}") for name in names]
+            full = [(name, f"{self.row.block(block)}.{name}") for name in names if self.has(block, name)]
             linears = [Linear(inside, self.linear_name(name)) for inside, name in full if not ignore(name)]
             if linears:
                 groups.append(tuple(linears))
         return groups
+
+    def has(self, block: int, inside: str) -> bool:
+        """Return whether a block has a linear: of a hybrid's, not every one has all."""
+        name = f"{self.row.block(block)}.{inside}.weight"
+        return not self.row.hybrid or any(each in self.checkpoint for each in self._candidates(name))
 
     def previous_op(
         self, block: int, linears: tuple[Linear, ...], ignore: Callable[[str], bool], changed: Mapping[str, Tensor]

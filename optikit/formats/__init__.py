@@ -51,7 +51,7 @@ UNPACK: Mapping[str, Callable[[Mapping[str, Tensor], int], Tensor]] = {
 
 
 def _transposed(config: Mapping[str, Any]) -> bool:
-    row = architectures.find(str(config.get("model_type", "")))
+    row = architectures.find(str(config.get("model_type", "")), config)
     return row is not None and row.transposed
 
 

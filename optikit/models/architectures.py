@@ -54,8 +54,16 @@ class Architecture:
         gguf: `general.architecture` of a gguf file that becomes this family, or "".
         tensors: Name of every tensor → its shape in words; see architectures.toml.
         leftovers: Ends of names of tensors that no model reads.
-        ties: What config.json means where it doesn't say whether head and embedding are the same.
         settings: Keys of config.json that change what is computed, and are obeyed.
+        unread: Keys that sound as if they did and that transformers' class doesn't read.
+        when: Values of config.json that choose this row among several of one `model_type`.
+        defaults: What config.json means where it doesn't say.
+        aliases: Other name of a key of config.json → its name here.
+        fixed: Figures of `ModelFacts` that are the same in all models of the row.
+        stored_as: Module → what checkpoints may call it.
+        wide: Linears that make the channels that the last linear of a block reads.
+        residual_scale: Key of config.json that the outputs of residual branches are multiplied by, or "".
+        alone: What a block gets besides hidden states has the batch in it, so that windows go through one by one.
     """
 
     model_type: str
@@ -76,13 +84,39 @@ class Architecture:
     gguf: str = ""
     tensors: Mapping[str, str] = field(default_factory=dict, repr=False)
     leftovers: tuple[str, ...] = ()
-    ties: bool = False
     settings: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    when: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, int] = field(default_factory=dict)
+    stored_as: Mapping[str, str] = field(default_factory=dict)
+    wide: tuple[str, ...] = ()
+    residual_scale: str = ""
+    alone: bool = False
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Every linear of a block, relative to the block, in execution order."""
+        """Every linear that a block may have, relative to the block, in execution order."""
         return tuple(name for group in self.groups for name in group)
+
+    @property
+    def hybrid(self) -> bool:
+        """Whether blocks of different kinds have different linears."""
+        return any(" layer " in f" {words}" for words in self.tensors.values())
+
+    def meant(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return config.json with what it means where it is silent, and with today's names of its keys."""
+        named = {key: config[alias] for alias, key in self.aliases.items() if alias in config}
+        return {**self.defaults, **named, **config}
+
+    def wants(self, values: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        """Yield keys (dotted within a section) that config.json has another value for, with that value."""
+        known = self.meant(config)
+        for path, wanted in values.items():
+            found = _at(known, path, wanted)
+            if found != wanted and (found or wanted):  # null means no
+                yield path, found
 
     def block(self, index: int) -> str:
         """Return the name of block `index`."""
@@ -95,14 +129,25 @@ class Architecture:
                 yield f"{self.blocks}.{index}.{name}"
 
 
-_LISTS = ("previous_ops", "residual_sources", "engines", "windowless", "leftovers", "settings")
+def _at(config: Mapping[str, Any], path: str, otherwise: Any) -> Any:
+    """Return the value at a dotted path, or another where the path leads nowhere."""
+    found: Any = config
+    for part in path.split("."):
+        if not isinstance(found, dict) or part not in found:
+            return otherwise
+        found = found[part]
+    return found
+
+
+_LISTS = ("previous_ops", "residual_sources", "engines", "windowless", "leftovers", "settings", "unread", "wide")
+_MAPS = ("requires", "when", "defaults", "aliases", "fixed", "stored_as")
 _OWN = frozenset({"engines", "gguf"})
 """Columns that are proven for each family, so that none comes from the row that another is like."""
 
 
 def _row(model_type: str, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     row = dict(rows[model_type])
-    like = row.pop("like", None)
+    like = row.pop("like", row.get("of"))
     inherited = {} if like is None else _row(like, rows)
     tensors = {**inherited.get("tensors", {}), **row.get("tensors", {})}
     return {key: value for key, value in inherited.items() if key not in _OWN} | row | {"tensors": tensors}
@@ -113,30 +158,37 @@ def _rows() -> Mapping[str, Architecture]:
     text = resources.files("optikit.models").joinpath("architectures.toml").read_text(encoding="utf-8")
     rows = tomllib.loads(text)
     found = {}
-    for model_type in rows:
-        row = _row(model_type, rows)
+    for name in rows:
+        row = _row(name, rows)
         row["groups"] = tuple(tuple(group) for group in row["groups"])
+        row.setdefault("wide", row["groups"][-2])
         row |= {key: tuple(row[key]) for key in _LISTS if key in row}
         row["keys"] = MappingProxyType({**USUAL_KEYS, **row.get("keys", {})})
         row["tensors"] = MappingProxyType(row["tensors"])
-        row["requires"] = MappingProxyType(row.get("requires", {}))
-        found[model_type] = Architecture(model_type=model_type, **row)
+        row |= {key: MappingProxyType(row.get(key, {})) for key in _MAPS}
+        found[name] = Architecture(model_type=row.pop("of", name), **row)
     return MappingProxyType(found)
 
 
 def names() -> tuple[str, ...]:
     """Return every supported `model_type`."""
-    return tuple(_rows())
+    return tuple(dict.fromkeys(row.model_type for row in _rows().values()))
 
 
-def find(model_type: str) -> Architecture | None:
-    """Return the architecture of a `model_type`, or None."""
-    return _rows().get(model_type)
+def rows() -> Mapping[str, Architecture]:
+    """Return every row by its name: a `model_type`, or a variant of one."""
+    return _rows()
+
+
+def find(model_type: str, config: Mapping[str, Any] = MappingProxyType({})) -> Architecture | None:
+    """Return the architecture of a `model_type`, or None; of several rows the first that its config.json chooses."""
+    fitting = [row for row in _rows().values() if row.model_type == model_type]
+    return next((row for row in fitting if not any(row.wants(row.when, config))), fitting[0] if fitting else None)
 
 
 def known_to(engine: str) -> tuple[str, ...]:
     """Return every `model_type` that an engine or library knows, too."""
-    return tuple(name for name, row in _rows().items() if engine in row.engines)
+    return tuple(dict.fromkeys(row.model_type for row in _rows().values() if engine in row.engines))
 
 
 def of_gguf(name: str) -> Architecture | None:

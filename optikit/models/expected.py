@@ -7,6 +7,7 @@ a test holds to transformers' own models.
 
 from __future__ import annotations
 
+import math
 import re
 import reprlib
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -19,7 +20,6 @@ from optikit.models.facts import TensorFacts
 from optikit.models.traits import Storage
 
 FIX = "the checkpoint is incomplete or isn't what config.json describes: get it again"
-_SIZE = re.compile(r"(?:(\d+)\*)?([a-z_]+)(?:\+(\d+))?")
 _ARITHMETIC = re.compile(
     r"bias|norm|scal|multiplier|softcap|rotary|rope|window|layer_types|attn|attention|expert|moe|alibi|residual|clip"
     r"|_act$|activation|(?:^|_)eps(?:ilon)?$|theta|logit|proj"
@@ -44,13 +44,16 @@ def tensors(
         "keys": sizes["kv_heads"] * width,
         "all_heads": (heads + 2 * sizes["kv_heads"]) * width,
     }
+    known |= {key: value for key, value in settings.items() if type(value) is int and key not in known}
     found: dict[str, tuple[int, ...]] = {}
     for pattern, words in architecture.tensors.items():
         shape, _, condition = words.partition(" if ")
-        if not shape or (condition and not _holds(condition, settings)):
+        if not shape:
             continue
         whole = tuple(_size(word, known) for word in shape.split())
-        found |= dict.fromkeys(_named(pattern, architecture, sizes["layers"]), whole)
+        for name, index in _named(pattern, architecture, sizes["layers"]):
+            if _holds(condition, settings, index):
+                found[name] = whole
     return found
 
 
@@ -62,26 +65,44 @@ def conditions(architecture: Architecture, found: Container[str]) -> Iterator[st
     by_key: dict[str, list[bool]] = {}
     for pattern, words in architecture.tensors.items():
         key = words.partition(" if ")[2]
-        if key and pattern.startswith("*."):
+        if key.isidentifier() and pattern.startswith("*."):
             by_key.setdefault(key, []).append(architecture.block(0) + pattern.removeprefix("*") in found)
     yield from (key for key, there in by_key.items() if all(there))
 
 
-def _holds(condition: str, settings: Mapping[str, Any]) -> bool:
-    return not settings["tie_word_embeddings"] if condition == "untied" else bool(settings.get(condition))
+def _holds(conditions: str, settings: Mapping[str, Any], block: int) -> bool:
+    """Return whether all conditions of a tensor hold in a block."""
+    return all(_is_so(each.split(), settings, block) for each in conditions.split(" and ") if each)
 
 
-def _size(word: str, known: Mapping[str, int]) -> int:
-    [(times, name, more)] = _SIZE.findall(word)
-    return int(times or 1) * known[name] + int(more or 0)
+def _is_so(words: list[str], settings: Mapping[str, Any], block: int) -> bool:
+    match words:
+        case ["untied"]:
+            return not settings["tie_word_embeddings"]
+        case ["layer", kind]:
+            kinds = settings.get("layer_types")
+            return isinstance(kinds, list) and kinds[block : block + 1] == [kind]
+        case ["not", key]:
+            return not settings.get(key)
+        case [key]:
+            return bool(settings.get(key))
+        case _:
+            raise ValueError(f"{' '.join(words)} is no condition")
 
 
-def _named(pattern: str, architecture: Architecture, layers: int) -> Iterator[str]:
+def _size(words: str, known: Mapping[str, int]) -> int:
+    """Return the value of sums of products, such as `2*intermediate+3`."""
+    products = (part.split("*") for part in words.split("+"))
+    return sum(math.prod(int(word) if word.isdigit() else known[word] for word in product) for product in products)
+
+
+def _named(pattern: str, architecture: Architecture, layers: int) -> Iterator[tuple[str, int]]:
+    """Yield the names that a pattern stands for, with their blocks; -1 outside of blocks."""
     if not pattern.startswith("*."):
-        yield pattern
+        yield pattern, -1
         return
     for index in range(layers):
-        yield architecture.block(index) + pattern.removeprefix("*")
+        yield architecture.block(index) + pattern.removeprefix("*"), index
 
 
 def check(
@@ -155,8 +176,9 @@ def check_settings(architecture: Architecture, settings: Mapping[str, Any], wher
     Raises:
         RecipeError: Naming the key and its value.
     """
+    known = {*architecture.settings, *architecture.unread, *architecture.keys.values(), *architecture.aliases}
     for key, value in settings.items():
-        if key in architecture.settings or not looks_arithmetic(key) or _is_neutral(key, value):
+        if key in known or not looks_arithmetic(key) or _is_neutral(key, value):
             continue
         if key == "hidden_act" and value == settings.get("hidden_activation"):
             continue

@@ -11,8 +11,12 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from optikit.models import architectures
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from optikit.models.architectures import Architecture
 
 Trait = Literal[
     "dense",  # every weight in a float dtype
@@ -109,6 +113,11 @@ class ModelFacts:
     sliding_window: int | None = None
     left_dense: frozenset[str] = frozenset()
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def architecture(self) -> Architecture | None:
+        """Its row of architectures.toml, where it has one."""
+        return architectures.find(self.model_type, self.config)
 
     def having(self, *traits: Trait, without: frozenset[Trait] = frozenset()) -> ModelFacts:
         """Return these facts with traits added and others taken away."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -59,12 +60,12 @@ def read(directory: Path) -> ModelFacts:
     """
     settings = config.load(directory)
     where = directory / "config.json"
-    architecture = _architecture(settings.get("model_type"), where)
+    architecture = _architecture(settings, where)
     _check_required(architecture, settings, where)
     expected.check_settings(architecture, settings, where)
     scheme = quantization.scheme(settings, where)
     tensors = headers.read_directory(directory)
-    figures = _figures(architecture.keys, settings, where)
+    figures = _figures(architecture, architecture.meant(settings), where)
     stated = quantization.stated_shapes(directory, tensors) if scheme.states_shape else {}
     named = _prefixed(architecture, tensors)
     if scheme.trait == traits.DENSE and any(name.endswith(".qweight") for name in named):
@@ -72,9 +73,9 @@ def read(directory: Path) -> ModelFacts:
         raise RecipeError(
             message, fix="copy the contents of quantize_config.json into config.json, with a quant_method"
         )
+    tied = bool(architecture.meant(settings).get("tie_word_embeddings", False))
     linears = _linears(architecture, scheme, named, figures["layers"], directory, stated)
     described = tokenizer.describe(directory)
-    tied = bool(settings.get("tie_word_embeddings", architecture.ties))
     facts = _facts(
         architecture,
         figures,
@@ -99,9 +100,10 @@ def tensor_shapes(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
     Raises:
         RecipeError: Its family isn't known.
     """
-    architecture = _architecture(facts.model_type, Path("config.json"))
+    architecture = _architecture({**facts.config, "model_type": facts.model_type}, Path("config.json"))
     sizes = {name: getattr(facts, name) for name in USUAL_KEYS}
-    return expected.tensors(architecture, sizes, {**facts.config, "tie_word_embeddings": facts.tied})
+    settings = {**architecture.meant(facts.config), "tie_word_embeddings": facts.tied}
+    return expected.tensors(architecture, sizes, settings)
 
 
 def read_gguf(path: Path) -> ModelFacts:
@@ -127,7 +129,7 @@ def read_gguf(path: Path) -> ModelFacts:
         raise IntegrityError(f"{path} has no token_embd.weight", fix=_INCOMPLETE)
     keys = {name: f"{family}.{key}" for name, key in gguf_settings.FIGURES.items()}
     known = {**header.metadata, "vocab": embedding.shape[0]}
-    figures = _figures({**keys, "vocab": "vocab"}, known, path)
+    figures = _figures(replace(architecture, keys={**keys, "vocab": "vocab"}), known, path)
     tensors = _gguf_tensors(architecture, header, path)
     linears = _linears(architecture, traits.rows()[traits.DENSE], tensors, figures["layers"], path)
     tied = "output.weight" not in header.tensors
@@ -149,8 +151,9 @@ def read_gguf(path: Path) -> ModelFacts:
     return facts
 
 
-def _architecture(model_type: Any, where: Path) -> Architecture:
-    found = architectures.find(model_type) if isinstance(model_type, str) else None
+def _architecture(settings: Mapping[str, Any], where: Path) -> Architecture:
+    model_type = settings.get("model_type")
+    found = architectures.find(model_type, settings) if isinstance(model_type, str) else None
     if found is None:
         fix = did_you_mean(str(model_type), architectures.names())
         raise RecipeError(f"{where}: model_type {model_type!r} isn't known here", fix=fix)
@@ -158,21 +161,24 @@ def _architecture(model_type: Any, where: Path) -> Architecture:
 
 
 def _check_required(architecture: Architecture, settings: Mapping[str, Any], where: Path) -> None:
-    for key, wanted in architecture.requires.items():
-        if settings.get(key, wanted) != wanted:
-            message = (
-                f"{where}: {key} is {settings[key]!r}; {architecture.model_type} is known here only with {wanted!r}"
-            )
-            raise RecipeError(message, fix="choose another model of the family")
+    for key, value in architecture.wants(architecture.requires, settings):
+        wanted = architecture.requires[key]
+        message = f"{where}: {key} is {value!r}; {architecture.model_type} is known here only with {wanted!r}"
+        raise RecipeError(message, fix="choose another model of the family")
+    kinds, layers = settings.get("layer_types"), settings.get(architecture.keys["layers"])
+    if architecture.hybrid and (not isinstance(kinds, list) or len(kinds) != layers):
+        message = f"{where}: layer_types should name a kind for each of {layers} blocks"
+        raise RecipeError(message, fix="get the model's config.json again")
 
 
-def _figures(keys: Mapping[str, str], settings: Mapping[str, Any], where: Path) -> dict[str, int]:
+def _figures(architecture: Architecture, settings: Mapping[str, Any], where: Path) -> dict[str, int]:
     """Return every figure; those that may be left out (kv_heads, head_dim, intermediate) come from others."""
     optional = {"kv_heads", "head_dim", "intermediate"}
-    figures = {
+    keys = architecture.keys
+    figures = dict(architecture.fixed) | {
         name: config.figure(name, key, settings.get(key), where)
         for name, key in keys.items()
-        if name not in optional or settings.get(key) is not None
+        if name not in architecture.fixed and (name not in optional or settings.get(key) is not None)
     }
     figures.setdefault("kv_heads", figures["heads"])
     if "head_dim" not in figures:
@@ -191,11 +197,14 @@ def _linears(
     where: Path,
     stated: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> dict[str, tuple[int, int]]:
+    """Return the shapes of all linears; one that is missing from a block of a hybrid is seen by `expected.check`."""
     found = {}
     prefix = architecture.blocks.partition(".")[0] + "."
     for name in architecture.names(layers):
         told = stated.get(name, stated.get(name.removeprefix(prefix)))
         shape = told or scheme.shape(name, tensors, transposed=architecture.transposed)
+        if shape is None and architecture.hybrid:
+            continue
         if shape is None:
             raise IntegrityError(f"{where} has no weights for {name}", fix=_INCOMPLETE)
         found[name] = shape
@@ -205,9 +214,11 @@ def _linears(
 def _prefixed(architecture: Architecture, tensors: Mapping[str, TensorFacts]) -> Mapping[str, TensorFacts]:
     """Return the tensors under the names of the whole model: some checkpoints leave the first part out."""
     prefix = architecture.blocks.partition(".")[0] + "."
-    if any(name.startswith(prefix) for name in tensors):
-        return tensors
-    return {prefix + name: tensor for name, tensor in tensors.items()}
+    names = {f"{other}.weight": f"{module}.weight" for module, other in architecture.stored_as.items()}
+    named = {names.get(name, name): tensor for name, tensor in tensors.items()}
+    if any(name.startswith(prefix) for name in named):
+        return named
+    return {prefix + name: tensor for name, tensor in named.items()}
 
 
 def _check_tensors(
@@ -223,8 +234,10 @@ def _check_tensors(
 def _facts(
     architecture: Architecture, figures: Mapping[str, int], linears: Mapping[str, tuple[int, int]], **rest: Any
 ) -> ModelFacts:
-    last = linears[f"{architecture.block(0)}.{architecture.linears[-1]}"]
-    values: dict[str, Any] = {"intermediate": last[1], **figures, **rest}  # the MLP's way back has its width as input
+    last = linears.get(f"{architecture.block(0)}.{architecture.linears[-1]}")
+    if last is not None:
+        figures = {"intermediate": last[1], **figures}  # the MLP's way back has its width as input
+    values: dict[str, Any] = {**figures, **rest}
     return ModelFacts(model_type=architecture.model_type, linears=linears, **values)
 
 

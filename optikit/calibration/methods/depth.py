@@ -46,7 +46,7 @@ def _measure(job: Job, calibration: Calibration, source: SourceModel, state: Res
     model = EmptyModel(source, dtype=dtype, device=job.device)
     samples, length = calibration.samples, calibration.length
     tokens = calibration_set.draw(job.source, calibration.text, samples=samples, length=length, seed=job.seed)
-    batch = max(1, BATCH_TOKENS // length)
+    batch = 1 if source.row.alone else max(1, BATCH_TOKENS // length)
 
     def hidden(index: int) -> HiddenStates:
         return HiddenStates(state.hidden_path(index), (samples, length, model.width), dtype, batch)

@@ -33,6 +33,6 @@ def problems(facts: ModelFacts) -> Iterator[Problem]:
 
 def window(facts: ModelFacts) -> int:
     """Return how many tokens a graph of the builder is right for: it may leave an attention window out."""
-    family = architectures.find(facts.model_type)
+    family = facts.architecture
     left_out = family is not None and BUILDER in family.windowless
     return facts.sliding_window if left_out and facts.sliding_window else facts.max_positions

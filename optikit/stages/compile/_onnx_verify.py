@@ -12,7 +12,6 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from optikit.errors import StageFailedError
-from optikit.models import architectures
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -106,7 +105,7 @@ def _stored(bits: int) -> str:
 
 def outer_names(facts: ModelFacts) -> tuple[str, str]:
     """Return the model's names of the embedding and of the head; where they are tied, the source has the first only."""
-    row = architectures.find(facts.model_type)
+    row = facts.architecture
     if row is None:
         raise StageFailedError(f"model_type {facts.model_type!r} is unknown", fix="add it to architectures.toml")
     return f"{row.embedding}.weight", f"{row.head}.weight"

@@ -78,7 +78,7 @@ def settings_of(options: TrainingOptions) -> Settings:
 
 def check_training(facts: ModelFacts) -> Iterator[Problem]:
     """Yield what can't be trained."""
-    if architectures.find(facts.model_type) is None:
+    if facts.architecture is None:
         message = f"model_type {facts.model_type!r} is not one whose linear layers are known"
         yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(architectures.names())}")
 

@@ -52,7 +52,7 @@ def chosen(options: PatternOptions, facts: ModelFacts) -> dict[str, tuple[int, i
 
 def check_pattern(options: PatternOptions, facts: ModelFacts) -> Iterator[Problem]:
     """Yield what this pattern can't do to this model."""
-    if architectures.find(facts.model_type) is None:
+    if facts.architecture is None:
         message = f"model_type {facts.model_type!r} is not one whose linear layers are known"
         yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(architectures.names())}")
         return

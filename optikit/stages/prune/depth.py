@@ -58,7 +58,7 @@ def count_of(options: Options, facts: ModelFacts) -> int:
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
     """Yield why so many blocks can't be left out."""
-    if architectures.find(facts.model_type) is None:
+    if facts.architecture is None:
         message = f"model_type {facts.model_type!r} is not one whose blocks are known"
         yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(architectures.names())}")
         return
@@ -75,7 +75,7 @@ def after(options: Options, facts: ModelFacts) -> ModelFacts:
     """Return the facts of the shortened model; which blocks are gone isn't known yet."""
     gone = count_of(options, facts)
     layers = facts.layers - gone
-    architecture = architectures.find(facts.model_type)
+    architecture = facts.architecture
     if architecture is None:
         return facts
     element = DTYPE_BYTES[facts.dtype]

@@ -75,7 +75,7 @@ def widths_of(options: Options, facts: ModelFacts) -> Widths:
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
     """Yield what can't be narrowed."""
-    architecture = architectures.find(facts.model_type)
+    architecture = facts.architecture
     if architecture is None:
         message = f"model_type {facts.model_type!r} is not one whose linear layers are known"
         yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(architectures.names())}")
@@ -98,8 +98,8 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
 def narrowed(architecture: Architecture, facts: ModelFacts, widths: Widths) -> dict[str, tuple[int, int]]:
     """Return the shapes of the linears after pruning: full name → (out_features, in_features)."""
     inside, outside = architecture.groups[0], architecture.groups[1]
-    *_, wide, back = architecture.groups
-    shapes = {}
+    wide, back = architecture.wide, architecture.groups[-1]
+    shapes = dict(facts.linears)
     for name, (rows, columns) in facts.linears.items():
         short = name.removeprefix(f"{architecture.blocks}.").partition(".")[2]
         if short in wide:
@@ -115,7 +115,7 @@ def narrowed(architecture: Architecture, facts: ModelFacts, widths: Widths) -> d
 
 def after(options: Options, facts: ModelFacts) -> ModelFacts:
     """Return the facts of the narrowed model."""
-    architecture = architectures.find(facts.model_type)
+    architecture = facts.architecture
     if architecture is None:
         return facts
     widths = widths_of(options, facts)
@@ -184,10 +184,10 @@ def couplings(architecture: Architecture, facts: ModelFacts, widths: Widths) -> 
     """Return the coupled channels of a block that get fewer."""
     from optikit.calibration.methods.width import Coupling
 
-    *_, wide, back = architecture.groups
+    back = architecture.groups[-1]
     found = []
     if widths.channels < facts.intermediate:
-        makers = tuple((name, 1) for name in wide)
+        makers = tuple((name, 1) for name in architecture.wide)
         units, keep = facts.intermediate, widths.channels
         found.append(Coupling(reader=back[0], makers=makers, size=1, units=units, keep=keep))
     if widths.kv_heads < facts.kv_heads:

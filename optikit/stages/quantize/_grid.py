@@ -47,7 +47,7 @@ def chosen(options: GridOptions, facts: ModelFacts) -> dict[str, tuple[int, int]
 
 def check_grid(options: GridOptions, facts: ModelFacts) -> Iterator[Problem]:
     """Yield what this grid can't do to this model."""
-    if architectures.find(facts.model_type) is None:
+    if facts.architecture is None:
         known = ", ".join(architectures.names())
         message = f"model_type {facts.model_type!r} is not one whose linear layers are known"
         yield Problem(code="unknown-architecture", message=message, fix=f"known: {known}")

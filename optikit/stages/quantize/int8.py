@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from optikit.models import architectures
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
 from optikit.stage import (
@@ -88,14 +87,14 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
     if server is not None and server not in target.engines:
         message = f"{options.scheme} is served by {server}, which doesn't run on {target.name}"
         yield Problem(code="scheme-not-served", message=message, fix="use scheme w8a16", loc=("scheme",))
-    architecture = architectures.find(facts.model_type)
+    architecture = facts.architecture
     if options.scheme != "w8a16" and architecture is not None and architecture.transposed:
         message = f"{options.scheme} has no kernel for the transposed weights of {facts.model_type}"
         yield Problem(code="scheme-not-served", message=message, fix="use scheme w8a16", loc=("scheme",))
 
 
 def _head(facts: ModelFacts) -> list[str]:
-    architecture = architectures.find(facts.model_type)
+    architecture = facts.architecture
     return [architecture.head] if architecture else []
 
 

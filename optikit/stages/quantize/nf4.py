@@ -16,7 +16,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from optikit.models import architectures
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, StageOptions, directory_bytes, no_objection, nothing
@@ -62,7 +61,7 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
     if SERVER not in target.engines:
         message = f"nf4 is served by {SERVER} with bitsandbytes, which doesn't run on {target.name}"
         yield Problem(code="scheme-not-served", message=message, fix="use gptq or awq", loc=("method",))
-    architecture = architectures.find(facts.model_type)
+    architecture = facts.architecture
     if architecture is not None and architecture.transposed:
         message = f"nf4 isn't proven here for {facts.model_type}, which stores its weights transposed"
         yield Problem(code="scheme-not-served", message=message, fix="use gptq or rtn", loc=("method",))
@@ -76,7 +75,7 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
 
 def quantization_config(options: Options, facts: ModelFacts) -> dict[str, Any]:
     """Return config.json's `quantization_config`, as transformers' BitsAndBytesConfig reads it."""
-    architecture = architectures.find(facts.model_type)
+    architecture = facts.architecture
     head = [architecture.head] if architecture else []
     return {
         "quant_method": "bitsandbytes",

@@ -157,7 +157,7 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
     making = options.making
     if making is None:
         return
-    if architectures.find(facts.model_type) is None:
+    if facts.architecture is None:
         message = f"model_type {facts.model_type!r} is not one whose blocks are known"
         yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(architectures.names())}")
     elif making.layers >= facts.layers:
@@ -245,7 +245,7 @@ def _make(options: Options, making: Make, job: Job, dest: Path) -> Facts:
     tokens = making.tokens if making.distill else INFLUENCE_TEXTS * options.new_tokens
     model, prompts, text = _generated.written(options, job, tokens)
     facts = read(job.source)
-    row = architectures.find(facts.model_type)
+    row = facts.architecture
     if row is None:
         raise StageFailedError(f"model_type {facts.model_type!r} is unknown", fix="name a draft `model`")
     every = draft_model.sequences(prompts, text)
