@@ -19,7 +19,7 @@ import pytest
 
 PACKAGES = (
     *("cli", "app", "report", "execution", "plan", "environments", "store", "recipe", "rules", "stages"),
-    *("training", "evaluation", "calibration", "runtime", "process", "formats", "deploy"),
+    *("training", "evaluation", "calibration", "serving", "runtime", "process", "formats", "deploy"),
     "stage",  # the contract of stages: part of the ground, but it speaks of targets and models
     *("targets", "models", "algorithms"),
 )

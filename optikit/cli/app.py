@@ -27,6 +27,7 @@ VERBS = {
     "verify": "Check that an output directory is whole.",
     "reproduce": "Make an output again from its sealed recipe and lock; compare the bytes.",
     "generate": "Generate text with what a run wrote.",
+    "serve": "Serve what a run wrote behind OpenAI's API.",
     "cache": "Look after the store of finished steps.",
     "env": "Look after the environments that some backends run in.",
 }

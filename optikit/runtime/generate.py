@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class TextGenerator:
         directory: Where its tokenizer and configuration lie.
 
     Attributes:
+        tokenizer: From text to tokens and back.
         ends: Tokens that end a text.
 
     Raises:
@@ -54,7 +55,7 @@ class TextGenerator:
 
     def __init__(self, decoder: Decoder, directory: Path) -> None:
         self._decoder = decoder
-        self._by = tokenizer.load(directory)
+        self.tokenizer = tokenizer.load(directory)
         self._configured = tokenizer.configured(directory)
         self.ends = _end_tokens(directory, self._configured)
 
@@ -69,7 +70,9 @@ class TextGenerator:
             UsageError: The prompt has no tokens, there is no template of that name, or it can't be filled.
         """
         template = self._template(chat) if chat else ""
-        tokens = tokenizer.encode(self._by, self._turn(prompt, template) if template else prompt, opened=not template)
+        tokens = tokenizer.encode(
+            self.tokenizer, self._turn(prompt, template) if template else prompt, opened=not template
+        )
         if not tokens:
             raise UsageError("the prompt is empty", fix="give some text")
         return np.array(tokens, np.int64)
@@ -86,15 +89,32 @@ class TextGenerator:
             )
         return named.get(name, "")
 
+    def encode_chat(self, turns: Sequence[Mapping[str, Any]]) -> Tokens:
+        """Return the tokens of a chat, and of what opens the next answer.
+
+        Args:
+            turns: Messages with `role` and `content`.
+
+        Raises:
+            UsageError: The model has no chat template, or it can't be filled with these.
+        """
+        template = self._template(chat=True)
+        if not template:
+            raise UsageError("the model has no chat template", fix="complete a text instead")
+        tokens = tokenizer.encode(self.tokenizer, self._filled(turns, template), opened=False)
+        return np.array(tokens, np.int64)
+
     def _turn(self, prompt: str, template: str) -> str:
         """Return a prompt as the user's turn of a chat, followed by what opens the answer."""
-        turn = [{"role": "user", "content": prompt}]
+        return self._filled([{"role": "user", "content": prompt}], template)
+
+    def _filled(self, turns: Sequence[Mapping[str, Any]], template: str) -> str:
         try:
             text: str = self._configured.apply_chat_template(
-                turn, chat_template=template, add_generation_prompt=True, tokenize=False
+                list(turns), chat_template=template, add_generation_prompt=True, tokenize=False
             )
         except Exception as error:  # the template is a program, and anybody's: it can fail in any way
-            message = f"the model's chat template fails on one turn of the user: {error}"
+            message = f"the model's chat template fails on {_said(turns)}: {error}"
             raise UsageError(message, fix="name another template, or use none: --no-chat, `chat: false`") from error
         return text
 
@@ -111,7 +131,7 @@ class TextGenerator:
             at = time.perf_counter_ns()
             if token in self.ends:
                 return
-            yield Chunk(text=decoded.step(self._by, token) or "", at_ns=at)
+            yield Chunk(text=decoded.step(self.tokenizer, token) or "", at_ns=at)
 
     def answers(self, prompts: Sequence[Tokens], max_tokens: int, *, batch: int = 1) -> Iterator[Answer]:
         """Yield the greedy continuations of prompts, in their order, each as soon as it and those before it are whole.
@@ -141,8 +161,12 @@ class TextGenerator:
 
     def _answer(self, tokens: list[int], finish: Finish) -> Answer:
         kept = tokens[:-1] if finish == "eos" else tokens
-        text = self._by.decode(kept, skip_special_tokens=True)
+        text = self.tokenizer.decode(kept, skip_special_tokens=True)
         return Answer(text=text, tokens=len(kept), finish=finish)
+
+
+def _said(turns: Sequence[Mapping[str, Any]]) -> str:
+    return "one turn of the user" if len(turns) == 1 else f"{len(turns)} turns"
 
 
 def end_tokens(directory: Path) -> frozenset[int]:

@@ -12,7 +12,7 @@ Weights are read once for all windows of a step; that, and nothing else, is what
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple, Protocol, cast
 
@@ -129,47 +129,88 @@ def generate_batch(
     for prompt, request in zip(prompts, requests, strict=True):
         check(decoder, drafters[0], prompt, request)
     waiting = deque(range(len(prompts)))
+    texts = Texts(decoder, drafters)
+    while waiting or texts.numbers:
+        while waiting and texts.free:
+            number = waiting.popleft()
+            texts.begin(number, acceptor, prompts[number], requests[number])
+        yield from texts.step()
 
-    def begin(drafter: Drafter) -> _Running:
-        number = waiting.popleft()
-        return _Running(number, Row(drafter, acceptor, prompts[number], requests[number]))
 
-    running = [begin(drafter) for drafter, _ in zip(drafters, prompts, strict=False)]
-    while running:
-        ended = []
-        for place, step in _step(decoder, running):
-            yield running[place].number, step
+class Texts:
+    """Texts that are written at once; they come and go one by one.
+
+    Args:
+        decoder: The target; its caches are used from the beginning.
+        drafters: One for each place, at most as many as the decoder has; none may share what it is told with another.
+    """
+
+    def __init__(self, decoder: BatchDecoder, drafters: Sequence[Drafter]) -> None:
+        self._decoder = decoder
+        self._drafters = list(drafters)
+        self._running: list[_Running] = []
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Numbers of the texts that are being written."""
+        return tuple(each.number for each in self._running)
+
+    @property
+    def free(self) -> int:
+        """Places without a text."""
+        return len(self._drafters)
+
+    def begin(self, number: int, acceptor: Acceptor, prompt: Tokens, request: Request) -> None:
+        """Begin a text, which `check` has let pass, at a free place.
+
+        Args:
+            number: By which it is known; any that no running text has.
+            acceptor: Decides.
+            prompt: (n,) token ids, n ≥ 1.
+            request: What to write after it.
+        """
+        self._running.append(_Running(number, Row(self._drafters.pop(), acceptor, prompt, request)))
+
+    def drop(self, number: int) -> None:
+        """End a text that nobody wants any more; nothing happens where it is over already."""
+        for place, each in enumerate(self._running):
+            if each.number == number:
+                self._end(place)
+                return
+
+    def step(self) -> list[tuple[int, Step]]:
+        """Run the first prompt that hasn't been, or else the windows of all texts; return what each took, by number.
+
+        Raises:
+            ValueError: The target's logits aren't numbers.
+        """
+        fresh = next((place for place, each in enumerate(self._running) if each.row.position == 0), None)
+        places: Sequence[int] = range(len(self._running)) if fresh is None else (fresh,)
+        windows = []
+        for place in places:
+            row = self._running[place].row
+            tokens = row.window()
+            windows.append(Window(place, tokens, row.position, row.rows))
+        logits = self._decoder.forward(windows)
+        taken, ended = [], []
+        for i, place in enumerate(places):
+            number, row = self._running[place]
+            step = row.take(logits[i])
             if step.finish:
                 ended.append(place)
-        for place in reversed(ended):
-            if waiting:
-                running[place] = begin(running[place].row.drafter)
             else:
-                _close_up(decoder, running, place)
+                shown = cast("HiddenBatchDecoder", self._decoder)
+                row.advance(shown.hidden(i, step.accepted) if row.drafter.reads_hidden else None)
+            taken.append((number, step))
+        for place in reversed(ended):
+            self._end(place)
+        return taken
 
-
-def _step(decoder: BatchDecoder, running: Sequence[_Running]) -> Iterator[tuple[int, Step]]:
-    """Run the first prompt that hasn't been, or else the windows of all texts; yield places and what was taken."""
-    fresh = next((place for place, each in enumerate(running) if each.row.position == 0), None)
-    places: Iterable[int] = range(len(running)) if fresh is None else (fresh,)
-    windows = []
-    for place in places:
-        row = running[place].row
-        tokens = row.window()
-        windows.append(Window(place, tokens, row.position, row.rows))
-    logits = decoder.forward(windows)
-    for i, place in enumerate(places):
-        row = running[place].row
-        step = row.take(logits[i])
-        if not step.finish:
-            shown = cast("HiddenBatchDecoder", decoder)
-            row.advance(shown.hidden(i, step.accepted) if row.drafter.reads_hidden else None)
-        yield place, step
-
-
-def _close_up(decoder: BatchDecoder, running: list[_Running], place: int) -> None:
-    """Give the place of a text that is over to the last one."""
-    last = running.pop()
-    if place < len(running):
-        decoder.move(len(running), place)
-        running[place] = last
+    def _end(self, place: int) -> None:
+        """Take a text out, and give its place to the last one."""
+        last = self._running.pop()
+        gone = last
+        if place < len(self._running):
+            self._decoder.move(len(self._running), place)
+            gone, self._running[place] = self._running[place], last
+        self._drafters.append(gone.row.drafter)

@@ -6,8 +6,8 @@ the text before the window would let a draft repeat itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -80,3 +80,46 @@ class StopStrings:
             if len(tail) >= self._longest + 4 or count >= len(written):
                 return any(string in tail for string in self._strings)
             count *= 2
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """OpenAI's penalties and biases: logits of written tokens fall by how often they occurred, others move as told.
+
+    Attributes:
+        prompt: Tokens of the prompt, which don't count.
+        frequency: Taken off for every time that a token was written.
+        presence: Taken off once for a token that was written.
+        bias: Token → what is added to its logit, always.
+    """
+
+    prompt: int
+    frequency: float = 0.0
+    presence: float = 0.0
+    bias: Mapping[int, float] = field(default_factory=dict)
+
+    def __call__(self, logits: Logits, text: Tokens) -> Logits:
+        """Return the penalized logits."""
+        out = logits.copy()
+        for token, value in self.bias.items():
+            out[token] += np.float32(value)
+        written, counts = np.unique(text[self.prompt :], return_counts=True)
+        out[written] -= (self.frequency * counts + self.presence * (counts > 0)).astype(np.float32)
+        return out
+
+
+class Recorder:
+    """Changes nothing, and keeps the logits of every position until they are taken."""
+
+    def __init__(self) -> None:
+        self._rows: list[Logits] = []
+
+    def __call__(self, logits: Logits, _text: Tokens) -> Logits:
+        """Return the logits as they are."""
+        self._rows.append(logits.copy())
+        return logits
+
+    def take(self, count: int) -> Logits:
+        """Return the logits (count, vocab) of a step's tokens, and forget those of drafts that weren't kept."""
+        rows, self._rows = self._rows[:count], []
+        return np.stack(rows)
