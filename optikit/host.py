@@ -3,19 +3,68 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import platform
+from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+
+OWN_GROUPS = Path("/proc/self/cgroup")
+GROUPS = Path("/sys/fs/cgroup")
+KEPT_BYTES = 256 * 2**20
+"""Memory that no step is planned into: the system has it, and optikit itself beside the step's process."""
 
 
 def threads() -> int:
-    """Return the CPU threads that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return the CPU threads that this process may use: its processors, or its control group's share where smaller."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([count, *map(math.ceil, _cpu_shares())]))
+
+
+def group_files(controller: str, name: str) -> Iterator[Path]:
+    """Yield the files of a name that this process's control groups have, from its own group up to the root.
+
+    Args:
+        controller: Such as `memory`; version 1 has a hierarchy for each, version 2 one for all.
+        name: Of the file in either version, such as `memory.max`.
+    """
+    try:
+        lines = OWN_GROUPS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, own = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        root, group = GROUPS / controller if controllers else GROUPS, PurePosixPath(own)
+        for each in (group, *group.parents):
+            path = root / str(each).lstrip("/") / name
+            if path.is_file():
+                yield path
+
+
+def _figures(path: Path) -> list[float]:
+    """Return the numbers in a control group's file; "max" is infinity."""
+    try:
+        words = path.read_text(encoding="utf-8").split()
+        return [math.inf if word == "max" else float(word) for word in words]
+    except (OSError, ValueError):
+        return []
+
+
+def _cpu_shares() -> Iterator[float]:
+    """Yield how many processors' time each control group of this process may use."""
+    for path in group_files("cpu", "cpu.max"):
+        match _figures(path):
+            case [quota, period] if period > 0 and quota < math.inf:
+                yield quota / period
+    for path in group_files("cpu", "cpu.cfs_quota_us"):
+        match [*_figures(path), *_figures(path.with_name("cpu.cfs_period_us"))]:
+            case [quota, period] if period > 0 and quota > 0:
+                yield quota / period
 
 
 @cache
@@ -44,12 +93,17 @@ def _cpuinfo(field: str) -> str | None:
 
 
 def memory_bytes() -> int:
-    """Return the memory that this process may use: the machine's, or its control group's limit where lower."""
+    """Return the memory that this process may use: the machine's, or its control groups' limit where lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        if limit.exists() and (text := limit.read_text(encoding="utf-8").strip()).isdigit():
-            total = min(total, int(text))
-    return total
+    files = (path for name in ("memory.max", "memory.limit_in_bytes") for path in group_files("memory", name))
+    limits = (limit for path in files for limit in _figures(path) if 0 < limit < total)
+    return int(min(limits, default=total))
+
+
+def room_bytes(bound: int | None = None) -> int:
+    """Return the memory that one step may take: what this machine has for it, or a bound where that is lower."""
+    here = max(0, memory_bytes() - KEPT_BYTES)
+    return here if bound is None else min(here, bound)
 
 
 def describe() -> dict[str, Any]:

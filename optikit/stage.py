@@ -13,7 +13,7 @@ The module docstring is the method card: what, Paper, Helps, Hurts, Cost, Differ
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -130,6 +130,7 @@ class Estimate:
         disk_bytes: What it leaves on disk; see `directory_bytes`.
         spare_bytes: What of the peak it does without, at the price of time, where memory is bounded.
         scratch_bytes: What it needs on disk besides, while it runs.
+        streamed: What it takes block by block, as it is done where the whole model doesn't fit; None where it can't be.
     """
 
     seconds: float
@@ -137,6 +138,16 @@ class Estimate:
     disk_bytes: int
     spare_bytes: int = 0
     scratch_bytes: int = 0
+    streamed: Estimate | None = None
+
+    def within(self, room: int) -> Estimate:
+        """Return what is taken where memory is bounded: what can be spared is, and what can be streamed."""
+        if self.peak_bytes <= room:
+            return self
+        if self.streamed is not None:
+            return self.streamed.within(room)
+        least = self.peak_bytes - self.spare_bytes
+        return replace(self, peak_bytes=max(least, room), spare_bytes=max(0, room - least))
 
 
 def directory_bytes(weight_bytes: int, vocab: int) -> int:

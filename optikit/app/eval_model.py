@@ -22,7 +22,7 @@ from optikit.errors import InputMissingError, UsageError
 from optikit.execution.execute import Settings, execute
 from optikit.models import reader
 from optikit.models.facts import ModelFacts
-from optikit.plan import measurements
+from optikit.plan import measurements, room
 from optikit.plan.context import Context, Found, resolve_texts
 from optikit.plan.model import BASELINE, Plan, Step
 from optikit.progress import make as make_progress
@@ -136,6 +136,7 @@ def measure(request: Request) -> Report:
     with make_progress(request.progress) as progress:
         store = Store.default(warn=progress.note)
         plan = make(subject, request, store, note=progress.note)
+        room.require(plan, plan.measures, store)
         execution = execute(plan, store, progress, Settings())
     report = assemble.report(
         plan,
@@ -181,7 +182,7 @@ def make(subject: Subject, request: Request, store: Store, *, note: Callable[[st
         facts=subject.facts,
         texts=context.texts,
         steps=(),
-        measures=tuple(_steps(subject, context)),
+        measures=room.fitted(_steps(subject, context), None),
         max_memory_bytes=None,
         device="cpu",
         warnings=(),

@@ -11,8 +11,8 @@ from typing import Any
 from optikit import targets
 from optikit.app import output_dir, verify
 from optikit.errors import InputMissingError, IntegrityError
-from optikit.execution.execute import Settings, execute
-from optikit.plan import Plan, make_plan
+from optikit.execution.execute import Settings, execute, until
+from optikit.plan import Plan, make_plan, room
 from optikit.progress import make as make_progress
 from optikit.recipe.load import LoadedRecipe, loads
 from optikit.store import files
@@ -122,6 +122,7 @@ def _made(plan: Plan, steps: list[Mapping[str, Any]], store: Store, progress: An
     """Run the steps that made the output; return the sha256 of every file that is compared."""
     last = str(steps[-1]["name"]) if steps else ""
     kept = plan.until(last) if last else plan
+    room.require(kept, until(kept.order, last) if last else (), store)
     artifacts = execute(kept, store, progress, Settings(until=last, offline=offline)).artifacts if last else {}
     found = output_dir.layout_digests(kept, artifacts)
     return {name: digest for name, digest in found.items() if name.startswith(COMPARED)}

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from optikit import targets
 from optikit.app import output_dir
 from optikit.errors import DiskError, GateFailedError, UsageError
-from optikit.execution.execute import Settings, execute
-from optikit.plan import Plan, make_plan
+from optikit.execution.execute import Settings, execute, until
+from optikit.plan import Plan, make_plan, room
 from optikit.plan import frozen as frozen_plan
 from optikit.plan.measurements import SCORING
 from optikit.progress import make as make_progress
@@ -80,6 +80,7 @@ def run_recipe(request: Request) -> Report | None:
             frozen_plan.require_same(frozen, plan, loaded)
         _require_lock(plan, request)
         _require_step(plan, request.settings.until)
+        room.require(plan, until(plan.order, request.settings.until), store, loaded.marks.mark)
         _require_disk(plan, store)
         for warning in plan.warnings:
             progress.note(f"warning: {warning.message}")

@@ -90,7 +90,7 @@ def execute(
     """
     executor = _Executor(plan, store, progress, settings)
     statuses: dict[str, Status] = {}
-    steps = _until(plan.order, settings.until)
+    steps = until(plan.order, settings.until)
     progress.plan([step.name for step in steps])
     with _Signals():
         for step in steps:
@@ -106,7 +106,8 @@ def execute(
     return Execution(artifacts=executor.artifacts, statuses=statuses)
 
 
-def _until(steps: tuple[Step, ...], name: str | None) -> tuple[Step, ...]:
+def until(steps: tuple[Step, ...], name: str | None) -> tuple[Step, ...]:
+    """Return steps up to the one of a name; all of them for None."""
     if name is None:
         return steps
     return steps[: [step.name for step in steps].index(name) + 1]

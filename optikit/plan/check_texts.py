@@ -14,7 +14,7 @@ from optikit.evaluation.windows import FEWEST
 from optikit.models import tokenizer
 from optikit.plan.context import Context, at, stage_inputs
 from optikit.problems import Level, Loc, Problem
-from optikit.recipe.schema import PerplexityOptions, StageEntry, TaskOptions, Text
+from optikit.recipe.schema import CalibrationText, PerplexityOptions, StageEntry, TaskOptions, Text
 from optikit.stage import Speculating
 from optikit.store.sources import TextSource
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 CERTAIN = 16
 """Bytes per token that no text of any length has: one of so many bytes has tokens enough, and none is counted."""
+
+MOST_TIMES = 64
+"""Windows of a calibration text overlap; beyond this they teach nothing new, and take time and disk for it."""
 
 
 def problems(context: Context) -> Iterator[Problem]:
@@ -126,6 +129,17 @@ def _calibration_problems(context: Context, counter: Counter) -> Iterator[Proble
         message = f"{wanted.text} has {found}, fewer than one calibration window of {wanted.length} tokens"
         fix = "name a longer text, or a smaller length"
         yield Problem(code="text-too-short", message=message, fix=fix, loc=("calibration", "text"))
+    yield from _repetition_problems(wanted, len(text.encode()))
+
+
+def _repetition_problems(wanted: CalibrationText, size: int) -> Iterator[Problem]:
+    """Yield that windows read a text of `size` bytes over and over: it has a token for each byte at most."""
+    times = wanted.samples * wanted.length / max(1, size)
+    if times > MOST_TIMES:
+        asked = f"{wanted.samples} windows of {wanted.length} tokens"
+        message = f"{asked} read each token of a text of {size} bytes at least {times:.0f} times"
+        fix = f"set samples to {max(1, MOST_TIMES * size // wanted.length)} or less, or name a longer text"
+        yield Problem(code="calibration-repeats", message=message, fix=fix, loc=("calibration", "samples"))
 
 
 def _perplexity_problems(wanted: PerplexityOptions, source: TextSource, counter: Counter) -> Iterator[Problem]:

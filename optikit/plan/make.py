@@ -12,7 +12,7 @@ from optikit.errors import RecipeError
 from optikit.host import versions
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import read, read_gguf
-from optikit.plan import check_gates
+from optikit.plan import check_gates, room
 from optikit.plan.check_texts import problems as text_problems
 from optikit.plan.context import Context, Found, at, given, resolve_models, resolve_texts
 from optikit.plan.measure_served import problems as served_problems
@@ -58,13 +58,14 @@ def make_plan(
     target = _target(loaded, extra_targets)
     context = _resolve(loaded, target, store, offline=offline, device=device, note=note)
     recipe = context.recipe
-    steps, problems = _steps(context)
-    measures = measure_steps(context, steps, _engine_steps(context, steps))
     limit = parse_size(recipe.max_memory) if recipe.max_memory else None
+    steps, problems = _steps(context)
+    measures = room.fitted(measure_steps(context, steps, _engine_steps(context, steps)), limit)
+    steps = room.fitted(steps, limit)
     problems += [*_unjudged(loaded, context, measures), *served_problems(context, steps)]
     problems += [*text_problems(context), *length_problems(context, measures), *runtime_problems(steps, measures)]
     problems += rules.check(_stack(context, steps))
-    problems += _too_large((*steps, *measures), limit)
+    problems += room.problems(recipe, (*steps, *measures), limit, store)
     warnings = _refuse(loaded, problems)
     return Plan(
         recipe=recipe,
@@ -303,12 +304,3 @@ def _unjudged(loaded: LoadedRecipe, context: Context, measures: Sequence[Step]) 
     """Yield why gates have nothing to judge; one on a step is shown where the step is named."""
     for problem in check_gates.unmeasurable(context.recipe, target=context.target, scored=scored_steps(measures)):
         yield problem.at(loaded.marks.key(problem.loc)) if problem.loc[2:3] == ("steps",) else problem
-
-
-def _too_large(steps: Sequence[Step], limit: int | None) -> Iterator[Problem]:
-    for step in steps:
-        need = step.estimate.peak_bytes - step.estimate.spare_bytes
-        if limit is not None and need > limit:
-            message = f"{step.name} needs about {need / 2**20:.0f} MiB, and max_memory is {limit / 2**20:.0f} MiB"
-            fix = "raise max_memory, or calibrate with fewer or shorter samples"
-            yield Problem(code="memory-bound", message=message, fix=fix, loc=("max_memory",))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from optikit.plan.model import Plan, Step
 from optikit.targets.estimate import floors, told
 
 if TYPE_CHECKING:
+    from optikit.problems import Problem
     from optikit.store.store import Store
 
 HEADINGS = ("step", "status", "time", "peak memory", "disk", "writes")
@@ -39,9 +40,16 @@ def render(plan: Plan, store: Store) -> str:
         f"to do   {len(todo)} of {len(steps)} steps, {expected}",
         "",
         *told(floors(final, plan.target, length=_length(plan)), plan.target),
-        *(f"warning: {warning.message}" for warning in plan.warnings),
+        *(line for warning in plan.warnings for line in _warning(warning)),
     ]
     return "\n".join(lines)
+
+
+def _warning(problem: Problem) -> Iterator[str]:
+    place = f"{problem.mark}: " if problem.mark else ""
+    yield f"warning: {place}{problem.message} [{problem.code}]"
+    if problem.fix:
+        yield f"    = fix: {problem.fix}"
 
 
 def _length(plan: Plan) -> int:

@@ -8,9 +8,10 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from optikit import host
+
 PROC = Path("/proc")
 STATUS = PROC / "self/status"
-CGROUP = Path("/sys/fs/cgroup/memory.events")
 _UNIT = 1024**2 if sys.platform == "darwin" else 1024
 """Of `ru_maxrss`, per MiB."""
 
@@ -45,9 +46,11 @@ def group_peak_mib(group: int) -> float:
 
 def kills() -> int:
     """Return how often the kernel killed a process of this control group for memory; 0 where it doesn't tell."""
-    if not CGROUP.exists():
+    told = (path for name in ("memory.events", "memory.oom_control") for path in host.group_files("memory", name))
+    path = next(told, None)
+    if path is None:
         return 0
-    counts = dict(line.split() for line in CGROUP.read_text(encoding="utf-8").splitlines())
+    counts = dict(line.split() for line in path.read_text(encoding="utf-8").splitlines())
     return int(counts.get("oom_kill", 0))
 
 

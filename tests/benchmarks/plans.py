@@ -127,10 +127,12 @@ def command(*arguments: str) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def workplace(directory: Path) -> Iterator[Path]:
-    """Work in a directory with the models in it and a store of its own; yields it."""
+    """Work in a directory with the models in it and a store of its own, on a machine of a TiB; yields it."""
+    from optikit import host
     from optikit.rules import repair
 
     repair.SECONDS = 600.0  # what is found is not to depend on how busy the machine is
+    own, host.memory_bytes = host.memory_bytes, lambda: 2**40  # nor on how large it is
     before, home = Path.cwd(), os.environ.get("OPTIKIT_HOME")
     write_models(directory, directory / "home")
     os.environ["OPTIKIT_HOME"] = str(directory / "home")
@@ -139,6 +141,7 @@ def workplace(directory: Path) -> Iterator[Path]:
         yield directory
     finally:
         os.chdir(before)
+        host.memory_bytes = own
         os.environ.pop("OPTIKIT_HOME")
         if home is not None:
             os.environ["OPTIKIT_HOME"] = home

@@ -251,3 +251,17 @@ def test_a_gate_on_a_step_is_refused_where_the_step_is_named(plan):
     made = plan({}, evaluate, gates=limits)
     assert made.measures[0].options.windows is None
     assert made.recipe.evaluate.perplexity.windows is None
+
+
+@pytest.mark.parametrize(("samples", "length", "refused"), [(65536, 256, True), (2200, 256, True), (2000, 256, False)])
+def test_windows_that_read_a_text_over_and_over_are_refused(plan, samples, length, refused):
+    calibration = {"text": "c.txt", "samples": samples, "length": length}
+    if not refused:
+        plan({"c.txt": PROSE}, {}, stages=GPTQ, calibration=calibration)
+        return
+    with pytest.raises(RecipeError) as caught:
+        plan({"c.txt": PROSE}, {}, stages=GPTQ, calibration=calibration)
+    problem = codes(caught)["calibration-repeats"]
+    assert problem.mark.text.strip() == f"samples: {samples}"
+    wanted = int(problem.fix.split()[3])
+    plan({"c.txt": PROSE}, {}, stages=GPTQ, calibration=calibration | {"samples": wanted})
