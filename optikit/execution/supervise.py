@@ -75,6 +75,7 @@ def _command(python: str, directory: Path, request: Mapping[str, Any]) -> list[s
 
 
 def _environ(threads: int) -> dict[str, str]:
-    """Return a worker's environment: no hub, no credential, a fixed number of threads."""
+    """Return a worker's environment: no hub, no git, no credential, a fixed number of threads."""
     fixed = {"TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0"}
-    return env_variables.kept() | env_variables.OFFLINE | env_variables.threads(threads) | fixed
+    without = env_variables.OFFLINE | env_variables.NO_REPOSITORY
+    return env_variables.kept() | without | env_variables.threads(threads) | fixed

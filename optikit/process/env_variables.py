@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
 """No hub, and nothing sent home."""
+NO_REPOSITORY = {"GIT_DIR": os.devnull}
+"""git finds none: a library that lies below somebody's repository would write that one's commit into what it makes."""
 
 _NAME = re.compile(
     r"""

@@ -84,11 +84,12 @@ def module(name: str, *arguments: str) -> list[str]:
 
 
 def environment(job: Job) -> dict[str, str]:
-    """Return the environment of a program that works for a job: no hub, caches of its own, this many threads."""
+    """Return the environment of a program that works for a job: no hub, no git, caches of its own, so many threads."""
     caches = {"HF_HOME": str(job.scratch / "hf"), "XDG_CACHE_HOME": str(job.scratch / "cache")}
     return (
         env_variables.kept()
         | env_variables.OFFLINE
+        | env_variables.NO_REPOSITORY
         | caches
         | env_variables.threads(job.threads)
         | {"PYTHONUNBUFFERED": "1"}

@@ -79,6 +79,12 @@ class TestTrial:
         assert answer == [[str(tmp_path.resolve()), "8"], "3", "1", str(job.scratch / "hf")]
         assert (job.scratch / "trial.log").read_text() == "more"
 
+    def test_it_sees_no_git_repository(self, job: Job, tmp_path: Path) -> None:
+        assert program.run(["git", "init", "--quiet", str(tmp_path)]).code == 0
+        shown = ["git", "rev-parse", "--git-dir"]
+        assert program.run(shown, directory=tmp_path).code == 0
+        assert program.run(shown, directory=tmp_path, environ=program.environment(job)).code != 0
+
     def test_a_crash(self, job: Job, tmp_path: Path) -> None:
         (tmp_path / "tries.py").write_text(
             "import os, sys\nsys.stderr.write('last words')\nsys.stderr.flush()\n"

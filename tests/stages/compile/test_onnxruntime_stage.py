@@ -146,6 +146,15 @@ class TestRun:
             "tokenizer_config.json",
         }
 
+    def test_nothing_of_the_repository_around_the_interpreter_is_in_the_graph(self, tiny_onnx_int4):
+        import onnx
+        import onnxruntime_genai
+
+        graph = onnx.load(tiny_onnx_int4 / "model.onnx", load_external_data=False)
+        commit = getattr(onnxruntime_genai, "__commit__", "")[:7]
+        version = onnxruntime_genai.__version__
+        assert graph.producer_version in (version, f"{version}+{commit}")
+
     def test_a_builder_that_fails_is_quoted(self, tiny_gptq, tmp_path):
         shutil.copytree(tiny_gptq, source := tmp_path / "source")
         broken = json.loads((source / "tokenizer.json").read_text()) | {"pre_tokenizer": {"type": "NoSuch"}}
