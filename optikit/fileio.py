@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 
 def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file, in hex."""
-    with path.open("rb") as file:
+    """Return the sha256 of a regular file, in hex."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file for reading, links followed, that is a regular one.
+
+    Raises:
+        OSError: It can't be read, or is a pipe or a device: those may have no end, and no beginning either.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def read_regular(path: Path, most_bytes: int = -1) -> bytes:
+    """Return the bytes of a regular file, or its first `most_bytes`; errors as of `open_regular`."""
+    with open_regular(path) as file:
+        return file.read(most_bytes)
 
 
 def write_json(path: Path, value: Any) -> None:

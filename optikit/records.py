@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from optikit.errors import InputMissingError
+from optikit.fileio import read_regular
 
 
 def read(path: Path) -> str:
     r"""Read a UTF-8 text, which may begin with a byte order mark; lines that end in \r\n end in \n.
 
     Raises:
-        InputMissingError: No such file, or it isn't UTF-8.
+        InputMissingError: No such file, no regular one, or it isn't UTF-8.
     """
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except OSError as error:
         message = f"{path} doesn't exist" if isinstance(error, FileNotFoundError) else f"{path}: {error.strerror}"
         raise InputMissingError(message, fix="check the path of the text") from error

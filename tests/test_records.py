@@ -37,7 +37,7 @@ def test_a_text_is_read_without_its_mark_and_with_one_kind_of_line_end(tmp_path)
     assert records.read(tmp_path / "a") == "one\ntwo\n\rthree"
     with pytest.raises(InputMissingError, match="b doesn't exist"):
         records.read(tmp_path / "b")
-    with pytest.raises(InputMissingError, match="Is a directory"):
+    with pytest.raises(InputMissingError, match="not a regular file"):
         records.read(tmp_path)
     (tmp_path / "c").write_bytes("caf\xe9".encode("utf-16-le"))
     with pytest.raises(InputMissingError, match="c is not UTF-8: byte 0xe9 at offset 6"):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import codecs
 import os
-import stat
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -16,6 +15,7 @@ from typing import Any
 
 from optikit import targets
 from optikit.errors import InputMissingError, RecipeError
+from optikit.fileio import read_regular
 from optikit.problems import Hint, Mark, Problem, nearest
 from optikit.recipe import overrides as set_
 from optikit.recipe import variables
@@ -139,10 +139,7 @@ def _position(problem: Problem) -> tuple[bool, str, int, int]:
 
 def _read(path: Path) -> bytes:
     """Return a regular file's first bytes, one more than a recipe may have."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(0, "not a regular file")
-    with path.open("rb") as file:
-        return file.read(4 * MAX_CHARACTERS + 1)
+    return read_regular(path, 4 * MAX_CHARACTERS + 1)
 
 
 def _merged(text: str | bytes, path: Path) -> tuple[Node | None, tuple[Problem, ...]]:

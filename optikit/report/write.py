@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from optikit import text
 from optikit.errors import CannotCreateError, DiskError, InputMissingError, IntegrityError
 from optikit.evaluation.results import Report
+from optikit.fileio import read_regular
 from optikit.process.failure import DISK_ERRNOS
 from optikit.report import former_names, html, markdown
 
@@ -40,17 +41,19 @@ def load(path: Path) -> Report:
     """Read a report from its JSON file, or from the directory that holds one; facts get the names that they have now.
 
     Raises:
-        InputMissingError: There is none.
+        InputMissingError: There is none, or it can't be read.
+        DiskError: The disk fails.
         IntegrityError: The file isn't a report of a schema version known here.
     """
     file = path / JSON if path.is_dir() else path
     try:
-        content = file.read_bytes()
+        content = read_regular(file)
     except FileNotFoundError as error:
         fix = "name a directory that `optikit run --out` wrote"
         raise InputMissingError(f"{file}: no such report", fix=fix) from error
     except OSError as error:
-        raise DiskError(f"{file}: {error.strerror}", fix="check that the file can be read") from error
+        failed = DiskError if error.errno in DISK_ERRNOS else InputMissingError
+        raise failed(f"{file}: {error.strerror}", fix="check that the file can be read") from error
     try:
         return former_names.renamed(Report.model_validate_json(content))
     except ValidationError as error:

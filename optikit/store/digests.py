@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from optikit.errors import RefusedError
+from optikit.fileio import open_regular
 from optikit.store import files
 from optikit.store.files import sha256
 from optikit.store.keys import is_key
@@ -55,7 +56,7 @@ class Digests:
         """Return the sha256, in hex, of a file's bytes as they are on the disk now."""
         path = path.absolute()
         started = time.time_ns()
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             before = os.fstat(file.fileno())
             digest = sha256(file)
             after = os.fstat(file.fileno())

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from optikit.fileio import read_regular
 from optikit.store import files
 from optikit.store.keys import is_key, valid
 from optikit.store.manifest import Damage
@@ -31,7 +32,7 @@ def find(store: Store, digest: str) -> Path | None:
     present = sorted(directory.iterdir()) if store.hold(directory) and directory.is_dir() else []
     if len(present) != 1:
         return None
-    if store.digest_file(present[0]) != digest:
+    if not present[0].is_file() or store.digest_file(present[0]) != digest:
         store.set_aside(directory, [Damage(present[0].name, "sha256 differs")])
         return None
     with suppress(OSError):
@@ -82,6 +83,8 @@ def remember(store: Store, key: str, row: Mapping[str, str]) -> None:
     """Write down which file a source stands for."""
     path = store.root / "downloads" / "index" / f"{valid(key)}.json"
     path.parent.mkdir(mode=0o700, exist_ok=True)
+    if path.is_dir():
+        files.remove_tree(path)
     files.write_whole(path, json.dumps(dict(row), indent=1).encode())
 
 
@@ -89,7 +92,7 @@ def recall(store: Store, key: str, *names: str) -> dict[str, str] | None:
     """Return what was remembered of a source, or None unless all of `names` were."""
     path = store.root / "downloads" / "index" / f"{valid(key)}.json"
     try:
-        loaded = json.loads(path.read_bytes())
+        loaded = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(loaded, dict) or not all(isinstance(loaded.get(name), str) for name in names):

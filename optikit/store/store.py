@@ -31,6 +31,7 @@ from typing import Literal, NoReturn
 
 from optikit import text
 from optikit.errors import CannotCreateError, IntegrityError, LockedError
+from optikit.fileio import read_regular
 from optikit.store import fault_points, files, in_use
 from optikit.store.digests import Digests
 from optikit.store.keys import cache_key, is_key, valid
@@ -394,7 +395,7 @@ def _ourselves() -> dict[str, str | int]:
 def _holder(path: Path) -> str:
     """Describe who holds a lock, from what the holder wrote beside it."""
     try:
-        who = json.loads(path.read_text(encoding="utf-8"))
+        who = json.loads(read_regular(path))
         return f"process {who['pid']} on {who['host']} (since {who['since']})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from optikit import host
+from optikit.fileio import read_regular
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ def measured(file: Path | None = None) -> Probe | None:
     """Return what was measured on this machine, or None if nothing was, or on another one."""
     file = file or path()
     try:
-        probe = Probe(**json.loads(file.read_text(encoding="utf-8")))
+        probe = Probe(**json.loads(read_regular(file)))
     except (OSError, ValueError, TypeError):
         return None
     return probe if (probe.cpu, probe.threads) == (host.cpu_model(), host.threads()) else None

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.campaign.figures import Figures
-from tests.campaign.warm import Warm
+from tests.campaign.commands import stop_forkers
+from tests.campaign.figures import Figures, start
 from tests.campaign.world import World, build
 
 _FIGURES = Figures()
@@ -27,18 +27,13 @@ def figures() -> Figures:
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, prose: Path) -> World:
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, prose: Path) -> Iterator[World]:
     root = Path(os.environ.get("OPTIKIT_CAMPAIGN_WORLD") or tmp_path_factory.mktemp("campaign"))
     for source, name in ((tiny_llama, "model"), (prose.parent, "prose")):
         if not (root / name).exists():
             shutil.copytree(source, root / name)
-    return build(root, root / "model", root / "prose" / prose.name)
-
-
-@pytest.fixture(scope="session")
-def warm() -> Iterator[Warm]:
-    with Warm() as started:
-        yield started
+    yield start(lambda: build(root, root / "model", root / "prose" / prose.name)).result()
+    stop_forkers()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gzip
 import json
 import os
@@ -17,15 +16,9 @@ from typing import Any
 import yaml
 
 from tests.campaign import damage
+from tests.campaign.server import Server, odd_url
+from tests.campaign.values import VALUES, changed
 from tests.campaign.world import World
-
-VALUES: tuple[Any, ...] = (
-    *(None, True, False, 0, -1, 1, 2**31, 2**63, 10**400, -0.0, 1e-320, 1e308, float("inf"), float("nan")),
-    *("", " ", "\0", "\x1b[2J\x1b]0;owned\x07", "\u202egpj.exe", "::error::owned", "a\nb", "\ud800", "x" * 100_000),
-    *("../../../etc/passwd", "/dev/zero", "/etc/shadow", "file:///etc/passwd", "http://127.0.0.1:1/x", "hf:a/b@c", "~"),
-    *("${HOME}", "$(id)", "!!python/object:os.system", "4", "0x10", "1e3", "on", "null", "2024-01-01", "%s%n", "{0}"),
-    *([], {}, [[]], [None], {"": ""}, [{}] * 50, {"a": {"b": {"c": {}}}}, list(range(1000)), ["x"] * 300),
-)
 
 
 @dataclass(frozen=True)
@@ -34,6 +27,7 @@ class Case:
 
     name: str
     arguments: tuple[str | Path, ...]
+    after: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -63,34 +57,6 @@ class Place:
         model = self.here / "model"
         shutil.copytree(self.model, model)
         return model, self.recipe(lambda recipe: recipe.update(model=str(model)))
-
-
-def changed(value: Any, random: Random, times: int = 1) -> Any:
-    """Return a value made of dictionaries and lists with something put, renamed, doubled or taken away in it."""
-    found = copy.deepcopy(value)
-    for _ in range(times):
-        places = list(_places(found))
-        if not places:
-            return random.choice(VALUES)
-        inside, at = random.choice(places)
-        how = random.randrange(6)
-        if how == 0:
-            del inside[at]
-        elif how == 1 and isinstance(inside, dict):
-            inside[str(random.choice(VALUES))[:40]] = inside.pop(at)
-        elif how == 2 and isinstance(inside, list):
-            inside += inside * random.choice([1, 20])
-        else:
-            inside[at] = copy.deepcopy(random.choice(VALUES))
-    return found
-
-
-def _places(value: Any) -> list[tuple[Any, Any]]:
-    keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-    found = [(value, key) for key in keys]
-    for key in keys:
-        found += _places(value[key])
-    return found
 
 
 def edit_json(path: Path, random: Random) -> None:
@@ -279,7 +245,12 @@ def a_seal(place: Place) -> Case:
         spoil(path, place.random)
     else:
         place.random.choice([edit_json, edit_json, spoil])(path, place.random)
-    verbs: list[tuple[str | Path, ...]] = [("verify", out), ("verify", out, "--json"), ("diff", place.world.out, out)]
+    verbs: list[tuple[str | Path, ...]] = [
+        ("verify", out),
+        ("verify", out, "--json"),
+        ("reproduce", out, "--offline"),
+        ("diff", place.world.out, out),
+    ]
     verbs += [("run", place.recipe(), "--out", out, "--until", "nowhere", "--progress", "none")]
     return Case(path.name, place.random.choice(verbs))
 
@@ -348,6 +319,28 @@ def an_argument(place: Place) -> Case:
     return Case("argument", place.random.choice(verbs))
 
 
+def a_url(place: Place) -> Case:
+    server, text = Server(place.random), place.here / "text.txt"
+    text.write_text("one two three four five\n" * 500, encoding="utf-8")
+    port = server.url.split(":")[2].split("/")[0]
+    url = server.url if place.random.random() < 0.8 else odd_url(place.random, port)
+    url = url.encode("utf-8", "replace").decode()
+    some = ("--timeout", "2", "--requests", "2", "--concurrency", "1", "--new-tokens", "3", "--progress", "none")
+    arguments = ("eval", url, "--out", place.here / "o", "--text", text, *some)
+    return Case("url", arguments, server.stop)
+
+
+def prompts(place: Place) -> Case:
+    path = place.here / place.random.choice(["prompts.txt", "prompts.jsonl"])
+    rows = [{"prompt": "The"}, {"prompt": "A longer one than that"}]
+    path.write_bytes(b"\n".join(json.dumps(changed(row, place.random)).encode() for row in rows))
+    if place.random.random() < 0.5:
+        spoil(path, place.random)
+    text = str(place.random.choice(VALUES))[:20_000].replace("\0", "").encode("utf-8", "replace").decode()
+    asked = place.random.choice([("--prompts", path), ("--prompts", path), ("--prompt", text)])
+    return Case(path.name, ("generate", place.world.out, "--max-tokens", "2", *asked))
+
+
 KINDS: tuple[Callable[[Place], Case], ...] = (
     *(
         a_recipe_changed,
@@ -372,5 +365,5 @@ KINDS: tuple[Callable[[Place], Case], ...] = (
         an_odd_place,
         an_odd_place,
     ),
-    *(an_argument, an_argument),
+    *(an_argument, an_argument, a_url, a_url, prompts),
 )

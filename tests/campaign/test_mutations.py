@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 
-from tests.campaign import damage
+from optikit.store.digests import WORTH_REMEMBERING, Digests
+from tests.campaign import damage, values
 from tests.campaign.figures import Figures, chosen, draw
 from tests.campaign.world import Step, World
 
 pytestmark = pytest.mark.slow
-COUNT = 110
+COUNT = 120
 MENDED = ("damaged", "set aside")
 
 
@@ -26,30 +31,125 @@ def test_damage_to_the_store(world: World, figures: Figures, tmp_path: Path) -> 
 
 def _case(world: World, number: int, here: Path) -> Callable[[], tuple[str, list[str]]]:
     def run() -> tuple[str, list[str]]:
-        random = draw("mutation", number)
-        home = world.without(here / "home")
-        path = random.choice([each for each in sorted(home.rglob("*")) if each.is_file() and each.name != "log.txt"])
-        what = random.choice(damage.ALL) if path.stat().st_size else damage.delete
-        named = f"{what.__name__} {path.relative_to(home)}"
-        before = path.read_bytes()
-        what(path, random)
-        changed = not path.is_file() or path.is_symlink() or path.read_bytes() != before
+        random, home = draw("mutation", number), world.without(here / "home")
+        kind = KINDS[number % len(KINDS)]
+        named, told = kind(home, random)
         done = world.make(home, here / "out")
         wrong = done.faults([0, 76])
         if done.code == 0:
             wrong += world.output_differences(here / "out")
             wrong += [each for step in world.steps for each in world.differences(home, step)]
-            told = any(word in done.err for word in MENDED)
-            matters = path.relative_to(home).parts[0] == "artifacts" or "texts" in path.parts
-            wrong += ["mended, but not told"] if changed and matters and what is not damage.delete and not told else []
+            wrong += ["mended, but not told"] if told and not any(word in done.err for word in MENDED) else []
         elif done.code == 76:
             again = world.make(home, here / "out")
             wrong += [f"the run after the refusal: {each}" for each in again.faults([0])]
+            wrong += world.output_differences(here / "out") if again.code == 0 else []
         shutil.rmtree(here)
-        how = {0: "healed", 76: "refused"}.get(done.code or 0, f"exit {done.code}")
+        how = {0: "healed" if told else "made anew or not needed", 76: "refused"}.get(
+            done.code or 0, f"exit {done.code}"
+        )
         return how, [f"{named}: {each}" for each in wrong]
 
     return run
+
+
+# ------------------------------------------------------------------ what is done to a store: what, and is it told
+
+
+def a_file_of_an_artifact(home: Path, random: Random) -> tuple[str, bool]:
+    found = [each for each in sorted((home / "artifacts").rglob("*")) if each.is_file()]
+    return _damaged(random.choice(found), home, random)
+
+
+def a_seal(home: Path, random: Random) -> tuple[str, bool]:
+    """Its text stays well-formed."""
+    path = random.choice(sorted((home / "artifacts").glob("*/artifact.json")))
+    before = path.read_text(encoding="utf-8")
+    while path.read_text(encoding="utf-8") == before:
+        loaded = json.loads(before)
+        part = random.choice([loaded, loaded["facts"], loaded["options"], loaded["files"]])
+        made = values.changed(part, random)
+        changed = made if part is loaded else {**loaded, _name(loaded, part): made}
+        path.write_bytes(json.dumps(changed, indent=1, sort_keys=False).encode("utf-8", "surrogatepass"))
+    return f"edited seal of {path.parent.name[:12]}", True
+
+
+def _name(loaded: dict[str, object], part: object) -> str:
+    return next(name for name in ("facts", "options", "files") if loaded[name] is part)
+
+
+def a_digit_of_a_seal(home: Path, random: Random) -> tuple[str, bool]:
+    """One bit of one digit, as a bad disk flips it: it still reads as a number."""
+    path = random.choice(sorted((home / "artifacts").glob("*/artifact.json")))
+    text = path.read_text(encoding="utf-8")
+    at = random.choice([place for place, letter in enumerate(text) if letter in "23456789"])
+    path.write_text(f"{text[:at]}{chr(ord(text[at]) ^ 1)}{text[at + 1 :]}", encoding="utf-8")
+    return f"another digit in the seal of {path.parent.name[:12]}", True
+
+
+def an_artifact_in_another_place(home: Path, random: Random) -> tuple[str, bool]:
+    one, other = random.sample(sorted((home / "artifacts").iterdir()), 2)
+    how = random.choice(["exchanged", "seal of another", "link", "file", "empty", "without its seal"])
+    if how == "exchanged":
+        one.rename(home / "aside")
+        other.rename(one)
+        (home / "aside").rename(other)
+    elif how == "seal of another":
+        shutil.copy(other / "artifact.json", one / "artifact.json")
+    elif how == "without its seal":
+        (one / "artifact.json").unlink()
+    else:
+        one.rename(home / "aside")
+        {"link": lambda: one.symlink_to(home / "aside"), "file": one.touch, "empty": one.mkdir}[how]()
+    return f"{how}: {one.name[:12]}", True
+
+
+def a_text(home: Path, random: Random) -> tuple[str, bool]:
+    found = [each for each in sorted((home / "downloads").rglob("*")) if each.is_file()]
+    path = random.choice(found)
+    named, changed = _damaged(path, home, random)
+    return named, changed and "texts" in path.parts
+
+
+def a_lock(home: Path, random: Random) -> tuple[str, bool]:
+    """And the artifact that it guards is gone, so it is wanted."""
+    path = random.choice(sorted((home / "locks").iterdir()))
+    gone = home / "artifacts" / path.stem
+    what = random.choice([damage.grow, damage.delete, damage.to_directory, damage.to_link, damage.to_pipe])
+    what(path, random)
+    if gone.is_dir():
+        shutil.rmtree(gone)
+    return f"{what.__name__} {path.relative_to(home)}", False
+
+
+def remembered_digests(home: Path, random: Random) -> tuple[str, bool]:
+    """As they are after a run on a model of some size, then damaged."""
+    large = home.parent / "large"
+    with large.open("wb") as file:
+        file.truncate(WORTH_REMEMBERING)
+    os.utime(large, (1, 1))
+    time.sleep(0.05)
+    path = home / "digests.json"
+    remembered = Digests(path, warn=lambda _: None)
+    remembered.read(large)
+    remembered.save()
+    large.unlink()
+    return _damaged(path, home, random)[0], False
+
+
+def _damaged(path: Path, home: Path, random: Random) -> tuple[str, bool]:
+    """Damage a file; return what was done, and whether that is to be told: what isn't there isn't damaged."""
+    before, what = path.read_bytes(), random.choice(damage.ALL) if path.stat().st_size else damage.delete
+    what(path, random)
+    changed = not path.is_file() or path.is_symlink() or path.read_bytes() != before
+    told = changed and (what is not damage.delete or path.parent.parent.name == "artifacts")
+    return f"{what.__name__} {path.relative_to(home)}", told
+
+
+KINDS: tuple[Callable[[Path, Random], tuple[str, bool]], ...] = (
+    *(a_file_of_an_artifact, a_file_of_an_artifact, a_file_of_an_artifact, a_file_of_an_artifact),
+    *(a_seal, a_digit_of_a_seal, an_artifact_in_another_place, a_text, a_lock, remembered_digests),
+)
 
 
 KEPT = ("finetune", "prune", "quantize", "speculate")
@@ -74,8 +174,8 @@ def _scratch_case(world: World, step: Step, number: int, here: Path) -> Callable
         process = world.start(*arguments, home=home)
         while process.poll() is None and len(_kept(scratch)) < wanted:
             time.sleep(0.001)
-        process.kill()
-        process.communicate()
+        process.send_signal(signal.SIGKILL)
+        process.finish()
         found = _kept(scratch)
         if not found:
             shutil.rmtree(here)

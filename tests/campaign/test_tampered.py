@@ -12,7 +12,6 @@ import pytest
 
 from tests.campaign import damage
 from tests.campaign.figures import Figures, chosen, draw
-from tests.campaign.warm import Warm
 from tests.campaign.world import World
 
 pytestmark = pytest.mark.slow
@@ -23,18 +22,18 @@ ADDED = (
 )
 
 
-def test_tampered_outputs(world: World, warm: Warm, figures: Figures, tmp_path: Path) -> None:
+def test_tampered_outputs(world: World, figures: Figures, tmp_path: Path) -> None:
     group = figures.group("tampered outputs: verify", COUNT)
-    group.run((str(number), _case(world, warm, number, tmp_path / str(number))) for number in chosen(COUNT))
+    group.run((str(number), _case(world, number, tmp_path / str(number))) for number in chosen(COUNT))
     assert group.wrong == {}
 
 
-def _case(world: World, warm: Warm, number: int, here: Path) -> Callable[[], tuple[str, list[str]]]:
+def _case(world: World, number: int, here: Path) -> Callable[[], tuple[str, list[str]]]:
     def run() -> tuple[str, list[str]]:
         out = here / "level" / "out"
         shutil.copytree(world.out, out)
         named = tamper(out, draw("tampered", number), number)
-        done = warm.run("verify", out, home=here / "home", cwd=here)
+        done = world.run("verify", out, home=here / "home", cwd=here)
         wrong = done.faults([76])
         wrong += ["not found"] if done.code == 0 else []
         shutil.rmtree(here)

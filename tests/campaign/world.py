@@ -6,50 +6,18 @@ import hashlib
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-HANGS_S = 600.0
-"""Seconds after which a command counts as hung: nothing here takes a minute."""
-BUG = ("has a bug", "Traceback (most recent call last)")
-CONTROLS = {chr(code) for code in (*range(9), *range(11, 32), *range(0x7F, 0xA0), 0x202E, 0x2066, 0x2067, 0x200B)}
+from tests.campaign.commands import HANGS_S, Command, Done
+
 TIMED = ("measure-speed", "measure-speculation")
 """Steps whose result holds times: they can't be the same twice."""
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a command ended; code None where it hung."""
-
-    code: int | None
-    out: str
-    err: str
-
-    def faults(self, allowed: Sequence[int]) -> list[str]:
-        """Return what is wrong with the way it ended, whatever it was asked."""
-        found = []
-        if self.code is None:
-            found.append("hung")
-        elif self.code not in allowed:
-            found.append(f"exit {self.code}")
-        found += [f"says {text!r}" for text in BUG if text in self.err + self.out]
-        shown = sorted(CONTROLS & set(self.err + self.out))
-        found += [f"control characters {shown}"] if shown else []
-        found += ["workflow command"] if any(line.startswith("::") for line in self.out.splitlines()) else []
-        return [f"{each} | {self.last}" for each in found]
-
-    @property
-    def last(self) -> str:
-        """Return the end of what it said."""
-        return " / ".join((self.err or self.out).strip().splitlines()[-2:])[:300]
 
 
 @dataclass(frozen=True)
@@ -60,6 +28,11 @@ class Step:
     key: str
     began: float
     ended: float
+
+    @property
+    def seconds(self) -> float:
+        """How long its process was there."""
+        return self.ended - self.began
 
 
 @dataclass
@@ -85,24 +58,26 @@ class World:
         return self.root / "out"
 
     def start(
-        self, *arguments: str | Path, home: Path, cwd: Path | None = None, environ: Mapping[str, str] | None = None
-    ) -> subprocess.Popen[str]:
-        """Start optikit in a session of its own, with a store."""
-        return subprocess.Popen(
-            [sys.executable, "-m", "optikit", *map(str, arguments)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="backslashreplace",
-            cwd=cwd or self.root,
-            env=environment(home) | dict(environ or {}),
-            start_new_session=True,
-        )
+        self,
+        *arguments: str | Path,
+        home: Path,
+        cwd: Path | None = None,
+        environ: Mapping[str, str] | None = None,
+        cold: bool = False,
+    ) -> Command:
+        """Start optikit in a session of its own, with a store; `cold` in a fresh interpreter."""
+        return Command(arguments, cwd or self.root, environment(home) | dict(environ or {}), cold=cold)
 
-    def run(self, *arguments: str | Path, home: Path, cwd: Path | None = None) -> Done:
+    def run(
+        self,
+        *arguments: str | Path,
+        home: Path,
+        cwd: Path | None = None,
+        environ: Mapping[str, str] | None = None,
+        seconds: float = HANGS_S,
+    ) -> Done:
         """Run optikit to its end."""
-        return finish(self.start(*arguments, home=home, cwd=cwd))
+        return self.start(*arguments, home=home, cwd=cwd, environ=environ).finish(seconds)
 
     def make(self, home: Path, out: Path, until: str | None = None) -> Done:
         """Run the recipe."""
@@ -149,17 +124,6 @@ def environment(home: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
-
-
-def finish(process: subprocess.Popen[str]) -> Done:
-    """Wait for a command; one that hangs is killed with all that it started."""
-    try:
-        out, err = process.communicate(timeout=HANGS_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        return Done(None, out, err)
-    return Done(process.returncode, out, err)
 
 
 def contents(home: Path, key: str) -> dict[str, str] | None:
@@ -213,7 +177,7 @@ def build(root: Path, model: Path, prose: Path) -> World:
                     "tokens": 256,
                     "epochs": 2,
                     "draft_vocab": 64,
-                    "eval_prompts": 2,
+                    "eval_prompts": 4,
                     "datastore_answers": 2,
                 }
             },
@@ -248,15 +212,14 @@ def build(root: Path, model: Path, prose: Path) -> World:
 def _timed(world: World, name: str, key: str) -> Step:
     """Make a step, and note when its process came and went."""
     began, ended, start = 0.0, 0.0, time.monotonic()
-    process = world.start(
-        "run", world.recipe, "--out", world.root / "until", "--until", name, "--progress", "none", home=world.home
-    )
+    arguments = ("run", world.recipe, "--out", world.root / "until", "--until", name, "--progress", "none")
+    process = world.start(*arguments, home=world.home)
     while process.poll() is None:
         if (world.home / "jobs" / key).exists():
             began = began or time.monotonic() - start
             ended = time.monotonic() - start
         time.sleep(0.01)
-    done = finish(process)
+    done = process.finish()
     if done.code != 0 or not ended:
         raise AssertionError(f"{name}: {done.err}")
     return Step(name, key, began, ended)

@@ -87,6 +87,23 @@ def test_what_is_no_file_is_no_recipe(say, verb, path, told):
     assert err.startswith(f"error: can't read the recipe {path!r}: {told}\n")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("report {}", "diff {} {}", "recommend model --report {}", "generate model --prompts {}"),
+        "eval http://127.0.0.1:1 --out out --text {}",
+    ],
+)
+@pytest.mark.parametrize("path", ["pipe", "/dev/zero"])
+def test_what_has_no_end_is_not_waited_for(say, command, path, tiny_llama):
+    """A pipe without a writer, opened in the ordinary way, would hold us forever."""
+    os.mkfifo("pipe")
+    Path("model").symlink_to(tiny_llama)
+    code, err = say(*command.format(path, path).split())
+    assert code == 66
+    assert err.startswith(f"error: {path}")
+
+
 @pytest.mark.parametrize("model", ["a" * 10_000, "a/" * 3_000, "~nobody-of-that-name/x", "x/" + "b" * 300])
 def test_a_model_that_no_path_can_name_is_missing(say, model):
     Path("r.yaml").write_text(f"model: {model}\n", encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from optikit.errors import InputMissingError, IntegrityError, RecipeError, RefusedError
 from optikit.recipe.schema import Text
+from optikit.store import downloads
 from optikit.store.sources import ModelSource, check_lock, cut, lock_entries, resolve_model, resolve_text
 from optikit.store.store import Store
 
@@ -250,3 +252,16 @@ def test_a_compressed_text_is_read_unpacked(store: Store, tmp_path: Path) -> Non
     packed.write_bytes(packed.read_bytes()[:-9])
     with pytest.raises(IntegrityError, match="is damaged"):
         resolve_text(Text(text="prompts.jsonl.gz"), store, base=tmp_path, offline=True, note=print)
+
+
+@pytest.mark.parametrize("damage", ["pipe", "directory", "deep", "not UTF-8"])
+def test_what_is_remembered_of_a_source_can_be_damaged_in_any_way(tmp_path: Path, damage: str) -> None:
+    store, key = Store(tmp_path), "0" * 64
+    downloads.remember(store, key, {"digest": "x"})
+    path = tmp_path / "downloads" / "index" / f"{key}.json"
+    path.unlink()
+    make = {"pipe": lambda: os.mkfifo(path), "directory": path.mkdir, "deep": lambda: path.write_text("[" * 99_999)}
+    make.get(damage, lambda: path.write_bytes(b"\xff"))()
+    assert downloads.recall(store, key, "digest") is None
+    downloads.remember(store, key, {"digest": "y"})
+    assert downloads.recall(store, key, "digest") == {"digest": "y"}
