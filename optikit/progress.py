@@ -61,11 +61,13 @@ def make(mode: str, stream: TextIO | None = None) -> Progress:
 class Output(io.TextIOBase):
     """A text stream that writes only what can be read: `printable`, without credentials, in the stream's encoding.
 
-    A reader who has gone (a closed pipe) is no failure: the rest is dropped, and `gone` says so.
+    A reader who has gone (a closed pipe) is no failure: the rest is dropped, and `gone` says so. An `expendable` stream
+    may fail in any way: what is told there is no result.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, *, expendable: bool = False) -> None:
         super().__init__()
+        self._forgiven = OSError if expendable else BrokenPipeError
         self.stream = stream
         """What is below: for styles and orders to a CI system, whose words are cleaned and escaped already."""
         self.gone = False
@@ -106,7 +108,7 @@ class Output(io.TextIOBase):
     def _safely(self, action: Callable[[], object]) -> None:
         try:
             action()
-        except BrokenPipeError:
+        except self._forgiven:
             self.gone = True
             # What is still buffered would fail again when the interpreter ends.
             nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import Any
@@ -96,7 +97,8 @@ def main() -> None:
     """Run the command line; every failure ends with its sentence on stderr and its exit code."""
     from optikit.progress import Output
 
-    sys.stdout, sys.stderr = (stream and Output(stream) for stream in (sys.stdout, sys.stderr))  # None where closed
+    _open_streams()
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr, expendable=True)
     try:
         app()
     except OptikitError as error:
@@ -114,6 +116,21 @@ def main() -> None:
             sys.exit(int(named.code))
         sys.stderr.write(f"error: optikit has a bug: {error!r}\nfix: send us this report: {write_report(error)}\n")
         sys.exit(int(Exit.BUG))
+
+
+def _open_streams() -> None:
+    """Put something below standard input, output and errors where they are closed.
+
+    Python has no stream there, and the next file that is opened, an artifact's, would be what libraries print to.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free: this one
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", closefd=False))
 
 
 def tell(error: OptikitError) -> None:

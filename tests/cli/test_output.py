@@ -349,3 +349,25 @@ def test_styles_of_our_own_go_below():
     assert below(Output(stream)) is stream
     assert below(stream) is stream
     assert not reader_gone(stream)
+
+
+@pytest.mark.parametrize("streams", ["2>&-", "<&- >&- 2>&-", "2>/dev/full", ">&-"])
+@pytest.mark.parametrize(("command", "code"), [("targets", 0), ("plan none.yaml", 66), ("explain nonsense", 2)])
+def test_a_closed_or_full_stream_does_not_change_how_a_verb_ends(streams, command, code, tmp_path):
+    line = f'"$0" -m optikit {command} {streams}'
+    environ = os.environ | {"OPTIKIT_HOME": str(tmp_path / "home")}
+    done = subprocess.run(["sh", "-c", line, sys.executable], capture_output=True, env=environ, check=False)
+    assert done.returncode == code
+    assert b"bug" not in done.stdout + done.stderr
+
+
+def test_a_result_that_finds_no_room_is_a_failure(tmp_path):
+    line = '"$0" -m optikit targets >/dev/full'
+    done = subprocess.run(["sh", "-c", line, sys.executable], capture_output=True, check=False)
+    assert done.returncode == 74
+
+
+def test_a_file_does_not_get_the_number_of_a_closed_stream():
+    code = "import os; from optikit.cli.app import _open_streams as go; go(); exit(os.open('/dev/null', os.O_RDONLY))"
+    line = '"$0" -c "$1" <&- >&- 2>&-'
+    assert subprocess.run(["sh", "-c", line, sys.executable, code], check=False).returncode > 2
