@@ -63,7 +63,7 @@ def measure(request: Request) -> Report:
 
     started = time.monotonic()
     require_no_seal(request.out)
-    wanted = Client(request.url, timeout_s=request.timeout_s, key=_key(request.key_from))
+    wanted = Client(request.url, timeout_s=request.timeout_s, key=read_key(request.key_from))
     texts = _texts(request)
     with wanted as client, make_progress(request.progress) as progress:
         model = request.model or client.models()[0]
@@ -85,7 +85,12 @@ def measure(request: Request) -> Report:
     return report
 
 
-def _key(variable: str | None) -> str:
+def read_key(variable: str | None) -> str:
+    """Return the API key that an environment variable holds; "" where none is named.
+
+    Raises:
+        UsageError: The variable isn't set.
+    """
     if variable is None:
         return ""
     key = os.environ.get(variable, "")

@@ -29,6 +29,7 @@ VERBS = {
     "reproduce": "Make an output again from its sealed recipe and lock; compare the bytes.",
     "generate": "Generate text with what a run wrote.",
     "serve": "Serve what a run wrote behind OpenAI's API.",
+    "bench": "Load servers or artifacts and compare what their clients see.",
     "cache": "Look after the store of finished steps.",
     "env": "Look after the environments that some backends run in.",
 }

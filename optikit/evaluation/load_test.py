@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from optikit.errors import StageTimeoutError, UnavailableError
+from optikit.evaluation.bench_results import Reply
 from optikit.evaluation.results import Served, ServedSpeed
 from optikit.runtime.completions_client import Client, Prompt, RefusedByServerError, Streamed
 
@@ -56,7 +58,7 @@ def time_server(
         UnavailableError: It drops connections, or answers with an error.
         StageTimeoutError: It hangs.
     """
-    extra = {**_accepted(client, model, prompts[0], load.new_tokens, more or {}), **(more or {})}
+    extra = {**accepted(client, model, prompts[0], load.new_tokens, more or {}), **(more or {})}
     rows, counted = [], True
     for level in load.concurrency:
         note(f"{level} at a time: {load.requests} requests")
@@ -81,10 +83,20 @@ def time_server(
     )
 
 
-def _accepted(
-    client: Client, model: str, prompt: Prompt, new_tokens: int, more: Mapping[str, Any]
-) -> Mapping[str, Any]:
-    """Return the parameters that the server takes; the request that finds out also warms it up."""
+def accepted(client: Client, model: str, prompt: Prompt, new_tokens: int, more: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return which of `WITHOUT_END` a server takes; the request that finds out also warms it up.
+
+    Args:
+        client: The server.
+        model: Which of its models.
+        prompt: One to try.
+        new_tokens: Tokens to write.
+        more: Further parameters of every request.
+
+    Raises:
+        UnavailableError: It takes none of them, drops connections, or answers with an error.
+        StageTimeoutError: It hangs.
+    """
     for extra in WITHOUT_END[:-1]:
         try:
             client.stream(model, prompt, new_tokens, extra={**extra, **more})
@@ -123,3 +135,50 @@ def _row(level: int, answers: Sequence[Streamed], begun: int) -> ServedSpeed:
         output_tokens_per_s=sum(each.tokens for each in answers) / wall_s,
         requests_per_s=len(answers) / wall_s,
     )
+
+
+Send = Callable[[int], Streamed]
+"""From the number of a prompt to its answer."""
+
+
+def closed_loop(send: Send, prompts: Sequence[int], clients: int) -> list[Reply]:
+    """Let clients ask, each its next prompt when its last is answered.
+
+    Args:
+        send: Asks.
+        prompts: Numbers of prompts.
+        clients: How many.
+    """
+    with ThreadPoolExecutor(max_workers=clients) as pool:
+        return list(pool.map(lambda number: _reply(send, number, time.perf_counter_ns()), prompts))
+
+
+def open_loop(send: Send, prompts: Sequence[int], rate: float, seed: int) -> list[Reply]:
+    """Ask at random times, whether the last answers came or not: a Poisson process, as of people who are strangers.
+
+    Times count from when a request was due, so that a server that falls behind can't hide it.
+
+    Args:
+        send: Asks.
+        prompts: Numbers of prompts.
+        rate: Requests per second, on average.
+        seed: Of the times.
+    """
+    import numpy as np
+
+    gaps = np.random.default_rng(seed).exponential(1 / rate, len(prompts))
+    begun = time.perf_counter_ns() + 10_000_000
+    due = (begun + np.cumsum(gaps) * 1e9).astype(np.int64).tolist()
+    with ThreadPoolExecutor(max_workers=len(prompts)) as pool:
+        waiting = []
+        for number, at in zip(prompts, due, strict=True):
+            time.sleep(max(0.0, (at - time.perf_counter_ns()) / 1e9))
+            waiting.append(pool.submit(_reply, send, number, at))
+        return [each.result() for each in waiting]
+
+
+def _reply(send: Send, number: int, due_ns: int) -> Reply:
+    try:
+        return Reply(prompt=number, due_ns=due_ns, streamed=send(number))
+    except (UnavailableError, StageTimeoutError) as error:
+        return Reply(prompt=number, due_ns=due_ns, error=error.message)

@@ -86,11 +86,12 @@ MODULES: Mapping[str, Any] = {
 
 def render(report: Report) -> str:
     """Return the page; one string, UTF-8 when written."""
-    return _environment().get_template("template.html.j2").render(page=_page(report), report=report, **MODULES)
+    return environment().get_template("template.html.j2").render(page=_page(report), report=report, **MODULES)
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """Return the templates' environment: everything is escaped and cleaned."""
     import jinja2
 
     return jinja2.Environment(

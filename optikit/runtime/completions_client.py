@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from optikit.errors import UnavailableError
@@ -29,12 +29,17 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True, kw_only=True)
 class Streamed:
-    """One streamed completion: when it was called, when each non-empty piece came, and what the server counted."""
+    """One streamed completion: when it was called, when each non-empty piece came, and what the server counted.
+
+    `text` is what came, `token_ids` its tokens where the server tells numbers.
+    """
 
     start_ns: int
     piece_ns: tuple[int, ...]
     prompt_tokens: int | None
     output_tokens: int | None
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -121,23 +126,27 @@ class Client:
             StageTimeoutError: It hangs.
         """
         start = time.perf_counter_ns()
-        pieces: list[int] = []
-        usage: Mapping[str, Any] = {}
+        came = _Came()
         with self._server.exchange("POST", "/completions", {**_streamed(model, prompt, new_tokens), **extra}) as answer:
             for at, event in answer.events():
-                usage = _usage(answer, event) or usage
-                if any(_writes(answer, choice) for choice in _choices(answer, event)):
-                    pieces.append(at)
+                if came.take(answer, at, event):
                     answer.expect("no next token came")
-                if len(pieces) > PIECES_PER_TOKEN * new_tokens:
-                    raise answer.failed(f"went on after {len(pieces)} pieces of {new_tokens} tokens")
-            prompted, written = (_count(answer, usage, name) for name in ("prompt_tokens", "completion_tokens"))
+                if len(came.pieces) > PIECES_PER_TOKEN * new_tokens:
+                    raise answer.failed(f"went on after {len(came.pieces)} pieces of {new_tokens} tokens")
+            prompted, written = (_count(answer, came.usage, name) for name in ("prompt_tokens", "completion_tokens"))
             if written is not None and written > new_tokens:
-                raise answer.malformed(f"{new_tokens} tokens", usage)
-        if len(pieces) < 2:
-            message = f"{self.url} streamed {len(pieces)} pieces of {new_tokens} tokens: nothing to time"
+                raise answer.malformed(f"{new_tokens} tokens", came.usage)
+        if len(came.pieces) < 2:
+            message = f"{self.url} streamed {len(came.pieces)} pieces of {new_tokens} tokens: nothing to time"
             raise UnavailableError(message, fix="see that it streams, and that the prompt doesn't end the text")
-        return Streamed(start_ns=start, piece_ns=tuple(pieces), prompt_tokens=prompted, output_tokens=written or None)
+        return Streamed(
+            start_ns=start,
+            piece_ns=tuple(came.pieces),
+            prompt_tokens=prompted,
+            output_tokens=written or None,
+            text="".join(came.text),
+            token_ids=tuple(came.tokens),
+        )
 
     def tokens(self, model: str, prompt: Sequence[int], new_tokens: int) -> Iterator[int]:
         """Yield exactly `new_tokens` greedy tokens after a prompt, each when it comes; the end of a text is ignored.
@@ -185,6 +194,27 @@ class Client:
                 return _token_echo(answer, tokens)
         except RefusedByServerError:
             return None
+
+
+@dataclass
+class _Came:
+    """What came of a stream so far: when each non-empty piece did, its text and tokens, and what the server counted."""
+
+    pieces: list[int] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    usage: Mapping[str, Any] = field(default_factory=dict)
+
+    def take(self, answer: Answer, at: int, event: Mapping[str, Any]) -> bool:
+        """Take note of an event; return whether it carries text or tokens."""
+        self.usage = _usage(answer, event) or self.usage
+        choices = _choices(answer, event)
+        written = sum(_writes(answer, choice) for choice in choices) > 0  # all of them are checked
+        if written:
+            self.pieces.append(at)
+        self.text += [choice.get("text") or "" for choice in choices]
+        self.tokens += [token for choice in choices for token in _token_ids(answer, choice)]
+        return written
 
 
 def _streamed(model: str, prompt: Prompt, new_tokens: int) -> dict[str, Any]:

@@ -1,0 +1,271 @@
+"""What a load test found: the schema of bench.json, and the figures of a level from its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from optikit.evaluation import cost, statistics
+from optikit.evaluation.results import Interval
+from optikit.evaluation.speed import tail
+from optikit.runtime.completions_client import Streamed
+
+Kind = Literal["clients", "rate"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Variant(_Frozen):
+    """One of the servers that were compared."""
+
+    name: str
+    url: str
+    model: str
+    started_here: bool
+    """Whether it was started for this, on this machine."""
+
+
+class Limits(_Frozen):
+    """What a request must keep to be good, ms; null is no limit."""
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    e2e_ms: float | None = None
+
+    @property
+    def any(self) -> bool:
+        """Whether there is one."""
+        return (self.ttft_ms, self.tpot_ms, self.e2e_ms) != (None, None, None)
+
+
+class Row(_Frozen):
+    """What clients of one variant saw under one load; times from when a request was due, medians over requests."""
+
+    variant: str
+    kind: Kind
+    load: float
+    """Clients that each ask again when they are answered, or requests per second on average, whatever comes back."""
+    requests: int
+    errors: int
+    ttft_ms_p50: float | None
+    ttft_ms_p50_ci95: Interval | None
+    ttft_ms_p95: float | None
+    tpot_ms_p50: float | None
+    tpot_ms_p50_ci95: Interval | None
+    tpot_ms_p95: float | None
+    e2e_ms_p50: float | None
+    e2e_ms_p95: float | None
+    output_tokens_per_s: float
+    """Of all requests together, from the first that was due to the last token."""
+    requests_per_s: float
+    good_share: float | None
+    """Of all requests, those that kept every limit; an error keeps none. Null without limits."""
+    goodput_per_s: float | None
+    """Good requests per second."""
+    usd_per_million_output_tokens: float | None
+    usd_per_million_blended_tokens: float | None
+
+
+class Identity(_Frozen):
+    """How far a variant's greedy answers are those of the first one."""
+
+    variant: str
+    prompts: int
+    first_token: int
+    whole: int
+
+
+class Sample(_Frozen):
+    """One request."""
+
+    variant: str
+    kind: Kind
+    load: float
+    prompt: int
+    """Number of the prompt, from 0."""
+    due_s: float
+    """When it was due, from the beginning of its level."""
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    e2e_ms: float | None = None
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    text: str = ""
+    error: str = ""
+
+
+class Bench(_Frozen):
+    """All that a load test found, but for its samples."""
+
+    schema_version: Literal[1] = 1
+    variants: tuple[Variant, ...]
+    rows: tuple[Row, ...]
+    identity: tuple[Identity, ...]
+    limits: Limits
+    usd_per_hour: float | None
+    seed: int
+    new_tokens: int
+    prompts: int
+    end_of_text_ignored: bool
+    host: dict[str, Any]
+    versions: dict[str, str]
+    seconds: float
+    created: str
+    command: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What became of one request: an answer, or why there is none.
+
+    Attributes:
+        prompt: Number of the prompt.
+        due_ns: When it was due, by `time.perf_counter_ns`; a client that comes late to it has kept someone waiting.
+        streamed: The answer.
+        error: Why there is none.
+    """
+
+    prompt: int
+    due_ns: int
+    streamed: Streamed | None = None
+    error: str = ""
+
+    @property
+    def ttft_ms(self) -> float | None:
+        """Time from when it was due to the first piece, ms."""
+        return None if self.streamed is None else (self.streamed.piece_ns[0] - self.due_ns) / 1e6
+
+    @property
+    def e2e_ms(self) -> float | None:
+        """Time from when it was due to the last piece, ms."""
+        return None if self.streamed is None else (self.streamed.piece_ns[-1] - self.due_ns) / 1e6
+
+    @property
+    def tpot_ms(self) -> float | None:
+        """Mean time per token after the first piece, ms."""
+        return None if self.streamed is None else self.streamed.tpot_ms
+
+    def keeps(self, limits: Limits) -> bool:
+        """Tell whether it stayed within every limit."""
+        pairs = ((self.ttft_ms, limits.ttft_ms), (self.tpot_ms, limits.tpot_ms), (self.e2e_ms, limits.e2e_ms))
+        return all(value is not None and (most is None or value <= most) for value, most in pairs)
+
+
+class Level(NamedTuple):
+    """A variant under one load."""
+
+    variant: str
+    kind: Kind
+    load: float
+
+
+def row(level: Level, replies: Sequence[Reply], limits: Limits, *, usd_per_hour: float | None) -> Row:
+    """Return the figures of one level.
+
+    Args:
+        level: Whose, under which load.
+        replies: Of all requests, at least one.
+        limits: What a good one keeps.
+        usd_per_hour: Price of the machine.
+    """
+    came = [each.streamed for each in replies if each.streamed is not None]
+    begun = min(each.due_ns for each in replies)
+    seconds = max(1e-9, (max((each.piece_ns[-1] for each in came), default=begun) - begun) / 1e9)
+    per_second = sum(each.tokens for each in came) / seconds
+    ttft, tpot, e2e = (_middle(replies, name) for name in ("ttft_ms", "tpot_ms", "e2e_ms"))
+    good = sum(each.keeps(limits) for each in replies) if limits.any else None
+    return Row(
+        **level._asdict(),
+        requests=len(replies),
+        errors=len(replies) - len(came),
+        ttft_ms_p50=ttft[0],
+        ttft_ms_p50_ci95=ttft[1],
+        ttft_ms_p95=ttft[2],
+        tpot_ms_p50=tpot[0],
+        tpot_ms_p50_ci95=tpot[1],
+        tpot_ms_p95=tpot[2],
+        e2e_ms_p50=e2e[0],
+        e2e_ms_p95=e2e[2],
+        output_tokens_per_s=per_second,
+        requests_per_s=len(came) / seconds,
+        good_share=None if good is None else good / len(replies),
+        goodput_per_s=None if good is None else good / seconds,
+        usd_per_million_output_tokens=_priced(usd_per_hour, per_second),
+        usd_per_million_blended_tokens=_blended(usd_per_hour, level, tpot[0]),
+    )
+
+
+def _priced(usd_per_hour: float | None, per_second: float) -> float | None:
+    if usd_per_hour is None or per_second == 0:
+        return None
+    return cost.usd_per_million_output(usd_per_hour, per_second)
+
+
+def _middle(replies: Sequence[Reply], name: str) -> tuple[float | None, Interval | None, float | None]:
+    """Return median, its interval and the 95th percentile of a time, as far as there are enough answers."""
+    array = np.array([getattr(each, name) for each in replies if each.streamed is not None], np.float64)
+    if not len(array):
+        return None, None, None
+    interval = statistics.median_interval(array) if len(array) > 1 else None
+    return float(np.median(array)), interval, tail(array, 0.95)
+
+
+def _blended(usd_per_hour: float | None, level: Level, tpot_ms: float | None) -> float | None:
+    """Return the blended price; only a closed loop has a number of requests at a time."""
+    if usd_per_hour is None or level.kind == "rate" or not tpot_ms:
+        return None
+    return cost.usd_per_million_blended(usd_per_hour, tpot_ms=tpot_ms, concurrency=int(level.load))
+
+
+def sample(level: Level, reply: Reply, begun_ns: int) -> Sample:
+    """Return a request as it is kept.
+
+    Args:
+        level: Its level.
+        reply: What became of it.
+        begun_ns: When its level began.
+    """
+    came = reply.streamed
+    return Sample(
+        **level._asdict(),
+        prompt=reply.prompt,
+        due_s=(reply.due_ns - begun_ns) / 1e9,
+        ttft_ms=reply.ttft_ms,
+        tpot_ms=reply.tpot_ms,
+        e2e_ms=reply.e2e_ms,
+        prompt_tokens=came.prompt_tokens if came else None,
+        output_tokens=came.tokens if came else None,
+        text=came.text if came else "",
+        error=reply.error,
+    )
+
+
+def identity(first: Sequence[Reply], variant: str, replies: Sequence[Reply]) -> Identity:
+    """Compare a variant's answers with those of the first one, prompt by prompt: tokens where both tell them."""
+    theirs = {each.prompt: each.streamed for each in first if each.streamed is not None}
+    prompts = {each.prompt: each.streamed for each in replies if each.streamed is not None}
+    shared = [(theirs[number], came) for number, came in prompts.items() if number in theirs]
+    return Identity(
+        variant=variant,
+        prompts=len(shared),
+        first_token=sum(_written(one)[:1] == _written(other)[:1] for one, other in map(_alike, shared)),
+        whole=sum(_written(one) == _written(other) for one, other in map(_alike, shared)),
+    )
+
+
+def _alike(pair: tuple[Streamed, Streamed]) -> tuple[Streamed, Streamed]:
+    """Return a pair whose answers are both tokens or both text."""
+    one, other = pair
+    if one.token_ids and other.token_ids:
+        return pair
+    return replace(one, token_ids=()), replace(other, token_ids=())
+
+
+def _written(came: Streamed) -> Sequence[int] | str:
+    return came.token_ids or came.text
