@@ -9,6 +9,8 @@ and `block_size` codes to a block, k = ceil(K / block_size) blocks to a row:
 
     weight[n, i] = (code[n, i] - zero[n, i // block_size]) · scale[n, i // block_size]
 
+`GatherBlockQuantized` looks rows up in the same layout, its codes (N, k · block_size · bits / 8).
+
 Written from the operator's documentation alone, without the code that packs: it is what packing is checked against.
 """
 
@@ -28,6 +30,11 @@ from numpy.typing import NDArray
 from optikit.errors import IntegrityError
 
 Floats = NDArray[np.float32]
+HEAD = "/lm_head/MatMul"
+"""The product that is the output head."""
+EMBEDDING = "/model/embed_tokens/"
+"""What names of the embedding's nodes begin with."""
+LOOKUPS = ("Gather", "GatherBlockQuantized")
 SUFFIX = re.compile(r"(?:NBits|_Q\d)$")
 """What the builder and its quantizer append to the name of a product when they store it in fewer bits."""
 
@@ -56,6 +63,7 @@ class Product:
         bits: Bits per code; 32 for a float weight.
         block_size: Codes that share a scale.
         rows, columns: (out_features, in_features).
+        upright: A float weight lies (rows, columns), as an embedding does; a product's lies (columns, rows).
     """
 
     name: str
@@ -66,6 +74,7 @@ class Product:
     block_size: int = 0
     rows: int
     columns: int
+    upright: bool = False
 
 
 class OnnxGraph:
@@ -83,6 +92,8 @@ class OnnxGraph:
             raise IntegrityError(f"{path} is not an ONNX file: {error}", fix="build it again") from error
         self.tensors = {tensor.name: tensor for tensor in self.model.graph.initializer}
         self.products = {product.name: product for product in map(self._product, self.model.graph.node) if product}
+        self.embedding = self._embedding()
+        """Where tokens are looked up; the head's own product, if that is where."""
 
     def _product(self, node: onnx.NodeProto) -> Product | None:
         name = SUFFIX.sub("", node.name)
@@ -105,6 +116,49 @@ class OnnxGraph:
             rows=told["N"],
             columns=told["K"],
         )
+
+    def _embedding(self) -> Product | None:
+        """Return what the embedding's node reads, also where it is turned or flattened first."""
+        nodes = [node for node in self.model.graph.node if node.name.startswith(EMBEDDING)]
+        made_of = {node.output[0]: node.input[0] for node in nodes if node.op_type in ("Reshape", "Transpose")}
+        for node in nodes:
+            if node.op_type in LOOKUPS:
+                return self._looked_up(node, [made_of.get(node.input[0], node.input[0]), *node.input[1:], "", ""])
+        return None
+
+    def _looked_up(self, node: onnx.NodeProto, inputs: list[str]) -> Product | None:
+        """Return the weight that a node looks rows up in: weight, tokens, scales and zero points are its inputs."""
+        weight, _, scales, zeros, *_ = inputs
+        head = self.products.get(HEAD)
+        if head is not None and weight == head.weight and (head.bits == 32 or scales == head.scales):
+            return head
+        if weight not in self.tensors:
+            return None
+        rows, width = self.tensors[weight].dims
+        if node.op_type == "Gather":
+            return Product(name=EMBEDDING, weight=weight, rows=rows, columns=width, upright=True)
+        told = {attribute.name: attribute.i for attribute in node.attribute}
+        return Product(
+            name=EMBEDDING,
+            weight=weight,
+            scales=scales,
+            zeros=zeros,
+            bits=told["bits"],
+            block_size=told["block_size"],
+            rows=rows,
+            columns=width * 8 // told["bits"],
+        )
+
+    def find(self, name: str) -> Product:
+        """Return a product by name; that of `EMBEDDING` is where tokens are looked up.
+
+        Raises:
+            IntegrityError: There is none.
+        """
+        found = self.embedding if name == EMBEDDING else self.products.get(name)
+        if found is None:
+            raise IntegrityError(f"{self.path} has no weight at {name}", fix="build it again")
+        return found
 
     def read(self, name: str, start: int = 0, count: int | None = None) -> NDArray[Any]:
         """Return `count` elements of an initializer from element `start` on, flat; the whole by default.
@@ -135,6 +189,9 @@ class OnnxGraph:
             (rows, in_features) float32 twice; the steps of a float weight are zero.
         """
         columns = product.columns
+        if product.upright:
+            table = self.read(product.weight, start * columns, (stop - start) * columns).reshape(-1, columns)
+            return np.ascontiguousarray(table, np.float32), np.zeros(table.shape, np.float32)
         if product.bits == 32:
             stored = self.read(product.weight).reshape(columns, product.rows)
             weight = np.ascontiguousarray(stored[:, start:stop].T, np.float32)

@@ -16,6 +16,7 @@ from optikit.models import (
     expected,
     gguf_header,
     gguf_settings,
+    gguf_tied,
     headers,
     quantization,
     tokenizer,
@@ -130,9 +131,9 @@ def read_gguf(path: Path) -> ModelFacts:
     keys = {name: f"{family}.{key}" for name, key in gguf_settings.FIGURES.items()}
     known = {**header.metadata, "vocab": embedding.shape[0]}
     figures = _figures(replace(architecture, keys={**keys, "vocab": "vocab"}), known, path)
-    tensors = _gguf_tensors(architecture, header, path)
+    tied = gguf_tied.tied(path, header)
+    tensors = _gguf_tensors(architecture, header, path, tied=tied)
     linears = _linears(architecture, traits.rows()[traits.DENSE], tensors, figures["layers"], path)
-    tied = "output.weight" not in header.tensors
     settings: dict[str, Any] = {key: figures[name] for name, key in USUAL_KEYS.items() if name in figures}
     settings |= {"model_type": architecture.model_type, "tie_word_embeddings": tied}
     settings |= dict.fromkeys(expected.conditions(architecture, tensors), True)
@@ -257,8 +258,10 @@ def _window(settings: Mapping[str, Any]) -> int | None:
     return window
 
 
-def _gguf_tensors(architecture: Architecture, header: GgufHeader, path: Path) -> dict[str, TensorFacts]:
+def _gguf_tensors(architecture: Architecture, header: GgufHeader, path: Path, *, tied: bool) -> dict[str, TensorFacts]:
     """Return the tensors of a gguf file under their names in the model directory that it becomes.
+
+    Of a head that is the embedding once more nothing is left.
 
     Raises:
         RecipeError: Naming one that is no part of it.
@@ -283,4 +286,6 @@ def _gguf_tensors(architecture: Architecture, header: GgufHeader, path: Path) ->
         elif name != gguf_settings.ROPE_FACTORS:
             message = f"{path}: tensor {name} isn't understood: {architecture.model_type} has no place for it here"
             raise RecipeError(message, fix="start from the model's safetensors directory")
+    if tied:
+        found.pop(f"{architecture.head}.weight", None)
     return found

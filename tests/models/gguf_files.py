@@ -45,6 +45,7 @@ def write(
     leave_out: str = "",
     intermediate: bool = True,
     tensors: Mapping[str, np.ndarray[Any, Any]] = {},
+    kinds: Mapping[str, str] = {},
     **metadata: float | str,
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Write a seeded random model, matrices in Q4_1, and return the weights that the file really holds.
@@ -55,7 +56,8 @@ def write(
         spoil: Becomes a weight of the last norm.
         leave_out: A tensor that isn't written.
         intermediate: Tell the width of the MLP.
-        tensors: Further ones, in float32.
+        tensors: Further ones, in float32, and values of those that are there anyway.
+        kinds: Types of tensors that have others.
         metadata: Further keys, with `__` for a dot.
     """
     import gguf
@@ -90,16 +92,18 @@ def write(
     for name, shape in shapes(len(tokens)).items():
         if name == leave_out:
             continue
-        weight = draw.normal(0, 0.05, shape).astype(np.float32)
+        weight = tensors.get(name, draw.normal(0, 0.05, shape)).astype(np.float32)
         kind = gguf.GGMLQuantizationType.Q4_1 if len(shape) == 2 else gguf.GGMLQuantizationType.F32
         if spoil is not None and name == "output_norm.weight":
             weight[3] = spoil
         packed = gguf.quants.quantize(weight, kind)
         writer.add_tensor(name, packed, raw_dtype=kind)
         held[name] = gguf.quants.dequantize(packed, kind)
-    for name, extra in tensors.items():
-        writer.add_tensor(name, extra.astype(np.float32))
-        held[name] = extra.astype(np.float32)
+    for name in sorted({*tensors} - {*held}):
+        kind = gguf.GGMLQuantizationType[kinds.get(name, "F32")]
+        packed = gguf.quants.quantize(tensors[name].astype(np.float32), kind)
+        writer.add_tensor(name, packed, raw_dtype=kind)
+        held[name] = gguf.quants.dequantize(packed, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -4,6 +4,7 @@ Paper   none; the block formats are those of ggml (https://github.com/ggml-org/g
 Helps   starting a stack from the only copy of a model that can be had
 Hurts   the weights keep the rounding of the file: never call them the original ones
 Cost    20 to 40 s for 135M parameters, most of it reading the token lists; memory of the model, twice
+Note    a file with embedding and head of one matrix, rounded twice, becomes a tied model with the finer of the two
 Differs transformers' reader does the work, with `dequantize`; its notes about where a model came from are left out
 """
 
@@ -14,13 +15,19 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from optikit.errors import StageFailedError
+from optikit.errors import IntegrityError, StageFailedError
+from optikit.models import gguf_tied
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
 from optikit.stage import ANY, MAIN, Estimate, Facts, Job, StageOptions, directory_bytes, no_objection, nothing
 from optikit.targets import Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from optikit.models.gguf_header import GgufHeader
 
 SUMMARY = "dequantize a gguf file to a bf16 model directory"
 NEEDS = ANY
@@ -30,6 +37,11 @@ LIBRARIES = ("torch", "transformers", "gguf", "safetensors", "tokenizers")
 ENVIRONMENT = MAIN
 inputs = nothing
 fits = no_objection
+
+ROWS = 4096
+"""Rows of an embedding compared at a time: bounds the memory."""
+OUTLYING = 4
+"""How much coarser than usual a row is rounded whose blocks have one large weight each: 1.63 / 0.58, and some."""
 
 
 class Options(StageOptions):
@@ -77,7 +89,8 @@ def run(options: Options, job: Job) -> Facts:
     _check(job, wanted)
     job.progress(3, 3, "checked")
     types = Counter(tensor.type for tensor in header.tensors.values())
-    return {"tensor_types": dict(sorted(types.items())), "parameters": parameters}
+    found = {"tensor_types": dict(sorted(types.items())), "parameters": parameters}
+    return found | ({"one_matrix_twice": True} if wanted.tied and gguf_tied.HEAD in header.tensors else {})
 
 
 def _write_weights(job: Job, wanted: ModelFacts) -> int:
@@ -89,6 +102,7 @@ def _write_weights(job: Job, wanted: ModelFacts) -> int:
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
     from optikit.formats.checkpoint import finite
+    from optikit.models.gguf_header import read_header
 
     config = AutoConfig.from_pretrained(job.source.parent, gguf_file=job.source.name, local_files_only=True)
     for key, value in wanted.config.items():
@@ -102,12 +116,36 @@ def _write_weights(job: Job, wanted: ModelFacts) -> int:
         dtype=torch.bfloat16,
         local_files_only=True,
     )
+    header = read_header(job.source)
+    if wanted.tied and gguf_tied.HEAD in header.tensors:
+        _keep_finer(job.source, header, model.get_input_embeddings().weight)
+        model.tie_weights()
     for name, weight in model.named_parameters():
         finite(name, weight, job.source)
     job.progress(1, 3, "weights")
     model.save_pretrained(job.dest)
     _strip(job.dest / "config.json", ("_model_name_or_path", "_name_or_path"))
     return sum(weight.numel() for weight in model.parameters())
+
+
+def _keep_finer(path: Path, header: GgufHeader, embedding: Tensor) -> None:
+    """Fill the embedding (vocabulary, hidden), in place, with the better rounded one of a matrix that is there twice.
+
+    Raises:
+        IntegrityError: The two aren't the same in all rows.
+    """
+    import torch
+
+    pair = [header.tensors[name] for name in (gguf_tied.finer(header), gguf_tied.coarser(header))]
+    for start in range(0, len(embedding), ROWS):
+        count = min(ROWS, len(embedding) - start)
+        kept, other = (gguf_tied.read_rows(path, each, start, count) for each in pair)
+        wrong = ~(gguf_tied.distance(kept, other) <= OUTLYING * gguf_tied.explained(header))
+        if wrong.any():
+            row = start + int(wrong.argmax())
+            message = f"{path.name}: embedding and head are one matrix, but for row {row}, where they are apart"
+            raise IntegrityError(message, fix="get the file again, or start from the model's safetensors directory")
+        embedding.data[start : start + count] = torch.from_numpy(kept.copy())
 
 
 def _write_tokenizer(job: Job, metadata: Any) -> None:

@@ -14,8 +14,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from optikit.errors import IntegrityError
+from optikit.formats.onnx_graph import EMBEDDING, HEAD, OnnxGraph
 from optikit.stages.compile._logits import FIX, probe, relative_distance, short
-from optikit.stages.compile._onnx_verify import GRAPH, HEAD, TABLE, Place, outer_names, places
+from optikit.stages.compile._onnx_verify import GRAPH, Place, outer_names, places
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from optikit.calibration.reference_logits import ReferenceModel, Weights
-    from optikit.formats.onnx_graph import OnnxGraph
     from optikit.models.facts import ModelFacts
 
 APART = 1e-3
@@ -56,7 +56,6 @@ def compare(source: Path, dest: Path, facts: ModelFacts, *, window: int, threads
         IntegrityError: Further than float32 explains, or the kernels further than rounding does.
     """
     from optikit.calibration.reference_logits import ReferenceModel
-    from optikit.formats.onnx_graph import OnnxGraph
 
     tokens = probe(facts, window)
     graph = OnnxGraph(dest / GRAPH)
@@ -97,8 +96,8 @@ def weights(facts: ModelFacts, graph: OnnxGraph) -> Weights:
     """
     table, head = outer_names(facts)
     held = {f"{name}.weight": tuple(places(name, facts, graph)) for name in facts.linears}
-    whole = (Place(product=HEAD, rows=graph.products[HEAD].rows),)
-    held |= {head: whole} | ({} if TABLE in graph.tensors else {table: whole})
+    whole = (Place(product=HEAD, rows=graph.find(HEAD).rows),)
+    held |= {head: whole, table: (Place(product=EMBEDDING, rows=whole[0].rows),)}
     return {name: partial(_weight, graph, parts) for name, parts in held.items()}
 
 
@@ -107,7 +106,7 @@ def _weight(graph: OnnxGraph, parts: tuple[Place, ...]) -> Tensor:
     import numpy as np
     import torch
 
-    rows = [graph.weight(graph.products[p.product], p.graph_row, p.graph_row + p.rows)[0] for p in parts]
+    rows = [graph.weight(graph.find(p.product), p.graph_row, p.graph_row + p.rows)[0] for p in parts]
     return torch.from_numpy(np.concatenate(rows))
 
 

@@ -12,25 +12,24 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from optikit.errors import StageFailedError
+from optikit.formats.onnx_graph import EMBEDDING, HEAD, OnnxGraph
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
 
-    from optikit.formats.onnx_graph import OnnxGraph
     from optikit.models.facts import ModelFacts
 
 GRAPH = "model.onnx"
-HEAD = "/lm_head/MatMul"
-EMBEDDING = "/model/embed_tokens/"
-TABLE = "model.embed_tokens.weight"
 PACKED_TOGETHER = ("q_proj", "k_proj", "v_proj")
 """Linears that the builder joins to one product, in this order."""
 ROWS = 4096
 """Rows compared at a time: bounds the memory."""
 STEPS = 1.001
 """Where the engine rounds by itself, no weight may move further than one step of its grid (and float32's rounding)."""
+CLIPPED_STEPS = 2.5
+"""And where scales of 4-bit rows were searched, the largest weights of a group may be clipped, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,22 +57,21 @@ def compare(source: Path, dest: Path, facts: ModelFacts, *, exact: bool) -> dict
     Raises:
         StageFailedError: The graph lacks a linear, or holds another weight; the message names it.
     """
-    from optikit.formats.onnx_graph import OnnxGraph
-
     graph = OnnxGraph(dest / GRAPH)
     held = {f"{name}.weight": tuple(places(name, facts, graph)) for name in facts.linears}
     _check_products(held, graph)
     distances = _distances(source, held, graph, facts, exact=exact)
-    missing = next((name for name in (*held, HEAD) if name not in distances), None)
+    missing = next((name for name in (*held, HEAD, EMBEDDING) if name not in distances), None)
     if missing is not None:
         raise StageFailedError(f"{missing} is in the graph, but not in the source", fix="check the model directory")
     return {
         "linears_compared": len(held),
         "linears_bit_equal": len(held) if exact else 0,
         "linears_largest_steps": round(max(distances[name] for name in held), 4),
-        "head": _stored(graph.products[HEAD].bits),
+        "head": _stored(graph.find(HEAD).bits),
         "head_largest_steps": round(distances[HEAD], 4),
-        "embedding": "float32" if TABLE in graph.tensors else "the head's",
+        "embedding": "the head's" if graph.embedding == graph.find(HEAD) else _stored(graph.find(EMBEDDING).bits),
+        "embedding_largest_steps": round(distances[EMBEDDING], 4),
     }
 
 
@@ -88,15 +86,23 @@ def _distances(
     distances: dict[str, float] = {}
     for name, tensor in dequantized_state(source):
         for place in held.get(name, ()):
-            steps = _distance(name, tensor, place, graph, exact=exact)
+            steps = _distance(name, tensor, place, graph, allowed=0 if exact else STEPS)
             distances[name] = max(distances.get(name, 0.0), steps)
         if name == table:
-            _check_embedding(name, tensor, graph)
+            distances[EMBEDDING] = _whole_distance(name, tensor, EMBEDDING, graph)
         if name == head:
-            product = graph.products[HEAD]
-            whole = Place(product=HEAD, rows=product.rows)
-            distances[HEAD] = _distance(name, tensor, whole, graph, exact=product.bits == 32)
+            distances[HEAD] = _whole_distance(name, tensor, HEAD, graph)
     return distances
+
+
+def _whole_distance(name: str, tensor: Tensor, where: str, graph: OnnxGraph) -> float:
+    """Return how far the embedding or the head is from the source's, in steps of its own grid."""
+    product = graph.find(where)
+    allowed = {32: 0.0, 4: CLIPPED_STEPS}.get(product.bits, STEPS)
+    if product.rows != len(tensor):
+        message = f"{name} has {product.rows} rows in the graph, and {len(tensor)} in the source"
+        raise StageFailedError(message, fix="report it with the builder's log")
+    return _distance(name, tensor, Place(product=where, rows=product.rows), graph, allowed=allowed)
 
 
 def _stored(bits: int) -> str:
@@ -145,7 +151,7 @@ def _check_products(places: Mapping[str, tuple[Place, ...]], graph: OnnxGraph) -
             raise StageFailedError(message, fix="report it with the builder's log")
 
 
-def _distance(name: str, tensor: Tensor, place: Place, graph: OnnxGraph, *, exact: bool) -> float:
+def _distance(name: str, tensor: Tensor, place: Place, graph: OnnxGraph, *, allowed: float) -> float:
     """Return how far the graph's weight is from the source's, in steps of the graph's grid.
 
     Raises:
@@ -153,34 +159,16 @@ def _distance(name: str, tensor: Tensor, place: Place, graph: OnnxGraph, *, exac
     """
     import numpy as np
 
-    product, largest = graph.products[place.product], 0.0
+    product, largest = graph.find(place.product), 0.0
     for start in range(0, place.rows, ROWS):
         stop = min(start + ROWS, place.rows)
         wanted = tensor[place.source_row + start : place.source_row + stop].float().numpy()
         found, steps = graph.weight(product, place.graph_row + start, place.graph_row + stop)
         apart = np.abs(found - wanted) if found.shape == wanted.shape else np.full(1, np.inf)
-        wrong = ~(apart <= (0 if exact else STEPS * steps))  # a NaN is wrong, too
+        wrong = ~(apart <= allowed * steps)  # a NaN is wrong, too
         if wrong.any():
             message = f"{name}: {wrong.sum()} of {wrong.size} weights in the graph differ, the worst by {apart.max():g}"
             raise StageFailedError(message, fix="report it with the builder's log; its repacking isn't exact here")
         relative = np.divide(apart, steps, out=np.zeros_like(apart), where=steps > 0)
         largest = max(largest, float(relative.max(initial=0.0)))
     return largest
-
-
-def _check_embedding(name: str, tensor: Tensor, graph: OnnxGraph) -> None:
-    """Refuse an embedding that is neither the source's, bit by bit, nor looked up in the head's own tensors."""
-    import numpy as np
-
-    if TABLE in graph.tensors:
-        columns = tensor.shape[1]
-        for start in range(0, len(tensor), ROWS):
-            wanted = tensor[start : start + ROWS].float().numpy()
-            found = graph.read(TABLE, start * columns, wanted.size).reshape(wanted.shape)
-            if not np.array_equal(found, wanted):
-                raise StageFailedError(f"{name} differs in the graph", fix="report it with the builder's log")
-        return
-    head = graph.products[HEAD]
-    read = {each for node in graph.model.graph.node if node.name.startswith(EMBEDDING) for each in node.input}
-    if not {head.weight, *filter(None, (head.scales, head.zeros))} <= read:
-        raise StageFailedError("the embedding isn't looked up in the head's weights", fix="report it with the log")

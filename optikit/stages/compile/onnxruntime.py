@@ -12,6 +12,8 @@ Note    accuracy level 4 rounds activations to int8 per block: KL 0.006 nats on 
         differs from the one for several by up to 1 logit, so a speculated text may differ from a plain one at near-ties
 Note    a 4-bit head, which is the embedding too where they are tied, costs KL 0.10 there (perplexity +7 %), an 8-bit
         one next to nothing, at nearly the same speed
+Note    the embedding is looked up in the head's own weights where the model ties them, and else rounded to 8 bits: its
+        float32 table would be the largest part of a small model's file
 Note    bf16 isn't offered: onnxruntime has no CPU kernels for it
 """
 
@@ -54,6 +56,9 @@ class Options(StageOptions):
     nearest, which a quantize stage does better."""
     head: Literal["int8", "int4", "float32"] = "int8"
     """Output head, and the embedding where it is the same matrix. Quantized graphs only; a float32 graph keeps both."""
+    embedding: Literal["auto", "int8", "int4", "float32"] = "auto"
+    """Table that tokens are looked up in: `auto` is the head's own weights where the model ties the two, and else int8;
+    a float32 graph keeps it as it is. Any other value is a table of its own."""
     accuracy_level: Literal[1, 4] = 4
     """Activations inside quantized products: 4 rounds them to int8, 1 keeps float32 and is several times slower."""
     block_size: Literal[16, 32, 64, 128, 256] = 32
@@ -71,6 +76,10 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
         message = "onnxruntime has no fast int8 kernel for float32 activations: the head alone takes most of a step"
         fix = "use accuracy_level: 4, or head: float32"
         yield Problem(code="slow-head", message=message, fix=fix, loc=("head",), level="warning")
+    if options.embedding in _TABLE_BITS and _table_group(options, facts) is None:
+        message = f"rows of {facts.hidden} weights can't be cut into groups of {' or '.join(map(str, _GROUPS))}"
+        fix = "use embedding: auto, or embedding: float32"
+        yield Problem(code="embedding-width", message=message, fix=fix, loc=("embedding",))
 
 
 def unreadable(options: Options, facts: ModelFacts) -> Iterator[Problem]:
@@ -143,15 +152,14 @@ def _packed_bytes(shape: tuple[int, int], bits: int, group: int, *, zeros: bool)
 
 def after(options: Options, facts: ModelFacts) -> ModelFacts:
     """Return the facts of the compiled artifact; its size is computed from the shapes."""
-    bits, embedding = _bits(options, facts), facts.vocab * facts.hidden
+    bits, table = _bits(options, facts), _table_bytes(options, facts)
     rest = 4 * (2 * facts.layers + 1) * facts.hidden + 4 * facts.max_positions * facts.head_dim
     if bits == 32:
-        size = 4 * (facts.linear_elements + (1 if facts.tied else 2) * embedding) + rest
+        size = 4 * (facts.linear_elements + facts.vocab * facts.hidden) + table + rest
         return replace(facts.having("onnx"), weight_bytes=size)
     quantized = bool(facts.traits & QUANTIZED)
     group = _packing(facts).get("group_size", 64) if quantized else options.block_size
     body = sum(_packed_bytes(shape, bits, group, zeros=quantized) for shape in facts.linears.values())
-    table = 0 if _shares_head(options, facts) else 4 * embedding
     return replace(
         facts.having("onnx", without=frozenset() if quantized else frozenset({"dense"})),
         weight_bytes=body + _head_bytes(options, facts) + table + rest,
@@ -165,9 +173,40 @@ def _head_bytes(options: Options, facts: ModelFacts) -> int:
     return _packed_bytes((facts.vocab, facts.hidden), bits, options.block_size, zeros=False)
 
 
-def _shares_head(options: Options, facts: ModelFacts) -> bool:
-    """Return whether the embedding is looked up in the quantized head; the builder does that in 4-bit graphs only."""
-    return facts.tied and options.head != "float32" and (_bits(options, facts) == 4 or bool(facts.traits & QUANTIZED))
+_TABLE_BITS = {"int8": 8, "int4": 4}
+_GROUPS = (256, 128, 64, 32, 16)
+"""Weights that may share a scale in a table."""
+
+
+def _table_group(options: Options, facts: ModelFacts) -> int | None:
+    """Return how many weights of an embedding share a scale: `block_size`, or what of it divides a row."""
+    return next((each for each in _GROUPS if each <= options.block_size and facts.hidden % each == 0), None)
+
+
+def table(options: Options, facts: ModelFacts) -> Literal["head", "int8", "int4", "float32"]:
+    """Return where tokens are looked up: in the head's own weights, or in a table of its own, stored so."""
+    if options.embedding != "auto":
+        return options.embedding
+    ragged = facts.hidden % options.block_size != 0
+    if facts.tied and (_bits(options, facts) == 32 or _builder_ties(options, facts) or not ragged):
+        return "head"
+    return "float32" if _bits(options, facts) == 32 or _table_group(options, facts) is None else "int8"
+
+
+def _table_bytes(options: Options, facts: ModelFacts) -> int:
+    """Return the bytes of the embedding beside the head's: codes and float32 scales, or floats."""
+    stored = table(options, facts)
+    if stored in ("head", "float32"):
+        return 0 if stored == "head" else 4 * facts.vocab * facts.hidden
+    group = _table_group(options, facts) or facts.hidden
+    return _packed_bytes((facts.vocab, facts.hidden), _TABLE_BITS[stored], group, zeros=False)
+
+
+def _builder_ties(options: Options, facts: ModelFacts) -> bool:
+    """Return whether the builder itself looks tokens up in the head: with a quantized one in 4-bit graphs only."""
+    if builder_precision(options, facts) == "fp32":
+        return facts.tied
+    return facts.tied and options.head != "float32" and builder_precision(options, facts) == "int4"
 
 
 def builder_precision(options: Options, facts: ModelFacts) -> str:
@@ -177,16 +216,19 @@ def builder_precision(options: Options, facts: ModelFacts) -> str:
     return "fp32" if options.precision == "auto" else options.precision
 
 
-def builder_options(options: Options) -> tuple[str, ...]:
+def builder_options(options: Options, facts: ModelFacts) -> tuple[str, ...]:
     """Return the builder's `--extra_options`.
 
     Its `rtn` rounding, not its default one: the default names an 8-bit head in a way that a tied embedding doesn't find
     (onnxruntime-genai 0.18).
     """
+    apart = () if _builder_ties(options, facts) and table(options, facts) == "head" else ("shared_embeddings=false",)
+    if builder_precision(options, facts) == "fp32":
+        return apart
     common = (f"accuracy_level={options.accuracy_level}", f"block_size={options.block_size}", "algo_config=rtn")
     if options.head == "float32":
-        return (*common, "nodes_to_exclude=/lm_head/MatMul", "shared_embeddings=false")
-    return (*common, f"matmul_mixed_precision=last_matmul:{options.head}")
+        return (*common, "nodes_to_exclude=/lm_head/MatMul", *apart)
+    return (*common, f"matmul_mixed_precision=last_matmul:{options.head}", *apart)
 
 
 def run(options: Options, job: Job) -> Facts:
@@ -201,8 +243,9 @@ def run(options: Options, job: Job) -> Facts:
 
     facts = read(job.source)
     precision = builder_precision(options, facts)
-    extra = builder_options(options) if precision != "fp32" else ()
+    extra = builder_options(options, facts)
     _onnx_build.build(job, precision, extra, facts.layers)
+    _embed(options, job, facts)
     found = _onnx_verify.compare(
         job.source, job.dest, facts, exact=precision == "fp32" or bool(facts.traits & QUANTIZED)
     )
@@ -210,3 +253,17 @@ def run(options: Options, job: Job) -> Facts:
     found |= _onnx_compare.compare(job.source, job.dest, facts, window=window, threads=job.threads)
     trial = json.loads(_onnx_build.decode(job, TRIAL_TOKENS))
     return {"builder_precision": precision, "builder_options": list(extra), **found, "trial": trial}
+
+
+def _embed(options: Options, job: Job, facts: ModelFacts) -> None:
+    """Put the embedding that was asked for in the place of the builder's float32 table."""
+    from optikit.formats.checkpoint import Checkpoint
+    from optikit.stages.compile import _onnx_embedding, _onnx_verify
+
+    graph, stored = job.dest / _onnx_verify.GRAPH, table(options, facts)
+    if stored == "head" and not _builder_ties(options, facts):
+        _onnx_embedding.tie(graph, job.scratch)
+    elif stored in _TABLE_BITS:
+        weight = Checkpoint(job.source).read(_onnx_verify.outer_names(facts)[0])
+        group = _table_group(options, facts) or facts.hidden
+        _onnx_embedding.round_table(graph, weight, _TABLE_BITS[stored], group, job.scratch)

@@ -202,3 +202,48 @@ def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -
     gguf_files.write(tmp_path / "tiny.gguf", spoil=value)
     with pytest.raises(IntegrityError, match=r"model\.norm\.weight holds NaN or infinity"):
         acquire(tmp_path / "tiny.gguf", tmp_path / "model")
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0"])
+def test_a_matrix_that_is_there_twice_is_kept_once(tmp_path: Path, kind: str) -> None:
+    from safetensors.torch import load_file
+
+    source, dest = tmp_path / "tiny.gguf", tmp_path / "model"
+    table = np.random.default_rng(5).normal(0, 0.1, (len(gguf_files.vocabulary()), gguf_files.HIDDEN)).astype("f4")
+    held = gguf_files.write(
+        source, tensors={"token_embd.weight": table, "output.weight": table}, kinds={"output.weight": kind}
+    )
+    assert read_gguf(source).tied
+    assert acquire(source, dest)["one_matrix_twice"]
+    tensors = load_file(dest / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    finer = "token_embd.weight" if kind == "Q4_0" else "output.weight"
+    np.testing.assert_array_equal(tensors["model.embed_tokens.weight"].float().numpy(), bfloat16(held[finer]))
+    assert read(dest).tied
+
+
+def bfloat16(values: Any) -> Any:
+    import torch
+
+    return torch.from_numpy(values).to(torch.bfloat16).float().numpy()
+
+
+def test_two_matrices_stay_two_and_one_row_apart_is_told(tmp_path: Path) -> None:
+    draw = np.random.default_rng(5)
+    shape = (len(gguf_files.vocabulary()), gguf_files.HIDDEN)
+    table, other = draw.normal(0, 0.1, shape).astype("f4"), draw.normal(0, 0.1, shape).astype("f4")
+    gguf_files.write(tmp_path / "two.gguf", tensors={"token_embd.weight": table, "output.weight": other})
+    assert not read_gguf(tmp_path / "two.gguf").tied
+    near = table + 0.3 * other  # trained apart from one start
+    gguf_files.write(tmp_path / "near.gguf", tensors={"token_embd.weight": table, "output.weight": near})
+    assert not read_gguf(tmp_path / "near.gguf").tied
+    odd = table.copy()
+    odd[3] = -odd[3]  # no row that is sampled
+    gguf_files.write(
+        tmp_path / "odd.gguf",
+        tensors={"token_embd.weight": table, "output.weight": odd},
+        kinds={"output.weight": "Q8_0"},
+    )
+    assert read_gguf(tmp_path / "odd.gguf").tied
+    with pytest.raises(IntegrityError, match=r"one matrix, but for row 3, where"):
+        acquire(tmp_path / "odd.gguf", tmp_path / "model")
