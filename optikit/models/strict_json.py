@@ -37,10 +37,11 @@ def read_text(path: Path, *, most_bytes: int = 2**26) -> bytes:
         IntegrityError: It is something else than a regular file, or larger than `most_bytes`.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise IntegrityError(f"{path} is not a regular file", fix=FIX)
     with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise IntegrityError(f"{path} is not a regular file", fix=FIX)
         if found.st_size > most_bytes:
             raise IntegrityError(f"{path} has {found.st_size} bytes, more than {most_bytes}", fix=FIX)
         return file.read()

@@ -1,14 +1,15 @@
 """The campaign: real kills, damage, full disks and hostile inputs, counted. `pytest tests/campaign -m slow -s`.
 
 OPTIKIT_CAMPAIGN=0.1 does a tenth of it, OPTIKIT_CAMPAIGN_SEED=1 draws other cases, OPTIKIT_CAMPAIGN_OUT=FILE gets the
-figures as JSON. To look at one case again: OPTIKIT_CAMPAIGN_ONLY=17, and OPTIKIT_CAMPAIGN_WORLD=DIR, which keeps what
-all cases start from.
+figures as a page (`examples/campaign.md`). To look at one case again: OPTIKIT_CAMPAIGN_ONLY=17, and
+OPTIKIT_CAMPAIGN_WORLD=DIR, which keeps what all cases start from. It does a case per core by itself, without -n.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from tests.campaign.commands import stop_forkers
 from tests.campaign.figures import Figures, start
 from tests.campaign.world import World, build
 
-_FIGURES = Figures()
+_FIGURES, _BEGAN = Figures(), time.monotonic()
 
 
 @pytest.fixture(scope="session")
@@ -43,4 +44,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for line in _FIGURES.lines():
         terminalreporter.write_line(line)
     if out := os.environ.get("OPTIKIT_CAMPAIGN_OUT"):
-        _FIGURES.write(Path(out))
+        _FIGURES.record(Path(out), time.monotonic() - _BEGAN)

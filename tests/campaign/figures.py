@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from typing import TypeVar
+
+from optikit import host
+from tests.benchmarks.record import commit, machine
 
 SCALE = float(os.environ.get("OPTIKIT_CAMPAIGN", "1"))
 """Share of the cases to run: 1 is the whole campaign, 0.1 a tenth of it, at least one of each kind."""
@@ -34,6 +37,10 @@ def draw(*what: object) -> Random:
     return Random(repr((SEED, *what)))
 
 
+KINDS = ("lost", "silently different", "exit 1", "hung", "not found")
+"""What a case may be wrong by that matters most."""
+LIBRARIES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "safetensors", "tokenizers")
+COMMAND = "OPTIKIT_CAMPAIGN_OUT=examples/campaign.md pytest tests/campaign -m slow"
 R = TypeVar("R")
 _FREE_CORES = iter(CORES)
 _POOL = ThreadPoolExecutor(len(CORES), initializer=lambda: os.sched_setaffinity(0, {next(_FREE_CORES)}))
@@ -76,11 +83,17 @@ class Group:
         """Cases that were done."""
         return self.ended.total()
 
+    def told(self) -> str:
+        """Return how many ended how, in words."""
+        return ", ".join(f"{count} {how}" for how, count in sorted(self.ended.items()))
+
     def lines(self) -> list[str]:
         """Return the figures as lines of text."""
-        ended = ", ".join(f"{count} {how}" for how, count in sorted(self.ended.items()))
-        head = f"{self.name}: {self.count} of {self.wanted} in {self.seconds:.0f} s: {ended}; {len(self.wrong)} wrong"
-        return [head, *(f"  WRONG {name}: {'; '.join(why)}" for name, why in self.wrong.items())]
+        head = f"{self.name}: {self.count} of {self.wanted} in {self.seconds:.0f} s: {self.told()}"
+        return [
+            f"{head}; {len(self.wrong)} wrong",
+            *(f"  WRONG {name}: {'; '.join(why)}" for name, why in self.wrong.items()),
+        ]
 
 
 @dataclass
@@ -96,16 +109,31 @@ class Figures:
 
     def lines(self) -> list[str]:
         """Return every group's lines and the sums that count."""
-        why = [reason for group in self.groups for wrong in group.wrong.values() for reason in wrong]
-        kinds = ("lost", "silently different", "exit 1", "hung", "not found")
-        sums = ", ".join(f"{sum(kind in reason for reason in why)} {kind}" for kind in kinds)
-        cases = sum(group.count for group in self.groups)
-        return [*(line for group in self.groups for line in group.lines()), f"{cases} cases: {sums}"]
+        return [*(line for group in self.groups for line in group.lines()), self.sums()]
 
-    def write(self, path: Path) -> None:
-        """Write the figures as JSON."""
-        rows = [
-            {"name": g.name, "wanted": g.wanted, "ended": dict(g.ended), "wrong": g.wrong, "seconds": g.seconds}
-            for g in self.groups
-        ]
-        path.write_text(json.dumps({"seed": SEED, "scale": SCALE, "groups": rows}, indent=1), encoding="utf-8")
+    def sums(self) -> str:
+        """Return what has to be none, counted over all groups."""
+        why = [reason for group in self.groups for wrong in group.wrong.values() for reason in wrong]
+        sums = ", ".join(f"{sum(kind in reason for reason in why)} {kind}" for kind in KINDS)
+        return f"{sum(group.count for group in self.groups)} cases: {sums}"
+
+    def record(self, path: Path, seconds: float) -> None:
+        """Write a page with the figures, and what they were measured with."""
+        rows = [f"| {g.name} | {g.count} | {g.told()} | {len(g.wrong)} | {g.seconds:.0f} |" for g in self.groups]
+        page = f"""\
+# The campaign
+
+Kills, damage, full disks, tampered outputs and hostile inputs against real runs of a tiny model through every kind of
+step. Written by `{COMMAND}`: these counts were counted.
+
+| what was done | cases | how they ended | wrong | seconds |
+|---|---|---|---|---|
+{chr(10).join(rows)}
+
+{self.sums()}.
+
+Commit {commit()}, {datetime.now(UTC):%-d %B %Y}, seed {SEED}: {seconds / 60:.0f} min, {len(CORES)} cases at a time.
+
+{machine({"host": host.describe(), "versions": host.versions(LIBRARIES)})}
+"""
+        path.write_text(page, encoding="utf-8")

@@ -19,7 +19,7 @@ from tests.campaign.figures import Figures, chosen, draw
 from tests.campaign.world import Step, World
 
 pytestmark = pytest.mark.slow
-COUNT = 120
+COUNT, LOCKS = 120, 16
 MENDED = ("damaged", "set aside")
 
 
@@ -49,6 +49,36 @@ def _case(world: World, number: int, here: Path) -> Callable[[], tuple[str, list
             done.code or 0, f"exit {done.code}"
         )
         return how, [f"{named}: {each}" for each in wrong]
+
+    return run
+
+
+def test_damage_to_the_lock_of_an_older_output(world: World, figures: Figures, tmp_path: Path) -> None:
+    group = figures.group("mutations of optikit.lock, each followed by a run over that output", LOCKS)
+    group.run((str(number), _lock_case(world, number, tmp_path / str(number))) for number in chosen(LOCKS))
+    assert group.wrong == {}
+
+
+def _lock_case(world: World, number: int, here: Path) -> Callable[[], tuple[str, list[str]]]:
+    def run() -> tuple[str, list[str]]:
+        random, home, out = draw("lock", number), world.without(here / "home"), here / "out"
+        shutil.copytree(world.out, out)
+        lock = out / "optikit.lock"
+        if number % 2:
+            named = "another sha256"
+            loaded = json.loads(lock.read_text(encoding="utf-8"))
+            loaded[random.choice(sorted(loaded))]["sha256"] = random.randbytes(32).hex()
+            lock.write_text(json.dumps(loaded, indent=1), encoding="utf-8")
+        else:
+            named = _damaged(lock, here, random)[0]
+        done = world.make(home, out)
+        wrong = done.faults([0, 73, 76])
+        wrong += ["not found"] if number % 2 and done.code == 0 else []
+        wrong += world.output_differences(out) if done.code == 0 else []
+        shutil.rmtree(here)
+        return {0: "made anew or not needed"}.get(done.code or 0, f"refused with {done.code}"), [
+            f"{named}: {each}" for each in wrong
+        ]
 
     return run
 
