@@ -53,10 +53,14 @@ def require_writable(out: Path, *, timeout: float | None = None) -> None:
             with _locked(place, timeout):
                 _settle(place)
                 _require_ours(out, place)
-        parent = next(path for path in (place, *place.parents) if path.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            why = "not writable" if parent.is_dir() else "a file"
-            raise CannotCreateError(f"{out} can't be made: {parent} is {why}", fix="choose another --out")
+        _require_creatable(out, place)
+
+
+def _require_creatable(out: Path, place: Path) -> None:
+    parent = next(path for path in (place, *place.parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        why = "not writable" if parent.is_dir() else "a file"
+        raise CannotCreateError(f"{out} can't be made: {parent} is {why}", fix="choose another --out")
 
 
 def write(
@@ -128,11 +132,13 @@ def render_reports(directory: Path, report: Report) -> None:
 
 
 def require_no_seal(out: Path) -> None:
-    """Refuse to write a report into a directory that is sealed.
+    """Refuse, before any work, a directory for a report that can't be made, or is sealed.
 
     Raises:
-        CannotCreateError: It is.
+        CannotCreateError: With the reason.
     """
+    with _creating(out):
+        _require_creatable(out, _resolved(out))
     if os.path.lexists(out / NAME):
         raise CannotCreateError(f"{out} is sealed: a report written there would break it", fix="choose another --out")
 

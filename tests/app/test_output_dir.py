@@ -190,7 +190,7 @@ def test_odd_paths(made: Made, tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     long = tmp_path / ("x" * 300)
     for path in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "loop", long):
-        for refuse in (output_dir.require_writable, made.write):
+        for refuse in (output_dir.require_writable, output_dir.require_no_seal, made.write):
             with pytest.raises(CannotCreateError):
                 refuse(path)
     made.write(tmp_path / ("y" * 250))  # too long for a name with a suffix
