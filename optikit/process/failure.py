@@ -34,6 +34,7 @@ FIXES: dict[Cause, str] = {
     Exit.OUT_OF_MEMORY: "give it more memory, a smaller model, or fewer and shorter calibration samples",
     Exit.IO: "free some disk space (`optikit cache gc`) and run again",
 }
+LACKS: dict[Cause, str] = {Exit.OUT_OF_MEMORY: "ran out of memory", Exit.IO: "had no room on the disk"}
 TEXTS: dict[Cause, tuple[str, ...]] = {
     Exit.OUT_OF_MEMORY: (
         "memoryerror",
@@ -152,8 +153,11 @@ def death(what: str, code: int, log: Path, *, for_memory: bool = False, fix: str
         return OutOfMemoryError(f"{what}: its process was killed by {how}", fix=FIXES[Exit.OUT_OF_MEMORY])
     found = _of_dead(code, number, log)
     how = f"crashed with {number.name}" if number else f"ended with exit code {code}"
-    message = f"{what}: its process {how}; its log ends:\n{told}"
-    return StageFailedError(message, fix=fix) if found is None else BY_CODE[found](message, fix=FIXES[found])
+    if found is None:
+        return StageFailedError(f"{what}: its process {how}; its log ends:\n{told}", fix=fix)
+    words = next((line for line in reversed(_telling_lines(log)) if cause_in(line)), "")
+    message = f"{what}: its process {how}, as it {LACKS[found]}{words and ': '}{words.strip()}"
+    return BY_CODE[found](message, fix=FIXES[found])
 
 
 def no_answer(what: str, seconds: float, log: Path, *, fix: str) -> StageTimeoutError:

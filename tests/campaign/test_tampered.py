@@ -15,7 +15,7 @@ from tests.campaign.figures import Figures, chosen, draw
 from tests.campaign.world import World
 
 pytestmark = pytest.mark.slow
-COUNT, GENERATED = 70, 8
+COUNT, GENERATED = 70, 12
 ADDED = (
     *("model/modeling.py", "model/pytorch_model.bin", "model/x.so", "notes.txt", ".hidden", "compiled/x.pyc"),
     *("speculator/x.joblib", "new/folder/x", "model/adapter_config.json"),
@@ -34,10 +34,11 @@ def _case(world: World, number: int, here: Path) -> Callable[[], tuple[str, list
         shutil.copytree(world.out, out)
         named = tamper(out, draw("tampered", number), number)
         done = world.run("verify", out, home=here / "home", cwd=here)
-        wrong = done.faults([76])
+        wrong = done.faults([76] if (out / "artifact.json").exists() else [66])
         wrong += ["not found"] if done.code == 0 else []
         shutil.rmtree(here)
-        return {0: "not found", 76: "found"}.get(done.code or 0, f"exit {done.code}"), [f"{named}: {w}" for w in wrong]
+        how = {0: "not found", 66: "found to be unfinished", 76: "found"}.get(done.code or 0, f"exit {done.code}")
+        return how, [f"{named}: {each}" for each in wrong]
 
     return run
 
@@ -89,11 +90,14 @@ def _generate_case(world: World, number: int, here: Path) -> Callable[[], tuple[
         shipped = [each for part in ("model", "compiled") for each in sorted((out / part).rglob("*")) if each.is_file()]
         path, what = random.choice(shipped), random.choice(damage.ALL)
         what(path, random)
-        done = world.run("generate", out, "--prompt", "The", "--max-tokens", "2", home=here / "home")
-        wrong = done.faults([76])
-        wrong += ["not found"] if done.code == 0 else []
+        asked = ("--prompt", "The", "--max-tokens", "4")
+        done = world.run("generate", out, *asked, home=here / "home")
+        wrong = done.faults([0, 76])
+        if done.code == 0:
+            whole = world.run("generate", world.out, *asked, home=here / "home")
+            wrong += ["silently different"] if done.out != whole.out or path.is_relative_to(out / "compiled") else []
         shutil.rmtree(here)
-        how = {0: "not found", 76: "found"}.get(done.code or 0, f"exit {done.code}")
+        how = {0: "not read by it, the same answer", 76: "found"}.get(done.code or 0, f"exit {done.code}")
         return how, [f"{what.__name__} {path.relative_to(out)}: {each}" for each in wrong]
 
     return run

@@ -55,6 +55,7 @@ def test_how_it_failed_has_a_name(tmp_path: Path, code: str, error: type[Excepti
     with pytest.raises(error, match=f"(?s)^the tool: its process .*{said}") as caught:
         program.perform("the tool", python(code), log=log)
     assert caught.value.fix
+    assert error is StageFailedError or "Traceback" not in caught.value.message
 
 
 def test_a_log_is_of_one_run(tmp_path: Path) -> None:
