@@ -16,7 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from optikit.calibration.source_model import Linear, SourceModel
 
@@ -45,6 +45,13 @@ class Call:
     kwargs: dict[str, Any]
 
 
+def _attention(config: PreTrainedConfig) -> str:
+    """Return the attention to compute with: sdpa ignores a soft cap on scores, and not every class has it."""
+    model = AutoModelForCausalLM._model_mapping[type(config)]  # noqa: SLF001 - what from_config looks at
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    return "sdpa" if model._supports_sdpa and not capped else "eager"  # noqa: SLF001 - it has no other name
+
+
 class EmptyModel:
     """A model whose blocks are empty until they are filled.
 
@@ -58,11 +65,8 @@ class EmptyModel:
     def __init__(self, source: SourceModel, *, dtype: torch.dtype, device: str) -> None:
         config = AutoConfig.from_pretrained(source.checkpoint.directory, trust_remote_code=False)
         vars(config).pop("quantization_config", None)  # the modules are those of the dense model
-        # sdpa ignores Gemma 2's soft cap on attention scores.
-        capped = getattr(config, "attn_logit_softcapping", None) is not None
-        attention = "eager" if capped else "sdpa"
         with init_empty_weights(include_buffers=False), _EmptyOnMeta():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_attention(config))
         self._model: nn.Module = model.eval()
         for module in self._model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -72,6 +76,7 @@ class EmptyModel:
         self.dtype = dtype
         self.device = device
         self.width = 0
+        self._in_tuple = False
         self.blocks: list[nn.Module] = list(self._model.get_submodule(source.row.blocks).children())
         self._stem = self._model.get_submodule(source.row.blocks.rpartition(".")[0])
 
@@ -141,15 +146,29 @@ class EmptyModel:
         """
         calls: list[Call] = []
 
-        def recorder(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def recorder(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not calls:
+                self._in_tuple = self._returns_tuple(hidden, args, kwargs)
             calls.append(Call(args, kwargs))
             self.width = hidden.shape[-1]
             if len(calls) == len(self.blocks):
                 raise _Recorded
-            return hidden
+            return self._returned(hidden)
 
         self._run(window, self.blocks, recorder)
         return calls
+
+    def _returns_tuple(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Run the first block to see whether blocks of this class return hidden states alone."""
+        block = self.fill_block(0)
+        with torch.no_grad():
+            output = type(block).forward(block, hidden, *args, **kwargs)
+        self.empty_block(0)
+        return isinstance(output, tuple)
+
+    def _returned(self, hidden: Tensor) -> Tensor | tuple[Tensor]:
+        """Return hidden states as the model expects them from a block."""
+        return (hidden,) if self._in_tuple else hidden
 
     def embedded(self, windows: Tensor, batch: int) -> Iterator[Tensor]:
         """Yield the first block's input on the CPU, (windows, tokens, width), `batch` windows at a time."""
@@ -188,7 +207,7 @@ class EmptyModel:
             (windows, tokens, vocabulary).
         """
         for block in self.blocks:
-            block.forward = lambda *_, **__: hidden
+            block.forward = lambda *_, **__: self._returned(hidden)
         try:
             logits: Tensor = self._model(input_ids=windows.to(self.device), use_cache=False).logits
         finally:

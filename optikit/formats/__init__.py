@@ -50,15 +50,10 @@ UNPACK: Mapping[str, Callable[[Mapping[str, Tensor], int], Tensor]] = {
 """Tensors by suffix, and bits → weight (out, in) float32, by how they are stored."""
 
 
-def _transposed(config: Mapping[str, Any]) -> bool:
-    row = architectures.find(str(config.get("model_type", "")), config)
-    return row is not None and row.transposed
-
-
 def dequantized_state(directory: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of a model directory, packed linears as the float weight that they stand for.
 
-    Dense tensors come in the dtype they are stored in, dequantized ones in float32, under their Hugging Face names.
+    Dense tensors come in the dtype they are stored in, dequantized ones in float32, under the names of the model.
 
     Raises:
         IntegrityError: A tensor holds NaN or infinity.
@@ -67,15 +62,18 @@ def dequantized_state(directory: Path) -> Iterator[tuple[str, Tensor]]:
     checkpoint = Checkpoint(directory)
     config: Mapping[str, Any] = checkpoint.config()
     storage = quantization.scheme(config, directory / "config.json")
+    row = architectures.find(str(config.get("model_type", "")), config)
+    full = {name: name for name in checkpoint} if row is None else row.full_names(list(checkpoint))
     for name in checkpoint:
         layer, kind = storage.split(name)
         if not storage.packs(layer, checkpoint):
-            yield name, finite(name, checkpoint.read(name), directory)
+            yield full[name], finite(name, checkpoint.read(name), directory)
         elif kind == storage.suffixes[0]:
             there = (*storage.suffixes, *(s for s in storage.optional if f"{layer}.{s}" in checkpoint))
             tensors = {suffix: checkpoint.read(f"{layer}.{suffix}") for suffix in there}
             weight = finite(layer, UNPACK[storage.trait](tensors, storage.bits), directory)
-            yield f"{layer}.weight", weight.T.contiguous() if _transposed(config) else weight
+            whole = full[name].removesuffix(f".{kind}")
+            yield f"{whole}.weight", weight.T.contiguous() if row is not None and row.transposed else weight
 
 
 def load_state(directory: Path, dtype: torch.dtype) -> dict[str, Tensor]:

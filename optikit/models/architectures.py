@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
 USUAL_KEYS: Mapping[str, str] = MappingProxyType(
     {
@@ -110,12 +110,27 @@ class Architecture:
         named = {key: config[alias] for alias, key in self.aliases.items() if alias in config}
         return {**self.defaults, **named, **config}
 
-    def wants(self, values: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-        """Yield keys (dotted within a section) that config.json has another value for, with that value."""
+    def full_names(self, stored: Collection[str]) -> dict[str, str]:
+        """Return the model's name of every tensor of a checkpoint, which may have older ones or lack the first part."""
+        today = {f"{other}.weight": f"{module}.weight" for module, other in self.stored_as.items()}
+        first, _, rest = self.blocks.partition(".")
+        bare = any(name.startswith(f"{rest}.") for name in stored)
+        full = {name: today.get(name, name) for name in stored}
+        if not bare:
+            return full
+        return {name: new if new.startswith(f"{self.head}.") else f"{first}.{new}" for name, new in full.items()}
+
+    def chosen_by(self, config: Mapping[str, Any]) -> bool:
+        """Return whether config.json has the values of `when`."""
         known = self.meant(config)
-        for path, wanted in values.items():
+        return all(_same(_at(known, path, None), wanted) for path, wanted in self.when.items())
+
+    def unmet(self, config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        """Yield the keys (dotted within a section) that config.json has otherwise than required, with their values."""
+        known = self.meant(config)
+        for path, wanted in self.requires.items():
             found = _at(known, path, wanted)
-            if found != wanted and (found or wanted):  # null means no
+            if not _same(found, wanted):
                 yield path, found
 
     def block(self, index: int) -> str:
@@ -139,10 +154,14 @@ def _at(config: Mapping[str, Any], path: str, otherwise: Any) -> Any:
     return found
 
 
+def _same(found: Any, wanted: Any) -> bool:
+    return bool(found == wanted) or (found is None and wanted is False)
+
+
 _LISTS = ("previous_ops", "residual_sources", "engines", "windowless", "leftovers", "settings", "unread", "wide")
 _MAPS = ("requires", "when", "defaults", "aliases", "fixed", "stored_as")
-_OWN = frozenset({"engines", "gguf"})
-"""Columns that are proven for each family, so that none comes from the row that another is like."""
+_OWN = frozenset({"engines", "gguf", "of", "when"})
+"""Columns that never come from the row that another is like: engines are proven for each."""
 
 
 def _row(model_type: str, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -183,7 +202,7 @@ def rows() -> Mapping[str, Architecture]:
 def find(model_type: str, config: Mapping[str, Any] = MappingProxyType({})) -> Architecture | None:
     """Return the architecture of a `model_type`, or None; of several rows the first that its config.json chooses."""
     fitting = [row for row in _rows().values() if row.model_type == model_type]
-    return next((row for row in fitting if not any(row.wants(row.when, config))), fitting[0] if fitting else None)
+    return next((row for row in fitting if row.chosen_by(config)), fitting[0] if fitting else None)
 
 
 def known_to(engine: str) -> tuple[str, ...]:

@@ -68,7 +68,7 @@ def read(directory: Path) -> ModelFacts:
     tensors = headers.read_directory(directory)
     figures = _figures(architecture, architecture.meant(settings), where)
     stated = quantization.stated_shapes(directory, tensors) if scheme.states_shape else {}
-    named = _prefixed(architecture, tensors)
+    named = {name: tensors[stored] for stored, name in architecture.full_names(tensors).items()}
     if scheme.trait == traits.DENSE and any(name.endswith(".qweight") for name in named):
         message = f"{directory} holds packed weights, and config.json has no quantization_config"
         raise RecipeError(
@@ -162,7 +162,7 @@ def _architecture(settings: Mapping[str, Any], where: Path) -> Architecture:
 
 
 def _check_required(architecture: Architecture, settings: Mapping[str, Any], where: Path) -> None:
-    for key, value in architecture.wants(architecture.requires, settings):
+    for key, value in architecture.unmet(settings):
         wanted = architecture.requires[key]
         message = f"{where}: {key} is {value!r}; {architecture.model_type} is known here only with {wanted!r}"
         raise RecipeError(message, fix="choose another model of the family")
@@ -210,16 +210,6 @@ def _linears(
             raise IntegrityError(f"{where} has no weights for {name}", fix=_INCOMPLETE)
         found[name] = shape
     return found
-
-
-def _prefixed(architecture: Architecture, tensors: Mapping[str, TensorFacts]) -> Mapping[str, TensorFacts]:
-    """Return the tensors under the names of the whole model: some checkpoints leave the first part out."""
-    prefix = architecture.blocks.partition(".")[0] + "."
-    names = {f"{other}.weight": f"{module}.weight" for module, other in architecture.stored_as.items()}
-    named = {names.get(name, name): tensor for name, tensor in tensors.items()}
-    if any(name.startswith(prefix) for name in named):
-        return named
-    return {prefix + name: tensor for name, tensor in named.items()}
 
 
 def _check_tensors(

@@ -12,50 +12,48 @@ import pytest
 
 from optikit.errors import IntegrityError, RecipeError
 from optikit.models import architectures, expected
-from optikit.models.architectures import USUAL_KEYS
-from optikit.models.reader import read
-from tests.models.test_architectures import SMALL, SPECIAL
+from optikit.models.reader import read, tensor_shapes
+from tests.families import config_of
 
 VARIANTS = {"untied": {"tie_word_embeddings": False}, "tied": {"tie_word_embeddings": True}}
 VARIANTS |= {"biased": {"attention_bias": True, "mlp_bias": True}}
 
 
-def row(model_type: str) -> architectures.Architecture:
-    found = architectures.find(model_type)
-    assert found is not None
-    return found
+ROWS = architectures.rows()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("model_type", architectures.names())
-def test_names_and_shapes_are_those_of_transformers(model_type: str, variant: str, tmp_path: Path) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
+@pytest.mark.parametrize("name", ROWS)
+def test_names_and_shapes_are_those_of_transformers(name: str, variant: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
 
-    obeyed = {"tie_word_embeddings", *row(model_type).settings}
-    own = {key: value for key, value in VARIANTS[variant].items() if key in obeyed}
-    config = AutoConfig.for_model(model_type, **(SPECIAL.get(model_type, SMALL) | own))
+    obeyed = {"tie_word_embeddings", *ROWS[name].settings}
+    config = config_of(name, **{key: value for key, value in VARIANTS[variant].items() if key in obeyed})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     facts = read(tmp_path)  # refuses what it doesn't expect
-    sizes = {name: getattr(facts, name) for name in USUAL_KEYS}
-    found = expected.tensors(row(model_type), sizes, {**facts.config, "tie_word_embeddings": facts.tied})
+    found = tensor_shapes(facts)
     model = AutoModelForCausalLM.from_config(config)
     tied = set(model.all_tied_weights_keys)
     assert found == {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
     assert bool(tied) is facts.tied
 
 
-@pytest.mark.parametrize("model_type", architectures.names())
-def test_settings_are_what_transformers_reads(model_type: str) -> None:
+@pytest.mark.parametrize("name", ROWS)
+def test_settings_are_what_transformers_reads(name: str) -> None:
     from transformers import AutoConfig
 
-    config = AutoConfig.for_model(model_type)
+    row = ROWS[name]
+    config = AutoConfig.for_model(row.model_type)
     own = {key for key in config.to_dict() if expected.looks_arithmetic(key)}
-    known = {*row(model_type).settings, *row(model_type).keys.values()}
-    refused = {"use_bidirectional_attention"}  # nothing here computes with it
+    known = {*row.settings, *row.keys.values(), *row.when}
+    refused = {"use_bidirectional_attention"} | ({"logit_scale"} if name == "mpt" else set())  # read by no class
     assert own - known <= refused
     older = {"rope_scaling", "rope_theta", "rope_local_base_freq", "sliding_window_pattern", "partial_rotary_factor"}
-    assert set(row(model_type).settings) - own <= older
-    assert row(model_type).defaults.get("tie_word_embeddings", False) is bool(config.tie_word_embeddings)
+    older |= {"rotary_pct", "rotary_emb_base", "max_window_layers", "hidden_activation"}
+    assert set(row.settings) - own <= older
+    meant = row.meant({})
+    assert {key: meant[key] for key in row.defaults} == {key: getattr(config, key, meant[key]) for key in row.defaults}
+    assert meant.get("tie_word_embeddings", False) is bool(config.tie_word_embeddings)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from optikit.errors import InputMissingError, IntegrityError, RecipeError, RefusedError
 from optikit.models import architectures
 from optikit.models.reader import read
-from tests.models.test_architectures import build
+from tests.families import CONFIGS, model_of
 
 Edit = Callable[[dict[str, Any]], object]
 
@@ -48,30 +48,30 @@ def test_facts_of_a_dense_directory(tiny_llama: Path) -> None:
     assert facts.sliding_window is None
 
 
-@pytest.mark.parametrize("model_type", architectures.names())
-def test_facts_of_every_architecture(model_type: str, tmp_path: Path) -> None:
-    model = build(model_type)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_facts_of_every_architecture(name: str, tmp_path: Path) -> None:
+    model, row = model_of(name), architectures.rows()[name]
     model.save_pretrained(tmp_path)
     facts = read(tmp_path)
+    assert facts.architecture is row
     modules = dict(model.named_modules())
-    row = architectures.find(model_type)
-    assert row is not None
-    for name, shape in facts.linears.items():
-        weight = tuple(modules[name].weight.shape)
+    for linear, shape in facts.linears.items():
+        weight = tuple(modules[linear].weight.shape)
         assert shape == (weight[::-1] if row.transposed else weight)
-    assert (facts.hidden, facts.layers, facts.heads, facts.vocab, facts.head_dim) == (32, 2, 4, 64, 8)
+    assert (facts.hidden, facts.layers, facts.heads, facts.vocab, facts.head_dim) == (64, 2, 4, 260, 16)
     assert facts.intermediate == modules[f"{row.block(0)}.{row.linears[-1]}"].weight.shape[row.transposed ^ 1]
-    assert facts.kv_heads == (4 if model_type in {"gpt2", "opt"} else 2)
+    told = {"num_key_value_heads", "num_kv_heads"} & CONFIGS[name].keys()
+    assert facts.kv_heads == (2 if told else row.fixed.get("kv_heads", 4))
     assert facts.dtype == "F32"
     tied = model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
     assert facts.tied is tied
 
 
 def test_a_checkpoint_without_the_first_part_of_its_names(tmp_path: Path) -> None:
-    build("gpt2").save_pretrained(tmp_path)
+    model_of("gpt2").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({name.removeprefix("transformer."): t for name, t in tensors.items()}, tmp_path / "model.safetensors")
-    assert read(tmp_path).linears["transformer.h.0.attn.c_attn"] == (96, 32)
+    assert read(tmp_path).linears["transformer.h.0.attn.c_attn"] == (192, 64)
 
 
 def _pack(directory: Path, rename: Callable[[str, np.ndarray[Any, Any]], dict[str, np.ndarray[Any, Any]]]) -> None:
@@ -298,7 +298,7 @@ def test_an_unknown_family_is_named(model_type: Any, copy: Path) -> None:
 
 
 def test_a_row_that_does_not_hold_is_refused(tmp_path: Path) -> None:
-    build("opt").save_pretrained(tmp_path)
+    model_of("opt").save_pretrained(tmp_path)
     edit(tmp_path, lambda config: config.update(do_layer_norm_before=False))
     with pytest.raises(RecipeError, match="do_layer_norm_before is False"):
         read(tmp_path)

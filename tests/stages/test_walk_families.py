@@ -6,6 +6,8 @@ layout (GPT-2's transposed weights, Phi's fused projections) and configuration (
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +16,13 @@ import torch
 from torch import Tensor
 
 from optikit import formats, stages, targets
-from optikit.models import architectures
 from optikit.models.reader import read
 from optikit.stage import Calibration, Job
+from tests.families import CONFIGS, save
 
-COMMON = {
-    "vocab_size": 260,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": COMMON | {"tie_word_embeddings": False},
-    "mistral": COMMON | {"sliding_window": 32},
-    "qwen2": COMMON,
-    "qwen3": COMMON,
-    "gemma2": COMMON | {"sliding_window": 16, "query_pre_attn_scalar": 16},
-    "gemma3_text": COMMON | {"sliding_window": 16, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2},
-    "phi3": COMMON | {"sliding_window": None},
-    "gpt2": {
-        "vocab_size": 260, "n_embd": 64, "n_inner": 128, "n_layer": 2, "n_head": 4, "n_positions": 256,
-        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
-    },
-    "opt": {
-        "vocab_size": 260, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "max_position_embeddings": 256, "word_embed_proj_dim": 64, "bos_token_id": 0, "eos_token_id": 1,
-        "pad_token_id": 2,
-    },
-}  # fmt: skip
-
+EVERYWHERE = ("awq", "width")
+"""What every row goes through in each run; all else does so for a few rows, and for the others where slow tests run."""
+A_FEW = ("llama", "gemma2", "gpt2", "opt", "phi", "falcon-rw", "bloom", "mpt", "qwen3_5_text")
 CASES = [
     ("quantize", "awq", {"group_size": 32, "steps": 5}),
     ("quantize", "int8", {"scheme": "w8a8"}),
@@ -62,21 +35,8 @@ CASES = [
 
 @pytest.fixture(scope="session")
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved model of the family named by the parameter, its norms and biases far from ones and zeros."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from tests.conftest import byte_tokenizer
-
-    directory = tmp_path_factory.mktemp(str(request.param))
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(request.param, **FAMILIES[request.param])
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    for name, parameter in model.named_parameters():
-        if "norm" in name or "ln_" in name or name.endswith("bias"):
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    model.save_pretrained(directory)
-    byte_tokenizer(directory)
-    return directory
+    """A saved model of the row named by the parameter: treat as read-only."""
+    return save(str(request.param), tmp_path_factory.mktemp(str(request.param)))
 
 
 def logits(directory: Path, tokens: Tensor) -> Tensor:
@@ -93,19 +53,24 @@ def logits(directory: Path, tokens: Tensor) -> Tensor:
         return model.eval()(tokens).logits
 
 
-def test_every_row_is_tried():
-    assert set(FAMILIES) == set(architectures.names())
+def _trials() -> Iterator[Any]:
+    for name, (verb, method, options) in product(CONFIGS, CASES):
+        often = name in A_FEW or (method in EVERYWHERE and "heads" not in options)
+        told = "-".join((name, method, *map(str, options.values())))
+        yield pytest.param(name, verb, method, options, id=told, marks=() if often else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("family", FAMILIES, indirect=True)
-@pytest.mark.parametrize(("verb", "method", "options"), CASES)
+@pytest.mark.parametrize(("family", "verb", "method", "options"), list(_trials()), indirect=["family"])
 def test_every_family_computes_afterwards(family, verb, method, options, prose, tmp_path):
     stage, facts, target = stages.load(verb, method), read(family), targets.find("cpu")
     chosen = stage.Options(**options)
     refused = [problem.code for problem in stage.check(chosen, facts, target)]
     if refused:  # what can't be done is refused by name, before anything is read
-        assert set(refused) <= {"scheme-not-served", "heads-fixed"}
-        assert facts.model_type in {"gpt2", "opt", "phi3"}
+        row = facts.architecture
+        assert row is not None
+        reasons = {"scheme-not-served": row.transposed, "heads-fixed": not row.free_heads, "blocks-differ": row.hybrid}
+        reasons |= {"channels-fixed": not row.keys["intermediate"], "nothing-to-prune": facts.kv_heads == 1}
+        assert all(reasons[code] for code in refused)
         return
     for name in ("model", "scratch"):
         (tmp_path / name).mkdir()

@@ -62,6 +62,13 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
         message = f"model_type {facts.model_type!r} is not one whose blocks are known"
         yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(architectures.names())}")
         return
+    if facts.architecture.hybrid:
+        message = (
+            f"blocks of {facts.model_type} are of several kinds, and what would be left isn't known before they are"
+        )
+        fix = "use width, or start from another model"
+        yield Problem(code="blocks-differ", message=message, fix=fix)
+        return
     count, free = count_of(options, facts), facts.layers - options.keep_first - options.keep_last
     if count == 0:
         message = f"ratio {options.ratio} of {facts.layers} blocks is less than one block"

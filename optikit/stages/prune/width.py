@@ -83,6 +83,9 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
     if options.heads and not architecture.free_heads:
         message = f"{facts.model_type} divides the width of a head out of the hidden size, so no head can go"
         yield Problem(code="heads-fixed", message=message, fix="set heads to 0", loc=("heads",))
+    if options.mlp and not architecture.keys["intermediate"]:
+        message = f"config.json of {facts.model_type} doesn't tell the width of the MLP, so that no channel can go"
+        yield Problem(code="channels-fixed", message=message, fix="set mlp to 0", loc=("mlp",))
     widths = widths_of(options, facts)
     if options.mlp and widths.channels == facts.intermediate:
         message = f"mlp {options.mlp} of {facts.intermediate} channels is less than {options.multiple}"
