@@ -84,6 +84,11 @@ def no_objection(options: StageOptions, facts: ModelFacts, models: Mapping[str, 
     return iter(())
 
 
+def no_row(options: StageOptions) -> str:
+    """Declare that nothing of a row of architectures.toml is needed: see `Rowless`."""
+    return ""
+
+
 class UndeclaredInputError(LookupError):
     """A stage asked for an input that its `inputs` doesn't name: its key wouldn't change with it."""
 
@@ -265,6 +270,15 @@ class Stage(Protocol):
 
 
 @runtime_checkable
+class Rowless(Protocol):
+    """A stage module that works on models without a row in architectures.toml, with some options at least."""
+
+    def needs_row(self, options: Any) -> str:
+        """Say what these options need a row for; "" where they work without."""
+        ...
+
+
+@runtime_checkable
 class Speculating(Protocol):
     """A stage module that writes a speculator, which is measured and tuned on the compiled model."""
 
@@ -284,6 +298,20 @@ class Emitting(Protocol):
     def finish(self, options: Any, job: Job) -> Facts:
         """Finish the folder `job.inputs[EMITTED]` in `job.dest`, return what was found out."""
         ...
+
+
+def row_problems(stage: Stage, method: str, options: Any, facts: ModelFacts) -> Iterator[Problem]:
+    """Yield what follows for a stage from a model without a row: a warning, or a refusal."""
+    if facts.generic is None:
+        return
+    needed = stage.needs_row(options) if isinstance(stage, Rowless) else "its modules' names"
+    if needed:
+        message = f"{method} needs a row for {facts.model_type}, which optikit doesn't have: {needed}"
+        fix = "use rtn, gptq, int8 with scheme w8a16, wanda, sparsegpt or magnitude, which walk any model"
+        yield Problem(code="needs-row", message=message, fix=fix)
+        return
+    message = f"no row for {facts.model_type}: generic walk, over the linear layers that its headers show"
+    yield Problem(code="no-row", message=message, level="warning")
 
 
 EMITTED = "emitted"

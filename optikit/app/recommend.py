@@ -23,6 +23,7 @@ from optikit.models.reader import read, read_gguf
 from optikit.problems import Problem
 from optikit.rules.engine import check
 from optikit.rules.stack import Placed, Stack
+from optikit.stage import row_problems
 from optikit.stages import load, method_key, methods
 from optikit.stages.acquire import gguf
 from optikit.stages.compile import _neuron_options
@@ -191,6 +192,7 @@ def _judge(
         stage, before = load(verb, method), after
         options = stage.Options(**chosen)
         problems += [Problem(code="needs-trait", message=f"{method} needs {t}") for t in stage.NEEDS - before.traits]
+        problems += [each for each in row_problems(stage, method, options, before) if each.level == "error"]
         problems += stage.check(options, before, target)
         after = stage.after(options, before)
         values = options.model_dump(mode="json")

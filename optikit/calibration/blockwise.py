@@ -71,6 +71,8 @@ def run(job: Job, method: Method[Any] | DataFreeMethod, *, identity: str, ignore
         state, changed, facts = walk.state, walk.blocks(), {"compute_dtype": str(walk.dtype).removeprefix("torch.")}
     else:
         state, facts = ResumeState(job.scratch, {"method": identity}, job.note), {}
+        if source.row.generic:
+            EmptyModel(source, dtype=torch.bfloat16, device="meta")  # holds the row to transformers' class
         changed = _data_free(job, source, method, state, ignore)
     with torch.no_grad(), closing(changed) as blocks:
         for block, groups in blocks:
@@ -78,6 +80,8 @@ def run(job: Job, method: Method[Any] | DataFreeMethod, *, identity: str, ignore
                 block.take(linears, apply())
                 del apply  # with its statistic, before the next one is made
     written = method.layout.write(job, _walked(source, state, ignore))
+    if source.row.generic:
+        facts |= {"walk": "no row: generic walk"}
     return Outcome(written | facts | _corrections(state.facts), state.facts)
 
 
@@ -246,12 +250,12 @@ class _Calibrated:
 
     def _block(self, index: int) -> Blocks:
         """Yield a block with its groups; then compute its new outputs and commit it."""
-        groups = self._source.groups(index, self._ignore)
-        points = [linears[0].inside for linears in groups]
-        residuals = {residual for linears in groups if (residual := self._residual(linears))}
         with ExitStack() as stack:
             stack.callback(self._model.empty_block, index)
             filled = self._model.fill_block(index)
+            groups = self._source.groups(index, self._ignore, self._seen(index))
+            points = [linears[0].inside for linears in groups]
+            residuals = {residual for linears in groups if (residual := self._residual(linears))}
             passes = []
             modules = [filled, copy.deepcopy(filled)] if self._paired else [filled]
             for module, path in zip(modules, self._paths(index), strict=True):
@@ -264,6 +268,13 @@ class _Calibrated:
             after = zip(passes, self._paths(index + 1), strict=True)
             digests = [self._states(path).write(each.outputs()) for each, path in after]
         self.state.commit(block.tensors, block.linears, block.facts, *digests)
+
+    def _seen(self, index: int) -> tuple[tuple[str, ...], ...]:
+        """Return the groups of a filled block where no row tells them."""
+        if not self._source.row.generic:
+            return ()
+        hidden = self._states(self._paths(index)[-1]).read(0)[:1]  # the dense model's
+        return self._model.traced(index, hidden, self._calls[index])
 
     def _changes(
         self, index: int, groups: list[Linears], block: _Block, passes: list[ForwardPasses]

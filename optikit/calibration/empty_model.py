@@ -19,6 +19,11 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from optikit.calibration.source_model import Linear, SourceModel
+from optikit.errors import StageFailedError
+from optikit.models.expected import looks_arithmetic
+
+OLDER = frozenset({"rope_scaling", "rope_theta", "partial_rotary_factor", "rotary_pct", "rotary_emb_base"})
+"""Keys that transformers' classes read, and write under other names."""
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -52,6 +57,37 @@ def _attention(config: PreTrainedConfig) -> str:
     return "sdpa" if model._supports_sdpa and not capped else "eager"  # noqa: SLF001 - it has no other name
 
 
+def _blocks(model: nn.Module, name: str) -> list[nn.Module]:
+    try:
+        return list(model.get_submodule(name).children())
+    except AttributeError as error:
+        message = f"transformers' {type(model).__name__} has no {name}, which the checkpoint has"
+        raise StageFailedError(message, fix="save the checkpoint with transformers, under today's names") from error
+
+
+def _confirm(source: SourceModel, model: nn.Module, blocks: list[nn.Module]) -> None:
+    """Hold what was concluded from headers to the model's modules, and what its config says to what its class reads."""
+    prefix = f"{source.row.blocks}."
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    inside = {name for name in linears if name.startswith(prefix)}
+    found = {
+        f"{source.row.block(index)}.{name}"
+        for index in range(source.layers)
+        for name in source.row.linears
+        if source.has(index, name)
+    }
+    if len(blocks) != source.layers or inside != found:
+        odd = min(inside ^ found, default=prefix)
+        message = f"{odd} is a linear layer in only one of the checkpoint and transformers' {type(model).__name__}"
+        raise StageFailedError(message, fix="add a row for the family")
+    config: Any = model.config
+    obeyed = {*type(config)().to_dict(), *config.attribute_map, *OLDER}
+    unknown = [key for key in source.checkpoint.config() if looks_arithmetic(key) and key not in obeyed]
+    if unknown:
+        message = f"config.json says {unknown[0]}, and transformers' {type(config).__name__} has no such setting"
+        raise StageFailedError(message, fix=f"remove {unknown[0]}, if the model works without it")
+
+
 class EmptyModel:
     """A model whose blocks are empty until they are filled.
 
@@ -77,7 +113,9 @@ class EmptyModel:
         self.device = device
         self.width = 0
         self._in_tuple = False
-        self.blocks: list[nn.Module] = list(self._model.get_submodule(source.row.blocks).children())
+        self.blocks: list[nn.Module] = _blocks(self._model, source.row.blocks)
+        if source.row.generic:
+            _confirm(source, self._model, self.blocks)
         self._stem = self._model.get_submodule(source.row.blocks.rpartition(".")[0])
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
@@ -100,6 +138,35 @@ class EmptyModel:
     def empty_block(self, index: int) -> None:
         """Drop the parameters of a block."""
         self._empty(self.blocks[index])
+
+    def traced(self, index: int, hidden: Tensor, call: Call) -> tuple[tuple[str, ...], ...]:
+        """Return the linears of a filled block as it calls them, those that see the same input together.
+
+        Args:
+            index: Of the block.
+            hidden: (windows, tokens, width), any that it gets.
+            call: What else it gets.
+
+        Raises:
+            StageFailedError: A linear is called twice, or never.
+        """
+        block, order = self.blocks[index], list[tuple[str, Tensor]]()
+        linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+        hooks = [
+            module.register_forward_pre_hook(lambda _, given, name=name: order.append((name, given[0])))
+            for name, module in linears.items()
+        ]
+        block(hidden.to(self.device), *call.args, **call.kwargs)
+        for hook in hooks:
+            hook.remove()
+        odd = set(linears) ^ {name for name, _ in order}
+        if odd or len(order) != len(linears):
+            message = f"block {index} of {self._row.model_type} doesn't call each of its linears once"
+            raise StageFailedError(message, fix="use rtn, which needs no inputs, or add a row for the family")
+        groups: dict[int, list[str]] = {}
+        for name, given in order:
+            groups.setdefault(id(given), []).append(name)
+        return tuple(tuple(names) for names in groups.values())
 
     def replace(self, block: nn.Module, linears: tuple[Linear, ...], weights: tuple[Tensor, ...]) -> None:
         """Give linears of a filled block new weights, (out_features, in_features) each."""

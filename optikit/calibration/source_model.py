@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from optikit.calibration.method import PreviousOp
-from optikit.errors import StageFailedError
+from optikit.errors import RecipeError, StageFailedError
 from optikit.formats.checkpoint import Checkpoint, finite
-from optikit.models import architectures
 from optikit.models.architectures import Architecture
+from optikit.models.reader import architecture_of
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ class SourceModel:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         config = checkpoint.config()
-        row = architectures.find(str(config.get("model_type")), config)
-        if row is None:
-            known = ", ".join(architectures.names())
-            raise StageFailedError(f"unknown model_type {config.get('model_type')!r}", fix=f"known: {known}")
+        try:
+            row = architecture_of(checkpoint.directory, config)
+        except RecipeError as error:
+            raise StageFailedError(error.message, fix=error.fix) from error
         self.checkpoint = checkpoint
         self.row: Architecture = row
         config = row.meant(config)
@@ -98,10 +98,18 @@ class SourceModel:
         stored = self.tensor_name(name)
         return finite(stored, self.checkpoint.read(stored), self.checkpoint.directory)
 
-    def groups(self, block: int, ignore: Callable[[str], bool]) -> list[tuple[Linear, ...]]:
-        """Return the linears of a block that are to be changed, grouped by input, in execution order."""
+    def groups(
+        self, block: int, ignore: Callable[[str], bool], seen: Sequence[tuple[str, ...]] = ()
+    ) -> list[tuple[Linear, ...]]:
+        """Return the linears of a block that are to be changed, grouped by input, in execution order.
+
+        Args:
+            block: Index of the block.
+            ignore: Whether a linear (full name) is left as it is.
+            seen: The groups of a block whose row doesn't tell them, as `EmptyModel.traced` finds them.
+        """
         groups = []
-        for names in self.row.groups:
+        for names in seen or self.row.groups:
             full = [(name, f"{self.row.block(block)}.{name}") for name in names if self.has(block, name)]
             linears = [Linear(inside, self.linear_name(name)) for inside, name in full if not ignore(name)]
             if linears:

@@ -63,6 +63,7 @@ class Architecture:
         stored_as: Module → what checkpoints may call it.
         wide: Linears that make the channels that the last linear of a block reads.
         residual_scale: Key of config.json that the outputs of residual branches are multiplied by, or "".
+        generic: Made of a checkpoint's headers, see generic.py.
         alone: What a block gets besides hidden states has the batch in it, so that windows go through one by one.
     """
 
@@ -94,6 +95,7 @@ class Architecture:
     wide: tuple[str, ...] = ()
     residual_scale: str = ""
     alone: bool = False
+    generic: bool = False
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -103,7 +105,7 @@ class Architecture:
     @property
     def hybrid(self) -> bool:
         """Whether blocks of different kinds have different linears."""
-        return any(" layer " in f" {words}" for words in self.tensors.values())
+        return self.generic or any(" layer " in f" {words}" for words in self.tensors.values())
 
     def meant(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return config.json with what it means where it is silent, and with today's names of its keys."""

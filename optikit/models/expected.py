@@ -50,7 +50,7 @@ def tensors(
         shape, _, condition = words.partition(" if ")
         if not shape:
             continue
-        whole = tuple(_size(word, known) for word in shape.split())
+        whole = () if shape == "scalar" else tuple(_size(word, known) for word in shape.split())
         for name, index in _named(pattern, architecture, sizes["layers"]):
             if _holds(condition, settings, index):
                 found[name] = whole

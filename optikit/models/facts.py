@@ -92,6 +92,7 @@ class ModelFacts:
         config: The raw config.json.
         sliding_window: Attention window in tokens, or None.
         left_dense: Linears that a packed directory holds as floats.
+        generic: What its headers show, where its family has no row; see generic.py.
     """
 
     model_type: str
@@ -112,12 +113,13 @@ class ModelFacts:
     tokenizer_tokens: int = 0
     sliding_window: int | None = None
     left_dense: frozenset[str] = frozenset()
+    generic: Architecture | None = field(default=None, repr=False)
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def architecture(self) -> Architecture | None:
-        """Its row of architectures.toml, where it has one."""
-        return architectures.find(self.model_type, self.config)
+        """Its row of architectures.toml, or what was made in its place; None where neither is known."""
+        return self.generic or architectures.find(self.model_type, self.config)
 
     def having(self, *traits: Trait, without: frozenset[Trait] = frozenset()) -> ModelFacts:
         """Return these facts with traits added and others taken away."""

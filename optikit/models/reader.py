@@ -14,6 +14,7 @@ from optikit.models import (
     architectures,
     config,
     expected,
+    generic,
     gguf_header,
     gguf_settings,
     gguf_tied,
@@ -61,11 +62,13 @@ def read(directory: Path) -> ModelFacts:
     """
     settings = config.load(directory)
     where = directory / "config.json"
-    architecture = _architecture(settings, where)
+    scheme, tensors = quantization.scheme(settings, where), None
+    if architectures.find(str(settings.get("model_type")), settings) is None:
+        tensors = headers.read_directory(directory)
+    architecture = _architecture(settings, where, tensors, scheme)
     _check_required(architecture, settings, where)
     expected.check_settings(architecture, settings, where)
-    scheme = quantization.scheme(settings, where)
-    tensors = headers.read_directory(directory)
+    tensors = tensors or headers.read_directory(directory)
     figures = _figures(architecture, architecture.meant(settings), where)
     stated = quantization.stated_shapes(directory, tensors) if scheme.states_shape else {}
     named = {name: tensors[stored] for stored, name in architecture.full_names(tensors).items()}
@@ -89,6 +92,7 @@ def read(directory: Path) -> ModelFacts:
         tokenizer_tokens=described.tokens if described else 0,
         sliding_window=_window(settings),
         config=settings,
+        generic=architecture if architecture.generic else None,
         left_dense=frozenset(name for name in linears if scheme.suffixes and not scheme.packs(name, named)),
     )
     _check_tensors(architecture, scheme, facts, named, directory)
@@ -101,7 +105,8 @@ def tensor_shapes(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
     Raises:
         RecipeError: Its family isn't known.
     """
-    architecture = _architecture({**facts.config, "model_type": facts.model_type}, Path("config.json"))
+    where = Path("config.json")
+    architecture = facts.architecture or _architecture({"model_type": facts.model_type}, where)
     sizes = {name: getattr(facts, name) for name in USUAL_KEYS}
     settings = {**architecture.meant(facts.config), "tie_word_embeddings": facts.tied}
     return expected.tensors(architecture, sizes, settings)
@@ -152,12 +157,33 @@ def read_gguf(path: Path) -> ModelFacts:
     return facts
 
 
-def _architecture(settings: Mapping[str, Any], where: Path) -> Architecture:
+def architecture_of(directory: Path, settings: Mapping[str, Any]) -> Architecture:
+    """Return the row of a model directory; where its family has none, what its headers show.
+
+    Raises:
+        RecipeError: Neither is there.
+    """
+    where = directory / "config.json"
+    found = architectures.find(str(settings.get("model_type")), settings)
+    scheme = quantization.scheme(settings, where)
+    return found or _architecture(settings, where, headers.read_directory(directory), scheme)
+
+
+def _architecture(
+    settings: Mapping[str, Any],
+    where: Path,
+    tensors: Mapping[str, TensorFacts] | None = None,
+    scheme: Storage | None = None,
+) -> Architecture:
     model_type = settings.get("model_type")
     found = architectures.find(model_type, settings) if isinstance(model_type, str) else None
+    why = ""
+    if found is None and tensors is not None and scheme is not None:
+        found, why = generic.architecture(settings, tensors, scheme)
     if found is None:
         fix = did_you_mean(str(model_type), architectures.names())
-        raise RecipeError(f"{where}: model_type {model_type!r} isn't known here", fix=fix)
+        told = f", and can't be walked without a row: {why}" if why else ""
+        raise RecipeError(f"{where}: model_type {model_type!r} isn't known here{told}", fix=fix)
     return found
 
 
@@ -167,7 +193,7 @@ def _check_required(architecture: Architecture, settings: Mapping[str, Any], whe
         message = f"{where}: {key} is {value!r}; {architecture.model_type} is known here only with {wanted!r}"
         raise RecipeError(message, fix="choose another model of the family")
     kinds, layers = settings.get("layer_types"), settings.get(architecture.keys["layers"])
-    if architecture.hybrid and (not isinstance(kinds, list) or len(kinds) != layers):
+    if architecture.hybrid and not architecture.generic and (not isinstance(kinds, list) or len(kinds) != layers):
         message = f"{where}: layer_types should name a kind for each of {layers} blocks"
         raise RecipeError(message, fix="get the model's config.json again")
 

@@ -21,7 +21,7 @@ from optikit.plan.measurements import scored_steps
 from optikit.plan.model import Plan, Step, original_key
 from optikit.problems import Problem
 from optikit.recipe.schema import as_written, parse_size, step_name
-from optikit.stage import Input
+from optikit.stage import Input, row_problems
 from optikit.store.sources import resolve_model
 from optikit.targets import Target
 
@@ -167,7 +167,10 @@ def _stage_problems(context: Context, index: int, facts: ModelFacts) -> Iterator
         yield from _input_problems(context, index, role, wanted)
     models = dict(_model_facts(context, index))
     yield from stage.fits(entry.options, facts, models)
-    yield from stage.check(entry.options, facts, context.target)
+    rowless = list(row_problems(stage, entry.method, entry.options, facts))
+    yield from rowless
+    if not any(problem.level == "error" for problem in rowless):
+        yield from stage.check(entry.options, facts, context.target)
 
 
 def _input_problems(context: Context, index: int, role: str, wanted: Input) -> Iterator[Problem]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, directory_bytes, no_objection, nothing
+from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, directory_bytes, no_objection, no_row, nothing
 from optikit.stages.prune._pattern import PatternOptions, after_pattern, check_pattern, ignore, pattern_of
 from optikit.targets import Target
 
@@ -25,6 +25,7 @@ LIBRARIES = ("torch", "safetensors")
 ENVIRONMENT = MAIN
 inputs = nothing
 fits = no_objection
+needs_row = no_row
 
 
 class Options(PatternOptions):

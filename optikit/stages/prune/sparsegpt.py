@@ -16,7 +16,7 @@ from pydantic import Field
 
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, no_objection, split_calibrated
+from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, no_objection, no_row, split_calibrated
 from optikit.stages import _blockwise_cost
 from optikit.stages.prune._pattern import PatternOptions, after_pattern, check_pattern, ignore, pattern_of
 from optikit.targets import Target
@@ -29,6 +29,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
 ENVIRONMENT = MAIN
 inputs = split_calibrated
 fits = no_objection
+needs_row = no_row
 
 
 class Options(PatternOptions):

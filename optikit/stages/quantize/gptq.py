@@ -15,7 +15,7 @@ from pydantic import Field
 
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, no_objection, split_calibrated
+from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, no_objection, no_row, split_calibrated
 from optikit.stages import _blockwise_cost
 from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, ignored, quantization_config
 from optikit.targets import Target
@@ -28,6 +28,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
 ENVIRONMENT = MAIN
 inputs = split_calibrated
 fits = no_objection
+needs_row = no_row
 
 
 class Options(GridOptions):

@@ -74,6 +74,11 @@ class Options(StageOptions):
     """Linears to leave dense: ends of names (`mlp.down_proj`) or patterns (`*.layers.0.*`)."""
 
 
+def needs_row(options: Options) -> str:
+    """Say what scheme w8a8 or llm_int8 needs a row for."""
+    return {"w8a8": "what each scale is folded into", "llm_int8": "the name of its head"}.get(options.scheme, "")
+
+
 def grid_of(options: Options) -> GridOptions:
     """Return the grid of the weights."""
     size = options.group_size if options.scheme == "w8a16" else -1

@@ -14,7 +14,7 @@ from functools import partial
 
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, directory_bytes, no_objection, nothing
+from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, directory_bytes, no_objection, no_row, nothing
 from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, ignored, quantization_config
 from optikit.targets import Target
 
@@ -26,6 +26,7 @@ LIBRARIES = ("torch", "safetensors")
 ENVIRONMENT = MAIN
 inputs = nothing
 fits = no_objection
+needs_row = no_row
 
 
 class Options(GridOptions):
