@@ -67,20 +67,17 @@ def _blocks(model: nn.Module, name: str) -> list[nn.Module]:
 
 def _confirm(source: SourceModel, model: nn.Module, blocks: list[nn.Module]) -> None:
     """Hold what was concluded from headers to the model's modules, and what its config says to what its class reads."""
-    prefix = f"{source.row.blocks}."
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    inside = {name for name in linears if name.startswith(prefix)}
-    found = {
-        f"{source.row.block(index)}.{name}"
-        for index in range(source.layers)
-        for name in source.row.linears
-        if source.has(index, name)
-    }
-    if len(blocks) != source.layers or inside != found:
-        odd = min(inside ^ found, default=prefix)
-        message = f"{odd} is a linear layer in only one of the checkpoint and transformers' {type(model).__name__}"
+    inside = {name for name in linears if name.startswith(f"{source.row.blocks}.")}
+    odd = min(inside ^ set(source.linears), default="")
+    if len(blocks) != source.layers or odd:
+        name = type(model).__name__
+        message = f"{odd or source.row.blocks} is linear in only one of the checkpoint and transformers' {name}"
         raise StageFailedError(message, fix="add a row for the family")
-    config: Any = model.config
+    _confirm_settings(source, model.config)
+
+
+def _confirm_settings(source: SourceModel, config: Any) -> None:
     obeyed = {*type(config)().to_dict(), *config.attribute_map, *OLDER}
     unknown = [key for key in source.checkpoint.config() if looks_arithmetic(key) and key not in obeyed]
     if unknown:

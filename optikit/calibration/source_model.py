@@ -31,14 +31,7 @@ class Linear:
 
 def linears_of(directory: Path) -> tuple[str, ...]:
     """Return the full names of all linears of a model directory's blocks, as its checkpoint has them."""
-    source = SourceModel(Checkpoint(directory))
-    row = source.row
-    return tuple(
-        source.linear_name(f"{row.block(block)}.{inside}")
-        for block in range(source.layers)
-        for inside in row.linears
-        if source.has(block, inside)
-    )
+    return SourceModel(Checkpoint(directory)).linears
 
 
 class SourceModel:
@@ -71,6 +64,16 @@ class SourceModel:
         self.residual_scale = float(str(config.get(row.residual_scale, 1.0)))
         heads, hidden = (int(str(config[row.keys[key]])) for key in ("heads", "hidden"))
         self._head_dim = int(str(config.get(row.keys["head_dim"]) or hidden // heads))
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Full names of the linears of all blocks, as the checkpoint has them."""
+        return tuple(
+            self.linear_name(f"{self.row.block(block)}.{inside}")
+            for block in range(self.layers)
+            for inside in self.row.linears
+            if self.has(block, inside)
+        )
 
     def tensor_name(self, name: str) -> str:
         """Return the checkpoint's name of a tensor: some checkpoints hold the base model without its prefix.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +33,8 @@ _NUMBERED = re.compile(r"(.+?)\.(\d+)\.(.+)")
 _LEFT_OVER = ("rotary_emb.inv_freq", "attn.masked_bias")
 _NO_LINEAR = re.compile(r"embed|norm|conv|relative|bias_table|(?:^|\.)(wte|wpe)(?:\.|$)")
 _MOST_SOURCE = 2**20
+HEAD = "lm_head"
+"""What most of transformers' classes call the output head."""
 
 
 def architecture(
@@ -53,19 +55,16 @@ def architecture(
     inside = list(dict.fromkeys(name.removeprefix(f"{blocks}.").partition(".")[2] for name in linears))
     if len(inside) < 2:
         return None, f"{blocks} holds no linear layers"
-    tied = bool(config.get("tie_word_embeddings", "lm_head.weight" not in tensors))
+    tied = bool(config.get("tie_word_embeddings", f"{HEAD}.weight" not in tensors))
     shapes = {f"{name}.weight": shape for name, shape in linears.items()}
-    packed = {f"{name}.{suffix}" for name in linears for suffix in (*scheme.suffixes, *scheme.optional, *scheme.zeros)}
-    for name, tensor in tensors.items():
-        spare = name.endswith(_LEFT_OVER) or name in packed or (tied and name == "lm_head.weight")
-        if not spare:
-            shapes.setdefault(name, tensor.shape)
+    shapes |= _others(tensors, scheme, shapes, tied=tied)
     row = Architecture(
         model_type=str(config.get("model_type")),
         blocks=blocks,
         groups=tuple((name,) for name in inside),
         previous_ops=("",) * len(inside),
         residual_sources=("",) * len(inside),
+        head=HEAD,
         keys=MappingProxyType({**USUAL_KEYS}),
         aliases=ALIASES,
         defaults=MappingProxyType({"tie_word_embeddings": tied}),
@@ -77,6 +76,16 @@ def architecture(
         alone=True,
     )
     return row, ""
+
+
+def _others(
+    tensors: Mapping[str, TensorFacts], scheme: Storage, linears: Collection[str], *, tied: bool
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that belong to no linear of a block and that the model reads."""
+    parts = (*scheme.suffixes, *scheme.optional, *scheme.zeros)
+    packed = {f"{name.removesuffix('.weight')}.{part}" for name in linears for part in parts}
+    unread = packed | set(linears) | ({f"{HEAD}.weight"} if tied else set())
+    return {name: t.shape for name, t in tensors.items() if name not in unread and not name.endswith(_LEFT_OVER)}
 
 
 def unsuitable(config: Mapping[str, Any], tensors: Mapping[str, TensorFacts]) -> str:

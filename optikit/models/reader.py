@@ -62,21 +62,15 @@ def read(directory: Path) -> ModelFacts:
     """
     settings = config.load(directory)
     where = directory / "config.json"
-    scheme, tensors = quantization.scheme(settings, where), None
-    if architectures.find(str(settings.get("model_type")), settings) is None:
-        tensors = headers.read_directory(directory)
-    architecture = _architecture(settings, where, tensors, scheme)
+    architecture = architecture_of(directory, settings)
     _check_required(architecture, settings, where)
     expected.check_settings(architecture, settings, where)
-    tensors = tensors or headers.read_directory(directory)
+    scheme = quantization.scheme(settings, where)
+    tensors = headers.read_directory(directory)
     figures = _figures(architecture, architecture.meant(settings), where)
     stated = quantization.stated_shapes(directory, tensors) if scheme.states_shape else {}
     named = {name: tensors[stored] for stored, name in architecture.full_names(tensors).items()}
-    if scheme.trait == traits.DENSE and any(name.endswith(".qweight") for name in named):
-        message = f"{directory} holds packed weights, and config.json has no quantization_config"
-        raise RecipeError(
-            message, fix="copy the contents of quantize_config.json into config.json, with a quant_method"
-        )
+    _check_told(scheme, named, directory)
     tied = bool(architecture.meant(settings).get("tie_word_embeddings", False))
     linears = _linears(architecture, scheme, named, figures["layers"], directory, stated)
     described = tokenizer.describe(directory)
@@ -165,8 +159,9 @@ def architecture_of(directory: Path, settings: Mapping[str, Any]) -> Architectur
     """
     where = directory / "config.json"
     found = architectures.find(str(settings.get("model_type")), settings)
-    scheme = quantization.scheme(settings, where)
-    return found or _architecture(settings, where, headers.read_directory(directory), scheme)
+    if found is not None:
+        return found
+    return _architecture(settings, where, headers.read_directory(directory), quantization.scheme(settings, where))
 
 
 def _architecture(
@@ -185,6 +180,13 @@ def _architecture(
         told = f", and can't be walked without a row: {why}" if why else ""
         raise RecipeError(f"{where}: model_type {model_type!r} isn't known here{told}", fix=fix)
     return found
+
+
+def _check_told(scheme: Storage, tensors: Mapping[str, TensorFacts], directory: Path) -> None:
+    if scheme.trait == traits.DENSE and any(name.endswith(".qweight") for name in tensors):
+        message = f"{directory} holds packed weights, and config.json has no quantization_config"
+        fix = "copy the contents of quantize_config.json into config.json, with a quant_method"
+        raise RecipeError(message, fix=fix)
 
 
 def _check_required(architecture: Architecture, settings: Mapping[str, Any], where: Path) -> None:
