@@ -13,7 +13,7 @@ Limit = Annotated[float | None, typer.Option(min=0, help="Limit of a good reques
 def bench(
     targets: Annotated[
         list[str],
-        typer.Argument(metavar="URL|DIR …", help="Servers that speak OpenAI's API, or models to serve for it."),
+        typer.Argument(metavar="URL|DIR …", help="Servers with OpenAI's API, or models to serve for it."),
     ],
     prompts: Annotated[
         Path, typer.Option(help="JSON Lines of {prompt}, or of {prompt, max_tokens}; or lines.", show_default=False)

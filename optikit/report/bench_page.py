@@ -15,7 +15,7 @@ from optikit.report.write import put
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-HEADER = ("Variant", "Load", "Requests", "Errors", "TTFT", "TPOT", "End to end", "Tokens/s", "Good", "$ per M out")
+HEADER = ("Variant", "Load", "Requests", "Errors", "TTFT, ms", "TPOT, ms", "E2E, ms", "Tokens/s", "Good", "$ per M out")
 SAME_HEADER = ("Variant", "Prompts", "Same first token", "Same answer")
 NONE = "–"
 
@@ -68,8 +68,8 @@ def _rows(bench: Bench) -> Iterator[tuple[str, ...]]:
 def _timed(value: float | None, ci95: tuple[float, float] | None) -> str:
     if value is None:
         return NONE
-    spread = f" ({text.milliseconds(ci95[0])}–{text.milliseconds(ci95[1])})" if ci95 is not None else ""
-    return text.milliseconds(value) + spread
+    spread = f" ({text.number(ci95[0])}–{text.number(ci95[1])})" if ci95 is not None else ""
+    return text.number(value) + spread
 
 
 def _same(bench: Bench) -> Iterator[tuple[str, ...]]:
@@ -83,7 +83,7 @@ def _same(bench: Bench) -> Iterator[tuple[str, ...]]:
 def notes(bench: Bench) -> tuple[str, ...]:
     """Say how figures are to be read."""
     found = [
-        "TTFT: time to the first token, TPOT: time per token after it; medians with 95 % intervals.",
+        "TTFT: time to the first token, TPOT: time per token after it, E2E: to the last; medians with 95 % intervals.",
         "Times count from when a request was due, not from when a client got round to it.",
         "At a time: each client asks again when it is answered. Requests/s: at random times, whatever comes back.",
     ]
