@@ -14,6 +14,8 @@ from optikit.store import files, manifest
 from optikit.store.manifest import NAME, UNSEALED_VERSION, Damage, Manifest, damages
 
 REPORTS = ("report.json", "report.md", "report.html")
+SIGNATURE = "model.sig"
+"""Covers the seal, and so can't be part of it; OpenSSF's `model_signing verify` reads it."""
 BESIDE = ("recipe.yaml", "optikit.lock", *REPORTS)
 """Written beside an output by versions whose seal didn't cover them."""
 MADE_AGAIN = "run its recipe again into a new directory; what is in the store is used again"
@@ -59,7 +61,8 @@ def verify(directory: Path) -> Verified:
 
 
 def _is_beside(one: Damage, sealed: Manifest) -> bool:
-    return one.unlisted and sealed.schema_version == UNSEALED_VERSION and one.path in BESIDE
+    former = sealed.schema_version == UNSEALED_VERSION and one.path in BESIDE
+    return one.unlisted and (former or one.path == SIGNATURE)
 
 
 def output(directory: Path) -> tuple[Manifest, dict[str, Any]]:

@@ -30,6 +30,7 @@ VERBS = {
     "generate": "Generate text with what a run wrote.",
     "serve": "Serve what a run wrote behind OpenAI's API.",
     "bench": "Load servers or artifacts and compare what their clients see.",
+    "publish": "Put what a run wrote on a hub, in a registry or a bucket.",
     "cache": "Look after the store of finished steps.",
     "env": "Look after the environments that some backends run in.",
 }

@@ -2,42 +2,73 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from optikit.progress import reader_gone
+from optikit.text import dump_json
+
 if TYPE_CHECKING:
     from optikit.runtime.decoder import Decoder
-    from optikit.runtime.generate import TextGenerator
+    from optikit.runtime.generate import Drawing, TextGenerator
+
+
+Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="What to say to the model.", show_default=False)]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        help="File of prompts instead: lines, or JSON Lines with a `prompt` field. Prints answers as JSON Lines.",
+        show_default=False,
+    ),
+]
+Batch = Annotated[int, typer.Option(min=1, help="Answers to a file of prompts that are written at once.")]
+Chat = Annotated[bool, typer.Option("--chat/--no-chat", help="Use the model's chat template, if it has one.")]
+Template = Annotated[
+    str, typer.Option(help="Name of the chat template to use, of a model with several.", show_default=False)
+]
+Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token; above, tokens are drawn.")]
+TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens of this mass.")]
+TopK = Annotated[int, typer.Option(min=0, help="Draw among this many likeliest tokens; 0 among all.")]
+AcceptorName = Annotated[
+    str,
+    typer.Option(
+        help="What decides on drafts: greedy, rejection, sample_match, typical, or an installed package's. "
+        "By default greedy at temperature 0, rejection above.",
+        show_default=False,
+    ),
+]
+Lossy = Annotated[bool, typer.Option("--allow-lossy", help="Take an acceptor whose text isn't the model's own.")]
+Drafted = Annotated[
+    int | None, typer.Option("--draft-tokens", "-k", min=1, help="Tokens to draft at once.", show_default=False)
+]
 
 
 def generate(
     directory: Annotated[
         Path, typer.Argument(help="Output of `optikit run`, a compiled directory or a model.", show_default=False)
     ],
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="What to say to the model.", show_default=False)
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help="File of prompts instead: lines, or JSON Lines with a `prompt` field. Prints answers as JSON Lines.",
-            show_default=False,
-        ),
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Answers to a file of prompts that are written at once.")] = 1,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    batch: Batch = 1,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
-    chat: Annotated[
-        bool, typer.Option("--chat/--no-chat", help="Use the model's chat template, if it has one.")
-    ] = True,
-    chat_template: Annotated[
-        str, typer.Option(help="Name of the chat template to use, of a model with several.", show_default=False)
-    ] = "",
+    chat: Chat = True,
+    chat_template: Template = "",
+    temperature: Temperature = 0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of all draws.")] = 0,
+    acceptor: AcceptorName = "",
+    allow_lossy: Lossy = False,
+    draft_tokens: Drafted = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print the speed to stderr.")] = False,
 ) -> None:
-    """Generate text, greedily, from what a run wrote: the compiled artifact where there is one."""
+    """Generate text from what a run wrote: the compiled artifact where there is one, with its speculator."""
     from optikit import runtime
     from optikit.app import door
     from optikit.errors import UsageError
@@ -49,68 +80,89 @@ def generate(
     if chat_template and not chat:
         raise UsageError(f"--chat-template {chat_template} and --no-chat exclude each other", fix="leave one out")
     asked = _read_prompts(prompts) if prompts is not None else ()
+    drawing = _drawing(temperature, top_p, top_k, seed=seed, acceptor=acceptor, allow_lossy=allow_lossy)
     _, place = door.enter(directory)
     decoder = runtime.load(directory)
+    if draft_tokens is not None:
+        decoder = _drafting(decoder, draft_tokens)
     from optikit.runtime.generate import TextGenerator
 
-    generator = TextGenerator(decoder, place)
-    turn = chat_template or chat
+    writer = _Writer(decoder, TextGenerator(decoder, place), max_tokens, chat_template or chat, drawing, stats=stats)
     if prompt is None:
-        _answer_all(decoder, generator, asked, max_tokens=max_tokens, chat=turn, batch=batch, stats=stats)
-        return
-    _answer(decoder, generator, prompt, max_tokens=max_tokens, chat=turn, stats=stats)
+        writer.answer_all(asked, batch=batch)
+    else:
+        writer.answer(prompt)
 
 
-def _answer(
-    decoder: Decoder, generator: TextGenerator, prompt: str, *, max_tokens: int, chat: bool | str, stats: bool
-) -> None:
-    """Stream one answer."""
-    import sys
+def _drawing(temperature: float, top_p: float, top_k: int, *, seed: int, acceptor: str, allow_lossy: bool) -> Drawing:
+    """Return how tokens are chosen.
 
-    from optikit.progress import reader_gone
+    Raises:
+        UsageError: There is no such acceptor, it samples nothing, or it is lossy and that wasn't allowed.
+    """
+    from optikit.errors import UsageError
+    from optikit.runtime.generate import Drawing
+    from optikit.runtime.speculation import acceptors
 
-    tokens = generator.encode(prompt, chat=chat)
-    times = []
-    for chunk in generator.answer(tokens, max_tokens):
-        times.append(chunk.at_ns)
-        sys.stdout.write(chunk.text)
-        sys.stdout.flush()
-        if reader_gone(sys.stdout):
-            break
-    sys.stdout.write("\n")
-    if stats:
-        typer.echo(_speed(decoder, times), err=True)
+    if temperature == 0 and (top_p, top_k) != (1.0, 0):
+        raise UsageError("--top-p and --top-k draw, and temperature 0 doesn't", fix="add --temperature 1")
+    sampling = acceptors.Sampling(temperature=temperature, top_p=top_p, top_k=top_k) if temperature else None
+    name = acceptor or ("rejection" if temperature else "greedy")
+    if sampling is None and name in ("rejection", "sample_match"):
+        raise UsageError(f"acceptor {name} draws, and temperature 0 doesn't", fix="add --temperature 1")
+    return Drawing(acceptor=acceptors.make(name, sampling, allow_lossy=allow_lossy), seed=seed)
 
 
-def _answer_all(
-    decoder: Decoder,
-    generator: TextGenerator,
-    prompts: Sequence[str],
-    *,
-    max_tokens: int,
-    chat: bool | str,
-    batch: int,
-    stats: bool,
-) -> None:
-    """Print answers as JSON Lines, in the order of their prompts."""
-    import sys
-    import time
+def _drafting(decoder: Decoder, tokens: int) -> Decoder:
+    """Return a decoder whose speculator drafts so many tokens at once."""
+    from optikit.errors import UsageError
+    from optikit.runtime.speculation.speculator import SpeculatingDecoder
 
-    from optikit.progress import reader_gone
-    from optikit.text import dump_json
+    if not isinstance(decoder, SpeculatingDecoder):
+        raise UsageError("there is no speculator that drafts", fix="leave out --draft-tokens")
+    return SpeculatingDecoder(decoder.target, decoder.speculator.drafting(tokens))
 
-    tokens = [generator.encode(each, chat=chat) for each in prompts]
-    begun, written = time.perf_counter(), 0
-    for prompt, answer in zip(prompts, generator.answers(tokens, max_tokens, batch=batch), strict=True):
-        written += answer.tokens
-        line = {"prompt": prompt, "text": answer.text, "tokens": answer.tokens, "finish": answer.finish}
-        typer.echo(dump_json(line))
-        if reader_gone(sys.stdout):
-            break
-    if stats:
-        seconds = time.perf_counter() - begun
-        per_second = f"{written / seconds:.1f} tokens/s with their prompts, {batch} at once"
-        typer.echo(f"{written} tokens in {len(prompts)} answers, {per_second} ({_where(decoder)})", err=True)
+
+@dataclass(frozen=True)
+class _Writer:
+    """Writes answers to stdout."""
+
+    decoder: Decoder
+    generator: TextGenerator
+    max_tokens: int
+    chat: bool | str
+    drawing: Drawing
+    stats: bool
+
+    def answer(self, prompt: str) -> None:
+        """Stream one answer."""
+        tokens = self.generator.encode(prompt, chat=self.chat)
+        times = []
+        for chunk in self.generator.answer(tokens, self.max_tokens, self.drawing):
+            times.append(chunk.at_ns)
+            sys.stdout.write(chunk.text)
+            sys.stdout.flush()
+            if reader_gone(sys.stdout):
+                break
+        sys.stdout.write("\n")
+        if self.stats:
+            typer.echo(_speed(self.decoder, times), err=True)
+
+    def answer_all(self, prompts: Sequence[str], *, batch: int) -> None:
+        """Print answers as JSON Lines, in the order of their prompts."""
+        tokens = [self.generator.encode(each, chat=self.chat) for each in prompts]
+        begun, written = time.perf_counter(), 0
+        answers = self.generator.answers(tokens, self.max_tokens, batch=batch, drawing=self.drawing)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            written += answer.tokens
+            line = {"prompt": prompt, "text": answer.text, "tokens": answer.tokens, "finish": answer.finish}
+            typer.echo(dump_json(line))
+            if reader_gone(sys.stdout):
+                break
+        if self.stats:
+            seconds = time.perf_counter() - begun
+            per_second = f"{written / seconds:.1f} tokens/s with their prompts, {batch} at once"
+            typer.echo(f"{written} tokens in {len(prompts)} answers, {per_second} ({_where(self.decoder)})", err=True)
 
 
 def _read_prompts(path: Path) -> list[str]:

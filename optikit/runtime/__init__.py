@@ -41,7 +41,7 @@ def find(directory: Path, runtime: str = "auto") -> tuple[str, Path]:
     if runtime not in ("auto", *MARKS):
         raise UsageError(f"there is no runtime {runtime!r}", fix=f"use auto, {' or '.join(MARKS)}")
     wanted = MARKS if runtime == "auto" else {runtime: MARKS[runtime]}
-    for place in (directory, *(directory / inside for inside in INSIDE)):
+    for place in (*(directory / inside for inside in INSIDE if inside != "model"), directory, directory / "model"):
         for name, mark in wanted.items():
             if (place / mark).is_file():
                 return name, place

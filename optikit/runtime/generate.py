@@ -16,6 +16,7 @@ from optikit.errors import UsageError
 from optikit.models import tokenizer
 from optikit.runtime.decoder import Decoder, Tokens
 from optikit.runtime.decoders.checks import check_room
+from optikit.runtime.speculation.acceptors import Acceptor, Greedy
 from optikit.runtime.speculation.batch_loop import write
 from optikit.runtime.speculation.decoding_loop import Finish, Request
 
@@ -35,6 +36,17 @@ class Answer:
     text: str
     tokens: int
     finish: Finish
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How tokens are chosen: what decides on drafts and draws, and the seed of all draws."""
+
+    acceptor: Acceptor
+    seed: int = 0
+
+
+GREEDILY = Drawing(acceptor=Greedy())
 
 
 class TextGenerator:
@@ -118,8 +130,8 @@ class TextGenerator:
             raise UsageError(message, fix="name another template, or use none: --no-chat, `chat: false`") from error
         return text
 
-    def answer(self, tokens: Tokens, max_tokens: int) -> Iterator[Chunk]:
-        """Yield the greedy continuation, one chunk per token, up to the end of text or `max_tokens`.
+    def answer(self, tokens: Tokens, max_tokens: int, drawing: Drawing = GREEDILY) -> Iterator[Chunk]:
+        """Yield the continuation, one chunk per token, up to the end of text or `max_tokens`.
 
         Raises:
             UsageError: The prompt leaves no room.
@@ -127,19 +139,30 @@ class TextGenerator:
         check_room(len(tokens) + 1, self._decoder.max_tokens)
         room = min(max_tokens, self._decoder.max_tokens - len(tokens))
         decoded = DecodeStream(skip_special_tokens=True)
-        for token in self._decoder.greedy(tokens, room):
+        for token in self._continued(tokens, room, drawing):
             at = time.perf_counter_ns()
             if token in self.ends:
                 return
             yield Chunk(text=decoded.step(self.tokenizer, token) or "", at_ns=at)
 
-    def answers(self, prompts: Sequence[Tokens], max_tokens: int, *, batch: int = 1) -> Iterator[Answer]:
-        """Yield the greedy continuations of prompts, in their order, each as soon as it and those before it are whole.
+    def _continued(self, tokens: Tokens, room: int, drawing: Drawing) -> Iterator[int]:
+        if isinstance(drawing.acceptor, Greedy):
+            yield from self._decoder.greedy(tokens, room)
+            return
+        request = Request(max_new_tokens=room, seed=drawing.seed)
+        for _, step in write(self._decoder, [tokens], [request], acceptor=drawing.acceptor):
+            yield from step.tokens
+
+    def answers(
+        self, prompts: Sequence[Tokens], max_tokens: int, *, batch: int = 1, drawing: Drawing = GREEDILY
+    ) -> Iterator[Answer]:
+        """Yield the continuations of prompts, in their order, each as soon as it and those before it are whole.
 
         Args:
             prompts: (n,) token ids each.
             max_tokens: Most tokens of an answer; fewer where the cache ends.
             batch: Answers written at once.
+            drawing: How tokens are chosen; each prompt has a seed of its own, counted from this one.
 
         Raises:
             UsageError: A prompt leaves no room, or the decoder writes one answer at a time.
@@ -147,11 +170,14 @@ class TextGenerator:
         room = self._decoder.max_tokens
         for tokens in prompts:
             check_room(len(tokens) + 1, room)
-        requests = [Request(max_new_tokens=min(max_tokens, room - len(each)), eos=self.ends) for each in prompts]
+        requests = [
+            Request(max_new_tokens=min(max_tokens, room - len(each)), eos=self.ends, seed=drawing.seed + number)
+            for number, each in enumerate(prompts)
+        ]
         written: list[list[int]] = [[] for _ in prompts]
         ended: dict[int, Finish] = {}
         yielded = 0
-        for number, step in write(self._decoder, prompts, requests, batch=batch):
+        for number, step in write(self._decoder, prompts, requests, batch=batch, acceptor=drawing.acceptor):
             written[number] += step.tokens
             if step.finish:
                 ended[number] = step.finish

@@ -258,6 +258,9 @@ CALLS: Mapping[str, Sequence[Sequence[str]]] = {
     "verify": [[WORD], ["sealed"], ["sealed", "--json"]],
     "reproduce": [[WORD], ["sealed"], ["sealed", "--json"]],
     "generate": [[WORD, "--prompt", WORD], ["m", "--prompts", WORD], ["m", "--max-tokens", WORD]],
+    "serve": [[WORD], ["m", "--host", WORD], ["m", "--name", WORD]],
+    "bench": [[WORD, "--prompts", WORD, "--out", "o"], ["m", "--prompts", "r.yaml", "--out", "o", "--clients", WORD]],
+    "publish": [[WORD, WORD], ["sealed", WORD], ["sealed", f"oci:{WORD}"], ["sealed", "o", "--sign", WORD]],
     "cache": [[WORD], ["gc", "--keep", WORD], ["gc", "--max-size", WORD], ["list"], ["list", "--json"]],
     "env": [[WORD], ["build", WORD], ["check", WORD]],
 }
@@ -292,6 +295,7 @@ def without_surrogates(word: str) -> str:
 def sealed(directory: Path, word: str) -> None:
     """Make a sealed directory with a file of a hostile name in it that wasn't sealed."""
     if not (directory / "sealed").exists():
+        (directory / "sealed").unlink(missing_ok=True)  # `cache gc` took what it leads to
         store = Store(directory / "home")
         staged = store.staging(cache_key(name="x"))
         (staged / "config.json").write_text("{}")

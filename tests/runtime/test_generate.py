@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from optikit import runtime
 from optikit.cli.generate import generate
-from optikit.errors import InputMissingError, UsageError
+from optikit.errors import InputMissingError, StageFailedError, UsageError
 from optikit.models import tokenizer
 from optikit.runtime.generate import TextGenerator
 from tests.app.outputs import seal_output
@@ -238,3 +238,82 @@ def test_the_command_prints_the_text_of_greedy_decoding(tiny_onnx, tiny_llama, t
     assert result.stdout == wanted + "\n"
     assert "tokens/s after the first" in result.stderr
     assert ("onnxruntime, float32" if compiled else "transformers, bfloat16") in result.stderr
+
+
+def written(*arguments):
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_drawn_texts_repeat_with_their_seed_and_greedy_ones_need_none(tiny_onnx, tmp_path):
+    asked = [tiny_onnx, "--prompt", "stone", "--max-tokens", "12", "--temperature", "1.5"]
+    assert written(*asked, "--seed", "1") == written(*asked, "--seed", "1")
+    assert written(*asked, "--seed", "1") != written(*asked, "--seed", "2")
+    assert written(*asked, "--top-k", "1") == written(tiny_onnx, "--prompt", "stone", "--max-tokens", "12")
+    (tmp_path / "prompts").write_text("stone\nstone\n")
+    both = written(tiny_onnx, "--prompts", tmp_path / "prompts", "--temperature", "1.5", "--batch", "2", "--seed", "1")
+    one, two = (json.loads(line)["text"] for line in both.splitlines())
+    assert one != two
+    alone = written(tiny_onnx, "--prompts", tmp_path / "prompts", "--temperature", "1.5", "--seed", "1")
+    assert [json.loads(line)["text"] for line in alone.splitlines()] == [one, two]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--top-p", "0.5"], "temperature 0 doesn't"),
+        (["--acceptor", "rejection"], "temperature 0 doesn't"),
+        (["--acceptor", "greedy", "--temperature", "1"], "doesn't sample"),
+        (["--acceptor", "typical", "--temperature", "1"], "is lossy"),
+        (["--acceptor", "none"], "there is no acceptor 'none'"),
+        (["--temperature", "1", "--top-p", "0"], "outside (0, 1]"),
+        (["-k", "3"], "no speculator that drafts"),
+    ],
+)
+def test_draws_that_cannot_be_had(tiny_onnx, arguments, told):
+    result = CliRunner().invoke(app, [str(tiny_onnx), "--prompt", "a", *arguments])
+    assert isinstance(result.exception, UsageError)
+    assert told in str(result.exception)
+
+
+def speculated(tiny_onnx, tmp_path, **tuned):
+    directory = tmp_path / "out"
+    shutil.copytree(tiny_onnx, directory / "compiled" / "onnxruntime")
+    (directory / "speculator").mkdir()
+    told = {"method": "lookup", "lengths": {"2": 4, "1": 2}, "gate": 0.4, "min_window": 2} | tuned
+    (directory / "speculator" / "speculator.json").write_text(json.dumps(told))
+    seal_output(directory)
+    return directory
+
+
+def test_an_installed_acceptor_is_found_by_name_and_held_to_its_word(tiny_onnx, tmp_path, monkeypatch):
+    """A package's entry point, as pip leaves it on disk."""
+    package = tmp_path / "site"
+    (package / "mine-1.dist-info").mkdir(parents=True)
+    (package / "mine-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1\n")
+    points = "[optikit.acceptors]\nfirst_only = mine:FirstOnly\ngreedy_liar = mine:Liar\nbroken = mine:absent\n"
+    (package / "mine-1.dist-info" / "entry_points.txt").write_text(points)
+    (package / "mine.py").write_text(
+        "from optikit.runtime.speculation.acceptors import Acceptance, Greedy\n"
+        "class FirstOnly:\n"
+        "    lossless = True\n"
+        "    def __init__(self, sampling):\n        self.sampling = sampling\n"
+        "    def accept(self, draft, probs, logits, rng):\n"
+        "        kept, token = Greedy().accept(draft[:1], None, logits[: len(draft[:1]) + 1], rng)\n"
+        "        return Acceptance(kept, token)\n"
+        "class Liar(FirstOnly):\n"
+        "    def accept(self, draft, probs, logits, rng):\n        return Acceptance(len(draft) + 1, 0)\n"
+    )
+    monkeypatch.syspath_prepend(str(package))
+    directory = speculated(tiny_onnx, tmp_path)
+    asked = [directory, "--prompt", "on and on and on and", "--max-tokens", "20", "--stats"]
+    greedy = written(*asked)
+    assert written(*asked, "--acceptor", "first_only") == greedy
+    assert written(*asked, "-k", "1") == greedy
+    liar = CliRunner().invoke(app, [*map(str, asked), "--acceptor", "greedy_liar"])
+    assert isinstance(liar.exception, StageFailedError)
+    assert "the acceptor kept 1 of 0 draft tokens" in str(liar.exception)
+    broken = CliRunner().invoke(app, [*map(str, asked), "--acceptor", "broken"])
+    assert isinstance(broken.exception, UsageError)
+    assert "broken of mine:absent can't be had" in str(broken.exception)

@@ -4,14 +4,17 @@
 the tokens) that the model alone would have written. `typical` isn't, and has to be asked for.
 
 An acceptor of your own is any object with `lossless` and `accept`; see `Acceptor`. It is handed the target's logits
-after all penalties, so it has to know nothing of the loop around it.
+after all penalties, so it has to know nothing of the loop around it. A package offers one by an entry point of group
+`optikit.acceptors`: a function from the `Sampling` that is asked for, or None at temperature 0, to the acceptor; its
+name is what `--acceptor` takes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -246,12 +249,16 @@ SAMPLERS: Mapping[str, type[SampleMatch | Rejection | Typical]] = {
 NAMES = ("greedy", *SAMPLERS)
 
 
+GROUP = "optikit.acceptors"
+"""Entry points of other packages' acceptors."""
+
+
 def make(name: str, sampling: Sampling | None = None, *, allow_lossy: bool = False) -> Acceptor:
     """Return the acceptor of a name.
 
     Args:
-        name: One of `NAMES`.
-        sampling: Distribution to sample from; None for `greedy`.
+        name: One of `NAMES`, or what an installed package calls its own.
+        sampling: Distribution to sample from; None is temperature 0.
         allow_lossy: The author accepts that the text will not be the model's own.
 
     Raises:
@@ -261,10 +268,30 @@ def make(name: str, sampling: Sampling | None = None, *, allow_lossy: bool = Fal
         if sampling is not None:
             raise UsageError("acceptor greedy doesn't sample", fix="use rejection or sample_match, or no temperature")
         return Greedy()
-    if name not in SAMPLERS:
-        raise UsageError(f"there is no acceptor {name!r}", fix=f"use {', '.join(NAMES)}")
-    acceptor = SAMPLERS[name](sampling or Sampling())
+    acceptor = SAMPLERS[name](sampling or Sampling()) if name in SAMPLERS else _installed(name, sampling)
     if not (acceptor.lossless or allow_lossy):
         message = f"acceptor {name} is lossy: its text is not the model's own"
-        raise UsageError(message, fix="set allow_lossy: true to accept that, or use rejection")
+        raise UsageError(message, fix="set allow_lossy: true or --allow-lossy to accept that, or use rejection")
+    return acceptor
+
+
+def _installed(name: str, sampling: Sampling | None) -> Acceptor:
+    """Return an acceptor of another package.
+
+    Raises:
+        UsageError: No package offers one of that name, or what it offers is none.
+    """
+    offered = {each.name: each for each in entry_points(group=GROUP)}
+    if name not in offered:
+        raise UsageError(f"there is no acceptor {name!r}", fix=f"use {', '.join((*NAMES, *sorted(offered)))}")
+    try:
+        made: Any = offered[name].load()(sampling)
+        whole = callable(made.accept) and isinstance(made.lossless, bool)
+    except Exception as error:  # it is anybody's program
+        message = f"acceptor {name} of {offered[name].value} can't be had: {type(error).__name__}: {error}"
+        raise UsageError(message, fix="see the package that brings it") from error
+    if not whole:
+        message = f"acceptor {name} of {offered[name].value} has no `lossless` that is true or false"
+        raise UsageError(message, fix="see the package that brings it")
+    acceptor: Acceptor = made
     return acceptor

@@ -16,7 +16,7 @@ from typing import Literal, Protocol, cast
 
 import numpy as np
 
-from optikit.errors import UsageError
+from optikit.errors import StageFailedError, UsageError
 from optikit.runtime.decoder import BatchDecoder, Decoder, Logits, Tokens
 from optikit.runtime.decoders.checks import check_room
 from optikit.runtime.speculation.acceptors import Acceptor
@@ -164,6 +164,9 @@ class Row:
 
         Args:
             logits: (rows, vocab) of the window.
+
+        Raises:
+            StageFailedError: The acceptor keeps more than was drafted, or adds a token that there is none of.
         """
         draft, length = self._draft, self._length
         drafted = self._text[length : length + len(draft.tokens)]
@@ -171,6 +174,9 @@ class Row:
         if self._request.processors:
             logits = _process(logits, self._text, length, self._request.processors)
         accepted, token = self._acceptor.accept(drafted, draft.probs, logits, self._rng)
+        if not (0 <= accepted <= len(drafted) and 0 <= token < logits.shape[1]):
+            said = f"kept {accepted} of {len(drafted)} draft tokens and added token {token} of {logits.shape[1]}"
+            raise StageFailedError(f"the acceptor {said}", fix="mend it: it keeps a beginning of the draft")
         tokens, finish = _append(self._written, [*drafted[:accepted].tolist(), token], self._request)
         self._length += len(tokens)
         self._text[length : self._length] = tokens

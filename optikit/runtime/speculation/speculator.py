@@ -45,6 +45,8 @@ FORMER = {TUNING: "choice.json", DATASTORE: "recall.safetensors"}
 """What older outputs call the same files."""
 DRAFT = "draft"
 COMPILED_DRAFT = "draft/onnxruntime"
+MOST_DRAFTED = 31
+"""Tokens that a lookup drafts at most."""
 AHEAD = 8
 """Tokens that a draft model is asked for at most."""
 
@@ -83,6 +85,20 @@ class Speculator:
         lengths = {str(n): k for n, k in self.lengths.items()}
         found = {"method": self.method, "lengths": lengths, "gate": self.gate, "min_window": self.min_window}
         return found | ({"ahead": self.ahead, "ahead_gate": self.ahead_gate} if self.method in MODELS else {})
+
+    def drafting(self, tokens: int) -> Speculator:
+        """Return the same speculator, drafting so many tokens at once.
+
+        Raises:
+            UsageError: It drafts nothing, or can't draft so many.
+        """
+        if not self.drafts:
+            raise UsageError("there is no speculator that drafts", fix="leave out --draft-tokens")
+        if not 1 <= tokens <= MOST_DRAFTED or (self.ahead and tokens > AHEAD):
+            most = AHEAD if self.ahead else MOST_DRAFTED
+            raise UsageError(f"{tokens} draft tokens can't be had at once", fix=f"use 1 to {most}")
+        lengths = dict.fromkeys(self.lengths, tokens)
+        return replace(self, lengths=lengths, ahead=tokens if self.ahead else 0)
 
     def drafter(self, cached: CachedDrafts | None = None) -> Drafter:
         """Return a new drafter: prompt lookup, the n-gram datastore, heads or a draft model, lookup of one token.
