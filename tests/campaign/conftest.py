@@ -1,8 +1,9 @@
 """The campaign: real kills, damage, full disks and hostile inputs, counted. `pytest tests/campaign -m slow -s`.
 
-OPTIKIT_CAMPAIGN=0.1 does a tenth of it, OPTIKIT_CAMPAIGN_SEED=1 draws other cases, OPTIKIT_CAMPAIGN_OUT=FILE gets the
-figures as a page (`examples/campaign.md`). To look at one case again: OPTIKIT_CAMPAIGN_ONLY=17, and
-OPTIKIT_CAMPAIGN_WORLD=DIR, which keeps what all cases start from. It does a case per core by itself, without -n.
+It does a case per core by itself, without -n. OPTIKIT_CAMPAIGN=0.1 does a tenth of it, OPTIKIT_CAMPAIGN_SEED=1 draws
+other cases, OPTIKIT_CAMPAIGN_OUT=FILE gets the figures as JSON, of which `python -m tests.campaign.figures` makes
+`examples/campaign.md`. To look at one case again: OPTIKIT_CAMPAIGN_ONLY=17, and OPTIKIT_CAMPAIGN_WORLD=DIR, which keeps
+what all cases start from.
 """
 
 from __future__ import annotations
@@ -44,4 +45,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for line in _FIGURES.lines():
         terminalreporter.write_line(line)
     if out := os.environ.get("OPTIKIT_CAMPAIGN_OUT"):
-        _FIGURES.record(Path(out), time.monotonic() - _BEGAN)
+        _FIGURES.write(Path(out), time.monotonic() - _BEGAN)

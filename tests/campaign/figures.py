@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import resource
+import shlex
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from optikit import host
 from tests.benchmarks.record import commit, machine
@@ -40,7 +44,6 @@ def draw(*what: object) -> Random:
 KINDS = ("lost", "silently different", "exit 1", "hung", "not found")
 """What a case may be wrong by that matters most."""
 LIBRARIES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "safetensors", "tokenizers")
-COMMAND = "OPTIKIT_CAMPAIGN_OUT=examples/campaign.md pytest tests/campaign -m slow"
 R = TypeVar("R")
 _FREE_CORES = iter(CORES)
 _POOL = ThreadPoolExecutor(len(CORES), initializer=lambda: os.sched_setaffinity(0, {next(_FREE_CORES)}))
@@ -60,12 +63,14 @@ class Group:
         wanted: How many cases the whole campaign has.
         ended: How many ended how.
         wrong: Cases that ended wrongly: name → why.
+        among: How many were of which kind, where a group has kinds.
     """
 
     name: str
     wanted: int
     ended: Counter[str] = field(default_factory=Counter)
     wrong: dict[str, list[str]] = field(default_factory=dict)
+    among: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
 
     def run(self, cases: Iterable[tuple[str, Callable[[], tuple[str, list[str]]]]]) -> None:
@@ -85,7 +90,9 @@ class Group:
 
     def told(self) -> str:
         """Return how many ended how, in words."""
-        return ", ".join(f"{count} {how}" for how, count in sorted(self.ended.items()))
+        ended = ", ".join(f"{count} {how}" for how, count in sorted(self.ended.items()))
+        kinds = ", ".join(f"{name} {count}" for name, count in self.among.most_common())
+        return f"{ended} ({kinds})" if kinds else ended
 
     def lines(self) -> list[str]:
         """Return the figures as lines of text."""
@@ -117,23 +124,51 @@ class Figures:
         sums = ", ".join(f"{sum(kind in reason for reason in why)} {kind}" for kind in KINDS)
         return f"{sum(group.count for group in self.groups)} cases: {sums}"
 
-    def record(self, path: Path, seconds: float) -> None:
-        """Write a page with the figures, and what they were measured with."""
-        rows = [f"| {g.name} | {g.count} | {g.told()} | {len(g.wrong)} | {g.seconds:.0f} |" for g in self.groups]
-        page = f"""\
+    def write(self, path: Path, seconds: float) -> None:
+        """Write the figures as JSON, with what they were measured by and on."""
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        found = {
+            "command": shlex.join(
+                ["pytest", *(each for each in sys.argv[1:] if each.startswith("tests") or each in "-m slow")]
+            ),
+            "commit": commit(),
+            "date": f"{datetime.now(UTC):%-d %B %Y}",
+            "machine": machine({"host": host.describe(), "versions": host.versions(LIBRARIES)}),
+            "minutes": seconds / 60,
+            "processor_minutes": sum(each.ru_utime + each.ru_stime for each in used) / 60,
+            "cores": len(CORES),
+            "seed": SEED,
+            "sums": self.sums(),
+            "groups": [[g.name, g.count, g.told(), len(g.wrong)] for g in self.groups],
+        }
+        path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+def page(parts: Sequence[dict[str, Any]]) -> str:
+    """Return a page of what one or several runs of the campaign counted."""
+    rows = "\n".join(f"| {' | '.join(map(str, row))} |" for part in parts for row in part["groups"])
+    runs = "\n".join(
+        f"- `{part['command']}`: {part['sums']}; commit {part['commit']}, {part['date']}, seed {part['seed']}, "
+        f"{part['minutes']:.0f} min, {part['processor_minutes']:.0f} min of processor time on {part['cores']} cores"
+        for part in parts
+    )
+    machines = "\n\n".join(dict.fromkeys(part["machine"] for part in parts))
+    return f"""\
 # The campaign
 
 Kills, damage, full disks, tampered outputs and hostile inputs against real runs of a tiny model through every kind of
-step. Written by `{COMMAND}`: these counts were counted.
+step; every count was counted. Each run was told to write its figures by `OPTIKIT_CAMPAIGN_OUT=PART.json`, and
+`python -m tests.campaign.figures PART.json … > examples/campaign.md` wrote this page.
 
-| what was done | cases | how they ended | wrong | seconds |
-|---|---|---|---|---|
-{chr(10).join(rows)}
+| what was done | cases | how they ended | wrong |
+|---|---|---|---|
+{rows}
 
-{self.sums()}.
+{runs}
 
-Commit {commit()}, {datetime.now(UTC):%-d %B %Y}, seed {SEED}: {seconds / 60:.0f} min, {len(CORES)} cases at a time.
-
-{machine({"host": host.describe(), "versions": host.versions(LIBRARIES)})}
+{machines}
 """
-        path.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page([json.loads(Path(part).read_text(encoding="utf-8")) for part in sys.argv[1:]]))

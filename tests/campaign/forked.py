@@ -25,12 +25,13 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
+BUILDER = "onnxruntime_genai.models.builder"
 IMPORTED = (
     *("optikit.app.run", "optikit.app.recommend", "optikit.plan", "optikit.recipe.load", "optikit.report.assemble"),
     *("optikit.report.summary", "optikit.report.write", "optikit.report.compare", "optikit.store.maintenance"),
     *("optikit.execution.worker", "optikit.calibration.walk", "optikit.formats.loadable", "optikit.training"),
     *("torch", "torch._dynamo", "scipy.stats", "onnx", "onnxruntime", "onnxruntime_genai", "safetensors.torch", "peft"),
-    *("accelerate", "bitsandbytes", "tokenizers", "jinja2", "psutil", "sympy", "tensorboard"),
+    *(BUILDER, "accelerate", "bitsandbytes", "tokenizers", "jinja2", "psutil", "sympy", "tensorboard"),
     *("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"),
     *("transformers.models.llama.modeling_llama", "transformers.models.bloom.modeling_bloom"),
     *("transformers.modeling_utils", "transformers.tokenization_utils_tokenizers"),
@@ -40,7 +41,7 @@ FIRST_FREE, MOST_FILES = 3, 4096
 
 
 class Forked(subprocess.Popen[bytes]):
-    """Starts a module of optikit in a forked process, and any other program as usual."""
+    """Starts a module of optikit, or the model builder, in a forked process, and any other program as usual."""
 
     def _execute_child(self, args: Sequence[str], *how: Any) -> None:
         """Override how the standard library starts a program; see `subprocess.Popen._execute_child`, Python 3.11."""
@@ -64,7 +65,7 @@ def _tied_module(args: Sequence[str]) -> tuple[int, str, list[str]] | None:
     if len(words) < 9 or words[0] != sys.executable or words[4] != "tied" or words[6] != sys.executable:
         return None
     rest = [word for word in words[7:] if word != "-P"]
-    if rest[0] != "-m" or not rest[1].startswith("optikit."):
+    if rest[0] != "-m" or not rest[1].startswith(("optikit.", BUILDER)):
         return None
     return int(words[5]), rest[1], rest[2:]
 

@@ -295,7 +295,9 @@ def an_odd_place(place: Place) -> Case:
             ("targets", "--targets", odd),
         ),
         *(("plan", place.recipe(), "--targets", odd), ("plan", place.recipe(), "--out", odd)),
-        ("generate", place.world.out, "--prompts", odd),
+        *(("generate", place.world.out, "--prompts", odd), ("serve", odd), ("reproduce", odd)),
+        ("bench", "http://127.0.0.1:1", "--prompts", odd, "--out", out),
+        ("bench", odd, "--prompts", place.recipe(), "--out", out),
         ("plan", place.recipe(lambda recipe: recipe.update(model=str(odd)))),
         ("plan", place.recipe(lambda recipe: recipe["calibration"].update(text=str(odd)))),
         ("plan", place.recipe(lambda recipe: recipe.update(extends=str(odd)))),
@@ -310,7 +312,8 @@ def an_argument(place: Place) -> Case:
         *(("cache", "gc", "--max-size", value), ("cache", "gc", "--keep", value), ("init", "--model", value)),
         *(("init", "--target", value), ("recommend", value), ("recommend", place.model, "--target", value), (value,)),
         *(("plan", place.recipe(), f"--{value}"), ("eval", value, "--out", place.here / "o", "--text", value)),
-        ("eval", place.model, "--out", place.here / "o", "--task", value),
+        *(("eval", place.model, "--out", place.here / "o", "--task", value), ("serve", value)),
+        ("bench", value, "--prompts", place.recipe(), "--out", place.here / "o", "--timeout", "1"),
         ("run", place.recipe(), "--out", place.here / "o", "--until", value),
         ("run", place.recipe(), "--out", place.here / "o", "--until", "nowhere", "--progress", value),
         ("run", place.recipe(), "--out", place.here / "o", "--until", "nowhere", "--device", value),
@@ -325,8 +328,14 @@ def a_url(place: Place) -> Case:
     port = server.url.split(":")[2].split("/")[0]
     url = server.url if place.random.random() < 0.8 else odd_url(place.random, port)
     url = url.encode("utf-8", "replace").decode()
-    some = ("--timeout", "2", "--requests", "2", "--concurrency", "1", "--new-tokens", "3", "--progress", "none")
-    arguments = ("eval", url, "--out", place.here / "o", "--text", text, *some)
+    some = ("--out", place.here / "o", "--timeout", "2", "--requests", "2", "--new-tokens", "3", "--progress", "none")
+    arguments = place.random.choice(
+        [
+            ("eval", url, "--text", text, "--concurrency", "1", *some),
+            ("eval", url, "--text", text, "--concurrency", "1", *some),
+            ("bench", url, "--prompts", text, "--clients", "1", *some),
+        ]
+    )
     return Case("url", arguments, server.stop)
 
 

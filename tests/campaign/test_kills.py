@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.campaign.commands import Command
-from tests.campaign.figures import Figures, chosen, draw
+from tests.campaign.figures import Figures, Group, chosen, draw
 from tests.campaign.world import Step, World
 
 pytestmark = pytest.mark.slow
@@ -30,11 +30,11 @@ LEFT = ("tmp", "jobs", "scratch")
 def test_kills_in_every_step(world: World, figures: Figures, tmp_path: Path) -> None:
     group = figures.group("kills in steps, each followed by a resume", IN_STEPS)
     cases = [(number, world.steps[number % len(world.steps)]) for number in chosen(IN_STEPS)]
-    group.run((f"{n}: {step.name}", _case(world, step, n, tmp_path / str(n))) for n, step in cases)
+    group.run((f"{n}: {step.name}", _case(world, group, step, n, tmp_path / str(n))) for n, step in cases)
     assert group.wrong == {}
 
 
-def _case(world: World, step: Step, number: int, here: Path) -> Callable[[], tuple[str, list[str]]]:
+def _case(world: World, group: Group, step: Step, number: int, here: Path) -> Callable[[], tuple[str, list[str]]]:
     def run() -> tuple[str, list[str]]:
         random, cold = draw("kill", step.name, number), number % COLD == 0
         home = world.without(here / "home", step)
@@ -53,6 +53,7 @@ def _case(world: World, step: Step, number: int, here: Path) -> Callable[[], tup
         left = [f"{path.parent.name}/{path.name}"[:40] for each in LEFT for path in (home / each).iterdir()]
         wrong += [f"left {left}"] if left and again.code == 0 else []
         wrong += first.faults([-signal.SIGKILL, 137])
+        group.among[step.name.lstrip("0123456789-")] += 1
         shutil.rmtree(here)
         return f"{hit} killed{', in a fresh interpreter' if cold else ''}", wrong
 
