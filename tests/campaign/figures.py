@@ -129,7 +129,7 @@ class Figures:
         used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         found = {
             "command": shlex.join(
-                ["pytest", *(each for each in sys.argv[1:] if each.startswith("tests") or each in "-m slow")]
+                ["pytest", *(each for each in sys.argv[1:] if each.startswith("tests") or each in ("-m", "slow"))]
             ),
             "commit": commit(),
             "date": f"{datetime.now(UTC):%-d %B %Y}",
