@@ -10,8 +10,9 @@ import platform
 import sys
 import traceback
 from datetime import UTC, datetime
+from pathlib import Path
 
-from optikit.errors import DiskError, OptikitError, RecipeError
+from optikit.errors import DiskError, InputMissingError, OptikitError, RecipeError
 
 
 def known(error: Exception) -> OptikitError | None:
@@ -20,11 +21,22 @@ def known(error: Exception) -> OptikitError | None:
 
     if isinstance(error, RecursionError):
         return RecipeError("what was read is nested too deeply", fix="look for a file with thousands of brackets")
+    if isinstance(error, FileNotFoundError) and error.filename is None and not _has_directory():
+        return InputMissingError("the directory that optikit was started in is gone", fix="change to one that is there")
     found = ran_out(error)
     if found is None and isinstance(error, OSError) and error.filename is not None:
         place = str(error.filename)[:200]
         found = DiskError(f"{place}: {error.strerror}", fix="check that path, and who may read and write it")
     return found
+
+
+def _has_directory() -> bool:
+    """Return whether this process's working directory still exists."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def write_report(error: Exception) -> str:

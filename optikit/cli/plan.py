@@ -187,16 +187,11 @@ class _Mending:
         return ()
 
     def _put(self, text: str) -> bytes:
-        from optikit.errors import CannotCreateError
+        from optikit.report.write import put
 
-        mark = b"\xef\xbb\xbf" if self.content.startswith(b"\xef\xbb\xbf") else b""
-        content = mark + text.encode()
-        try:
-            self.recipe.write_bytes(content)
-        except OSError as error:
-            message = f"can't write the recipe {str(self.recipe)!r}: {error.strerror or error}"
-            raise CannotCreateError(message, fix="plan a copy of it that you may write") from None
-        return content
+        content = "\ufeff" + text if self.content.startswith(b"\xef\xbb\xbf") else text
+        put(self.recipe, content, fix="plan a copy of it that you may write")
+        return content.encode()
 
 
 def _unsafe_notes(bold: Repair | None, start: str, late: str) -> list[str]:

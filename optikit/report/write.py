@@ -63,27 +63,36 @@ def load(path: Path) -> Report:
         raise IntegrityError(message, fix="run the recipe again; finished steps are kept") from error
 
 
-def put(path: Path, content: str) -> None:
+def put(path: Path, content: str, *, fix: str = "choose another --out directory") -> None:
     """Write a UTF-8 file atomically: a temporary file beside it, flushed to disk, then renamed over it.
 
+    A link stays, and what it leads to is replaced; a device or a pipe would be lost by that, so none is.
+
     Raises:
-        CannotCreateError: It can't be made there.
+        CannotCreateError: It can't be made there, or something else than a file is there.
         DiskError: The disk is full or fails.
     """
     if not path.name:
         raise CannotCreateError(f"{str(path)!r} is no name for a file", fix="name the file to write")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    place = Path(os.path.realpath(path))
+    if place.exists() and not place.is_file():
+        raise CannotCreateError(f"{path} is not a regular file", fix="choose another name")
+    if place.exists() and not os.access(place, os.W_OK):  # renaming would not ask
+        raise CannotCreateError(f"{path}: Permission denied", fix=fix)
+    temporary = place.with_name(f".{place.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("w", encoding="utf-8", newline="\n") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
+            if place.exists():
+                temporary.chmod(place.stat().st_mode & 0o7777)
+            temporary.replace(place)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         if error.errno in DISK_ERRNOS:
             raise DiskError(f"{path}: {error.strerror}", fix="free some space, then run `optikit report`") from error
-        raise CannotCreateError(f"{path}: {error.strerror}", fix="choose another --out directory") from error
+        raise CannotCreateError(f"{path}: {error.strerror}", fix=fix) from error

@@ -162,6 +162,14 @@ def test_a_bug_without_a_store_is_told_whole(monkeypatch, tmp_path):
     assert "KeyError" in written.read_text(encoding="utf-8")
 
 
+def test_a_working_directory_that_is_gone_is_told(say, tmp_path):
+    (tmp_path / "r.yaml").write_text("model: m\n", encoding="utf-8")
+    (tmp_path / "work").rmdir()
+    code, err = say("plan", str(tmp_path / "r.yaml"))
+    assert code == 66
+    assert err.startswith("error: the directory that optikit was started in is gone\n")
+
+
 def test_what_the_machine_or_a_file_did_is_no_bug():
     found = crash.known(PermissionError(13, "Permission denied", "/x/" + "y" * 500))
     assert isinstance(found, DiskError)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -177,14 +179,23 @@ def test_a_base_recipe_is_not_written_to(say, recipe):
 
 def test_a_recipe_that_cannot_be_written_is_told(say, recipe, monkeypatch):
     recipe(TYPO)
-
-    def refuse(_path: Path, _content: bytes) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr("os.access", lambda _path, mode: mode != os.W_OK)
     code, _out, err = say("plan", "--fix", "r.yaml")
     assert code == 73
-    assert "can't write the recipe 'r.yaml': Permission denied" in err
+    assert "r.yaml: Permission denied" in err
+
+
+def test_a_recipe_is_whole_where_its_disk_is_full(say, recipe, monkeypatch):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = recipe(TYPO)
+    before = path.read_bytes()
+    monkeypatch.setattr("os.fsync", full)
+    code, _out, err = say("plan", "--fix", "r.yaml")
+    assert code == 74
+    assert "No space left on device" in err
+    assert path.read_bytes() == before
 
 
 def test_a_source_that_is_missing_is_said_of_the_mended_recipe(say, recipe):

@@ -75,6 +75,20 @@ def test_an_old_file_stays_when_the_new_one_cannot_be_put_in_place(full_report, 
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_a_link_and_a_mode_stay_and_a_pipe_is_not_replaced(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "real").chmod(0o640)
+    (tmp_path / "link").symlink_to("real")
+    write.put(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+    assert (tmp_path / "real").stat().st_mode & 0o777 == 0o640
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CannotCreateError, match="pipe is not a regular file"):
+        write.put(tmp_path / "pipe", "x")
+    assert not (tmp_path / "pipe").is_file()
+
+
 def test_a_file_in_the_way_of_the_directory(full_report, tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(CannotCreateError, match="out"):
