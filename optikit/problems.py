@@ -29,7 +29,7 @@ class Mark:
         return f"{self.file}:{self.line}:{self.column}"
 
 
-Edit = Literal["write", "entry", "drop", "align", "item", "list", "indent", "name", "merge"]
+Edit = Literal["write", "entry", "drop", "beside", "align", "item", "list", "indent", "name", "merge"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,8 @@ class Hint:
 
     Attributes:
         edit: `write` puts `text` in the place of the marked key or value, `entry` in the place of the marked key and
-            its value, `drop` takes both away. The others mend the layout around the mark: see `rules.yaml_hints`.
+            its value, `drop` takes both away, `beside` puts `text` behind the entry whose value is marked. The others
+            mend the layout around the mark: see `rules.yaml_hints`.
         text: What to write.
         told: What that is, as a clause: "rename 'w_bit' to 'bits'".
         lost: What the author wrote that is gone afterwards, as a clause; nothing where the meaning stays.

@@ -18,6 +18,9 @@ from typing import Any
 from optikit.errors import InputMissingError
 from optikit.fileio import read_regular
 
+MOST_BYTES = 2**30
+"""Of a text."""
+
 
 def read(path: Path) -> str:
     r"""Read a UTF-8 text, which may begin with a byte order mark; lines that end in \r\n end in \n.
@@ -26,10 +29,12 @@ def read(path: Path) -> str:
         InputMissingError: No such file, no regular one, or it isn't UTF-8.
     """
     try:
-        content = read_regular(path)
+        content = read_regular(path, MOST_BYTES + 1)
     except OSError as error:
         message = f"{path} doesn't exist" if isinstance(error, FileNotFoundError) else f"{path}: {error.strerror}"
         raise InputMissingError(message, fix="check the path of the text") from error
+    if len(content) > MOST_BYTES:
+        raise InputMissingError(f"{path} has more than {MOST_BYTES} bytes, which no text may have", fix="cut it")
     return decode(content, path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from hypothesis import given
@@ -73,3 +74,14 @@ def test_deep_nesting_is_no_record():
 )
 def test_json_is_told_from_prose(text, fields):
     assert records.json_fields(text) == fields
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.mkdir()])
+def test_what_has_no_end_is_no_text(tmp_path, monkeypatch, make):
+    make(tmp_path / "a")
+    with pytest.raises(InputMissingError, match="a: not a regular file"):
+        records.read(tmp_path / "a")
+    monkeypatch.setattr(records, "MOST_BYTES", 10)
+    (tmp_path / "b").write_text("x" * 11)
+    with pytest.raises(InputMissingError, match="b has more than 10 bytes"):
+        records.read(tmp_path / "b")

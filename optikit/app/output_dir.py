@@ -25,7 +25,7 @@ from optikit.errors import CannotCreateError, DiskError, IntegrityError, LockedE
 from optikit.fileio import file_sha256
 from optikit.store import files, manifest
 from optikit.store.manifest import NAME, Damage
-from optikit.store.sources import lock_entries
+from optikit.store.sources import LOCK, lock_entries
 from optikit.store.store import directory_digest
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from optikit.recipe.load import LoadedRecipe
     from optikit.store.store import Artifact, Store
 
-RECIPE, LOCK = "recipe.yaml", "optikit.lock"
+RECIPE = "recipe.yaml"
 POLL_SECONDS = 0.2
 
 

@@ -16,7 +16,7 @@ from optikit.plan import Plan, make_plan, room
 from optikit.progress import make as make_progress
 from optikit.recipe.load import LoadedRecipe, loads
 from optikit.store import files
-from optikit.store.sources import check_lock, read_lock
+from optikit.store.sources import LOCK, check_lock, read_lock
 from optikit.store.store import ENVIRONMENTS, Store
 
 COMPARED = ("model/", "compiled/")
@@ -64,7 +64,7 @@ def reproduce(request: Request) -> Reproduced:
         OptikitError: As `optikit run`.
     """
     sealed, values = _sealed(request.directory)
-    lock = read_lock(request.directory / output_dir.LOCK)
+    lock = read_lock(request.directory / LOCK)
     loaded = _recipe(values["recipe"], lock, request)
     store = Store.default()
     with make_progress(request.progress) as progress:
@@ -97,7 +97,7 @@ def _sealed(directory: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     if found.damage:
         raise IntegrityError(f"{directory} is not as it was sealed: {found.damage[0]}", fix=verify.MADE_AGAIN)
     sealed, values = verify.output(directory)
-    if "recipe" not in values or output_dir.LOCK not in sealed.files:
+    if "recipe" not in values or LOCK not in sealed.files:
         message = f"the seal of {directory}, written by optikit {values['optikit']}, has neither recipe nor lock"
         raise InputMissingError(message, fix="run its recipe.yaml again, and reproduce that output")
     return sealed.files, values

@@ -22,7 +22,7 @@ from optikit.progress import make as make_progress
 from optikit.recipe import limits
 from optikit.recipe.load import load
 from optikit.report import assemble, judge
-from optikit.store.sources import check_lock, read_lock
+from optikit.store.sources import LOCK, check_lock, read_lock
 from optikit.store.store import Store
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def _require_lock(plan: Plan, request: Request) -> None:
     if request.update_lock:
         return
     for directory in (request.recipe.parent, request.out):
-        check_lock(read_lock(directory / output_dir.LOCK), plan.sources)
+        check_lock(read_lock(directory / LOCK), plan.sources)
 
 
 def _device(wanted: str) -> str:

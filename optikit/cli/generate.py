@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from optikit.progress import reader_gone
 from optikit.text import dump_json
 
 if TYPE_CHECKING:
-    from optikit.runtime.decoder import Decoder
+    from optikit.runtime.decoder import Decoder, Tokens
     from optikit.runtime.generate import Drawing, TextGenerator
 
 
@@ -79,7 +80,7 @@ def generate(
         raise UsageError(f"--batch {batch} has one prompt to answer", fix="give a file of prompts with --prompts")
     if chat_template and not chat:
         raise UsageError(f"--chat-template {chat_template} and --no-chat exclude each other", fix="leave one out")
-    asked = _read_prompts(prompts) if prompts is not None else ()
+    asked = _read_prompts(prompts) if prompts is not None else []
     drawing = _drawing(temperature, top_p, top_k, seed=seed, acceptor=acceptor, allow_lossy=allow_lossy)
     _, place = door.enter(directory)
     decoder = runtime.load(directory)
@@ -91,7 +92,16 @@ def generate(
     if prompt is None:
         writer.answer_all(asked, batch=batch)
     else:
-        writer.answer(prompt)
+        writer.answer(_whole(prompt))
+
+
+def _whole(prompt: str) -> str:
+    """Return a prompt as the shell gave it, U+FFFD in the place of each byte that is no UTF-8; that is told."""
+    whole = re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", prompt)
+    if whole != prompt:
+        wrong = sum(ours != theirs for ours, theirs in zip(whole, prompt, strict=True))
+        typer.echo(f"warning: the prompt isn't UTF-8: {wrong} bytes of it are put to the model as U+FFFD", err=True)
+    return whole
 
 
 def _drawing(temperature: float, top_p: float, top_k: int, *, seed: int, acceptor: str, allow_lossy: bool) -> Drawing:
@@ -148,12 +158,12 @@ class _Writer:
         if self.stats:
             typer.echo(_speed(self.decoder, times), err=True)
 
-    def answer_all(self, prompts: Sequence[str], *, batch: int) -> None:
-        """Print answers as JSON Lines, in the order of their prompts."""
-        tokens = [self.generator.encode(each, chat=self.chat) for each in prompts]
+    def answer_all(self, prompts: Sequence[tuple[str, str]], *, batch: int) -> None:
+        """Print answers as JSON Lines, in the order of their prompts; each comes with its place in the file."""
+        tokens = [self._encoded(place, prompt) for place, prompt in prompts]
         begun, written = time.perf_counter(), 0
         answers = self.generator.answers(tokens, self.max_tokens, batch=batch, drawing=self.drawing)
-        for prompt, answer in zip(prompts, answers, strict=True):
+        for (_, prompt), answer in zip(prompts, answers, strict=True):
             written += answer.tokens
             line = {"prompt": prompt, "text": answer.text, "tokens": answer.tokens, "finish": answer.finish}
             typer.echo(dump_json(line))
@@ -164,9 +174,27 @@ class _Writer:
             per_second = f"{written / seconds:.1f} tokens/s with their prompts, {batch} at once"
             typer.echo(f"{written} tokens in {len(prompts)} answers, {per_second} ({_where(self.decoder)})", err=True)
 
+    def _encoded(self, place: str, prompt: str) -> Tokens:
+        """Return the tokens of one prompt of a file.
 
-def _read_prompts(path: Path) -> list[str]:
+        Raises:
+            UsageError: It has none, or too many; with its place.
+        """
+        from optikit.errors import UsageError
+
+        try:
+            tokens = self.generator.encode(prompt, chat=self.chat)
+            self.generator.require_room(tokens)
+        except UsageError as error:
+            raise UsageError(f"{place}: {error.message}", fix=error.fix) from error
+        return tokens
+
+
+def _read_prompts(path: Path) -> list[tuple[str, str]]:
     """Read prompts: the `prompt` field of JSON Lines, or the lines of a text that aren't empty.
+
+    Returns:
+        (place, prompt) each: the file and the number of the line or record, as messages name it.
 
     Raises:
         InputMissingError: There is no such file, or it isn't UTF-8.
@@ -181,10 +209,11 @@ def _read_prompts(path: Path) -> list[str]:
     for number, prompt in prompts:
         if not prompt:
             raise UsageError(f"{path}: record {number} has no `prompt`", fix='write {"prompt": "…"}')
-    found = [prompt for _, prompt in prompts if prompt] or [line for _, line in records.lines(text)]
+    kind = "record" if prompts else "line"
+    found = [(number, prompt) for number, prompt in prompts if prompt] or list(records.lines(text))
     if not found:
         raise UsageError(f"{path} holds no prompts", fix='write one per line, or {"prompt": "…"} per line')
-    return found
+    return [(f"{path}, {kind} {number}", prompt) for number, prompt in found]
 
 
 def _where(decoder: Decoder) -> str:

@@ -34,6 +34,8 @@ def init(
         raise UsageError(f"{str(path)!r} is no name for a recipe", fix="end it in .yaml")
     if model is not None and not (model and model.isprintable()):
         raise UsageError(f"{model!r} is no model source", fix="name a directory, or leave --model out")
+    if model and (Path(model) / "config.json").is_file():
+        _require_usable(Path(model))
     text = starter(path, row, model=_from(path.parent, model) if model else MODEL, schema=SCHEMA)
     beside = path.with_name(SCHEMA)
     if not force:
@@ -41,6 +43,18 @@ def init(
     _write(beside, json.dumps(export(), indent=2, ensure_ascii=False) + "\n")
     _write(path, text)
     typer.echo(f"wrote {path} and {beside}; next: optikit plan {path}", err=True)
+
+
+def _require_usable(model: Path) -> None:
+    """Refuse a model directory for which no recipe could be planned; others are looked at when they are fetched.
+
+    Raises:
+        OptikitError: As `optikit plan` would say.
+    """
+    from optikit.models import intake, reader
+
+    intake.admit(model)
+    reader.read(model)
 
 
 def _from(directory: Path, model: str) -> str:

@@ -42,12 +42,14 @@ def plan(
 
     Of a recipe that can't work, problems come first, then the smallest change that takes them away and means the same,
     as a diff; --fix makes it. What would change the meaning is told, and done with --unsafe-fixes only.
-    What --out wrote runs only while recipe, model, texts, target, code and libraries are what they were.
+    What --out wrote runs only while recipe, model, texts, target, code and libraries are what they were. Where a source
+    isn't what optikit.lock beside the recipe says, the plan is printed and the command fails, as `run` would.
     """
     from optikit.errors import RecipeError
     from optikit.plan import make_plan
     from optikit.plan.render import as_json, render
     from optikit.recipe.load import loads, read
+    from optikit.store.sources import LOCK, check_lock, read_lock
     from optikit.store.store import Store
     from optikit.targets import names
     from optikit.text import dump_json
@@ -66,9 +68,10 @@ def plan(
         mending = _Mending(recipe, content, planned, unsafe=unsafe_fixes, took=time.monotonic() - started)
         content = mending.mend(error, write=fix, to_stderr=json)
         made = planned(content, _note)
+    typer.echo(dump_json(as_json(made, store), indent=1) if json else render(made, store))
+    check_lock(read_lock(recipe.parent / LOCK), made.sources)
     if out is not None:
         _write(out, made, loads(content, recipe, overrides=tuple(set_ or ())), tuple(set_ or ()), targets)
-    typer.echo(dump_json(as_json(made, store), indent=1) if json else render(made, store))
 
 
 def _note(line: str) -> None:

@@ -66,7 +66,7 @@ def encode(text: str, by: Tokenizer, *, at_least: int | None = None, special: bo
 
     length = len(text) if at_least is None else min(len(text), 6 * at_least + 2 * MARGIN)
     while True:
-        encoding = by.encode(text[:length], add_special_tokens=special)
+        encoding = tokenizer.encoding(by, text[:length], special=special)
         # special tokens have no place in the text: one at its end stands where the text ends
         ends = np.maximum.accumulate(np.array([end for _, end in encoding.offsets] or [0], np.int64))[: len(encoding)]
         sure = len(ends) if length == len(text) else int(np.searchsorted(ends, length - MARGIN))

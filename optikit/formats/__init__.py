@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optikit.errors import IntegrityError
 from optikit.formats import awq, compressed_tensors, gptq, llm_int8, nf4
 from optikit.formats.checkpoint import Checkpoint, finite
 from optikit.models import architectures, quantization
+from optikit.models.reader import read, tensor_shapes
+from optikit.models.traits import Storage
 
 
 def _gptq(tensors: Mapping[str, Tensor], bits: int) -> Tensor:
@@ -56,7 +59,7 @@ def dequantized_state(directory: Path) -> Iterator[tuple[str, Tensor]]:
     Dense tensors come in the dtype they are stored in, dequantized ones in float32, under the names of the model.
 
     Raises:
-        IntegrityError: A tensor holds NaN or infinity.
+        IntegrityError: A tensor holds NaN or infinity, or would be dropped by a loader and isn't zero.
         RecipeError: The directory is packed in a format that no stage here writes.
     """
     checkpoint = Checkpoint(directory)
@@ -64,7 +67,10 @@ def dequantized_state(directory: Path) -> Iterator[tuple[str, Tensor]]:
     storage = quantization.scheme(config, directory / "config.json")
     row = architectures.find(str(config.get("model_type", "")), config)
     full = {name: name for name in checkpoint} if row is None else row.full_names(list(checkpoint))
+    spare = _require_zero(checkpoint, storage, full, directory)
     for name in checkpoint:
+        if name in spare:
+            continue
         layer, kind = storage.split(name)
         if not storage.packs(layer, checkpoint):
             yield full[name], finite(name, checkpoint.read(name), directory)
@@ -74,6 +80,32 @@ def dequantized_state(directory: Path) -> Iterator[tuple[str, Tensor]]:
             weight = finite(layer, UNPACK[storage.trait](tensors, storage.bits), directory)
             whole = full[name].removesuffix(f".{kind}")
             yield f"{whole}.weight", weight.T.contiguous() if row is not None and row.transposed else weight
+
+
+def _require_zero(checkpoint: Checkpoint, storage: Storage, full: Mapping[str, str], directory: Path) -> frozenset[str]:
+    """Return the tensors that some tools write beside packed linears, and that no module of the model has: all zero.
+
+    Args:
+        checkpoint: The files.
+        storage: How its linears are packed.
+        full: Names in the files → names of the model.
+        directory: For messages.
+
+    Raises:
+        IntegrityError: One isn't zero.
+    """
+    found = {name for suffix in storage.zeros for name in checkpoint if name.endswith(f".{suffix}")}
+    found = {name for name in found if storage.packs(name.rpartition(".")[0], checkpoint)}
+    if found:
+        known = tensor_shapes(read(directory))
+        found = {name for name in found if full[name] not in known}
+    for name in sorted(found):
+        if checkpoint.read(name).any():
+            message = (
+                f"{directory}: {name} isn't zero, and the model has no place for it: what it computes would differ"
+            )
+            raise IntegrityError(message, fix="start from the model before it was quantized")
+    return frozenset(found)
 
 
 def load_state(directory: Path, dtype: torch.dtype) -> dict[str, Tensor]:

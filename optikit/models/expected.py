@@ -198,7 +198,7 @@ def looks_arithmetic(key: str) -> bool:
 def _is_neutral(key: str, value: Any) -> bool:
     """Return whether a value says that nothing is changed."""
     if key == "layer_types":
-        return isinstance(value, list) and set(value) <= {"full_attention"}
+        return isinstance(value, list) and all(kind == "full_attention" for kind in value)
     if isinstance(value, int | float) and value == 1 and type(value) is not bool:
         return bool(re.search(r"scal|multiplier|factor", key))
     return not value

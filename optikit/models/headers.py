@@ -18,6 +18,8 @@ from optikit.models.facts import DTYPE_BYTES, TensorFacts
 from optikit.models.strict_json import FIX, parse_object, read_object
 
 MOST_HEADER_BYTES = 100_000_000
+MOST_TENSORS = 2**18
+"""Tensors of one file: several times what the largest mixture of experts has in all of its files."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MOST_DIMENSIONS = 64
@@ -108,6 +110,9 @@ def _length(prefix: bytes, size: int) -> int:
 def _tensors(header: bytes, data_bytes: int) -> dict[str, TensorFacts]:
     if not header.startswith(b"{"):
         msg = "header doesn't begin with {"
+        raise ValueError(msg)
+    if header.count(b'"data_offsets"') > MOST_TENSORS:
+        msg = f"header of more than {MOST_TENSORS} tensors"
         raise ValueError(msg)
     rows = parse_object(header)
     metadata = rows.pop("__metadata__", {})

@@ -76,7 +76,7 @@ def model_files(directory: Path) -> tuple[str, ...]:
 
     Raises:
         RefusedError: One is a link out of the directory, no regular file, or holds something else.
-        IntegrityError: One stands for a file that Git LFS hasn't fetched.
+        IntegrityError: Weights or JSON are damaged, or stand for a file that Git LFS hasn't fetched.
     """
     with os.scandir(directory) as entries:
         names = sorted(each.name for each in entries if is_model_file(each.name) and not _is_folder(each))
@@ -86,7 +86,9 @@ def model_files(directory: Path) -> tuple[str, ...]:
         _require_fetched(directory / name)
         why = _content(name)(directory / name)
         if why:
-            raise RefusedError(f"{directory / name} is not what its name says: {why}", fix=FIX)
+            damaged = name.endswith((".safetensors", ".json"))  # another text than its name says was put there
+            error = IntegrityError if damaged else RefusedError
+            raise error(f"{directory / name} is not what its name says: {why}", fix=FIX)
     return tuple(names)
 
 
@@ -122,7 +124,7 @@ def require_harmless(directory: Path) -> None:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    return entry.is_dir() and not entry.is_symlink()
+    return entry.is_dir(follow_symlinks=False)
 
 
 def _require_regular(directory: Path, name: str) -> None:

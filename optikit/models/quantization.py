@@ -13,7 +13,7 @@ A linear that was left alone has a plain `weight` in every one of them. Which se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,15 @@ from optikit.models.traits import Storage
 
 NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
 """Suffix of the tensor of an nf4 linear that holds JSON."""
+FOREIGN = frozenset(
+    {"qweight", "qzeros", "weight_packed", "weight_scale", "weight_scale_inv", "weight_shape", "SCB", "absmax"}
+    | {"W_q", "q_weight", "Qidxs", "codes", "gate_up_proj_blocks", "down_proj_blocks"}
+)
+"""Last parts of names that tensors have in packed checkpoints only, whoever wrote them."""
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+"""dtypes in which a weight stands for itself."""
+OLD_SETTINGS = "quantize_config.json"
+"""Where AutoGPTQ kept what config.json has as quantization_config today."""
 
 
 def scheme(config: Mapping[str, Any], where: Path) -> Storage:
@@ -47,6 +56,35 @@ def scheme(config: Mapping[str, Any], where: Path) -> Storage:
         message = f"{where}: linears that match {mixed!r} have another number of bits than the {found.bits} of the rest"
         raise RecipeError(message, fix="quantize the model anew, with one number of bits")
     return found
+
+
+def require_agreement(
+    storage: Storage, linears: Iterable[str], tensors: Mapping[str, TensorFacts], where: Path
+) -> None:
+    """Refuse packed weights that config.json doesn't tell of, and a quantization that no weight has.
+
+    Loaders read codes as weights, or draw random ones in their place.
+
+    Raises:
+        RecipeError: Naming a tensor, or what is promised.
+    """
+    if storage.config:
+        if not any(storage.packs(name, tensors) for name in linears):
+            message = f"{where}: config.json promises weights that are {storage.trait}, and not one is packed"
+            raise RecipeError(message, fix="take quantization_config out of config.json, if the weights are dense")
+        return
+    packed = next((name for name in sorted(tensors) if _is_packed(name, tensors[name])), None)
+    if packed is not None:
+        message = f"{where} holds packed weights ({packed}), and config.json has no quantization_config"
+        fix = "get the config.json that belongs to them, or start from the model before it was quantized"
+        if (where / OLD_SETTINGS).is_file():
+            fix = f"copy the contents of {OLD_SETTINGS} into config.json as quantization_config, with a quant_method"
+        raise RecipeError(message, fix=fix)
+
+
+def _is_packed(name: str, tensor: TensorFacts) -> bool:
+    *_, last = name.rpartition(".")
+    return last in FOREIGN or (last == "weight" and tensor.dtype not in FLOATS)
 
 
 def _dynamic(settings: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

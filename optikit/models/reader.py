@@ -12,6 +12,7 @@ from typing import Any
 from optikit.errors import IntegrityError, RecipeError
 from optikit.models import (
     architectures,
+    arithmetic,
     config,
     expected,
     generic,
@@ -68,9 +69,10 @@ def read(directory: Path) -> ModelFacts:
     scheme = quantization.scheme(settings, where)
     tensors = headers.read_directory(directory)
     figures = _figures(architecture, architecture.meant(settings), where)
+    arithmetic.check(settings, where, layers=figures["layers"], width=figures["head_dim"])
     stated = quantization.stated_shapes(directory, tensors) if scheme.states_shape else {}
     named = {name: tensors[stored] for stored, name in architecture.full_names(tensors).items()}
-    _check_told(scheme, named, directory)
+    quantization.require_agreement(scheme, architecture.names(figures["layers"]), named, directory)
     tied = bool(architecture.meant(settings).get("tie_word_embeddings", False))
     linears = _linears(architecture, scheme, named, figures["layers"], directory, stated)
     described = tokenizer.describe(directory)
@@ -147,7 +149,13 @@ def read_gguf(path: Path) -> ModelFacts:
         traits=frozenset(),
         config=settings,
     )
-    _check_tensors(architecture, traits.rows()[traits.DENSE], facts, tensors, path)
+    try:
+        _check_tensors(architecture, traits.rows()[traits.DENSE], facts, tensors, path)
+    except IntegrityError as error:
+        fix = (
+            "get it again, or start from the model's safetensors directory: the file may hold what isn't computed here"
+        )
+        raise IntegrityError(error.message, fix=fix) from error
     return facts
 
 
@@ -180,13 +188,6 @@ def _architecture(
         told = f", and can't be walked without a row: {why}" if why else ""
         raise RecipeError(f"{where}: model_type {model_type!r} isn't known here{told}", fix=fix)
     return found
-
-
-def _check_told(scheme: Storage, tensors: Mapping[str, TensorFacts], directory: Path) -> None:
-    if scheme.trait == traits.DENSE and any(name.endswith(".qweight") for name in tensors):
-        message = f"{directory} holds packed weights, and config.json has no quantization_config"
-        fix = "copy the contents of quantize_config.json into config.json, with a quant_method"
-        raise RecipeError(message, fix=fix)
 
 
 def _check_required(architecture: Architecture, settings: Mapping[str, Any], where: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from optikit.errors import InputMissingError, IntegrityError, UsageError
 from optikit.models.strict_json import read_object
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 FILE = "tokenizer.json"
 DEFAULT_TEMPLATE = "default"
@@ -154,7 +155,7 @@ def _existing(directory: Path) -> Path:
 
 def opening(by: Tokenizer) -> list[int]:
     """Return the tokens that a tokenizer puts before any text, e.g. <s>: models that know it lean on it."""
-    probe = by.encode("a")
+    probe = encoding(by, "a", special=True)
     own = probe.special_tokens_mask
     return list(probe.ids[: own.index(0)]) if 0 in own else []
 
@@ -175,8 +176,22 @@ def encode(by: Tokenizer, text: str, *, opened: bool = True) -> list[int]:
     except UnicodeEncodeError as error:
         message = f"the text holds half a surrogate pair, {text[error.start]!r}, at character {error.start}"
         raise UsageError(message, fix="write the whole character, in UTF-8") from error
-    own: list[int] = by.encode(text, add_special_tokens=False).ids
+    own: list[int] = encoding(by, text).ids
     return [*opening(by), *own] if opened else own
+
+
+def encoding(by: Tokenizer, text: str, *, special: bool = False) -> Encoding:
+    """Return what the library makes of a text, with the special tokens of the tokenizer's template if asked.
+
+    Raises:
+        IntegrityError: The tokenizer has no token for a part of the text, nor one for what is unknown.
+    """
+    try:
+        return by.encode(text, add_special_tokens=special)
+    except Exception as error:  # the library raises nothing narrower
+        message = f"the model's tokenizer has no tokens for a text that begins {reprlib.repr(text)}: {error}"
+        fix = f"name an unknown token in {FILE} (unk_id, unk_token), or take a tokenizer that has every byte"
+        raise IntegrityError(message, fix=fix) from error
 
 
 def configured(directory: Path) -> Any:

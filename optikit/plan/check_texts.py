@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from optikit.evaluation import task_items, texts
 from optikit.evaluation.windows import FEWEST
 from optikit.models import tokenizer
 from optikit.plan.context import Context, at, stage_inputs
-from optikit.problems import Level, Loc, Problem
+from optikit.problems import Hint, Level, Loc, Problem
 from optikit.recipe.schema import CalibrationText, PerplexityOptions, StageEntry, TaskOptions, Text
 from optikit.stage import Speculating
 from optikit.store.sources import TextSource
@@ -28,9 +29,14 @@ MOST_TIMES = 64
 """Windows of a calibration text overlap; beyond this they teach nothing new, and take time and disk for it."""
 
 
-def problems(context: Context) -> Iterator[Problem]:
-    """Yield why stages or an evaluation would fail on their texts, hours later."""
-    recipe, counter = context.recipe, Counter(context)
+def problems(context: Context, acquired: Path | None = None) -> Iterator[Problem]:
+    """Yield why stages or an evaluation would fail on their texts, hours later.
+
+    Args:
+        context: What the recipe names.
+        acquired: Directory that an earlier run made of the model, where it is a gguf file.
+    """
+    recipe, counter = context.recipe, Counter(context, acquired)
     yield from _tokenizer_problems(context)
     kinds = {wanted.of for _, _, _, wanted in stage_inputs(recipe)}
     if recipe.calibration is not None and "calibration" in kinds:
@@ -53,12 +59,13 @@ def problems(context: Context) -> Iterator[Problem]:
 class Counter:
     """Counts tokens as the model's own tokenizer does, which is loaded where bytes leave a doubt.
 
-    A gguf file's tokenizer is no file yet: there only bytes count, of which a token has one at least.
+    A gguf file's tokenizer is no file until a run has made it one: till then only bytes count, of which a token has one
+    at least and `CERTAIN` at most.
     """
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, acquired: Path | None) -> None:
         self.positions = context.facts.max_positions
-        self._directory = context.model.path if context.facts.tokenizer_sha256 else None
+        self._directory = context.model.path if context.facts.tokenizer_sha256 else acquired
 
     @cached_property
     def by(self) -> Tokenizer | None:
@@ -89,13 +96,12 @@ class Counter:
         # a token is a byte at least, but for two that may open and part a text
         if task_items.tokens_needed(item, max_tokens, lambda text: 2 + len(text.encode())) <= self.positions:
             return 0
-        by = self.by
-        need = (
-            0
-            if by is None
-            else task_items.tokens_needed(item, max_tokens, lambda text: len(tokenizer.encode(by, text)))
-        )
+        need = task_items.tokens_needed(item, max_tokens, self._count)
         return need if need > self.positions else 0
+
+    def _count(self, text: str) -> int:
+        """Return the tokens of a text, or as few as it can have where the tokenizer can't be had yet."""
+        return len(text.encode()) // CERTAIN if self.by is None else len(tokenizer.encode(self.by, text))
 
 
 def _tokenizer_problems(context: Context) -> Iterator[Problem]:
@@ -121,7 +127,15 @@ def _calibration_problems(context: Context, counter: Counter) -> Iterator[Proble
     if wanted.length > counter.positions:
         message = f"calibration windows of {wanted.length} tokens are longer than the model's context"
         fix = f"set length to {counter.positions} or less"
-        yield Problem(code="calibration-exceeds-context", message=message, fix=fix, loc=("calibration", "length"))
+        hint = Hint(edit="write", text=str(counter.positions), told=f"set length to {counter.positions}")
+        written = "length" in wanted.model_fields_set
+        yield Problem(
+            code="calibration-exceeds-context",
+            message=message,
+            fix=fix,
+            loc=("calibration", "length"),
+            hint=hint if written else None,
+        )
     text = texts.read(source.path)
     yield from _json_problems(wanted, text, ("calibration",))
     found = counter.shortage(text, wanted.length)
@@ -161,10 +175,16 @@ def _json_problems(wanted: Text, text: str, place: Loc) -> Iterator[Problem]:
     if fields is None:
         return
     message = f"{wanted.text} is JSON, and would be read as prose, with its braces and names"
-    fix = "make it JSON Lines or a JSON array of objects with texts, and name one in `template`"
+    fix, hint = "make it JSON Lines or a JSON array of objects with texts, and name one in `template`", None
     if fields:
-        fix = f'add `template: "{{{fields[0]}}}\\n"`; its fields are {", ".join(fields)}'
-    yield Problem(code="json-as-prose", message=message, fix=fix, loc=(*place, "text"))
+        template = f'template: "{{{fields[0]}}}\\n"'
+        fix = f"add `{template}`; its fields are {', '.join(fields)}"
+        hint = (
+            Hint(edit="beside", text=template, told=f"add {template}")
+            if len(fields) == 1 and fields[0].isidentifier()
+            else None
+        )
+    yield Problem(code="json-as-prose", message=message, fix=fix, loc=(*place, "text"), hint=hint)
 
 
 def _task_problems(task: TaskOptions, source: TextSource, counter: Counter) -> Iterator[Problem]:
@@ -184,7 +204,8 @@ def _task_problems(task: TaskOptions, source: TextSource, counter: Counter) -> I
     needs = ((item, counter.excess(item, task.max_tokens)) for item in items)
     item, need = next((pair for pair in needs if pair[1]), (items[0], 0))
     if need and task.max_tokens < counter.positions:  # else the measurement itself says so
-        message = f"item {item.id} needs {need} tokens, and the model's context holds {counter.positions}"
+        least = "at least " if counter.by is None else ""
+        message = f"item {item.id} needs {least}{need} tokens, and the model's context holds {counter.positions}"
         fix = "shorten its prompt, leave it out, or lower max_tokens"
         yield Problem(code="item-exceeds-context", message=message, fix=fix, loc=("text",))
 

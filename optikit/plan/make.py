@@ -63,7 +63,11 @@ def make_plan(
     measures = room.fitted(measure_steps(context, steps, _engine_steps(context, steps)), limit)
     steps = room.fitted(steps, limit)
     problems += [*_unjudged(loaded, context, measures), *served_problems(context, steps)]
-    problems += [*text_problems(context), *length_problems(context, measures), *runtime_problems(steps, measures)]
+    problems += [
+        *text_problems(context, _acquired(steps, store)),
+        *length_problems(context, measures),
+        *runtime_problems(steps, measures),
+    ]
     problems += rules.check(_stack(context, steps))
     problems += room.problems(recipe, (*steps, *measures), limit, store)
     warnings = _refuse(loaded, problems)
@@ -151,6 +155,12 @@ def _acquire(context: Context) -> Iterator[Step]:
     if context.model.format == "gguf":
         options = stages.load("acquire", "gguf").Options()
         yield context.step("0-acquire-gguf", ("acquire", "gguf"), options, on=("", context.facts))
+
+
+def _acquired(steps: Sequence[Step], store: Store) -> Path | None:
+    """Return the directory that an earlier run made of a gguf file, where there was one."""
+    made = next((store.find(step.key, verify="size") for step in steps if step.writes == "source"), None)
+    return made.path if made else None
 
 
 def _stage_problems(context: Context, index: int, facts: ModelFacts) -> Iterator[Problem]:

@@ -6,18 +6,25 @@ The JSON is written first: it holds every number, and `optikit report` renders t
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from optikit import text
 from optikit.errors import CannotCreateError, DiskError, InputMissingError, IntegrityError
-from optikit.evaluation.results import Report
+from optikit.evaluation.results import Ratio, Report
 from optikit.fileio import read_regular
 from optikit.process.failure import DISK_ERRNOS
 from optikit.report import former_names, html, markdown
 
 JSON = "report.json"
+MOST_BYTES = 2**24
+"""Of a report.json; those of long recipes have a thousandth of it."""
+LARGEST = 1e100
+MOST_LEVELS = 100
+_AGAIN = "run the recipe again; finished steps are kept"
 
 
 def write(report: Report, out: Path) -> None:
@@ -47,20 +54,42 @@ def load(path: Path) -> Report:
     """
     file = path / JSON if path.is_dir() else path
     try:
-        content = read_regular(file)
+        content = read_regular(file, MOST_BYTES + 1)
     except FileNotFoundError as error:
         fix = "name a directory that `optikit run --out` wrote"
         raise InputMissingError(f"{file}: no such report", fix=fix) from error
     except OSError as error:
         failed = DiskError if error.errno in DISK_ERRNOS else InputMissingError
         raise failed(f"{file}: {error.strerror}", fix="check that the file can be read") from error
+    if len(content) > MOST_BYTES:
+        raise IntegrityError(f"{file} has more than {MOST_BYTES} bytes, which no report has", fix=_AGAIN)
     try:
-        return former_names.renamed(Report.model_validate_json(content))
+        found = Report.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         message = f"{file}: not a report that this version reads: {text.clean(where)}: {text.clean(first['msg'])}"
-        raise IntegrityError(message, fix="run the recipe again; finished steps are kept") from error
+        raise IntegrityError(message, fix=_AGAIN) from error
+    for place, what in _unmeasured(found):
+        raise IntegrityError(f"{file}: {text.clean(place)} is {what}, which nothing measured", fix=_AGAIN)
+    return former_names.renamed(found)
+
+
+def _unmeasured(report: Report) -> Iterator[tuple[str, str]]:
+    """Yield (place, what) for values that no run writes and that can't be put into words or drawn."""
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), report)]
+    while waiting:
+        place, value = waiting.pop()
+        if len(place) > MOST_LEVELS:
+            yield ".".join(place[:3]), f"nested more than {MOST_LEVELS} deep"
+        elif isinstance(value, int | float) and abs(value) > LARGEST:
+            yield ".".join(place), f"larger than {LARGEST:g}"
+        elif isinstance(value, Ratio) and not 1 / LARGEST < value.value < LARGEST:
+            yield ".".join(place), f"a ratio of {value.value:g}"
+        elif isinstance(value, list | tuple):
+            waiting += [((*place, str(index)), each) for index, each in enumerate(value)]
+        elif isinstance(value, BaseModel | Mapping):
+            waiting += [((*place, str(key)), each) for key, each in dict(value).items()]
 
 
 def put(path: Path, content: str, *, fix: str = "choose another --out directory") -> None:

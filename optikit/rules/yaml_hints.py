@@ -85,6 +85,18 @@ def _drop(text: str, mark: Mark, hint: Hint, entries: Mapping[int, Pair]) -> lis
     return [without(text, mapping, place)]
 
 
+def _beside(text: str, mark: Mark, hint: Hint, entries: Mapping[int, Pair]) -> list[Span] | None:
+    """Put the hint's words behind the entry whose value is marked, as another one."""
+    start = _start(text, mark)
+    pairs = (mapping.value[place] + (mapping,) for mapping, place in entries.values())
+    found = next((pair for pair in pairs if pair[1].start_mark.index == start), None)
+    if found is None:
+        return None
+    key, value, mapping = found
+    between = ", " if mapping.flow_style else newline(text) + " " * key.start_mark.column
+    return [Span(last_index(value), last_index(value), between + hint.text)]
+
+
 def _align(text: str, mark: Mark, hint: Hint, entries: Mapping[int, Pair]) -> list[Span] | None:  # noqa: ARG001
     """Indent the marked line as the lines before and behind it are, where these agree."""
     starts = line_starts(text)
@@ -243,6 +255,7 @@ _EDITS: Mapping[Edit, Callable[[str, Mark, Hint, Mapping[int, Pair]], list[Span]
     "write": _write,
     "entry": _entry,
     "drop": _drop,
+    "beside": _beside,
     "align": _align,
     "item": _item,
     "list": _listed,

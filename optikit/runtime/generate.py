@@ -15,7 +15,6 @@ from tokenizers.decoders import DecodeStream
 from optikit.errors import UsageError
 from optikit.models import tokenizer
 from optikit.runtime.decoder import Decoder, Tokens
-from optikit.runtime.decoders.checks import check_room
 from optikit.runtime.speculation.acceptors import Acceptor, Greedy
 from optikit.runtime.speculation.batch_loop import write
 from optikit.runtime.speculation.decoding_loop import Finish, Request
@@ -130,13 +129,24 @@ class TextGenerator:
             raise UsageError(message, fix="name another template, or use none: --no-chat, `chat: false`") from error
         return text
 
+    def require_room(self, tokens: Tokens) -> None:
+        """Refuse a prompt that leaves no room for an answer.
+
+        Raises:
+            UsageError: It fills the decoder's cache.
+        """
+        room = self._decoder.max_tokens
+        if len(tokens) + 1 > room:
+            message = f"a prompt of {len(tokens)} tokens leaves no room for an answer: this model holds {room}"
+            raise UsageError(message, fix="shorten the prompt")
+
     def answer(self, tokens: Tokens, max_tokens: int, drawing: Drawing = GREEDILY) -> Iterator[Chunk]:
         """Yield the continuation, one chunk per token, up to the end of text or `max_tokens`.
 
         Raises:
             UsageError: The prompt leaves no room.
         """
-        check_room(len(tokens) + 1, self._decoder.max_tokens)
+        self.require_room(tokens)
         room = min(max_tokens, self._decoder.max_tokens - len(tokens))
         decoded = DecodeStream(skip_special_tokens=True)
         for token in self._continued(tokens, room, drawing):
@@ -169,7 +179,7 @@ class TextGenerator:
         """
         room = self._decoder.max_tokens
         for tokens in prompts:
-            check_room(len(tokens) + 1, room)
+            self.require_room(tokens)
         requests = [
             Request(max_new_tokens=min(max_tokens, room - len(each)), eos=self.ends, seed=drawing.seed + number)
             for number, each in enumerate(prompts)

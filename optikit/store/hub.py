@@ -81,8 +81,8 @@ def fetch(wanted: Repository, store: Store, *, offline: bool, note: Callable[[st
     """
     key = _key(wanted, wanted.revision)
     final = offline or _COMMIT.fullmatch(wanted.revision) is not None  # else the branch may have moved on
-    known = downloads.recall(store, key, "path", "commit", "file") if final else None
-    if known is not None and Path(known["path"]).exists():
+    known = downloads.recall(store, key, "path", "commit", "file", "names") if final else None
+    if known is not None and _is_whole(Path(known["path"]), known["names"]):
         return Fetched(path=Path(known["path"]), commit=known["commit"], file=known["file"])
     try:
         with files.disk_errors(store.root, f"fetching {wanted}"):
@@ -91,10 +91,20 @@ def fetch(wanted: Repository, store: Store, *, offline: bool, note: Callable[[st
         raise
     except Exception as error:  # the client's transport, server and cache errors have no common base
         raise _unavailable(wanted, error, offline=offline) from error
-    row = {"path": str(fetched.path), "commit": fetched.commit, "file": fetched.file}
+    row = {"path": str(fetched.path), "commit": fetched.commit, "file": fetched.file, "names": _names(fetched.path)}
     for known_as in {key, _key(wanted, fetched.commit)}:
         downloads.remember(store, known_as, row)
     return fetched
+
+
+def _names(path: Path) -> str:
+    """Return the names of the files of a snapshot, one a line; "" for a file alone."""
+    return "\n".join(sorted(each.name for each in path.iterdir())) if path.is_dir() else ""
+
+
+def _is_whole(path: Path, names: str) -> bool:
+    """Say whether a snapshot, or its one file, still has what `_names` told; a link may have lost its blob."""
+    return all((path / name).exists() for name in names.split("\n"))
 
 
 def _key(wanted: Repository, revision: str) -> str:

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from optikit.store.store import Store
 
 Note = Callable[[str], None]
-MOST_TEXT_BYTES = 2**30
+MOST_TEXT_BYTES = records.MOST_BYTES
+LOCK = "optikit.lock"
+"""Name of the file, beside a recipe or in an output, that says what its sources were."""
 MOST_PATH = 4096
 """Characters of a path, by Linux's PATH_MAX."""
 CUT_VERSION = 3
@@ -284,7 +286,7 @@ def _nearby(spec: str, path: Path) -> str:
 
 def _local_model(spec: str, path: Path, store: Store) -> ModelSource:
     if path.is_dir():
-        chosen = hub.choose(spec.rstrip("/"), [entry.name for entry in path.iterdir() if entry.is_file()])
+        chosen = hub.choose(spec.rstrip("/"), [entry.name for entry in path.iterdir() if not entry.is_dir()])
         if not chosen:
             return _directory(spec, "path", path, store, spec)
         path /= chosen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -177,3 +178,40 @@ def test_what_the_machine_or_a_file_did_is_no_bug():
     assert len(found.message) < 300
     assert isinstance(crash.known(RecursionError("maximum recursion depth exceeded")), RecipeError)
     assert crash.known(KeyError("oh")) is None
+
+
+LOCKS = {"another": ({"sha256": "0" * 64}, 76, "changed: sha256 "), "none": ("x", 76, "a row isn't an object")}
+
+
+@pytest.mark.parametrize(("row", "code", "told"), LOCKS.values(), ids=LOCKS)
+def test_a_plan_tells_what_run_would_refuse_by_the_lock(say, tiny_llama, row, code, told):
+    Path("r.yaml").write_text(f"model: {tiny_llama}\n", encoding="utf-8")
+    Path("optikit.lock").write_text(json.dumps({str(tiny_llama): row}), encoding="utf-8")
+    for verb in (["plan"], ["plan", "--out", "p.json"], ["run", "--out", "out"]):
+        ended, err = say(*verb, "r.yaml")
+        assert (ended, told in err) == (code, True), err
+    assert not Path("p.json").exists()
+
+
+OPENING = {
+    "plan": ["plan", "r.yaml"],
+    "run": ["run", "r.yaml", "--out", "out"],
+    "generate": ["generate", "m", "--prompt", "a"],
+    "eval": ["eval", "m", "--out", "out", "--text", "t.txt"],
+    "recommend": ["recommend", "m", "--target", "cpu"],
+    "init": ["init", "new.yaml", "--model", "m"],
+}
+
+
+@pytest.mark.parametrize("verb", OPENING)
+def test_packed_weights_that_nothing_tells_of_are_refused_by_every_verb(say, tiny_gptq, verb):
+    shutil.copytree(tiny_gptq, "m")
+    settings = json.loads(Path("m/config.json").read_text(encoding="utf-8"))
+    del settings["quantization_config"]
+    Path("m/config.json").write_text(json.dumps(settings), encoding="utf-8")
+    Path("r.yaml").write_text("model: m\n", encoding="utf-8")
+    Path("t.txt").write_text("the old stone house " * 500, encoding="utf-8")
+    code, err = say(*OPENING[verb])
+    assert code == 65
+    assert "holds packed weights (model.layers.0." in err
+    assert "and config.json has no quantization_config" in err

@@ -221,3 +221,29 @@ def test_a_file_too_large_to_read_is_not_repaired(say):
     code, out, err = say("plan", "--fix", "r.yaml")
     assert (code, out) == (65, "")
     assert err.endswith("r.yaml has 1 problem\n")
+
+
+HINTS = {
+    "JSON, inline": (
+        "calibration: {text: t.jsonl, samples: 4, length: 32}  # mine\n",
+        'calibration: {text: t.jsonl, template: "{words}\\n", samples: 4, length: 32}  # mine\n',
+    ),
+    "JSON, in lines": (
+        "calibration:\n  text: t.jsonl\n  samples: 4\n  length: 32\n",
+        'calibration:\n  text: t.jsonl\n  template: "{words}\\n"\n  samples: 4\n  length: 32\n',
+    ),
+    "a length beyond the context": (
+        "calibration: {text: prose.txt, samples: 4, length: 9000}\n",
+        "calibration: {text: prose.txt, samples: 4, length: 512}\n",
+    ),
+}
+
+
+@pytest.mark.parametrize(("before", "after"), HINTS.values(), ids=HINTS)
+def test_what_a_message_about_texts_says_is_what_fix_writes(say, tiny_llama, before, after):
+    Path("t.jsonl").write_text(json.dumps({"words": "the old stone house " * 200}) + "\n", encoding="utf-8")
+    Path("prose.txt").write_text("the old stone house " * 2000, encoding="utf-8")
+    start, end = f"model: {tiny_llama}\ntarget: cpu\n", "stages:\n  - quantize: {method: gptq, group_size: 32}\n"
+    Path("r.yaml").write_text(start + before + end, encoding="utf-8")
+    code, _, err = say("plan", "--fix", "r.yaml")
+    assert (code, Path("r.yaml").read_text(encoding="utf-8")) == (0, start + after + end), err

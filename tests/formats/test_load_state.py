@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,21 @@ def test_only_w8a8_rounds_activations(tmp_path):
     assert formats.rounds_activations(tmp_path) == frozenset()
     write(tmp_path, "compressed-tensors")
     assert formats.rounds_activations(tmp_path) == {"a.q_proj"}
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-3])
+def test_a_bias_that_no_module_has_is_zero(tiny_gptq, tmp_path, value):
+    shutil.copytree(tiny_gptq, tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.bias"
+    bias = torch.zeros(tensors["model.norm.weight"].shape[0], dtype=torch.float16)
+    bias[5] = value
+    save_file(tensors | {name: bias}, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    if value:
+        with pytest.raises(IntegrityError, match=f"{name} isn't zero"):
+            formats.load_state(tmp_path / "m", torch.float32)
+    else:
+        assert (
+            formats.load_state(tmp_path / "m", torch.float32).keys()
+            == formats.load_state(tiny_gptq, torch.float32).keys()
+        )

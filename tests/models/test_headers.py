@@ -207,3 +207,11 @@ def test_an_index_that_lies_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "x", "a": "y"}}')
     with pytest.raises(IntegrityError, match="there twice"):
         read_directory(tmp_path)
+
+
+def test_a_header_of_a_million_tensors_is_refused_unread(tmp_path: Path) -> None:
+    rows = ",".join(f'"{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for i in range(2**18 + 1))
+    header = ("{" + rows + "}").encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(IntegrityError, match="more than 262144 tensors"):
+        read_header(tmp_path / "model.safetensors")

@@ -171,6 +171,39 @@ def test_facts_of_a_quantized_directory(name: str, copy: Path) -> None:
     assert facts.weight_bytes < dense.weight_bytes
 
 
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_packed_weights_that_nothing_tells_of_are_refused(name: str, copy: Path) -> None:
+    rename, settings_, _ = QUANTIZED[name]
+    _pack(copy, rename)
+    with pytest.raises(RecipeError, match=r"holds packed weights \(.*\), and config.json has no quantization_config"):
+        read(copy)
+    (copy / "quantize_config.json").write_text(json.dumps(settings_))
+    with pytest.raises(RecipeError) as caught:
+        read(copy)
+    assert "quantize_config.json" in caught.value.fix
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_quantization_that_no_weight_has_is_refused(name: str, copy: Path) -> None:
+    _, settings_, trait = QUANTIZED[name]
+    edit(copy, lambda config: config.update(quantization_config=settings_))
+    with pytest.raises(RecipeError, match=f"promises weights that are {trait}, and not one is packed"):
+        read(copy)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "I8", "U8"])
+def test_a_weight_of_no_float_is_packed(dtype: str, copy: Path) -> None:
+    path = copy / "model.safetensors"
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    rows = json.loads(path.read_bytes()[8 : 8 + length])
+    name = "model.layers.0.mlp.down_proj.weight"
+    rows[name]["dtype"], rows[name]["shape"][0] = dtype, 2 * rows[name]["shape"][0]
+    header = json.dumps(rows).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + path.read_bytes()[8 + length :])
+    with pytest.raises(RecipeError, match=name):
+        read(copy)
+
+
 @pytest.mark.parametrize("shape", [[4, 4], [0, 64], [64], "64x64", [64, 64, 1]])
 def test_a_packed_weight_whose_stated_shape_is_not_its_own_is_refused(shape: Any, copy: Path) -> None:
     _pack(copy, lambda name, weight: nf4(name, weight, shape))

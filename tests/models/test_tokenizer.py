@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from optikit.errors import InputMissingError, IntegrityError, UsageError
+from optikit.evaluation import texts
 from optikit.models import tokenizer
 
 PIPELINES = {
@@ -183,6 +184,20 @@ def test_a_text_is_opened_and_never_ended(tiny_llama, single, text):
 def test_half_a_character_is_refused(tiny_llama):
     with pytest.raises(UsageError, match=r"half a surrogate pair, '\\ud83d', at character 2"):
         tokenizer.encode(tokenizer.load(tiny_llama), "ab\ud83d")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [models.Unigram([("a", -1.0)], None), models.WordLevel({"a": 0}, "?"), models.WordPiece({"a": 0})],
+)
+def test_a_tokenizer_without_a_token_for_the_unknown_says_so(model):
+    by = Tokenizer(model)
+    assert tokenizer.encode(by, "a") == [0]
+    with pytest.raises(IntegrityError, match="has no tokens for a text that begins 'house by the river'") as caught:
+        tokenizer.encode(by, "house by the river")
+    assert "unk_id" in caught.value.fix
+    with pytest.raises(IntegrityError, match="begins 'b'"):
+        texts.encode("b", by)
 
 
 def test_stored_truncation_and_padding_are_off(tmp_path, tiny_llama):

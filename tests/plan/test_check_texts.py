@@ -13,6 +13,7 @@ from optikit.models import tokenizer
 from optikit.plan import make_plan
 from optikit.recipe.load import load
 from optikit.store.store import Store
+from tests.models import gguf_files
 
 
 @pytest.fixture
@@ -265,3 +266,17 @@ def test_windows_that_read_a_text_over_and_over_are_refused(plan, samples, lengt
     assert problem.mark.text.strip() == f"samples: {samples}"
     wanted = int(problem.fix.split()[3])
     plan({"c.txt": PROSE}, {}, stages=GPTQ, calibration=calibration | {"samples": wanted})
+
+
+def test_texts_of_a_gguf_file_are_counted_as_well_as_can_be(plan, tmp_path, tiny_llama, monkeypatch):
+    """Its tokenizer is no file before a run has made it one; then it counts as any other does."""
+    gguf_files.write(tmp_path / "m.gguf", llama__context_length=64)
+    task = '{"prompt": "%s", "answer": "b"}'
+    evaluate = {"tasks": [{"name": "t", "text": "t.jsonl", "max_tokens": 8}]}
+    small = {"model": str(tmp_path / "m.gguf"), "stages": []}
+    found = refused(plan, {"t.jsonl": task % ("x" * 2000)}, evaluate, **small)
+    assert "item 1 needs at least 13" in found["item-exceeds-context"].message
+    plan({"t.jsonl": task % ("x" * 100)}, evaluate, **small)  # may be 7 tokens, or 100
+    monkeypatch.setattr("optikit.plan.make._acquired", lambda *_: tiny_llama)
+    found = refused(plan, {"t.jsonl": task % ("x" * 100)}, evaluate, **small)
+    assert "item 1 needs 10" in found["item-exceeds-context"].message

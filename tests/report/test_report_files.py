@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +41,52 @@ def test_a_missing_report_names_the_file_and_a_fix(tmp_path):
 def test_what_is_no_report_is_said_to_be_none(content, tmp_path):
     (tmp_path / "report.json").write_bytes(content)
     with pytest.raises(IntegrityError, match="not a report"):
+        write.load(tmp_path)
+
+
+DEEP = json.loads("[" * 150 + "]" * 150)
+UNMEASURED = {
+    "a ratio of 0": ({"speedup": {"decode": {"value": 0.0}}}, "speedup.decode is a ratio of 0,"),
+    "a ratio of nearly 0": ({"speedup": {"decode": {"value": 1e-320}}}, "speedup.decode is a ratio of"),
+    "a size of 400 digits": ({"baseline": {"size_bytes": 10**400}}, "baseline.size_bytes is larger than"),
+    "a fact of 400 digits": (
+        {"steps": {0: {"facts": {"z": {"value": -(10**400)}}}}},
+        "steps.0.facts.z.value is larger",
+    ),
+    "a value": ({"result": {"quality": {"perplexity": {"value": 1e308}}}}, "result.quality.perplexity.value is larger"),
+    "nested facts": ({"steps": {0: {"facts": {"z": DEEP}}}}, "steps.0.facts is nested more than 100 deep"),
+}
+
+
+def _merged(into: Any, changes: Mapping[Any, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, dict) and key != "facts":
+            _merged(into[key], value)
+        else:
+            into[key] = value
+
+
+@pytest.mark.parametrize(("changes", "told"), UNMEASURED.values(), ids=UNMEASURED)
+def test_what_nothing_measured_is_refused_by_its_place(full_report, tmp_path, changes, told):
+    content = json.loads(full_report.model_dump_json())
+    _merged(content, changes)
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    with pytest.raises(IntegrityError) as caught:
+        write.load(tmp_path)
+    assert told in caught.value.message
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.mkdir()])
+def test_a_report_that_is_no_file_is_not_waited_for(tmp_path, make):
+    make(tmp_path / "report.json")
+    with pytest.raises((IntegrityError, InputMissingError, DiskError)):
+        write.load(tmp_path)
+
+
+def test_a_report_has_a_size(tmp_path):
+    with (tmp_path / "report.json").open("wb") as file:
+        file.truncate(2**24 + 1)
+    with pytest.raises(IntegrityError, match="more than 16777216 bytes"):
         write.load(tmp_path)
 
 

@@ -58,7 +58,7 @@ def test_further_ends_from_the_configuration(tiny_llama, tmp_path):
 def test_an_answer_stops_where_the_cache_ends(tiny_llama):
     assert len(said(tiny_llama, "abcdefgh", max_tokens=6)) == 6
     assert len(said(tiny_llama, "abcdefgh", room=5)) == 3
-    with pytest.raises(UsageError, match="3 tokens don't fit"):
+    with pytest.raises(UsageError, match="a prompt of 2 tokens leaves no room for an answer: this model holds 2"):
         said(tiny_llama, "abcdefgh", room=2)
 
 
@@ -172,7 +172,7 @@ def test_answers_come_in_the_order_of_their_prompts(tiny_llama, batch):
         assert answer.finish == "eos" or answer.tokens == 9
         assert "".join(chunk.text for chunk in chunks).startswith(answer.text.rstrip("\N{REPLACEMENT CHARACTER}"))
     assert [each.tokens for each in found].count(9) >= 2
-    with pytest.raises(UsageError, match="513 tokens don't fit"):
+    with pytest.raises(UsageError, match="a prompt of 512 tokens leaves no room"):
         next(generator.answers([np.zeros(512, np.int64)], 4))
 
 
@@ -214,6 +214,13 @@ def test_a_file_of_prompts_is_answered_line_by_line(tiny_onnx, tmp_path, lines):
         (["--prompts", "prompts"], "\n \n", "holds no prompts"),
         (["--prompts", "prompts"], '{"prompt": "a"}\n{"text": "b"}', "record 2 has no `prompt`"),
         (["--prompts", "absent"], "", "absent doesn't exist"),
+        (["--prompts", "prompts"], "a\n\n" + 99 * " river", "prompts, line 3: a prompt of "),
+        (
+            ["--prompts", "prompts"],
+            '{"prompt": "a"}\n\n{"prompt": "' + 99 * " river" + '"}',
+            "prompts, record 3: a prompt of ",
+        ),
+        (["--prompts", "prompts", "--no-chat"], '[{"prompt": "a"}, {"prompt": "' + 99 * " river" + '"}]', "record 2: "),
     ],
 )
 def test_prompts_that_are_none(tiny_onnx, tmp_path, monkeypatch, given, text, told):
@@ -222,6 +229,15 @@ def test_prompts_that_are_none(tiny_onnx, tmp_path, monkeypatch, given, text, to
     result = CliRunner().invoke(app, [str(tiny_onnx), *given])
     assert isinstance(result.exception, UsageError | InputMissingError)
     assert told in str(result.exception)
+
+
+def test_bytes_of_another_encoding_are_told(tiny_onnx):
+    asked = [str(tiny_onnx), "--no-chat", "--max-tokens", "3", "--prompt"]
+    found = CliRunner().invoke(app, [*asked, "caf\udce9 \udcff"])
+    assert found.exit_code == 0, found.output
+    assert "2 bytes of it are put to the model as U+FFFD" in found.stderr
+    whole = CliRunner().invoke(app, [*asked, "caf\ufffd \ufffd"])
+    assert (whole.stdout, whole.stderr) == (found.stdout, "")
 
 
 @pytest.mark.parametrize("compiled", [True, False])

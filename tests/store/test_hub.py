@@ -114,8 +114,8 @@ print(json.dumps(rows + [{"hub": "huggingface_hub" in sys.modules}]))
 def resolve(child: Child, tmp_path: Path, endpoint: str):
     """Resolve sources in a process of its own: the client reads its settings when it is imported."""
 
-    def run(*specs: str, offline: bool = False, at: str = endpoint) -> list[dict[str, object]]:
-        settings = {"HF_ENDPOINT": at, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    def run(*specs: str, offline: bool = False, at: str = endpoint, home: str = "hf") -> list[dict[str, object]]:
+        settings = {"HF_ENDPOINT": at, "HF_HOME": str(tmp_path / home), "HF_HUB_DISABLE_XET": "1"}
         settings |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
         process = child(RESOLVE, tmp_path / "store", "offline" if offline else "online", *specs, **settings)
         stdout, stderr = process.communicate(timeout=60)
@@ -150,6 +150,24 @@ def test_a_bare_id_becomes_a_commit_and_only_harmless_files_come(resolve, tmp_pa
     shutil.rmtree(tmp_path / "store")  # what the hub's own cache has is enough
     cached, _ = resolve(f"hf:org/dense@{COMMIT}", offline=True)
     assert (cached["path"], cached["digest"]) == (found["path"], found["digest"])
+
+
+@pytest.mark.parametrize("lost", ["blob", "link"])
+def test_what_was_remembered_counts_while_its_files_are_there(resolve, tmp_path: Path, lost: str) -> None:
+    pinned = f"hf:org/dense@{COMMIT}"
+    found, *_ = resolve(pinned)
+    file = Path(found["path"]) / "model.safetensors"
+    shutil.copytree(tmp_path / "hf", tmp_path / "moved", symlinks=True)
+    (file.resolve() if lost == "blob" else file).unlink()
+    moved, _ = resolve(pinned, offline=True, home="moved")
+    assert moved["digest"] == found["digest"]
+    shutil.rmtree(tmp_path / "store")
+    gone, _ = resolve(pinned, offline=True)
+    if lost == "blob":  # a snapshot that never had the file can't be told from one that lost it
+        assert gone["code"] == Exit.UNAVAILABLE
+        assert "isn't in the hub's cache" in str(gone["message"])
+    again, _ = resolve(pinned)
+    assert (again["path"], again["digest"]) == (found["path"], found["digest"])
 
 
 def test_what_the_hub_refuses_has_a_name(resolve) -> None:

@@ -5,7 +5,8 @@ Every stage that lets it build asks here, so that what it can't is refused when 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 from optikit.models import architectures, engines
 from optikit.models.facts import ModelFacts
@@ -13,6 +14,10 @@ from optikit.problems import Problem
 
 BUILDER = "onnxruntime"
 """Its name in rows of families and of engines."""
+ORIGINAL = "original_max_position_embeddings"
+ORIGINAL_CONTEXTS: Mapping[str, int] = MappingProxyType({"phi3": 4096})
+"""Families of which a context that isn't the original one means longrope to the builder, whatever rope_type says
+(builder.py, create_model); with the original that transformers fills in."""
 
 
 def problems(facts: ModelFacts) -> Iterator[Problem]:
@@ -23,12 +28,21 @@ def problems(facts: ModelFacts) -> Iterator[Problem]:
         yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(sorted(known))}")
         return
     yield from engines.unlike(BUILDER, facts)
+    yield from _taken_for_longrope(facts)
     right_up_to = window(facts)
     if right_up_to < facts.max_positions:
         message = (
             f"the builder leaves out {facts.model_type}'s attention window: beyond {right_up_to} tokens results differ"
         )
         yield Problem(code="window-left-out", message=message, fix=f"keep to {right_up_to} tokens", level="warning")
+
+
+def _taken_for_longrope(facts: ModelFacts) -> Iterator[Problem]:
+    original = facts.config.get(ORIGINAL, ORIGINAL_CONTEXTS.get(facts.model_type))
+    if facts.model_type in ORIGINAL_CONTEXTS and original != facts.max_positions:
+        message = f"the builder takes a context of {facts.max_positions} for longrope where {ORIGINAL} is {original}"
+        fix = f"set {ORIGINAL} to {facts.max_positions} in config.json: without longrope it changes nothing else"
+        yield Problem(code="taken-for-longrope", message=message, fix=fix)
 
 
 def window(facts: ModelFacts) -> int:

@@ -86,6 +86,13 @@ class TestCheck:
         assert codes(replace(dense, model_type="qwen2", config=linear)) == []
         partial = {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}
         assert codes(replace(dense, config=partial)) == ["unknown-rope"]
+
+    @pytest.mark.parametrize(
+        ("config", "context", "told"),
+        [({}, 4096, []), ({}, 512, ["taken-for-longrope"]), ({"original_max_position_embeddings": 512}, 512, [])],
+    )
+    def test_a_context_that_the_builder_takes_for_longrope(self, dense, config, context, told):
+        assert codes(replace(dense, model_type="phi3", config=config, max_positions=context)) == told
         assert codes(replace(dense, model_type="mistral", sliding_window=64)) == ["window-left-out"]
 
     @pytest.mark.parametrize(
