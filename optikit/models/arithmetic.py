@@ -80,21 +80,30 @@ def check(settings: Mapping[str, Any], where: Path, *, layers: int, width: int) 
 def _wrong(settings: Mapping[str, Any], layers: int, width: int) -> Iterator[tuple[str, Any, str]]:
     """Yield (key, value, what is wanted) for every value that can't be meant."""
     yield from _endless(settings)
-    for key, value in settings.items():
-        if value is None:
-            continue
-        if key in TRUTHS and type(value) is not bool:
-            yield key, value, "true or false"
-        if POSITIVE.search(key) and not _is_positive(value):
-            yield key, value, "a number above 0"
-        elif _SMALL.search(key) and value >= 1:
-            yield key, value, "a number below 1"
-        if key in _ACTIVATION_KEYS and (not isinstance(value, str) or value not in ACTIVATIONS):
-            yield key, value, "the name of an activation that transformers has"
-        if key == "layer_types" and (not isinstance(value, list) or len(value) != layers):
-            yield key, value, f"a list of {layers} kinds of attention"
-        if key in _ROPE_KEYS:
-            yield from _wrong_rope(key, value, settings, width)
+    told = {key: value for key, value in settings.items() if value is not None}
+    for key, value in told.items():
+        wanted = _wanted(key, value, layers)
+        if wanted:
+            yield key, value, wanted
+    for key in _ROPE_KEYS:
+        if key in told:
+            yield from _wrong_rope(key, told[key], settings, width)
+
+
+def _wanted(key: str, value: Any, layers: int) -> str:
+    """Return what is wanted in the place of a value; "" where it can be meant."""
+    if key in TRUTHS:
+        return "" if type(value) is bool else "true or false"
+    if key in _ACTIVATION_KEYS:
+        known = isinstance(value, str) and value in ACTIVATIONS
+        return "" if known else "the name of an activation that transformers has"
+    if key == "layer_types":
+        return "" if isinstance(value, list) and len(value) == layers else f"a list of {layers} kinds of attention"
+    if not POSITIVE.search(key):
+        return ""
+    if not _is_positive(value):
+        return "a number above 0"
+    return "a number below 1" if _SMALL.search(key) and value >= 1 else ""
 
 
 def _endless(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
@@ -135,19 +144,21 @@ def _wrong_part(
     if not isinstance(kind, str) or kind not in ROPES:
         yield f"{where}.rope_type", kind, f"one of {', '.join(ROPES)}"
         return
-    for name in ROPES[kind]:
-        if part.get(name) is None:
-            yield f"{where}.{name}", None, f"what rope_type {kind} is computed with"
-    for name in sorted(_ROPE_NUMBERS & part.keys()):
-        if part[name] is not None and not _is_positive(part[name]):
-            yield f"{where}.{name}", part[name], "a number above 0"
+    told = {name: value for name, value in part.items() if value is not None}
+    lacking = [name for name in ROPES[kind] if name not in told]
+    yield from ((f"{where}.{name}", None, f"what rope_type {kind} is computed with") for name in lacking)
+    wrong = [name for name in sorted(_ROPE_NUMBERS & told.keys()) if not _is_positive(told[name])]
+    yield from ((f"{where}.{name}", told[name], "a number above 0") for name in wrong)
+    count = _rotated(told, settings, width) // 2
+    lists = [name for name in _ROPE_LISTS if name in told and not _are_positive(told[name], count)]
+    yield from ((f"{where}.{name}", told[name], f"a list of {count} numbers above 0") for name in lists)
+
+
+def _rotated(part: Mapping[str, Any], settings: Mapping[str, Any], width: int) -> int:
+    """Return the channels of a head that are rotated."""
     share = part.get("partial_rotary_factor") or settings.get("partial_rotary_factor")
-    rotated = int(width * share) if share is not None and _is_positive(share) else width
-    for name in _ROPE_LISTS:
-        found = part.get(name)
-        if found is not None and not (_are_positive(found) and len(found) == rotated // 2):
-            yield f"{where}.{name}", found, f"a list of {rotated // 2} numbers above 0"
+    return int(width * share) if share is not None and _is_positive(share) else width
 
 
-def _are_positive(values: Any) -> bool:
-    return isinstance(values, list) and all(map(_is_positive, values))
+def _are_positive(values: Any, count: int) -> bool:
+    return isinstance(values, list) and len(values) == count and all(map(_is_positive, values))
