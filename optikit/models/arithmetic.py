@@ -99,8 +99,10 @@ def _wanted(key: str, value: Any, layers: int) -> str:
         return "" if known else "the name of an activation that transformers has"
     if key == "layer_types":
         return "" if isinstance(value, list) and len(value) == layers else f"a list of {layers} kinds of attention"
-    if not POSITIVE.search(key):
-        return ""
+    return _wanted_number(key, value) if POSITIVE.search(key) else ""
+
+
+def _wanted_number(key: str, value: Any) -> str:
     if not _is_positive(value):
         return "a number above 0"
     return "a number below 1" if _SMALL.search(key) and value >= 1 else ""
@@ -144,14 +146,22 @@ def _wrong_part(
     if not isinstance(kind, str) or kind not in ROPES:
         yield f"{where}.rope_type", kind, f"one of {', '.join(ROPES)}"
         return
-    told = {name: value for name, value in part.items() if value is not None}
-    lacking = [name for name in ROPES[kind] if name not in told]
+    lacking = [name for name in ROPES[kind] if part.get(name) is None]
     yield from ((f"{where}.{name}", None, f"what rope_type {kind} is computed with") for name in lacking)
-    wrong = [name for name in sorted(_ROPE_NUMBERS & told.keys()) if not _is_positive(told[name])]
-    yield from ((f"{where}.{name}", told[name], "a number above 0") for name in wrong)
-    count = _rotated(told, settings, width) // 2
-    lists = [name for name in _ROPE_LISTS if name in told and not _are_positive(told[name], count)]
-    yield from ((f"{where}.{name}", told[name], f"a list of {count} numbers above 0") for name in lists)
+    count = _rotated(part, settings, width) // 2
+    for name, value in part.items():
+        wanted = _wanted_of_rope(name, value, count)
+        if wanted:
+            yield f"{where}.{name}", value, wanted
+
+
+def _wanted_of_rope(name: str, value: Any, count: int) -> str:
+    """Return what `_wanted` does, of a rotary embedding's part; `count` frequencies have a factor each."""
+    if value is None:
+        return ""
+    if name in _ROPE_NUMBERS:
+        return "" if _is_positive(value) else "a number above 0"
+    return "" if name not in _ROPE_LISTS or _are_positive(value, count) else f"a list of {count} numbers above 0"
 
 
 def _rotated(part: Mapping[str, Any], settings: Mapping[str, Any], width: int) -> int:
