@@ -31,6 +31,9 @@ Facts = dict[str, Any]
 Writes = Literal["source", "model", "engine", "speculator", "measurement"]
 """What a step leaves: the untouched model as a directory; a changed one; a compiled one; what drafts for a model; or
 figures."""
+Changes = Literal["linears", "folded", "narrowed", "blocks", "all"]
+"""Tensors that a stage may change: weights of the blocks' linears; what their scales are folded into, too; their widths
+and biases; only which blocks there are; anything, as training does."""
 MAIN: str | None = None
 """The environment that optikit itself is installed in."""
 ANY: frozenset[Trait] = frozenset()
@@ -267,6 +270,13 @@ class Stage(Protocol):
     def run(self, options: Any, job: Job) -> Facts:
         """Read `job.source`, write `job.dest`, return what was found out."""
         ...
+
+
+@runtime_checkable
+class Changing(Protocol):
+    """A stage module that promises to leave some tensors as they are; others may change all, but lose none."""
+
+    CHANGES: Changes
 
 
 @runtime_checkable

@@ -14,27 +14,11 @@ from optikit.calibration import aims
 from optikit.calibration.source_model import SourceModel
 from optikit.errors import StageFailedError
 from optikit.formats import gptq
-from optikit.formats.checkpoint import COPY_BYTES, Checkpoint, Entry, read_entry
+from optikit.formats.checkpoint import Checkpoint, Entry, read_entry, same_bytes
 
 FIX = "this is a defect of optikit or of the disk: run again, and report it if it stays"
 LARGEST_ERROR = 1.0
 """Error of a weight relative to its norm at which it isn't the same weight any more; 4-bit rounding is near 0.1."""
-
-
-def same_bytes(one: Entry, other: Entry) -> bool:
-    """Return whether two tensors are equal bit by bit."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    left = one.stop - one.start
-    with one.file.open("rb") as a, other.file.open("rb") as b:
-        a.seek(one.start)
-        b.seek(other.start)
-        while left > 0:
-            count = min(left, COPY_BYTES)
-            if a.read(count) != b.read(count):
-                return False
-            left -= count
-    return True
 
 
 def verify_packed(

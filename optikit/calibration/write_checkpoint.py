@@ -19,9 +19,9 @@ from optikit.algorithms.sparsity import Pattern, holds
 from optikit.calibration import aims
 from optikit.calibration.method import PreviousOp, Walked
 from optikit.calibration.source_model import Linear, SourceModel
-from optikit.calibration.verify import FIX, LARGEST_ERROR, same_bytes, verify_packed
+from optikit.calibration.verify import FIX, LARGEST_ERROR, verify_packed
 from optikit.errors import StageFailedError
-from optikit.formats.checkpoint import Checkpoint, read_entry
+from optikit.formats.checkpoint import Checkpoint, read_entry, same_bytes
 from optikit.formats.directory import write_model
 from optikit.stage import Facts, Job
 

@@ -138,7 +138,7 @@ def main(directory: Path) -> int:
     try:
         work, started = _work(directory), time.monotonic()
         facts = work.do(work.options, work.job)
-        _require_loadable(work)
+        facts = {**facts, **_require_whole(work, facts)}
         response = _answer(work.stage, facts, time.monotonic() - started)
     except BaseException as error:  # noqa: BLE001 - whatever goes wrong here has to cross the process border
         del cushion
@@ -151,17 +151,27 @@ def main(directory: Path) -> int:
     return 0 if response["ok"] else int(response["code"])
 
 
-def _require_loadable(work: _Work) -> None:
-    """Refuse a model directory that transformers can't load, before it counts as a result.
+def _require_whole(work: _Work, facts: Facts) -> Facts:
+    """Refuse a model directory that transformers can't load or that lost a tensor, before it counts as a result.
 
     What a library of its own environment left is looked at by `check_backend`.
+
+    Returns:
+        What became of the source's tensors, where there is a source.
     """
-    from optikit.stage import MAIN
+    from optikit.stage import MAIN, Changing
 
-    if work.stage.WRITES in ("source", "model") and work.stage.ENVIRONMENT == MAIN and not rank():
-        from optikit.formats import loadable
+    stage, job = work.stage, work.job
+    if stage.WRITES not in ("source", "model") or stage.ENVIRONMENT != MAIN or rank():
+        return {}
+    from optikit.formats import census, loadable
 
-        loadable.require(work.job.dest)
+    found: Facts = {}
+    if stage.WRITES == "model":
+        changes = stage.CHANGES if isinstance(stage, Changing) else "all"
+        found = {"tensors": census.take(job.source, job.dest, changes, facts).facts()}
+    loadable.require(job.dest)
+    return found
 
 
 def _answer(stage: Stage, facts: Facts, seconds: float) -> dict[str, Any]:

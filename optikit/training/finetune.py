@@ -21,9 +21,9 @@ from optikit.algorithms.losses import cross_entropy, divergence
 from optikit.algorithms.precision import compute_dtype
 from optikit.calibration import calibration_set
 from optikit.calibration.source_model import SourceModel
-from optikit.calibration.verify import FIX, same_bytes
+from optikit.calibration.verify import FIX
 from optikit.errors import StageFailedError
-from optikit.formats.checkpoint import Checkpoint, keep_tensors, kept_tensors, locate, save_tensors
+from optikit.formats.checkpoint import Checkpoint, keep_tensors, kept_tensors, locate, same_bytes, save_tensors
 from optikit.formats.directory import write_model
 from optikit.stage import Job
 from optikit.training.loop import History, Settings, Task, train, write_log

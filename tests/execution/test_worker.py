@@ -91,10 +91,12 @@ def test_a_job_that_is_not_there(tmp_path: Path) -> None:
 
 def test_a_model_directory_that_nothing_can_load_is_no_result(tmp_path: Path, tiny_llama: Path) -> None:
     copied = f"import shutil; shutil.copytree({str(tiny_llama)!r}, job.dest, dirs_exist_ok=True)"
-    whole = write_job(tmp_path, f"{copied}; return {{}}", writes="model")
+    whole = write_job(tmp_path, f"{copied}; return {{}}", writes="model", source=tiny_llama)
     assert work(tmp_path, whole).returncode == 0
+    counts = json.loads((whole / "response.json").read_text())["facts"]["tensors"]
+    assert counts == {"same": 20, "changed": 0, "replaced": 0, "dropped": {}}
     lost = "import json; path = job.dest / 'config.json'; told = json.loads(path.read_text())"
     body = f"{copied}; {lost}; path.write_text(json.dumps(told | {{'tie_word_embeddings': False}})); return {{}}"
-    directory = write_job(tmp_path, body, directory=tmp_path / "lost", writes="model")
-    assert work(tmp_path, directory).returncode == Exit.STAGE_FAILED
+    directory = write_job(tmp_path, body, directory=tmp_path / "lost", writes="model", source=tiny_llama)
+    assert work(tmp_path, directory).returncode == Exit.INTEGRITY
     assert "no tensor lm_head.weight" in json.loads((directory / "response.json").read_text())["message"]

@@ -19,7 +19,13 @@ HOOK = "import optikit.stages.quantize as q\nq.__path__.append({path!r})\n"
 
 
 def write_job(
-    place: Path, body: str, *, ranks: int = 1, directory: Path | None = None, writes: str = "measurement"
+    place: Path,
+    body: str,
+    *,
+    ranks: int = 1,
+    directory: Path | None = None,
+    writes: str = "measurement",
+    source: Path | None = None,
 ) -> Path:
     """Write the stage `quantize: toy` and a job that asks for it; return the job's directory.
 
@@ -29,6 +35,7 @@ def write_job(
         ranks: Processes that share it.
         directory: Of the job; None is one in `place`.
         writes: What the stage says that it leaves.
+        source: The model that it gets; None is `place`.
     """
     (place / "stages").mkdir(exist_ok=True)
     (place / "stages" / "toy.py").write_text(STAGE.format(body=body, writes=writes))
@@ -39,7 +46,7 @@ def write_job(
         "verb": "quantize",
         "method": "toy",
         "options": {"bits": 3},
-        "source": str(place),
+        "source": str(source or place),
         "dest": str(directory / "dest"),
         "scratch": str(directory / "scratch"),
         "inputs": {},

@@ -152,7 +152,7 @@ def _quantized(options: Options, job: Job, dense: list[str]) -> Path:
 
 def _require_untouched(source: Checkpoint, made: Checkpoint, linears: tuple[str, ...]) -> None:
     """Hold the library to what it shouldn't touch: every tensor outside the quantized linears has its old bytes."""
-    from optikit.calibration.verify import same_bytes
+    from optikit.formats.checkpoint import same_bytes
 
     for name, entry in source.entries.items():
         if name.removesuffix(".weight") not in linears and not same_bytes(entry, made.entries.get(name, entry)):

@@ -32,7 +32,7 @@ from optikit.targets import Target
 
 SUMMARY = "depth: leave out decoder blocks by their measured influence"
 NEEDS = DENSE
-WRITES = "model"
+WRITES, CHANGES = "model", "blocks"
 USES_TARGET = False
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
 ENVIRONMENT = MAIN

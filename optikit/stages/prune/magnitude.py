@@ -19,7 +19,7 @@ from optikit.targets import Target
 
 SUMMARY = "magnitude: the smallest weights become zero, without calibration"
 NEEDS = DENSE
-WRITES = "model"
+WRITES, CHANGES = "model", "linears"
 USES_TARGET = False
 LIBRARIES = ("torch", "safetensors")
 ENVIRONMENT = MAIN

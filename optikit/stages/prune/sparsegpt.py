@@ -23,7 +23,7 @@ from optikit.targets import Target
 
 SUMMARY = "SparseGPT: weights become zero one column at a time, the others make up for them"
 NEEDS = DENSE
-WRITES = "model"
+WRITES, CHANGES = "model", "linears"
 USES_TARGET = False
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
 ENVIRONMENT = MAIN

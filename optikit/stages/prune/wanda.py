@@ -20,7 +20,7 @@ from optikit.targets import Target
 
 SUMMARY = "Wanda: weights with the smallest product with their input become zero"
 NEEDS = DENSE
-WRITES = "model"
+WRITES, CHANGES = "model", "linears"
 USES_TARGET = False
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
 ENVIRONMENT = MAIN

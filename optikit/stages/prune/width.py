@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "width: remove MLP channels and attention heads, equally many in every block"
 NEEDS = DENSE
-WRITES = "model"
+WRITES, CHANGES = "model", "narrowed"
 USES_TARGET = False
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
 ENVIRONMENT = MAIN

@@ -27,7 +27,7 @@ from optikit.targets import Target
 
 SUMMARY = "AWQ: 4-bit weights, salient channels scaled up before rounding"
 NEEDS = DENSE
-WRITES = "model"
+WRITES, CHANGES = "model", "folded"
 USES_TARGET = False
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
 ENVIRONMENT = MAIN

@@ -22,7 +22,7 @@ from optikit.targets import Target
 
 SUMMARY = "GPTQ: 4- or 8-bit weights, rounding guided by calibration text"
 NEEDS = DENSE
-WRITES = "model"
+WRITES, CHANGES = "model", "linears"
 USES_TARGET = False
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
 ENVIRONMENT = MAIN

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "INT8: 8-bit weights, and 8-bit activations with w8a8"
 NEEDS = DENSE
-WRITES = "model"
+WRITES, CHANGES = "model", "folded"
 USES_TARGET = False
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
 ENVIRONMENT = MAIN

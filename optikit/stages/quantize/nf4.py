@@ -24,7 +24,7 @@ from optikit.targets import Target
 
 SUMMARY = "NF4: 4-bit weights without calibration, for transformers with bitsandbytes"
 NEEDS = DENSE
-WRITES = "model"
+WRITES, CHANGES = "model", "linears"
 USES_TARGET = False
 LIBRARIES = ("torch", "safetensors")
 ENVIRONMENT = MAIN

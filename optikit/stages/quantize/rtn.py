@@ -20,7 +20,7 @@ from optikit.targets import Target
 
 SUMMARY = "round to nearest: 4- or 8-bit weights without calibration"
 NEEDS = DENSE
-WRITES = "model"
+WRITES, CHANGES = "model", "linears"
 USES_TARGET = False
 LIBRARIES = ("torch", "safetensors")
 ENVIRONMENT = MAIN

@@ -1,0 +1,149 @@
+"""What became of every tensor of a model in a stage that wrote another one: none is lost, and none appears unasked.
+
+A stage holds its result to what it promises; this holds all of them to what no stage may do, by files alone. A missing
+bias, norm, embedding, output head or draft layer would be filled with random numbers by the next loader, or ignored.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from optikit.errors import IntegrityError
+from optikit.formats.checkpoint import Checkpoint, Entry, same_bytes
+from optikit.models import quantization
+from optikit.models.architectures import Architecture
+from optikit.models.facts import ModelFacts
+from optikit.models.reader import read
+from optikit.stage import Changes
+
+FIX = "this is a defect of the stage: report it with the step's log"
+_STACK = re.compile(r"(.+\.experts)\.(?:\d+\.)?.+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Census:
+    """Counts of a model's tensors.
+
+    Attributes:
+        same: As they were, bit by bit.
+        changed: Other numbers under the same name, as the stage promises.
+        replaced: Linears that are packed now, or experts that are stored apart.
+        dropped: Reason → how many are gone for it.
+    """
+
+    same: int
+    changed: int
+    replaced: int
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the counts as a report has them."""
+        return {"same": self.same, "changed": self.changed, "replaced": self.replaced, "dropped": dict(self.dropped)}
+
+
+def take(source: Path, dest: Path, changes: Changes, found: Mapping[str, Any]) -> Census:
+    """Account for every tensor of a model, and for every one of what a stage made of it.
+
+    Args:
+        source: The directory that the stage read.
+        dest: The one that it wrote.
+        changes: What it may change.
+        found: What it found out: the blocks that it kept, where it left some out.
+
+    Raises:
+        IntegrityError: A tensor is missing, is there unasked, or differs although nothing may change it.
+    """
+    before, after = read(source), read(dest)
+    row = before.architecture
+    if row is None or after.architecture is None:
+        raise IntegrityError(f"{dest} is of no known family", fix=FIX)
+    old, new = _entries(source, row), _entries(dest, after.architecture)
+    if changes == "blocks":
+        new = _renumbered(new, row, found["blocks_kept"])
+    packed = _packed(new, dest)
+    may_change = set(_changing(before, row, changes))
+    counts, reasons = Counter[str](), Counter[str]()
+    for name, entry in old.items():
+        if name not in new:
+            kind, reason = _gone(name, row, before, after, packed, changes, set(new))
+            counts[kind] += 1
+            reasons.update([reason] if reason else [])
+        elif same_bytes(entry, new[name]):
+            counts["same"] += 1
+        elif changes == "all" or name in may_change:
+            counts["changed"] += 1
+        else:
+            raise IntegrityError(f"{dest}: {name} differs from the model's own, and nothing may change it", fix=FIX)
+    stacks = {stack[1] for name in old.keys() - new.keys() if (stack := _STACK.fullmatch(name))}
+    for name in sorted(new.keys() - old.keys() - packed):
+        stack = _STACK.fullmatch(name)
+        if stack is None or stack[1] not in stacks:
+            raise IntegrityError(f"{dest}: {name} is there, and the model has no such tensor", fix=FIX)
+    return Census(same=counts["same"], changed=counts["changed"], replaced=counts["replaced"], dropped=dict(reasons))
+
+
+def _entries(directory: Path, row: Architecture) -> dict[str, Entry]:
+    entries = Checkpoint(directory).entries
+    return {full: entries[stored] for stored, full in row.full_names(list(entries)).items()}
+
+
+def _renumbered(entries: Mapping[str, Entry], row: Architecture, kept: list[int]) -> dict[str, Entry]:
+    """Return tensors of a shortened model under the numbers that their blocks had before."""
+    prefix = f"{row.blocks}."
+    renamed = {}
+    for name, entry in entries.items():
+        number, _, rest = name.removeprefix(prefix).partition(".")
+        inside = name.startswith(prefix) and number.isdigit() and int(number) < len(kept)
+        renamed[f"{prefix}{kept[int(number)]}.{rest}" if inside else name] = entry
+    return renamed
+
+
+def _packed(entries: Mapping[str, Entry], dest: Path) -> set[str]:
+    """Return the tensors that packed linears are made of."""
+    storage = quantization.scheme(Checkpoint(dest).config(), dest / "config.json")
+    parts = ((name, *storage.split(name)) for name in entries)
+    packed = {name for name, layer, kind in parts if kind and storage.packs(layer, entries)}
+    zeros = {name for name in entries for kind in storage.zeros if name.endswith(f".{kind}")}
+    return packed | {name for name in zeros if storage.packs(name.rpartition(".")[0], entries)}
+
+
+def _changing(facts: ModelFacts, row: Architecture, changes: Changes) -> Iterator[str]:
+    """Yield the tensors that may be other numbers afterwards."""
+    if changes in ("linears", "folded", "narrowed"):
+        yield from (f"{name}.weight" for name in facts.linears)
+    if changes == "narrowed":
+        yield from (f"{name}.bias" for name in facts.linears)
+    if changes == "folded":
+        for block in range(facts.layers):
+            for name in filter(None, row.previous_ops):
+                yield from (f"{row.block(block)}.{name}.{leaf}" for leaf in ("weight", "bias"))
+
+
+def _gone(
+    name: str,
+    row: Architecture,
+    before: ModelFacts,
+    after: ModelFacts,
+    packed: set[str],
+    changes: Changes,
+    there: set[str],
+) -> tuple[str, str]:
+    """Return what became of a tensor that isn't there any more: `replaced`, or `dropped` with the reason."""
+    layer = name.removesuffix(".weight")
+    if any(f"{layer}.{kind}" in packed for kind in ("qweight", "weight")):
+        return "replaced", ""
+    stack = _STACK.fullmatch(name)
+    if stack and any(other.startswith(f"{stack[1]}.") for other in there):
+        return "replaced", ""
+    if changes == "blocks" and name.startswith(f"{row.blocks}."):
+        return "dropped", "its block was left out"
+    if name == f"{row.head}.weight" and after.tied:
+        return "dropped", "the output head is the embedding"
+    if any(name.endswith(pattern.removeprefix("*")) for pattern in row.leftovers):
+        return "dropped", "no model reads it"
+    raise IntegrityError(f"{name} of {before.model_type} was lost", fix=FIX)
