@@ -20,6 +20,7 @@ VERBS = {
     "schema": "Print the JSON Schema of recipes.",
     "targets": "List the hardware that a recipe may name.",
     "stages": "List verbs and methods.",
+    "models": "List families of models and what works for each.",
     "explain": "Explain a rule, a stage or a target.",
     "doctor": "Examine this machine and what is installed.",
     "report": "Render the reports of a run again.",

@@ -58,33 +58,72 @@ def take(source: Path, dest: Path, changes: Changes, found: Mapping[str, Any]) -
     Raises:
         IntegrityError: A tensor is missing, is there unasked, or differs although nothing may change it.
     """
-    before, after = read(source), read(dest)
-    row = before.architecture
-    if row is None or after.architecture is None:
-        raise IntegrityError(f"{dest} is of no known family", fix=FIX)
-    old, new = _entries(source, row), _entries(dest, after.architecture)
-    if changes == "blocks":
-        new = _renumbered(new, row, found["blocks_kept"])
-    packed = _packed(new, dest)
-    may_change = set(_changing(before, row, changes))
+    pair = _pair(source, dest, changes, found)
     counts, reasons = Counter[str](), Counter[str]()
-    for name, entry in old.items():
-        if name not in new:
-            kind, reason = _gone(name, row, before, after, packed, changes, set(new))
-            counts[kind] += 1
-            reasons.update([reason] if reason else [])
-        elif same_bytes(entry, new[name]):
-            counts["same"] += 1
-        elif changes == "all" or name in may_change:
-            counts["changed"] += 1
-        else:
-            raise IntegrityError(f"{dest}: {name} differs from the model's own, and nothing may change it", fix=FIX)
-    stacks = {stack[1] for name in old.keys() - new.keys() if (stack := _STACK.fullmatch(name))}
-    for name in sorted(new.keys() - old.keys() - packed):
+    for name in pair.old:
+        kind, reason = pair.became(name)
+        counts[kind] += 1
+        reasons.update([reason] if reason else [])
+    stacks = {stack[1] for name in pair.old.keys() - pair.new.keys() if (stack := _STACK.fullmatch(name))}
+    for name in sorted(pair.new.keys() - pair.old.keys() - pair.packed):
         stack = _STACK.fullmatch(name)
         if stack is None or stack[1] not in stacks:
             raise IntegrityError(f"{dest}: {name} is there, and the model has no such tensor", fix=FIX)
     return Census(same=counts["same"], changed=counts["changed"], replaced=counts["replaced"], dropped=dict(reasons))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pair:
+    """Tensors of two directories under the names of the first one's model, and what may have become of them."""
+
+    row: Architecture
+    changes: Changes
+    old: Mapping[str, Entry]
+    new: Mapping[str, Entry]
+    packed: frozenset[str]
+    may_change: frozenset[str]
+    tied: bool
+
+    def became(self, name: str) -> tuple[str, str]:
+        """Return `same`, `changed`, `replaced`, or `dropped` with the reason."""
+        if name not in self.new:
+            return self._gone(name)
+        if same_bytes(self.old[name], self.new[name]):
+            return "same", ""
+        if self.changes != "all" and name not in self.may_change:
+            raise IntegrityError(f"{name} differs from the model's own, and nothing may change it", fix=FIX)
+        return "changed", ""
+
+    def _gone(self, name: str) -> tuple[str, str]:
+        layer = name.removesuffix(".weight")
+        stack = _STACK.fullmatch(name)
+        apart = stack is not None and any(other.startswith(f"{stack[1]}.") for other in self.new)
+        if apart or f"{layer}.qweight" in self.packed:
+            return "replaced", ""
+        if self.changes == "blocks" and name.startswith(f"{self.row.blocks}."):
+            return "dropped", "its block was left out"
+        if name == f"{self.row.head}.weight" and self.tied:
+            return "dropped", "the output head is the embedding"
+        if any(name.endswith(pattern.removeprefix("*")) for pattern in self.row.leftovers):
+            return "dropped", "no model reads it"
+        raise IntegrityError(f"{name} was lost", fix=FIX)
+
+
+def _pair(source: Path, dest: Path, changes: Changes, found: Mapping[str, Any]) -> _Pair:
+    before, after = read(source), read(dest)
+    row, written = before.architecture, after.architecture
+    if row is None or written is None:
+        raise IntegrityError(f"{dest} is of no known family", fix=FIX)
+    new = _entries(dest, written)
+    return _Pair(
+        row=row,
+        changes=changes,
+        old=_entries(source, row),
+        new=_renumbered(new, row, found["blocks_kept"]) if changes == "blocks" else new,
+        packed=frozenset(_packed(new, dest)),
+        may_change=frozenset(_changing(before, row, changes)),
+        tied=after.tied,
+    )
 
 
 def _entries(directory: Path, row: Architecture) -> dict[str, Entry]:
@@ -122,28 +161,3 @@ def _changing(facts: ModelFacts, row: Architecture, changes: Changes) -> Iterato
         for block in range(facts.layers):
             for name in filter(None, row.previous_ops):
                 yield from (f"{row.block(block)}.{name}.{leaf}" for leaf in ("weight", "bias"))
-
-
-def _gone(
-    name: str,
-    row: Architecture,
-    before: ModelFacts,
-    after: ModelFacts,
-    packed: set[str],
-    changes: Changes,
-    there: set[str],
-) -> tuple[str, str]:
-    """Return what became of a tensor that isn't there any more: `replaced`, or `dropped` with the reason."""
-    layer = name.removesuffix(".weight")
-    if any(f"{layer}.{kind}" in packed for kind in ("qweight", "weight")):
-        return "replaced", ""
-    stack = _STACK.fullmatch(name)
-    if stack and any(other.startswith(f"{stack[1]}.") for other in there):
-        return "replaced", ""
-    if changes == "blocks" and name.startswith(f"{row.blocks}."):
-        return "dropped", "its block was left out"
-    if name == f"{row.head}.weight" and after.tied:
-        return "dropped", "the output head is the embedding"
-    if any(name.endswith(pattern.removeprefix("*")) for pattern in row.leftovers):
-        return "dropped", "no model reads it"
-    raise IntegrityError(f"{name} of {before.model_type} was lost", fix=FIX)

@@ -157,7 +157,7 @@ def _at(config: Mapping[str, Any], path: str, otherwise: Any) -> Any:
 
 
 def _same(found: Any, wanted: Any) -> bool:
-    return bool(found == wanted) or (found is None and wanted is False)
+    return bool(found) is wanted if isinstance(wanted, bool) else bool(found == wanted)
 
 
 _LISTS = ("previous_ops", "residual_sources", "engines", "windowless", "leftovers", "settings", "unread", "wide")

@@ -250,6 +250,7 @@ CALLS: Mapping[str, Sequence[Sequence[str]]] = {
     "schema": [[WORD]],
     "targets": [[WORD], ["--targets", WORD]],
     "stages": [[WORD], [f"--{WORD}"]],
+    "models": [[WORD], ["--json"], ["--markdown"]],
     "explain": [[WORD]],
     "doctor": [[WORD]],
     "report": [[WORD], ["r", "--junit", WORD]],
