@@ -118,7 +118,7 @@ def _stage(request: Request, staged: Path) -> str:
     licence = request.licence or _licence(request.directory / "model" / CARD)
     card = model_card.render(report, recipe, licence=licence, serving=_serving(request, sealed))
     (staged / CARD).write_text(card, encoding="utf-8")
-    manifest.seal(staged, replace(sealed, files={}))
+    manifest.seal(staged, replace(sealed, files={}, created=sealed.created or report.created))
     again = manifest.read(staged)[1]
     files.write_whole(staged / manifest.NAME, manifest.dumps(_without_self(said | again)).encode())
     if request.key is not None:
@@ -240,7 +240,7 @@ def _to_registry(name: str, staged: Path, names: list[str]) -> str:
     from optikit.process import program
 
     tools = {
-        "skopeo": lambda layout: ["copy", f"oci:{layout}:latest", f"docker://{name}"],
+        "skopeo": lambda layout: ["copy", "--preserve-digests", f"oci:{layout}:latest", f"docker://{name}"],
         "oras": lambda layout: ["cp", "--from-oci-layout", f"{layout}:latest", name],
     }
     tool = next((each for each in tools if shutil.which(each)), None)
