@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 import textwrap
@@ -63,7 +64,26 @@ def _lines(report: Report, out: Path, width: int) -> Iterator[list[Styled]]:
         yield from ([("! " if i == 0 else "  ", "yellow"), (line, "")] for i, line in enumerate(wrapped))
     if report.warnings or missing:
         yield [("", "")]
+    yield from _files(out)
+
+
+def _files(out: Path) -> Iterator[list[Styled]]:
+    """Yield where everything is, and what to do with it."""
     yield from ([(text.clean(str(path)), "")] for path in written(out))
+    steps = tuple(following(out))
+    if steps:
+        yield [("", "")]
+        yield from ([("next  " if i == 0 else "      ", "dim"), (text.clean(step), "")] for i, step in enumerate(steps))
+
+
+def following(out: Path) -> Iterator[str]:
+    """Yield the commands that serve, compare and publish what was made; none where there is nothing to serve."""
+    if not (out / "artifact.json").is_file() or not any((out / name).is_dir() for name in ("model", "compiled")):
+        return
+    place = shlex.quote(str(out))
+    yield f"optikit serve {place}"
+    yield f"optikit bench {place} URL --prompts FILE.jsonl --out bench/"
+    yield f"optikit publish {place} hf:ORG/NAME --dry-run"
 
 
 def _gates(report: Report) -> Iterator[list[Styled]]:

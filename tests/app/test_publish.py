@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import shutil
 import subprocess
 import tarfile
@@ -22,6 +23,7 @@ from optikit.errors import (
     UsageError,
 )
 from optikit.report import write
+from optikit.report.summary import following
 from tests.app.outputs import seal_output
 
 RECORDED = Path(__file__).parent.parent / "report" / "recorded" / "schema_1_medusa.json"
@@ -164,3 +166,13 @@ def test_what_is_not_published(output, tmp_path, monkeypatch):
 def test_places():
     assert place_of("speculator/tuning.json") == "speculator/tuning.json"
     assert place_of("model/additional_chat_templates/a.jinja") == "additional_chat_templates/a.jinja"
+
+
+def test_a_run_ends_with_what_to_do_next(output, tmp_path):
+    """Each line is a command of ours, of which the last only lists."""
+    steps = list(following(output))
+    assert [shlex.split(step)[:3] for step in steps] == [
+        ["optikit", verb, str(output)] for verb in ("serve", "bench", "publish")
+    ]
+    assert run(*shlex.split(steps[2])[1:]).exit_code == 0
+    assert list(following(tmp_path)) == []
