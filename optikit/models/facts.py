@@ -37,6 +37,7 @@ Trait = Literal[
     "prompt_lookup",
     "onnx",
     "openvino",
+    "gguf",
     "tensorrt",
     "neuron",
 ]

@@ -120,7 +120,7 @@ def _llama3(path: Path, header: GgufHeader, theta: float, width: int) -> dict[st
     if tensor.type == "F32" and tensor.shape == (width // 2,):
         told = struct.unpack(f"<{width // 2}f", read_values(path, header, ROPE_FACTORS))
     for context in _LLAMA3_CONTEXTS if told else ():
-        made = _factors(theta, width, max(told), context)
+        made = llama3_factors(theta, width, max(told), context)
         if all(abs(a - b) <= _CLOSE * b for a, b in zip(told, made, strict=True)):
             return {
                 "rope_type": "llama3",
@@ -132,12 +132,14 @@ def _llama3(path: Path, header: GgufHeader, theta: float, width: int) -> dict[st
     raise _unknown(path, ROPE_FACTORS, f"a table of {tensor.type} {tensor.shape}, which no llama3 scaling makes")
 
 
-def _factors(theta: float, width: int, factor: float, context: int) -> list[float]:
+def llama3_factors(
+    theta: float, width: int, factor: float, context: int, *, low: float = _LOW, high: float = _HIGH
+) -> list[float]:
     """Return what llama3 scaling divides each frequency by, as llama.cpp's converter writes it."""
     found = []
     for channel in range(0, width, 2):
         wavelength = 2 * math.pi * theta ** (channel / width)
-        share = (context / wavelength - _LOW) / (_HIGH - _LOW)  # of the frequency that stays as it is
+        share = (context / wavelength - low) / (high - low)  # of the frequency that stays as it is
         share = min(1.0, max(0.0, share))
         found.append(1 / ((1 - share) / factor + share))
     return found

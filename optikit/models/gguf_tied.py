@@ -76,7 +76,7 @@ def distance(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np
 
 
 def read_rows(path: Path, tensor: GgufTensor, start: int, count: int) -> NDArray[np.float32]:
-    """Return rows of a matrix, dequantized by the `gguf` package, (count, columns) float32.
+    """Return rows of a matrix, or the one of a vector, dequantized by the `gguf` package, (count, columns) float32.
 
     Raises:
         NotImplementedError: It has no dequantizer for that type.
@@ -86,7 +86,7 @@ def read_rows(path: Path, tensor: GgufTensor, start: int, count: int) -> NDArray
     from gguf.quants import dequantize
 
     kind = next(number for number, (name, _, _) in BLOCKS.items() if name == tensor.type)
-    size = tensor.bytes // tensor.shape[0]
+    size = tensor.bytes // (tensor.shape[0] if len(tensor.shape) > 1 else 1)
     with path.open("rb") as file:
         file.seek(tensor.start + start * size)
         raw = np.frombuffer(file.read(count * size), np.uint8).reshape(count, size)

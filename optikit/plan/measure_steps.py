@@ -14,13 +14,13 @@ from optikit.problems import Loc, Problem
 from optikit.recipe.schema import SpeedOptions
 from optikit.stage import Speculating
 
-COMPILED_RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
+COMPILED_RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "gguf": "llama-cpp"}
 """Which runtime on this machine loads a compiled artifact, by trait."""
 
 SPECULATION = "measure-speculation"
 """Name of the step that judges a speculator."""
-OPTIONAL = {"openvino": "optikit[openvino]"}
-"""Runtimes that are no dependency of optikit, each with what installs it."""
+OPTIONAL = {"openvino": ("openvino", "optikit[openvino]"), "llama-cpp": ("llama_cpp", "optikit[llama-cpp]")}
+"""Runtimes that are no dependency of optikit: their module, and what installs it."""
 
 
 def runtime(step: Step) -> str:
@@ -69,9 +69,9 @@ def runtime_problems(steps: Sequence[Step], measures: Sequence[Step]) -> Iterato
     """Yield which runtimes measuring needs that aren't installed here."""
     needed = {runtime(step) for step in steps} if measures else set()
     for name in sorted(needed & OPTIONAL.keys()):
-        if find_spec(name) is None:
+        if find_spec(OPTIONAL[name][0]) is None:
             message = f"what {name} compiles is measured as {name} runs it, which is not installed"
-            fix = f"pip install '{OPTIONAL[name]}', or leave out evaluate"
+            fix = f"pip install '{OPTIONAL[name][1]}', or leave out evaluate"
             yield Problem(code="library-missing", message=message, fix=fix, loc=("evaluate",))
 
 

@@ -226,8 +226,8 @@ def _scheme(stored: Mapping[str, Any]) -> dict[str, Any]:
     return {"bits": weights.get("num_bits"), "sym": weights.get("symmetric"), **kept}
 
 
-_SHORT: Mapping[str, str] = {"nxd-inference": "nxdi"}
-"""Backends whose rules have a shorter name for them."""
+_SHORT: Mapping[str, str] = {"nxd-inference": "nxdi", "llama-cpp": "llama.cpp"}
+"""Backends and engines that rules have another name for."""
 
 
 def _serve(stack: Stack) -> dict[str, Any]:

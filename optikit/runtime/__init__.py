@@ -1,4 +1,4 @@
-"""Runtimes behind one `Decoder` protocol: transformers, onnxruntime, OpenVINO.
+"""Runtimes behind one `Decoder` protocol: transformers, onnxruntime, OpenVINO, llama.cpp.
 
     from optikit import runtime
     decoder = runtime.load(Path("out/compiled/onnxruntime"))
@@ -19,9 +19,14 @@ from optikit.models import intake
 if TYPE_CHECKING:
     from optikit.runtime.decoder import Decoder
 
-MARKS = {"onnxruntime": "genai_config.json", "openvino": "openvino_model.xml", "transformers": "config.json"}
+MARKS = {
+    "onnxruntime": "genai_config.json",
+    "openvino": "openvino_model.xml",
+    "llama-cpp": "model.gguf",
+    "transformers": "config.json",
+}
 """The file by which a directory of each runtime is known, in the order of preference."""
-INSIDE = ("compiled/onnxruntime", "compiled/openvino", "model")
+INSIDE = ("compiled/onnxruntime", "compiled/openvino", "compiled/llama-cpp", "model")
 """Where an output directory of `optikit run` holds such directories, best first."""
 SPECULATOR = "speculator"
 """Where it holds the parameters of its speculation."""
@@ -64,7 +69,7 @@ def load(
 
     Args:
         directory: A compiled directory, a Hugging Face directory (dense or packed), or what `optikit run` wrote.
-        runtime: `auto`, `onnxruntime`, `openvino` or `transformers`.
+        runtime: `auto`, `onnxruntime`, `openvino`, `llama-cpp` or `transformers`.
         dtype: `auto` is what the directory holds; transformers can also run it in `float32` or `bfloat16`.
         threads: CPU threads; None is all that this process may use.
         max_tokens: Longest sequence that the cache will hold; None is the model's context.
@@ -104,6 +109,10 @@ def _load(name: str, place: Path, *, dtype: str, threads: int | None, max_tokens
         from optikit.runtime.decoders.openvino import OpenVinoDecoder
 
         return OpenVinoDecoder(place, dtype=dtype, threads=threads, max_tokens=max_tokens)
+    if name == "llama-cpp":
+        from optikit.runtime.decoders.llama_cpp import LlamaCppDecoder
+
+        return LlamaCppDecoder(place, dtype=dtype, threads=threads, max_tokens=max_tokens)
     from optikit.runtime.decoders.transformers import TorchDecoder
 
     return TorchDecoder(place, dtype=dtype, threads=threads, max_tokens=max_tokens)

@@ -31,6 +31,7 @@ TRAITS = {
     "lookup": "prompt_lookup",
     "onnxruntime": "onnx",
     "openvino": "openvino",
+    "llama-cpp": "gguf",
 }
 
 

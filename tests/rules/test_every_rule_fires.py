@@ -36,13 +36,11 @@ def _speculate_options() -> set[str]:
 
 SERVE = "needs a `serve:` section, which says what serves the artifact and how"
 EAGLE = "needs `speculate: {method: eagle3}`"
-LLAMA = "needs an engine or a server llama.cpp"
 ACCEPTOR = "needs `acceptor` as an option of speculate stages"
 FLOATS = "needs fp8 or fp4 weights: no stage writes them, and the reader refuses them"
 COME: dict[str, Callable[[], bool]] = {
     SERVE: lambda: "serve" in Recipe.model_fields,
     EAGLE: lambda: "eagle3" in stages.methods("speculate"),
-    LLAMA: lambda: bool({"llamacpp", "llama-cpp", "llama.cpp"} & set(stages.methods("compile"))),
     ACCEPTOR: lambda: "acceptor" in _speculate_options(),
     FLOATS: lambda: any(map(_reads, ("fp8", "mxfp4", "nvfp4", "modelopt"))) or "fp8" in stages.methods("quantize"),
 }
@@ -75,6 +73,8 @@ OUT_OF_REACH = {
             "tgi-medusa-shared-layers",
             "tgi-medusa-shared-head",
             "openvino-assistant-both",
+            "llamacpp-quantized-greedy",
+            "gguf-k-quants",
             "onnxruntime-genai-medusa",
             "onnxruntime-genai-batch",
             "onnxruntime-genai-draft-provider",
@@ -83,7 +83,6 @@ OUT_OF_REACH = {
         SERVE,
     ),
     **dict.fromkeys(("vllm-neuron-speculation-sampling", "vllm-neuron-speculation-async", "eagle-rotated"), EAGLE),
-    **dict.fromkeys(("llamacpp-formats", "llamacpp-medusa", "llamacpp-quantized-greedy", "gguf-k-quants"), LLAMA),
     **dict.fromkeys(
         (
             "neuron-fp8-range",

@@ -37,7 +37,16 @@ SUMMARY = "perplexity, KL divergence and top-1 agreement against the baseline"
 NEEDS = ANY
 WRITES = "measurement"
 USES_TARGET = False
-LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "onnxruntime", "onnxruntime-genai", "openvino")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "openvino",
+    "llama-cpp-python",
+)
 ENVIRONMENT = MAIN
 fits = no_objection
 
@@ -48,7 +57,7 @@ FLOPS = 150e9
 """Floating-point operations per second of two CPU cores, as runtimes reach them."""
 ATTENTION_FLOPS = 90e9
 """The same for products of queries, keys and values."""
-LIBRARIES_MIB = {"transformers": 500, "onnxruntime": 200, "openvino": 390}
+LIBRARIES_MIB = {"transformers": 500, "onnxruntime": 200, "openvino": 390, "llama-cpp": 150}
 """What a process takes with a runtime and without a model."""
 SECONDS_PER_LOGIT = 2e-8
 """Time for log-likelihood, float16 and divergence of one logit."""
@@ -59,7 +68,7 @@ MOST_KEPT = 4 * 2**30
 class Options(CutOptions):
     """What to score, and how."""
 
-    runtime: Literal["transformers", "onnxruntime", "openvino"] = "transformers"
+    runtime: Literal["transformers", "onnxruntime", "openvino", "llama-cpp"] = "transformers"
     """Runtime that loads the model."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of weights and arithmetic, where the runtime lets one choose."""

@@ -38,7 +38,16 @@ SUMMARY = "window costs, acceptance, choice of drafter, speed-up and identity of
 NEEDS = ANY
 WRITES = "measurement"
 USES_TARGET = False
-LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "onnxruntime", "onnxruntime-genai", "openvino")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "openvino",
+    "llama-cpp-python",
+)
 ENVIRONMENT = MAIN
 fits = no_objection
 
@@ -49,7 +58,7 @@ CONTEXT = 200
 class Options(StageOptions):
     """What to measure, and how."""
 
-    runtime: Literal["transformers", "onnxruntime", "openvino"]
+    runtime: Literal["transformers", "onnxruntime", "openvino", "llama-cpp"]
     """Runtime that loads the model."""
     prompts: int = Field(default=40, ge=texts.FEWEST_PROMPTS)
     """Most prompts to use, half of them to choose, half to judge."""

@@ -51,7 +51,16 @@ SUMMARY = "TTFT, TPOT, prefill, decode and memory of result and baselines, in in
 NEEDS = ANY
 WRITES = "measurement"
 USES_TARGET = False
-LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "onnxruntime", "onnxruntime-genai", "openvino")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "openvino",
+    "llama-cpp-python",
+)
 ENVIRONMENT = MAIN
 fits = no_objection
 
@@ -77,6 +86,7 @@ COSTS: Mapping[str, _Costs] = {
     "transformers": _Costs(3.6e9, 8, 340 * 2**20),
     "onnxruntime": _Costs(7e9, 8, 340 * 2**20),
     "openvino": _Costs(7e9, 8, 340 * 2**20),
+    "llama-cpp": _Costs(7e9, 4, 200 * 2**20),
     "vllm": _Costs(5e9, 45, 3_500_000_000),
 }
 PREFILL_FLOPS = 60e9
@@ -92,7 +102,7 @@ class ArmOptions(BaseModel):
     """Its name in the result; also the name of its log."""
     role: str
     """Which input directory it loads."""
-    runtime: Literal["transformers", "onnxruntime", "openvino", "vllm"]
+    runtime: Literal["transformers", "onnxruntime", "openvino", "llama-cpp", "vllm"]
     """Runtime that loads it; `vllm` starts a server."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of weights and arithmetic, where the runtime lets one choose."""

@@ -39,7 +39,16 @@ SUMMARY = "right answers to tasks, and the items that flipped against the baseli
 NEEDS = ANY
 WRITES = "measurement"
 USES_TARGET = False
-LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "onnxruntime", "onnxruntime-genai", "openvino")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "openvino",
+    "llama-cpp-python",
+)
 ENVIRONMENT = MAIN
 fits = no_objection
 
@@ -74,7 +83,7 @@ class Task(BaseModel):
 class Options(StageOptions):
     """What to ask, and through what."""
 
-    runtime: Literal["transformers", "onnxruntime", "openvino"] = "transformers"
+    runtime: Literal["transformers", "onnxruntime", "openvino", "llama-cpp"] = "transformers"
     """Runtime that loads the model."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of weights and arithmetic, where the runtime lets one choose."""

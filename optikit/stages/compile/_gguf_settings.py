@@ -1,0 +1,109 @@
+"""config.json in the words of gguf: figures, norms, rotary embeddings, windows and caps (gguf-py, constants.py)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from optikit.models import engines
+from optikit.models.gguf_settings import llama3_factors
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from gguf import GGUFWriter
+
+    from optikit.models.facts import ModelFacts
+
+ARCHITECTURES: Mapping[str, str] = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "phi3": "phi3",
+    "gpt2": "gpt2",
+}
+"""`model_type` → `general.architecture`."""
+PAIRED = frozenset({"llama"})
+"""Architectures whose rotary embeddings turn neighbouring channels."""
+KEYS: Mapping[str, str] = {
+    "rms_norm_eps": "add_layer_norm_rms_eps",
+    "layer_norm_epsilon": "add_layer_norm_eps",
+    "attn_logit_softcapping": "add_attn_logit_softcapping",
+    "final_logit_softcapping": "add_final_logit_softcapping",
+}
+"""Key of config.json → what writes it."""
+
+
+def add(writer: GGUFWriter, facts: ModelFacts) -> None:
+    """Write what llama.cpp needs to know of a model's arithmetic."""
+    writer.add_context_length(facts.max_positions)
+    writer.add_embedding_length(facts.hidden)
+    writer.add_block_count(facts.layers)
+    writer.add_feed_forward_length(facts.intermediate)
+    writer.add_head_count(facts.heads)
+    writer.add_head_count_kv(facts.kv_heads)
+    writer.add_vocab_size(facts.vocab)
+    for key, name in KEYS.items():
+        if facts.config.get(key):
+            getattr(writer, name)(float(facts.config[key]))
+    if facts.model_type == "gpt2":
+        return
+    writer.add_key_length(facts.head_dim)
+    writer.add_value_length(facts.head_dim)
+    if facts.sliding_window and facts.model_type in ("gemma2", "gemma3_text", "phi3"):
+        writer.add_sliding_window(facts.sliding_window)
+    _rope(writer, facts)
+
+
+def rope(facts: ModelFacts) -> Mapping[str, Any]:
+    """Return the parameters of rotary embeddings, those of global attention where there are two kinds."""
+    config = facts.config
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found = found.get("full_attention", found)
+    theta = found.get("rope_theta", config.get("rope_theta", 10000.0))
+    return {**found, "rope_theta": theta, "rope_type": found.get("rope_type", found.get("type", "default"))}
+
+
+def _rope(writer: GGUFWriter, facts: ModelFacts) -> None:
+    from gguf import RopeScalingType
+
+    told = rope(facts)
+    share = told.get("partial_rotary_factor", facts.config.get("partial_rotary_factor", 1.0))
+    writer.add_rope_dimension_count(int(facts.head_dim * share))
+    writer.add_rope_freq_base(float(told["rope_theta"]))
+    both = facts.config.get("rope_parameters") or {}
+    if "sliding_attention" in both:
+        writer.add_rope_freq_base_swa(float(both["sliding_attention"]["rope_theta"]))
+    elif facts.config.get("rope_local_base_freq"):
+        writer.add_rope_freq_base_swa(float(facts.config["rope_local_base_freq"]))
+    if told["rope_type"] == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(told["factor"]))
+    if told["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(float(told["factor"]))
+        writer.add_rope_scaling_orig_ctx_len(int(told["original_max_position_embeddings"]))
+    if told["rope_type"] == "longrope":
+        original = int(told["original_max_position_embeddings"])
+        scale = facts.max_positions / original
+        writer.add_rope_scaling_orig_ctx_len(original)
+        factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+        writer.add_rope_scaling_attn_factors(float(told.get("attention_factor") or factor))
+
+
+def tables(facts: ModelFacts) -> dict[str, list[float]]:
+    """Return tensors that no checkpoint holds: what each frequency is divided by."""
+    told, kind = rope(facts), engines.rope_type(facts.config)
+    if kind == "llama3":
+        low, high = float(told["low_freq_factor"]), float(told["high_freq_factor"])
+        context = int(told["original_max_position_embeddings"])
+        factors = llama3_factors(
+            float(told["rope_theta"]), facts.head_dim, float(told["factor"]), context, low=low, high=high
+        )
+        return {"rope_freqs.weight": factors}
+    if told["rope_type"] == "longrope":
+        return {f"rope_factors_{each}.weight": list(told[f"{each}_factor"]) for each in ("long", "short")}
+    return {}
