@@ -9,7 +9,6 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from optikit.errors import IntegrityError
-from optikit.models import architectures
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,18 +65,18 @@ class _Source:
     """The weights of a model directory, as a gguf file of it means them."""
 
     def __init__(self, directory: Path) -> None:
-        from optikit.formats.checkpoint import Checkpoint
         from optikit.models import quantization
         from optikit.models.reader import read
+        from optikit.stages.compile._gguf_write import opened
 
         self.facts = read(directory)
-        self.checkpoint = Checkpoint(directory)
+        self.checkpoint = opened(directory, self.facts)
         self.storage = quantization.scheme(self.checkpoint.config(), directory / "config.json")
 
     def read(self, name: str) -> Tensor:
         from optikit.stages.compile._gguf_write import dense
 
-        row = architectures.find(self.facts.model_type)
+        row = self.facts.architecture
         weight = dense(self.checkpoint, self.storage, self.facts, name)
         offset = row.norm_offset if row is not None and name.endswith("norm.weight") else 0.0
         return weight + offset
@@ -133,6 +132,6 @@ def _file_weight(wanted: _Source, path: Path, tensor: GgufTensor, name: str) -> 
     from optikit.models.gguf_tied import read_rows
 
     found = wanted.back(name, torch.from_numpy(read_rows(path, tensor, 0, tensor.shape[0]).copy()))
-    row = architectures.find(wanted.facts.model_type)
+    row = wanted.facts.architecture
     turned = row is not None and row.transposed and name.removesuffix(".weight") in wanted.facts.linears
     return found.T.contiguous() if turned else found

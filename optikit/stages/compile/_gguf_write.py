@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optikit.errors import StageFailedError
-from optikit.models import architectures
 from optikit.models.reader import read, tensor_shapes
 from optikit.stages.compile import _gguf_settings, _gguf_tokenizer
 from optikit.stages.compile._llama_cpp_options import Kind, Options, dense_kind, fitting, table_kind
@@ -104,10 +103,9 @@ def _tensors(options: Options, source: Path, facts: ModelFacts) -> Iterator[Writ
     import gguf
     import torch
 
-    from optikit.formats.checkpoint import Checkpoint
     from optikit.models import quantization
 
-    checkpoint = Checkpoint(source)
+    checkpoint = opened(source, facts)
     storage = quantization.scheme(checkpoint.config(), source / "config.json")
     family = _gguf_settings.ARCHITECTURES[facts.model_type]
     arch = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
@@ -120,6 +118,16 @@ def _tensors(options: Options, source: Path, facts: ModelFacts) -> Iterator[Writ
     for name, values in _gguf_settings.tables(facts).items():
         table = torch.tensor(values, dtype=torch.float32)
         yield Written(name=name, source="", kind="F32", shape=(len(values),), exact=True, load=_as_bytes(table))
+
+
+def opened(source: Path, facts: ModelFacts) -> Checkpoint:
+    """Return the weights of a directory under the names that its family has for them today."""
+    from optikit.formats.checkpoint import Checkpoint
+
+    checkpoint, row = Checkpoint(source), facts.architecture
+    names = row.full_names(checkpoint.entries) if row is not None else {}
+    checkpoint.entries = {names.get(name, name): entry for name, entry in checkpoint.entries.items()}
+    return checkpoint
 
 
 def _as_bytes(values: Tensor) -> Callable[[], Tensor]:
@@ -142,7 +150,7 @@ class _Maker:
 
     def make(self, name: str, written: str, shape: tuple[int, ...]) -> Written:
         """Return what a tensor becomes."""
-        row = architectures.find(self.facts.model_type)
+        row = self.facts.architecture
         transposed = row is not None and row.transposed and name.removesuffix(".weight") in self.facts.linears
         shape = tuple(reversed(shape)) if transposed else shape
         order = self._order(name)
@@ -232,7 +240,7 @@ def dense(checkpoint: Checkpoint, storage: Storage, facts: ModelFacts, name: str
         there = [s for s in (*storage.suffixes, *storage.optional) if f"{layer}.{s}" in checkpoint]
         return UNPACK[storage.trait]({s: checkpoint.read(f"{layer}.{s}") for s in there}, storage.bits).float()
     weight = checkpoint.read(name).float()
-    row = architectures.find(facts.model_type)
+    row = facts.architecture
     return weight.T.contiguous() if row is not None and row.transposed and layer in facts.linears else weight
 
 

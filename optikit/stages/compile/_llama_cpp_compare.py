@@ -6,7 +6,6 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from optikit.errors import IntegrityError, StageFailedError
-from optikit.models import architectures
 from optikit.process import program
 from optikit.stages.compile._logits import FIX, probe, relative_distance, short
 
@@ -39,7 +38,7 @@ def compare(job: Job, tokens: int) -> dict[str, Any]:
     from optikit.stages.compile._gguf_verify import file_weights
 
     facts = read(job.source)
-    family = architectures.find(facts.model_type)
+    family = facts.architecture
     left_out = family is not None and ENGINE in family.windowless
     text = probe(facts, facts.sliding_window if left_out and facts.sliding_window else facts.max_positions)
     job.scratch.mkdir(parents=True, exist_ok=True)

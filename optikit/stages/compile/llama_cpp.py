@@ -61,7 +61,7 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
 def _arithmetic(facts: ModelFacts) -> Iterator[Problem]:
     """Yield settings that llama.cpp's graph of a family doesn't look at."""
     config = facts.config
-    family = architectures.find(facts.model_type)
+    family = facts.architecture
     left_out = family is not None and ENGINE in family.windowless
     if left_out and facts.sliding_window and facts.sliding_window < facts.max_positions:
         message = f"llama.cpp leaves out {facts.model_type}'s attention window: beyond {facts.sliding_window} tokens"
