@@ -79,7 +79,7 @@ def add(writer: GGUFWriter, directory: Path, vocab: int, pre: str) -> None:
         writer.add_token_merges(merges)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    _special(writer, AutoTokenizer.from_pretrained(str(directory), local_files_only=True))
+    _special(writer, AutoTokenizer.from_pretrained(str(directory), local_files_only=True), vocab)
 
 
 def _read(directory: Path) -> dict[str, Any]:
@@ -142,11 +142,14 @@ def _pre(pre_tokenizer: Mapping[str, Any] | None, directory: Path) -> str:
     return CUTS[found]
 
 
-def _special(writer: GGUFWriter, tokenizer: Any) -> None:
-    """Write which tokens begin and end a text, whether they are added, and the chat template."""
+def _special(writer: GGUFWriter, tokenizer: Any, vocab: int) -> None:
+    """Write which tokens begin and end a text, whether they are added, and the chat template.
+
+    A tokenizer's class may make up one that the model has no row for: that isn't written.
+    """
     ids = {name: getattr(tokenizer, f"{attribute}_id") for name, attribute in SPECIAL.items()}
     for name, index in ids.items():
-        if index is not None:
+        if index is not None and index < vocab:
             getattr(writer, f"add_{name}_token_id")(index)
     example = tokenizer("a").input_ids
     writer.add_add_bos_token(bool(example) and example[0] == ids["bos"])

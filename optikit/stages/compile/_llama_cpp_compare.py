@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 ENGINE = "llama.cpp"
 """Its name in rows of families."""
 TRIAL = "optikit.stages.compile._llama_cpp_trial"
-APART = {True: 0.2, False: 0.05}
+APART = {True: 0.4, False: 0.05}
 """Relative distance of logits that llama.cpp's rounding of activations doesn't explain: to int8 where weights are
-quantized, else to their dtype; right files of tiny models are 0.013 and 0.004 apart."""
+quantized, else to their dtype. Right files: 0.11 (SmolLM2-135M, Q4_0) and 0.004 (tiny ones, BF16)."""
 TEXTS = ("The capital of France is", "x = [1, 22, 333]\n\tfor  y", "Grüße, 世界! 🙂", " a", "It's 2026.")
 """What both tokenizers cut."""
 

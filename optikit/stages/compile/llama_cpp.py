@@ -14,13 +14,15 @@ Note    llama.cpp rounds activations to int8 in quantized products, as accuracy 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from optikit.models import architectures, engines, traits
-from optikit.models.facts import ModelFacts
+from optikit.models.facts import ModelFacts, Trait
+from optikit.models.reader import tensor_shapes
 from optikit.problems import Problem
-from optikit.stage import ANY, Estimate, Facts, Job, no_objection, nothing
+from optikit.stage import ANY, DENSE, Estimate, Facts, Job, no_objection, nothing
 from optikit.stages.compile._llama_cpp_options import BITS, Options, dense_kind, table_kind
 from optikit.targets import Target
 
@@ -38,6 +40,8 @@ TRIAL_TOKENS = 8
 """Tokens that the file has to decode before it is accepted."""
 GRIDS: Mapping[str, float] = {"int4_gptq": BITS["Q4_0"], "int4_awq": BITS["Q5_0"], "int8_gptq": BITS["Q8_0"]}
 """Traits whose codes go into blocks, and the bits per weight that they take."""
+POSITIONS = "wpe"
+"""End of the name of a table of positions, which is float32 in gguf files."""
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
@@ -85,16 +89,23 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 
 def after(options: Options, facts: ModelFacts) -> ModelFacts:
     """Return the facts of the gguf file; asymmetric grids may take half a bit less than is counted."""
-    bits = BITS[dense_kind(options, facts)]
-    for trait, grid in GRIDS.items():
-        if trait in facts.traits:
-            config = facts.config.get("quantization_config") or {}
-            bits = BITS["Q5_0"] if trait != "int8_gptq" and not config.get("sym", False) else grid
-    tables = facts.vocab * facts.hidden * (1 if facts.tied else 2) * BITS[table_kind(options, facts)]
-    norms = 4 * (2 * facts.layers + 1) * facts.hidden
-    size = int((facts.linear_elements * bits + tables) / 8) + norms
-    dense = bool(traits.bits(facts.traits))
-    return replace(facts.having("gguf", without=frozenset() if dense else frozenset({"dense"})), weight_bytes=size)
+    linear, table = _linear_bits(options, facts), BITS[table_kind(options, facts)]
+    size = 0.0
+    for name, shape in tensor_shapes(facts).items():
+        module, elements = name.removesuffix(".weight"), math.prod(shape)
+        small = len(shape) == 1 or module.endswith(POSITIONS)
+        size += elements * (32 if small else linear if module in facts.linears else table) / 8
+    gone = frozenset[Trait]() if traits.bits(facts.traits) else DENSE
+    return replace(facts.having("gguf", without=gone), weight_bytes=int(size))
+
+
+def _linear_bits(options: Options, facts: ModelFacts) -> float:
+    """Return the bits that a weight of a linear takes."""
+    found = next((bits for trait, bits in GRIDS.items() if trait in facts.traits), None)
+    if found is None:
+        return BITS[dense_kind(options, facts)]
+    settings = facts.config.get("quantization_config") or {}
+    return BITS["Q5_0"] if "int4_gptq" in facts.traits and not settings.get("sym", False) else found
 
 
 def run(options: Options, job: Job) -> Facts:

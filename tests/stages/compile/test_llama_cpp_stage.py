@@ -138,13 +138,15 @@ def test_every_tensor_is_the_source_s(models, tmp_path, family):
     assert found["tensors_bit_equal"] == len([each for each in tensors if each.source]) == len(read_names(source))
     assert set(found["tensors"]) == {"BF16", "F32"}
     header = read_header(path)
+    size = sum(tensor.bytes for name, tensor in header.tensors.items() if name != "rope_freqs.weight")
+    assert llama_cpp.after(Options(), read(source)).weight_bytes == size
     assert header.metadata["general.architecture"] == _gguf_settings.ARCHITECTURES[family]
     assert header.metadata["tokenizer.ggml.pre"] == "gpt-2"
     assert (tmp_path / "out" / "Modelfile").read_text().startswith("FROM ./model.gguf\n")
 
 
 def read_names(source):
-    return [name for name in load_file(source / "model.safetensors") if not name.endswith("attn.bias")]
+    return [name for name in load_file(source / "model.safetensors") if not name.endswith(".attn.bias")]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -215,7 +217,7 @@ def test_scales_and_rows_that_no_block_can_have(tiny, tmp_path):
 
 def test_tokenizers(tiny_llama, tiny, tmp_path):
     assert _gguf_tokenizer.cuts(None) == ()
-    split = {"type": "Split", "pattern": {"Regex": _gguf_tokenizer.LLAMA3}, "behavior": "Isolated"}
+    split = {"type": "Split", "pattern": {"Regex": _gguf_tokenizer.LLAMA3}, "behavior": "Isolated", "invert": False}
     both = {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel", "use_regex": False}]}
     assert _gguf_tokenizer.CUTS[_gguf_tokenizer.cuts(both)] == "llama-bpe"
     with pytest.raises(StageFailedError, match="has no merges"):
