@@ -207,6 +207,12 @@ def find(model_type: str, config: Mapping[str, Any] = MappingProxyType({})) -> A
     return next((row for row in fitting if row.chosen_by(config)), fitting[0] if fitting else None)
 
 
+def context(config: Mapping[str, Any]) -> int | None:
+    """Return the longest text that a model of a known family was made for, in tokens, from its config.json."""
+    row = find(str(config.get("model_type")), config)
+    return None if row is None else int(row.meant(config)[row.keys["max_positions"]])
+
+
 def known_to(engine: str) -> tuple[str, ...]:
     """Return every `model_type` that an engine or library knows, too."""
     return tuple(dict.fromkeys(row.model_type for row in _rows().values() if engine in row.engines))

@@ -25,9 +25,10 @@ from transformers.utils import logging
 
 from optikit import formats, host
 from optikit.errors import InputMissingError, IntegrityError, UsageError
+from optikit.models import architectures
 from optikit.runtime.decoder import Logits, Tokens
 from optikit.runtime.decoders.checks import cache_argument, check_call, check_room
-from optikit.runtime.decoders.transformers_batch import TorchBatch
+from optikit.runtime.decoders.transformers_batch import KINDS, TorchBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -150,7 +151,8 @@ class TorchDecoder:
         with _quiet():
             self._model = load_model(directory, dtype)
         config = self._model.config
-        context = int(config.max_position_embeddings)
+        told = architectures.context(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+        context = told or int(config.max_position_embeddings)
         if max_tokens is not None and max_tokens > context:
             message = f"max_tokens {max_tokens} is beyond the model's context of {context} tokens"
             raise UsageError(message, fix=f"use {context} or less")
@@ -160,11 +162,17 @@ class TorchDecoder:
         self.width = int(config.hidden_size)
         # Nothing of the checkpoint's sampling settings, and no end-of-text: `greedy` has a fixed length.
         self._model.generation_config = GenerationConfig()
-        self._cache = DynamicCache()
-        self._cached = cache_argument(self._model, self._cache)
+        # A recurrent layer's memory of a text can't be cut back, so that the text is kept to be read again.
+        self._recurrent = not set(getattr(config, "layer_types", None) or ()) <= KINDS
+        self._text = np.empty(0, np.int64)
+        self._forget()
         self._seen = self._states = torch.empty(0)
         self._model.get_output_embeddings().register_forward_pre_hook(self._keep_states)
         gc.collect()
+
+    def _forget(self) -> None:
+        self._cache = DynamicCache(config=self._model.config) if self._recurrent else DynamicCache()
+        self._cached = cache_argument(self._model, self._cache)
 
     def _keep_states(self, _head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         self._seen = inputs[0]  # of any forward of the model: a batch on it has its own
@@ -177,9 +185,15 @@ class TorchDecoder:
     @torch.inference_mode()
     def forward(self, tokens: Tokens, position: int, rows: int | None = None) -> Logits:
         """Run `tokens` (m,) at `position`; see `decoder.Decoder.forward`."""
-        filled = self._cache.get_seq_length()
+        filled = len(self._text) if self._recurrent else self._cache.get_seq_length()
         check_call(tokens, position, rows=rows, filled=filled, vocab=self.vocab, max_tokens=self.max_tokens)
-        if position < filled:
+        if self._recurrent:
+            before, self._text = self._text[:position], np.concatenate([self._text[:position], tokens])
+            if position < filled:
+                self._forget()
+                if position:
+                    self._model(torch.from_numpy(before)[None], **self._cached, use_cache=True, logits_to_keep=1)
+        elif position < filled:
             self._cache.crop(position - filled)
         inputs = torch.from_numpy(tokens)[None]
         output = self._model(inputs, **self._cached, use_cache=True, logits_to_keep=rows or 0)

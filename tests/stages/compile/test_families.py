@@ -26,6 +26,9 @@ FAMILIES = {
     "qwen3": {},
     "gemma2": {"sliding_window": 16},
     "phi3": {"original_max_position_embeddings": 256},
+    "granite": {"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "logits_scaling": 8.0},
+    "ernie4_5": {"use_bias": True},
+    "hunyuan_v1_dense": {},
 }
 
 
