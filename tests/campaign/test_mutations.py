@@ -19,7 +19,7 @@ from tests.campaign.figures import Figures, chosen, draw
 from tests.campaign.world import Step, World
 
 pytestmark = pytest.mark.slow
-COUNT, LOCKS = 120, 16
+COUNT, LOCKS = 121, 16
 MENDED = ("damaged", "set aside")
 
 
@@ -36,6 +36,8 @@ def _case(world: World, number: int, here: Path) -> Callable[[], tuple[str, list
         named, told = kind(home, random)
         done = world.make(home, here / "out")
         wrong = done.faults([0, 76])
+        if (here / "theirs").exists() and not (here / "theirs" / "file").exists():
+            wrong.append("lost a file that a link led to")
         if done.code == 0:
             wrong += world.output_differences(here / "out")
             wrong += [each for step in world.steps for each in world.differences(home, step)]
@@ -176,9 +178,31 @@ def _damaged(path: Path, home: Path, random: Random) -> tuple[str, bool]:
     return f"{what.__name__} {path.relative_to(home)}", told
 
 
+def something_odd_in_its_places(home: Path, random: Random) -> tuple[str, bool]:
+    """Where a step works that has to be done again; a link leads to somebody's file."""
+    theirs = home.parent / "theirs"
+    theirs.mkdir()
+    (theirs / "file").write_text("x", encoding="utf-8")
+    artifact = random.choice(sorted((home / "artifacts").iterdir()))
+    key = artifact.name
+    shutil.rmtree(artifact)
+    staging = f"tmp/{key[:16]}-99999999-abcdef01-1@{os.uname().nodename}"
+    name = random.choice([f"jobs/{key}", f"scratch/{key}", f"locks/{key}.lock", staging, f"corrupt/{key}"])
+    path, how = home / name, random.choice(["file", "pipe", "link", "link", "directory"])
+    path.unlink(missing_ok=True)
+    {
+        "file": lambda: path.write_text("x", encoding="utf-8"),
+        "pipe": lambda: os.mkfifo(path),
+        "link": lambda: path.symlink_to(theirs),
+        "directory": lambda: shutil.copytree(theirs, path),
+    }[how]()
+    return f"{how} at {name[:30]}", False
+
+
 KINDS: tuple[Callable[[Path, Random], tuple[str, bool]], ...] = (
     *(a_file_of_an_artifact, a_file_of_an_artifact, a_file_of_an_artifact, a_file_of_an_artifact),
     *(a_seal, a_digit_of_a_seal, an_artifact_in_another_place, a_text, a_lock, remembered_digests),
+    something_odd_in_its_places,
 )
 
 
