@@ -13,28 +13,29 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optikit import host
 from optikit.algorithms.precision import compute_dtype
-from optikit.calibration import calibration_set, distributed
+from optikit.calibration import calibration_set, distributed, expert_walk
 from optikit.calibration.budget import BATCH_TOKENS, PAUSED_MOST, PAUSED_SHARE, paused_bytes_per_token
 from optikit.calibration.empty_model import Call, EmptyModel
+from optikit.calibration.expert_walk import Seen
 from optikit.calibration.forward_passes import ForwardPasses
 from optikit.calibration.gram import PairedGram
 from optikit.calibration.method import Batch, DataFreeMethod, Group, Method, PreviousOp, Result, Walked
-from optikit.calibration.paused_forward import CapturePoint, capture_hooks
+from optikit.calibration.paused_forward import CapturePoint, answered, capture_hooks
 from optikit.calibration.resume import AIM, HiddenStates, ResumeState
-from optikit.calibration.source_model import Linear, SourceModel
+from optikit.calibration.source_model import DOWN, Linears, SourceModel
 from optikit.errors import StageFailedError
 from optikit.formats.checkpoint import Checkpoint
+from optikit.models import language_part
 from optikit.process.allocator import one_arena, return_memory, settle
 from optikit.stage import Facts, Job
 
-Linears = tuple[Linear, ...]
 Change = tuple[Linears, Callable[[], Result]]
 """A group, and the method's `apply` bound to it and to its finished statistic."""
 
@@ -51,7 +52,14 @@ class Outcome(NamedTuple):
     rows: Mapping[str, Mapping[str, Any]]
 
 
-def run(job: Job, method: Method[Any] | DataFreeMethod, *, identity: str, ignore: Callable[[str], bool]) -> Outcome:
+def run(
+    job: Job,
+    method: Method[Any] | DataFreeMethod,
+    *,
+    identity: str,
+    ignore: Callable[[str], bool],
+    experts: Seen = "all",
+) -> Outcome:
     """Take a method through all blocks of `job.source`, write `job.dest` and verify it.
 
     Args:
@@ -59,6 +67,7 @@ def run(job: Job, method: Method[Any] | DataFreeMethod, *, identity: str, ignore
         method: The technique, with the layout of its results.
         identity: Names method and options: a walk killed under another identity isn't resumed.
         ignore: Whether a linear (full name) is left as it is.
+        experts: Which tokens routed experts are calibrated on; see expert_walk.py.
 
     Raises:
         StageFailedError: Unknown architecture, damaged weights or activations, a linear that is never called, text
@@ -67,7 +76,7 @@ def run(job: Job, method: Method[Any] | DataFreeMethod, *, identity: str, ignore
     torch.set_num_threads(job.threads)
     source = SourceModel(Checkpoint(job.source))
     if isinstance(method, Method):
-        walk = _Calibrated(job, source, method, identity, ignore)
+        walk = _Calibrated(job, source, method, identity, ignore, experts)
         state, changed, facts = walk.state, walk.blocks(), {"compute_dtype": str(walk.dtype).removeprefix("torch.")}
     else:
         state, facts = ResumeState(job.scratch, {"method": identity}, job.note), {}
@@ -82,7 +91,15 @@ def run(job: Job, method: Method[Any] | DataFreeMethod, *, identity: str, ignore
     written = method.layout.write(job, _walked(source, state, ignore))
     if source.row.generic:
         facts |= {"walk": "no row: generic walk"}
-    return Outcome(written | facts | _corrections(state.facts), state.facts)
+    return Outcome(written | facts | _corrections(state.facts) | _beside(source, state.facts), state.facts)
+
+
+def _beside(source: SourceModel, rows: Mapping[str, Mapping[str, Any]]) -> Facts:
+    """Return what was carried along as it was, and which experts had too few tokens to be judged by."""
+    found: Facts = {"carried": language_part.kinds(source.carried)} if source.carried else {}
+    if any("too_few_tokens" in row for row in rows.values()):
+        found["experts_with_too_few_tokens"] = [name for name, row in rows.items() if row.get("too_few_tokens")]
+    return found
 
 
 def _walked(source: SourceModel, state: ResumeState, ignore: Callable[[str], bool]) -> Walked:
@@ -121,8 +138,17 @@ class _Block:
         self.tensors.update(result.tensors or self._dense(linears, result.weights))
         self.tensors.update({f"{AIM}{name}": tensor for name, tensor in result.aims.items()})
         self.linears += [linear.name for linear in linears]
-        for name, facts in result.facts.items():
-            self.facts[name] = {**self.facts.get(name, {}), **facts}
+        self.tell(result.facts)
+
+    def tell(self, facts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Add facts about linears, by name."""
+        for name, found in facts.items():
+            self.facts[name] = {**self.facts.get(name, {}), **found}
+
+    def put_aside(self, state: ResumeState) -> None:
+        """Keep new tensors on disk, of an expert that is finished."""
+        state.stash(self.tensors)
+        self.tensors = {}
 
     def _dense(self, linears: Linears, weights: tuple[Tensor, ...]) -> dict[str, Tensor]:
         pairs = zip(linears, weights, strict=True)
@@ -144,10 +170,18 @@ def _data_free(
     """Yield the blocks that are not done yet, of a walk without calibration text."""
     for index in range(state.done, source.layers):
         block = _Block(source, forward=None)
-        groups = source.groups(index, ignore)
-        yield block, ((linears, partial(method.apply, _group(job, source, linears))) for linears in groups)
+        yield block, _data_free_changes(job, source, method, state, block, source.groups(index, ignore))
         state.commit(block.tensors, block.linears, block.facts, "")
         job.progress(index + 1, source.layers, "block")
+
+
+def _data_free_changes(
+    job: Job, source: SourceModel, method: DataFreeMethod, state: ResumeState, block: _Block, groups: Iterable[Linears]
+) -> Iterator[Change]:
+    for linears in groups:
+        yield linears, partial(method.apply, _group(job, source, linears))
+        if linears[0].part == DOWN:
+            block.put_aside(state)
 
 
 def _finite(hidden: Tensor) -> bool:
@@ -155,12 +189,25 @@ def _finite(hidden: Tensor) -> bool:
     return bool(torch.isfinite(hidden.sum(dtype=torch.float32)) or torch.isfinite(hidden).all())
 
 
+def _uncorrected(method: Method[Any]) -> Method[Any]:
+    plain: Any = method  # a frozen dataclass, as all that correct are
+    return method if method.correct_damp is None else cast("Method[Any]", replace(plain, correct_damp=None))
+
+
 class _Calibrated:
     """A walk with calibration text; beside the dense model where the method corrects."""
 
     def __init__(
-        self, job: Job, source: SourceModel, method: Method[Any], identity: str, ignore: Callable[[str], bool]
+        self,
+        job: Job,
+        source: SourceModel,
+        method: Method[Any],
+        identity: str,
+        ignore: Callable[[str], bool],
+        experts: Seen,
     ) -> None:
+        self._seen: Seen = experts
+        self._experts: expert_walk.ExpertWalk | None = None
         self._job, self._source, self._method, self._ignore = job, source, method, ignore
         self._calibration = job.calibrated()
         self._paired = method.correct_damp is not None
@@ -252,38 +299,95 @@ class _Calibrated:
         """Yield a block with its groups; then compute its new outputs and commit it."""
         with ExitStack() as stack:
             stack.callback(self._model.empty_block, index)
-            filled = self._model.fill_block(index)
-            groups = self._source.groups(index, self._ignore, self._seen(index))
-            points = [linears[0].inside for linears in groups]
+            filled = self._model.fill_block(index, experts=False)
+            seen = self._traced(index)
+            groups = self._source.groups(index, self._ignore, seen)
+            points = [linears[0].inside for linears in groups if linears[0].expert is None]
+            experts = self._experts_module(index)
             residuals = {residual for linears in groups if (residual := self._residual(linears))}
             passes = []
             modules = [filled, copy.deepcopy(filled)] if self._paired else [filled]
             for module, path in zip(modules, self._paths(index), strict=True):
                 stack.enter_context(capture_hooks(module, points, residuals))
+                stack.enter_context(answered(module, experts))
                 call, hidden, keep = self._calls[index], self._states(path), self._kept(groups)
                 each = ForwardPasses(module, call, hidden, keep=keep, device=self._job.device)
                 passes.append(stack.enter_context(closing(each)))
-            block = _Block(self._source, partial(self._model.replace, filled))
-            yield block, self._changes(index, groups, block, passes)
+            block = _Block(self._source, partial(self._take, filled))
+            yield block, self._changes(index, filled, block, passes, seen)
             after = zip(passes, self._paths(index + 1), strict=True)
             digests = [self._states(path).write(each.outputs()) for each, path in after]
         self.state.commit(block.tensors, block.linears, block.facts, *digests)
 
-    def _seen(self, index: int) -> tuple[tuple[str, ...], ...]:
+    def _traced(self, index: int) -> tuple[tuple[str, ...], ...]:
         """Return the groups of a filled block where no row tells them."""
         if not self._source.row.generic:
             return ()
         hidden = self._states(self._paths(index)[-1]).read(0)[:1]  # the dense model's
         return self._model.traced(index, hidden, self._calls[index])
 
+    def _experts_module(self, index: int) -> list[CapturePoint]:
+        routed = self._source.row.experts
+        return [routed.module] if routed and self._source.is_sparse(index) else []
+
     def _changes(
-        self, index: int, groups: list[Linears], block: _Block, passes: list[ForwardPasses]
+        self,
+        index: int,
+        module: nn.Module,
+        block: _Block,
+        passes: list[ForwardPasses],
+        seen: tuple[tuple[str, ...], ...],
     ) -> Iterator[Change]:
-        for linears in groups:
+        for linears in self._source.steps(index, self._ignore, seen):
             return_memory()  # what passes needed on their way lies between what they still hold
-            previous = self._source.previous_op(index, linears, self._ignore, block.tensors)
-            group = _group(self._job, self._source, linears, previous)
+            if linears is None:
+                yield from self._expert_changes(index, module, block, passes)
+                continue
+            group = _group(self._job, self._source, linears, self._previous(index, block, linears))
             yield linears, self._gathered(group, self._batches(passes, linears), block)
+
+    def _expert_changes(
+        self, index: int, module: nn.Module, block: _Block, passes: list[ForwardPasses]
+    ) -> Iterator[Change]:
+        (point,) = self._experts_module(index)
+        paths = [expert_walk.hidden_path(self._job.scratch, which) for which in range(len(passes))]
+        streams = [
+            expert_walk.listen(each, point, self._states(path), self._shape[1])
+            for each, path in zip(passes, paths, strict=True)
+        ]
+        self._experts = expert_walk.ExpertWalk(
+            source=self._source,
+            block=index,
+            module=module.get_submodule(point),
+            method=_uncorrected(self._method),
+            streams=streams,
+            seen=self._seen,
+            ignore=self._ignore,
+            dtype=self.dtype,
+            device=self._job.device,
+        )
+        yield from self._experts.changes(partial(self._previous, index, block), partial(self._finished, block))
+        for each, stream, path in zip(passes, streams, paths, strict=True):
+            each.answer(point, [outputs.to(self.dtype) for outputs in stream.outputs])
+            path.unlink()
+        self._experts = None
+
+    def _finished(self, block: _Block) -> None:
+        """Put an expert's new tensors on disk."""
+        if self._experts is not None:
+            block.tell(self._experts.facts)
+        block.put_aside(self.state)
+        return_memory()
+
+    def _take(self, module: nn.Module, linears: Linears, weights: tuple[Tensor, ...]) -> None:
+        """Give new weights to what computes the block's outputs."""
+        if linears[0].expert is None:
+            self._model.replace(module, linears, weights)
+        elif self._experts is not None:
+            self._experts.take(linears, weights)
+
+    def _previous(self, index: int, block: _Block, linears: Linears) -> PreviousOp | None:
+        return self._source.previous_op(index, linears, self._ignore, block.tensors)
 
     def _gathered(self, group: Group, batches: Iterator[Batch], block: _Block) -> Callable[[], Result]:
         statistic = self._method.statistic(group)

@@ -16,10 +16,11 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from optikit.calibration.source_model import Linear, SourceModel
+from optikit.calibration.source_model import DOWN, GATE, UP, Linear, SourceModel
 from optikit.errors import StageFailedError
+from optikit.formats import language_config
 from optikit.models.expected import looks_arithmetic
 
 OLDER = frozenset({"rope_scaling", "rope_theta", "partial_rotary_factor", "rotary_pct", "rotary_emb_base"})
@@ -96,8 +97,7 @@ class EmptyModel:
     """
 
     def __init__(self, source: SourceModel, *, dtype: torch.dtype, device: str) -> None:
-        config = AutoConfig.from_pretrained(source.checkpoint.directory, trust_remote_code=False)
-        vars(config).pop("quantization_config", None)  # the modules are those of the dense model
+        config = language_config.read(source.checkpoint.directory)  # the modules are those of the dense model
         with init_empty_weights(include_buffers=False), _EmptyOnMeta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_attention(config))
         self._model: nn.Module = model.eval()
@@ -115,11 +115,19 @@ class EmptyModel:
             _confirm(source, self._model, self.blocks)
         self._stem = self._model.get_submodule(source.row.blocks.rpartition(".")[0])
 
-    def _fill(self, module: nn.Module, prefix: str) -> None:
+    def _fill(self, module: nn.Module, prefix: str, without: str = "") -> None:
+        """Read a module's parameters, and the buffers that checkpoints hold (what routers add to scores)."""
         for name, _ in list(module.named_parameters()):
+            if without and name.startswith(without):
+                continue
             owner, _, leaf = name.rpartition(".")
             value = self._source.read(f"{prefix}{name}").to(self.device, self.dtype)
             setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+        for name, buffer in list(module.named_buffers()):
+            owner, _, leaf = name.rpartition(".")
+            if self._source.has(f"{prefix}{name}"):
+                value = self._source.read(f"{prefix}{name}").to(self.device, buffer.dtype)
+                setattr(module.get_submodule(owner), leaf, value)
 
     def _empty(self, module: nn.Module) -> None:
         """Drop parameters; buffers (scales of embeddings, causal masks) stay, for nothing would fill them again."""
@@ -127,10 +135,21 @@ class EmptyModel:
             owner, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(owner), leaf, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
-    def fill_block(self, index: int) -> nn.Module:
-        """Read the parameters of a block and return it."""
-        self._fill(self.blocks[index], f"{self._row.block(index)}.")
-        return self.blocks[index]
+    def fill_block(self, index: int, *, experts: bool = True) -> nn.Module:
+        """Read the parameters of a block and return it; without its routed experts where they aren't wanted."""
+        block, routed = self.blocks[index], self._row.experts if self._source.is_sparse(index) else None
+        self._fill(block, f"{self._row.block(index)}.", f"{routed.module}." if routed else "")
+        if routed and experts:
+            module = block.get_submodule(routed.module)
+            for leaf, parts in (("gate_up_proj", (GATE, UP)), ("down_proj", (DOWN,))):
+                stacked = torch.stack([self._expert(index, each, parts) for each in range(self._source.experts)])
+                setattr(module, leaf, nn.Parameter(stacked, requires_grad=False))
+        return block
+
+    def _expert(self, index: int, expert: int, parts: tuple[int, ...]) -> Tensor:
+        """Return projections of an expert, one below the other, as transformers' modules have them."""
+        linears = self._source.expert(index, expert, lambda _: False, parts)
+        return torch.cat([self._source.weight(linear).to(self.device, self.dtype) for linear in linears])
 
     def empty_block(self, index: int) -> None:
         """Drop the parameters of a block."""

@@ -32,13 +32,15 @@ class PausedForward:
 
     Attributes:
         watched: Inputs of the watched modules that were passed so far.
+        answers: What modules give that can't be called, because what they need isn't in memory: routed experts.
     """
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self._call = call
         self.watched: dict[CapturePoint, Tensor] = {}
+        self.answers: dict[CapturePoint, Tensor] = {}
         self._stop: CapturePoint | None = None
-        self._input: Tensor | None = None
+        self._input: tuple[Any, ...] | None = None
         self._output: Tensor | None = None
         self._error: BaseException | None = None
         self._abandoned = False
@@ -72,6 +74,11 @@ class PausedForward:
 
     def advance(self, point: CapturePoint) -> Tensor:
         """Run until the block calls `point`; return that linear's input (batch, tokens, in_features)."""
+        inputs: Tensor = self.called(point)[0]
+        return inputs
+
+    def called(self, point: CapturePoint) -> tuple[Any, ...]:
+        """Run until the block calls `point`; return all that it is called with."""
         self._resume(point)
         if self._input is None:
             raise RuntimeError(f"the block never called {point}")
@@ -93,11 +100,11 @@ class PausedForward:
             self._go.release()
             self._thread.join()
 
-    def capture(self, point: CapturePoint, hidden: Tensor) -> None:
+    def capture(self, point: CapturePoint, given: tuple[Any, ...]) -> None:
         """Wait here if this is the point to stop at. Called by the hook, in the pass's own thread."""
         if point != self._stop:
             return
-        self._input = hidden
+        self._input = given
         self._stopped.release()
         self._go.acquire()
         if self._abandoned:
@@ -113,7 +120,9 @@ _current = _Current()
 
 @contextmanager
 def capture_hooks(
-    block: nn.Module, points: Iterable[CapturePoint], watched: Iterable[CapturePoint] = ()
+    block: nn.Module,
+    points: Iterable[CapturePoint],
+    watched: Iterable[CapturePoint] = (),
 ) -> Iterator[None]:
     """Hold forward pre-hooks on modules of a block.
 
@@ -126,7 +135,7 @@ def capture_hooks(
     def stop_at(point: CapturePoint) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             if _current.forward is not None:
-                _current.forward.capture(point, args[0])
+                _current.forward.capture(point, args)
 
         return hook
 
@@ -144,3 +153,27 @@ def capture_hooks(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def answered(block: nn.Module, names: Iterable[CapturePoint]) -> Iterator[None]:
+    """Let modules of a block not be called: a pass can stop before them, and goes on with its `answers`."""
+
+    def answer(name: CapturePoint) -> Callable[..., Tensor]:
+        def forward(*args: Any) -> Tensor:
+            if _current.forward is None:
+                raise RuntimeError(f"{name} is called outside of a pass")
+            if name not in _current.forward.answers:
+                _current.forward.capture(name, args)
+            return _current.forward.answers[name]
+
+        return forward
+
+    modules = {name: block.get_submodule(name) for name in names}
+    for name, module in modules.items():
+        module.forward = answer(name)
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            del module.forward

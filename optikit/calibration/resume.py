@@ -1,7 +1,8 @@
 """Resume state of a walk, in the job's scratch directory: finished blocks and the hidden states after them.
 
     resume.json          which walk this is, how many blocks are done, sha256 of the hidden states after them
-    block-00012.safetensors   what is written in place of block 12's weights, and the aims of corrected ones
+    block-00012-000.safetensors  what is written in place of block 12's weights, and the aims of corrected ones; each of
+                         its experts has a file
     hidden-00013.bin     input of block 13, as it was in memory
     dense-00013.bin      the same in the dense model, where a technique looks at that too
 
@@ -99,20 +100,22 @@ class ResumeState:
         self.hidden_sha256 = self.dense_sha256 = ""
         self.linears: list[str] = []
         self.facts: dict[str, Any] = {}
+        self._parts: list[int] = []
+        self._stashed = 0
         path = directory / STATE
         if not is_intact(path, note):
             return
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["identity"] != self._identity:
             return
-        if all(is_intact(self._block_path(index), note) for index in range(found["done"])):
+        if all(is_intact(path, note) for path in self._paths(found["parts"])):
             self.done = found["done"]
             self.hidden_sha256, self.dense_sha256 = found["hidden_sha256"], found["dense_sha256"]
-            self.linears, self.facts = found["linears"], found["facts"]
+            self.linears, self.facts, self._parts = found["linears"], found["facts"], found["parts"]
 
     def reset(self) -> None:
         """Begin again: the state found is of another walk, or damaged."""
-        self.done, self.linears, self.facts = 0, [], {}
+        self.done, self.linears, self.facts, self._parts, self._stashed = 0, [], {}, [], 0
         self.hidden_sha256 = self.dense_sha256 = ""
 
     def hidden_path(self, index: int) -> Path:
@@ -123,8 +126,18 @@ class ResumeState:
         """Return the file of the input of block `index` in the dense model."""
         return self._directory / f"dense-{index:05}.bin"
 
-    def _block_path(self, index: int) -> Path:
-        return self._directory / f"block-{index:05}.safetensors"
+    def _block_path(self, index: int, part: int) -> Path:
+        return self._directory / f"block-{index:05}-{part:03}.safetensors"
+
+    def _paths(self, parts: list[int]) -> Iterator[Path]:
+        for index, count in enumerate(parts):
+            yield from (self._block_path(index, part) for part in range(count))
+
+    def stash(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put new tensors of the block that is being worked on aside: they count when it is committed."""
+        if tensors:
+            keep_tensors(self._block_path(self.done, self._stashed), tensors)
+            self._stashed += 1
 
     def commit(
         self,
@@ -136,7 +149,9 @@ class ResumeState:
     ) -> None:
         """Make one more block final: its new tensors, the linears they replace, and the hidden states after it."""
         index = self.done
-        keep_tensors(self._block_path(index), tensors)
+        keep_tensors(self._block_path(index, self._stashed), tensors)
+        self._parts = [*self._parts, self._stashed + 1]
+        self._stashed = 0
         self.done, self.hidden_sha256, self.dense_sha256 = index + 1, hidden_sha256, dense_sha256
         self.linears = [*self.linears, *linears]
         self.facts = {**self.facts, **facts}
@@ -145,6 +160,7 @@ class ResumeState:
             "done": self.done,
             "hidden_sha256": hidden_sha256,
             "dense_sha256": dense_sha256,
+            "parts": self._parts,
             "linears": self.linears,
             "facts": self.facts,
         }
@@ -171,8 +187,7 @@ class ResumeState:
         return {name.removeprefix(AIM): entry for name, entry in self._located() if name.startswith(AIM)}
 
     def _located(self) -> Iterator[tuple[str, Entry]]:
-        for index in range(self.done):
-            path = self._block_path(index)
+        for path in self._paths(self._parts):
             if not is_intact(path):
                 message = f"{path} changed on the disk after it was written"
                 raise IntegrityError(message, fix="run again: this step begins anew; check the disk")

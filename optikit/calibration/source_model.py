@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,9 +12,13 @@ from torch import Tensor
 
 from optikit.calibration.method import PreviousOp
 from optikit.errors import RecipeError, StageFailedError
-from optikit.formats.checkpoint import Checkpoint, finite
+from optikit.formats.checkpoint import Checkpoint, Entry, finite, joined, part_of
+from optikit.models import language_part, stacked_experts
 from optikit.models.architectures import Architecture
 from optikit.models.reader import architecture_of
+
+GATE, UP, DOWN = range(3)
+"""Projections of an expert, in the order in which rows of architectures.toml name them."""
 
 
 @dataclass(frozen=True)
@@ -21,75 +26,127 @@ class Linear:
     """One linear of a block.
 
     Attributes:
-        inside: Name relative to its block.
+        inside: Name relative to its block; of an expert's, which is no module of its own, as checkpoints have it.
         name: Full name, as the checkpoint has it, without `.weight`.
+        expert: Number of the routed expert that it belongs to, or None.
+        part: Which of an expert's projections it is.
     """
 
     inside: str
     name: str
+    expert: int | None = None
+    part: int = GATE
+
+
+Linears = tuple[Linear, ...]
 
 
 def linears_of(directory: Path) -> tuple[str, ...]:
     """Return the full names of all linears of a model directory's blocks, as its checkpoint has them."""
-    return SourceModel(Checkpoint(directory)).linears
+    source = SourceModel(Checkpoint(directory))
+    groups = (group for block in range(source.layers) for group in source.groups(block, lambda _: False))
+    return tuple(linear.name for group in groups for linear in group)
 
 
 class SourceModel:
     """A checkpoint and the row of its architecture.
 
     Attributes:
-        checkpoint: The weights.
+        checkpoint: The weights; of stacked experts each on its own.
         row: Which module does what.
+        config: What config.json says of the language model.
         layers: Number of decoder blocks.
         max_positions: Longest sequence the model was made for, in tokens.
         own_head: The output head has a matrix of its own, not the embedding's.
         residual_scale: What outputs are multiplied by before they are added to the residual stream.
+        experts: Routed experts of a block that has them; 0 where there are none.
+        carried: Names of tensors that aren't the language model's.
 
     Raises:
         StageFailedError: The architecture is unknown, or the config contradicts its row.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        config = checkpoint.config()
+        told = checkpoint.config()
+        config = language_part.settings_of(told)
         try:
-            row = architecture_of(checkpoint.directory, config)
+            row = architecture_of(checkpoint.directory, told)
         except RecipeError as error:
             raise StageFailedError(error.message, fix=error.fix) from error
-        self.checkpoint = checkpoint
         self.row: Architecture = row
-        config = row.meant(config)
-        self.layers = int(str(config[row.keys["layers"]]))
-        self.max_positions = int(str(config[row.keys["max_positions"]]))
-        self.own_head = any(name in checkpoint for name in self._candidates(f"{row.head}.weight"))
-        self.residual_scale = float(str(config.get(row.residual_scale, 1.0)))
-        heads, hidden = (int(str(config[row.keys[key]])) for key in ("heads", "hidden"))
-        self._head_dim = int(str(config.get(row.keys["head_dim"]) or hidden // heads))
+        self.config = row.meant(config)
+        self.layers = self._figure(row.keys["layers"])
+        self.max_positions = self._figure(row.keys["max_positions"])
+        self.experts = self._figure(row.experts.count) if row.experts else 0
+        self._sparse = row.experts.sparse(self.layers, self.config) if row.experts else frozenset[int]()
+        self._part = language_part.find(row, told, checkpoint, self.layers)
+        self._stored = dict(self._part.stored)
+        self.carried = self._part.carried
+        self.checkpoint = self._apart(checkpoint)
+        self.own_head = f"{row.head}.weight" in self._stored
+        self.residual_scale = float(str(self.config.get(row.residual_scale, 1.0)))
+        heads, hidden = (self._figure(row.keys[key]) for key in ("heads", "hidden"))
+        self._head_dim = int(str(self.config.get(row.keys["head_dim"]) or hidden // heads))
 
-    @property
-    def linears(self) -> tuple[str, ...]:
-        """Full names of the linears of all blocks, as the checkpoint has them."""
-        return tuple(
-            self.linear_name(f"{self.row.block(block)}.{inside}")
-            for block in range(self.layers)
-            for inside in self.row.linears
-            if self.has(block, inside)
-        )
+    def _figure(self, key: str) -> int:
+        return int(str(self.config[key]))
+
+    def _apart(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Return the checkpoint with every expert's weights on their own, where it holds them stacked."""
+        experts = self.row.experts
+        if experts is None or not experts.stacked:
+            return checkpoint
+        sizes = {"experts": self.experts, "expert_width": self._figure(experts.width)}
+        sizes["hidden"] = self._figure(self.row.keys["hidden"])
+        seen = copy.copy(checkpoint)
+        seen.entries = dict(checkpoint.entries)
+        for name, stored in self._part.stored.items():
+            if stacked_experts.inside_block(self.row, name).removesuffix(".weight") in experts.stacked:
+                whole = seen.entries.pop(stored)
+                del self._stored[name]
+                for part, elements, shape in stacked_experts.slices(self.row, sizes, name):
+                    self._stored[part] = self._part.place(part)
+                    seen.entries[self._stored[part]] = part_of(whole, elements, shape)
+        return seen
+
+    def stacked(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        """Return a checkpoint's tensors with those of experts stacked again, as the source has them."""
+        experts = self.row.experts
+        found = dict(entries)
+        if experts is None or not experts.stacked:
+            return found
+        for block in sorted(self._sparse):
+            for whole, parts in zip(experts.stacked, ((GATE, UP), (DOWN,)), strict=True):
+                prefix = self.row.block(block)
+                each = [f"{prefix}.{experts.linear(e, part)}.weight" for e in range(self.experts) for part in parts]
+                taken = [found.pop(self._stored[name]) for name in each]
+                rows, columns = taken[0].shape
+                shape = (self.experts, len(parts) * rows, columns)
+                found[self._part.place(f"{prefix}.{whole}.weight")] = joined(taken, shape)
+        return found
 
     def tensor_name(self, name: str) -> str:
         """Return the checkpoint's name of a tensor: some checkpoints hold the base model without its prefix.
 
+        Args:
+            name: As transformers' module, or the checkpoint, has it.
+
         Raises:
             StageFailedError: The checkpoint has no such tensor.
         """
-        for candidate in self._candidates(name):
-            if candidate in self.checkpoint:
-                return candidate
-        raise StageFailedError(f"the checkpoint has no tensor {name!r}", fix="quantize a dense checkpoint, once")
+        if name in self.checkpoint:
+            return name
+        inside = stacked_experts.inside_block(self.row, name)
+        there = name.removesuffix(inside) + self.row.stored_name(inside)
+        found = self._stored.get(name) or self._stored.get(there)
+        if found is None:
+            raise StageFailedError(f"the checkpoint has no tensor {name!r}", fix="quantize a dense checkpoint, once")
+        return found
 
-    def _candidates(self, name: str) -> tuple[str, ...]:
-        module, _, leaf = name.rpartition(".")
-        bare = name.removeprefix(self.row.blocks.partition(".")[0] + ".")
-        return (name, bare, f"{self.row.stored_as.get(module, module)}.{leaf}")
+    def has(self, name: str) -> bool:
+        """Return whether the checkpoint has a tensor that transformers calls so."""
+        inside = stacked_experts.inside_block(self.row, name)
+        return name in self._stored or name.removesuffix(inside) + self.row.stored_name(inside) in self._stored
 
     def read(self, name: str) -> Tensor:
         """Read a tensor as it is stored.
@@ -101,9 +158,11 @@ class SourceModel:
         stored = self.tensor_name(name)
         return finite(stored, self.checkpoint.read(stored), self.checkpoint.directory)
 
-    def groups(
-        self, block: int, ignore: Callable[[str], bool], seen: Sequence[tuple[str, ...]] = ()
-    ) -> list[tuple[Linear, ...]]:
+    def is_sparse(self, block: int) -> bool:
+        """Return whether a block has routed experts."""
+        return block in self._sparse
+
+    def groups(self, block: int, ignore: Callable[[str], bool], seen: Sequence[tuple[str, ...]] = ()) -> list[Linears]:
         """Return the linears of a block that are to be changed, grouped by input, in execution order.
 
         Args:
@@ -111,23 +170,73 @@ class SourceModel:
             ignore: Whether a linear (full name) is left as it is.
             seen: The groups of a block whose row doesn't tell them, as `EmptyModel.traced` finds them.
         """
-        groups = []
-        for names in seen or self.row.groups:
-            full = [(name, f"{self.row.block(block)}.{name}") for name in names if self.has(block, name)]
-            linears = [Linear(inside, self.linear_name(name)) for inside, name in full if not ignore(name)]
-            if linears:
-                groups.append(tuple(linears))
-        return groups
+        found: list[Linears] = []
+        for step in self.steps(block, ignore, seen):
+            found += [step] if step is not None else self._of_experts(block, ignore)
+        return found
 
-    def has(self, block: int, inside: str) -> bool:
-        """Return whether a block has a linear: of a hybrid's, not every one has all."""
-        name = f"{self.row.block(block)}.{inside}.weight"
-        return not self.row.hybrid or any(each in self.checkpoint for each in self._candidates(name))
+    def steps(
+        self, block: int, ignore: Callable[[str], bool], seen: Sequence[tuple[str, ...]] = ()
+    ) -> Iterator[Linears | None]:
+        """Yield groups in execution order, and None where the experts of the block have their turn."""
+        before = self.row.experts.before if self.row.experts else ""
+        waiting = self.is_sparse(block)
+        for names in seen or self.row.groups:
+            if waiting and before in names:
+                yield None
+                waiting = False
+            linears = self._chosen(block, names, ignore)
+            if linears:
+                yield linears
+        if waiting:
+            yield None
+
+    def _chosen(self, block: int, names: Iterable[str], ignore: Callable[[str], bool]) -> Linears:
+        full = {name: f"{self.row.block(block)}.{name}" for name in names}
+        there = {name: whole for name, whole in full.items() if not self._absent(block, name)}
+        return tuple(
+            Linear(name, self.linear_name(whole)) for name, whole in there.items() if not ignore(self._part.told(whole))
+        )
+
+    def _absent(self, block: int, inside: str) -> bool:
+        """Return whether this block has no such linear: it hangs on a setting, or on the kind of the block."""
+        words = self.row.tensors.get(f"*.{inside}.weight", "")
+        return (not words or " if " in words) and not self.has(f"{self.row.block(block)}.{inside}.weight")
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Full names of the linears of all blocks, as the checkpoint has them."""
+        groups = (group for block in range(self.layers) for group in self.groups(block, lambda _: False))
+        return tuple(linear.name for group in groups for linear in group)
+
+    def _of_experts(self, block: int, ignore: Callable[[str], bool]) -> Iterator[Linears]:
+        for expert in range(self.experts):
+            for parts in ((GATE, UP), (DOWN,)):
+                linears = self.expert(block, expert, ignore, parts)
+                if linears:
+                    yield linears
+
+    def expert(
+        self, block: int, expert: int, ignore: Callable[[str], bool], parts: Iterable[int] = (GATE, UP, DOWN)
+    ) -> Linears:
+        """Return those projections of an expert that aren't ignored."""
+        experts = self.row.experts
+        if experts is None:
+            return ()
+        inside = {part: experts.linear(expert, part) for part in parts}
+        full = {part: f"{self.row.block(block)}.{name}" for part, name in inside.items()}
+        return tuple(
+            Linear(inside[part], self.linear_name(name), expert, part)
+            for part, name in full.items()
+            if not ignore(self._part.told(name))
+        )
 
     def previous_op(
-        self, block: int, linears: tuple[Linear, ...], ignore: Callable[[str], bool], changed: Mapping[str, Tensor]
+        self, block: int, linears: Linears, ignore: Callable[[str], bool], changed: Mapping[str, Tensor]
     ) -> PreviousOp | None:
         """Return the module that can take a scale off the inputs of a group.
+
+        What all experts of a block read can't be scaled for one of them; what an expert's own up projection makes can.
 
         Args:
             block: Index of the block.
@@ -135,21 +244,32 @@ class SourceModel:
             ignore: Whether a linear (full name) is left as it is.
             changed: Tensors of this block that are new, by full name.
         """
+        if linears[0].expert is not None:
+            up = self.expert(block, linears[0].expert, ignore, (UP,)) if linears[0].part == DOWN else ()
+            return self._previous_linear(up[0], changed) if up else None
         place = next(i for i, names in enumerate(self.row.groups) if linears[0].inside in names)
         inside = self.row.previous_ops[place]
         full = f"{self.row.block(block)}.{inside}"
+        there = [name for name in self.row.groups[place] if not self._absent(block, name)]
         linear = inside in self.row.linears
-        if not inside or len(linears) < len(self.row.groups[place]) or (linear and ignore(full)):
+        if not inside or len(linears) < len(there) or (linear and ignore(self._part.told(full))):
             return None
         name = self.linear_name(full)
-        tensors = self._stored(name, linear=linear) | {
-            key: tensor for key, tensor in changed.items() if key.startswith(f"{name}.")
-        }
-        ties = self._ties(Linear(inside, name), self.width(linears[0])) if linear else None
-        offset = 0.0 if linear else self.row.norm_offset
-        return PreviousOp(name=name, tensors=tensors, linear=linear, offset=offset, ties=ties)
+        if linear:
+            ties = self._ties(Linear(inside, name), self.width(linears[0]))
+            return replace(self._previous_linear(Linear(inside, name), changed), ties=ties)
+        tensors = self._stored_of(name, linear=False) | _of(name, changed)
+        return PreviousOp(name=name, tensors=tensors, linear=False, offset=self.row.norm_offset)
 
-    def _stored(self, name: str, *, linear: bool) -> dict[str, Tensor]:
+    def _previous_linear(self, linear: Linear, changed: Mapping[str, Tensor]) -> PreviousOp:
+        tensors = self._stored_of(linear.name, linear=True) | _of(linear.name, changed)
+        return PreviousOp(name=linear.name, tensors=tensors, linear=True)
+
+    def absorbs(self, linear: Linear) -> bool:
+        """Return whether a scale of what reads a linear's outputs can be folded into it."""
+        return linear.part == UP if linear.expert is not None else linear.inside in self.row.previous_ops
+
+    def _stored_of(self, name: str, *, linear: bool) -> dict[str, Tensor]:
         """Return a previous op's tensors as the checkpoint has them, but for a linear's weight: the walk makes it."""
         own = (f"{name}.bias",) if linear else (f"{name}.weight", f"{name}.bias")
         return {key: self.read(key) for key in own if key in self.checkpoint}
@@ -166,6 +286,8 @@ class SourceModel:
 
     def residual_source(self, linear: Linear) -> str:
         """Return the module whose input is the residual stream that a linear's output is added to, or ""."""
+        if linear.expert is not None:
+            return ""
         where = next(index for index, names in enumerate(self.row.groups) if linear.inside in names)
         return self.row.residual_sources[where]
 
@@ -186,3 +308,8 @@ class SourceModel:
         """Return a weight (out_features, in_features) in the layout and dtype in which the checkpoint has it."""
         dtype = self.checkpoint.entries[f"{linear.name}.weight"].torch_dtype
         return (weight.T if self.row.transposed else weight).to(dtype).contiguous()
+
+
+def _of(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a module."""
+    return {key: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from optikit.algorithms.grid import Grid, pruned_mask
 from optikit.calibration import aims
+from optikit.calibration.expert_proof import ExpertProof, Found, entropy
 from optikit.calibration.source_model import SourceModel
 from optikit.errors import StageFailedError
 from optikit.formats import gptq
@@ -30,7 +32,8 @@ def verify_packed(
     was aimed at (see aims.py), zero where a pruned one was zero; every other tensor has the bytes of the source.
 
     Returns:
-        Facts: linears packed, bits per packed weight, share of the blocks' linear weights that is packed.
+        Facts: linears packed, bits per packed weight, share of the blocks' linear weights that is packed; and what was
+        found of experts.
 
     Raises:
         StageFailedError: Naming the tensor that isn't what was promised.
@@ -38,15 +41,19 @@ def verify_packed(
     model, written = SourceModel(Checkpoint(source)), Checkpoint(dest)
     _check_names(model, written, set(linears))
     weights = packed_bytes = 0
+    proof = ExpertProof()
     for name in linears:
-        weights += _check_linear(model, written, name, grid, aimed.get(name))
+        weights += math.prod(model.checkpoint.entries[f"{name}.weight"].shape)
+        proof.add(_check_linear(model, written, name, grid, aimed.get(name)))
         entries = [written.entries[f"{name}.{suffix}"] for suffix in gptq.SUFFIXES]
         packed_bytes += sum(entry.stop - entry.start for entry in entries)
-    total = sum(_elements(entry) for name, entry in model.checkpoint.entries.items() if _in_blocks(model, name))
+    every = {linear.name for block in range(model.layers) for group in model.groups(block, _none) for linear in group}
+    total = sum(_elements(model.checkpoint.entries[f"{name}.weight"]) for name in every)
     return {
         "linears_packed": len(linears),
         "bits_per_weight": round(8 * packed_bytes / max(weights, 1), 3),
         "packed_share": round(weights / max(total, 1), 4),
+        **proof.facts(),
     }
 
 
@@ -68,12 +75,11 @@ def _elements(entry: Entry) -> int:
     return (entry.stop - entry.start) // entry.torch_dtype.itemsize
 
 
-def _in_blocks(model: SourceModel, name: str) -> bool:
-    linears = tuple(f".{linear}.weight" for linear in model.row.linears)
-    return name.endswith(linears)
+def _none(_: str) -> bool:
+    return False
 
 
-def _check_linear(model: SourceModel, written: Checkpoint, name: str, grid: Grid, aim: Entry | None) -> int:
+def _check_linear(model: SourceModel, written: Checkpoint, name: str, grid: Grid, aim: Entry | None) -> Found:
     tensors = {suffix: written.read(f"{name}.{suffix}") for suffix in gptq.SUFFIXES}
     dense = model.read(f"{name}.weight").float()
     dense = dense.T if model.row.transposed else dense
@@ -89,7 +95,11 @@ def _check_linear(model: SourceModel, written: Checkpoint, name: str, grid: Grid
     error = ((found - wanted).norm() / wanted.norm().clamp_min(1e-30)).item()
     if error >= LARGEST_ERROR:
         raise StageFailedError(f"{name} is off by {error:.0%} of its norm", fix=FIX)
-    return dense.numel()
+    used = entropy(codes)
+    if used == 0 and bool((wanted != wanted.reshape(-1)[0]).any()):
+        raise StageFailedError(f"all codes of {name} are {int(codes.reshape(-1)[0])}", fix=FIX)
+    sizes = scales.abs()
+    return Found(name, error, used, (float(sizes.min()), float(sizes.max())))
 
 
 def _check_grid(name: str, dense: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) -> None:

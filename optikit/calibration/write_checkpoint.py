@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from optikit.algorithms.grid import Grid, pruned_mask
 from optikit.algorithms.sparsity import Pattern, holds
 from optikit.calibration import aims
+from optikit.calibration.expert_proof import ExpertProof, Found
 from optikit.calibration.method import PreviousOp, Walked
 from optikit.calibration.source_model import Linear, SourceModel
 from optikit.calibration.verify import FIX, LARGEST_ERROR, verify_packed
@@ -69,7 +70,15 @@ class ScaledLayout:
             "linears_packed": len(errors),
             "bits_per_weight": round(8 * sum(entry.stop - entry.start for entry in packed) / elements, 3),
             "relative_weight_error_mean": round(sum(errors.values()) / len(errors), 5),
+            **_experts(errors),
         }
+
+
+def _experts(errors: Mapping[str, float]) -> Facts:
+    proof = ExpertProof()
+    for name, error in errors.items():
+        proof.add(Found(name, error))
+    return proof.facts()
 
 
 def _check_names(source: SourceModel, written: Checkpoint, layout: ScaledLayout, walked: Walked) -> None:
@@ -90,7 +99,7 @@ def _scaled_names(source: SourceModel, ignore: Callable[[str], bool]) -> set[str
         name
         for block in range(source.layers)
         for group in source.groups(block, ignore)
-        if (previous := source.previous_op(block, group, ignore, {}))
+        if group[0].expert is None and (previous := source.previous_op(block, group, ignore, {}))
         for name in (f"{previous.name}.weight", f"{previous.name}.bias")
     }
 
@@ -103,7 +112,6 @@ def _check_block(
     Scaled, because that is what was rounded: undone, the rounding of channels that were made small would count most.
     """
     errors, divided = {}, dict[str, Tensor]()
-    scalable = {name for name in source.row.previous_ops if name in source.row.linears}
     for group in source.groups(block, walked.ignore):
         previous = source.previous_op(block, group, walked.ignore, {})
         columns = _scale(previous, written, divided)
@@ -116,7 +124,7 @@ def _check_block(
             if alive is not None and bool((new[~alive] != 0).any()):
                 raise StageFailedError(f"{linear.name} was pruned and has lost zeros", fix=FIX)
             seen, wanted = _comparable(linear.name, new, dense, columns, walked)
-            if linear.inside in scalable:
+            if source.absorbs(linear):
                 rows = _rows(seen, wanted)
                 divided[linear.name] = 1 / rows
                 wanted = wanted * rows[:, None]
@@ -291,8 +299,9 @@ class SparseLayout:
         Raises:
             StageFailedError: Naming the tensor that isn't what was promised.
         """
-        write_model(job.source, job.dest, walked.entries, changes={})
-        source, written = SourceModel(Checkpoint(job.source)), Checkpoint(job.dest)
+        source = SourceModel(Checkpoint(job.source))
+        write_model(job.source, job.dest, source.stacked(walked.entries), changes={})
+        written = SourceModel(Checkpoint(job.dest)).checkpoint
         pruned = {f"{name}.weight" for name in walked.linears}
         if set(source.checkpoint) != set(written):
             odd = min(set(source.checkpoint) ^ set(written))

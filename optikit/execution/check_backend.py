@@ -14,6 +14,8 @@ from optikit.models.reader import read
 
 RUN_CODE = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".py"})
 """Suffixes of files that can run code when they are loaded."""
+LARGEST = 1.5
+"""Times the promised bytes that a library may write: padding and tables of its own, not weights left as they were."""
 
 
 def require(step: str, backend: str, dest: Path, planned: ModelFacts) -> None:
@@ -41,6 +43,11 @@ def require(step: str, backend: str, dest: Path, planned: ModelFacts) -> None:
         found = read(dest)
     except OptikitError as error:
         raise StageFailedError(f"{step}: {backend} wrote no model: {error.message}", fix=fix) from error
+    if found.weight_bytes > LARGEST * planned.weight_bytes:
+        message = (
+            f"{step}: {backend} promised {planned.weight_bytes / 1e6:.1f} MB, and wrote {found.weight_bytes / 1e6:.1f}"
+        )
+        raise StageFailedError(message, fix=fix)
     for what, ours, theirs in _compared(planned, found):
         if ours != theirs:
             message = f"{step}: {backend} promised {what} {ours}, and what it wrote has {theirs}"

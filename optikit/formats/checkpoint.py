@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
@@ -46,13 +46,17 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: bytes `start` to `stop` of `file`."""
+    """Where a tensor lies: bytes `start` to `stop` of `file`; or in several parts, one after the other.
+
+    `parts` have the tensor's elements in order; `start` and `stop` are then 0 and the bytes of all of them.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     start: int
     stop: int
+    parts: tuple[Entry, ...] = ()
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -91,6 +95,18 @@ def same_bytes(one: Entry, other: Entry) -> bool:
                 return False
             left -= count
     return True
+
+
+def part_of(entry: Entry, elements: tuple[int, int], shape: tuple[int, ...]) -> Entry:
+    """Return where a run of a tensor's elements lies, as a tensor of its own."""
+    first, last = (entry.start + index * entry.torch_dtype.itemsize for index in elements)
+    return Entry(entry.file, entry.dtype, shape, first, last)
+
+
+def joined(parts: Sequence[Entry], shape: tuple[int, ...]) -> Entry:
+    """Return the tensor whose elements are those of parts, one after the other."""
+    size = sum(part.stop - part.start for part in parts)
+    return Entry(parts[0].file, parts[0].dtype, shape, 0, size, tuple(parts))
 
 
 def read_entry(entry: Entry) -> Tensor:
@@ -238,6 +254,10 @@ def _write_shard(path: Path, names: Iterable[str], entries: Mapping[str, Entry])
 
 def _copy(name: str, entry: Entry, out: BinaryIO) -> None:
     """Append a tensor's bytes; floats among them have to be finite."""
+    for part in entry.parts:
+        _copy(name, part, out)
+    if entry.parts:
+        return
     with entry.file.open("rb") as file:
         file.seek(entry.start)
         left = entry.stop - entry.start

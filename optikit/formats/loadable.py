@@ -10,9 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from optikit.errors import OptikitError, StageFailedError
+from optikit.formats import language_config
+from optikit.models import stacked_experts
+from optikit.models.facts import ModelFacts
 from optikit.models.reader import read, tensor_shapes
 
 FIX = "this is a defect of the stage: report it with the step's log"
@@ -25,7 +28,7 @@ def require(directory: Path) -> None:
         StageFailedError: A tensor is missing, has another shape, or belongs nowhere; the message names it.
     """
     try:
-        found = tensor_shapes(read(directory))
+        found = _as_modules(read(directory))
     except OptikitError as error:
         raise StageFailedError(f"what was written can't be loaded: {error.message}", fix=FIX) from error
     wanted = _wanted(directory)
@@ -35,10 +38,30 @@ def require(directory: Path) -> None:
             raise StageFailedError(f"{message}, and {found.get(name)} is there", fix=FIX)
 
 
+def _as_modules(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model's tensors under the names of transformers' modules, which hold experts stacked."""
+    row, shapes = facts.architecture, tensor_shapes(facts)
+    if row is None or row.experts is None:
+        return shapes
+    found, wide, experts = {}, 0, row.experts
+    sparse = set()
+    for name, shape in shapes.items():
+        inside = stacked_experts.inside_block(row, name)
+        block = name.removesuffix(inside)
+        if inside.startswith(f"{experts.name}."):
+            sparse.add(block)
+            wide = shape[0] if inside.endswith(f".{experts.linears[0]}.weight") else wide
+        else:
+            found[block + row.module_name(inside)] = shape
+    for block in sparse:
+        found[f"{block}{experts.module}.gate_up_proj"] = (facts.experts, 2 * wide, facts.hidden)
+        found[f"{block}{experts.module}.down_proj"] = (facts.experts, facts.hidden, wide)
+    return found
+
+
 def _wanted(directory: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of transformers' model, without the names that stand for another's tensor."""
-    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    vars(config).pop("quantization_config", None)  # a packed linear stands for a weight of the dense model's shape
+    config = language_config.read(directory)  # what a wrapper has besides is carried along
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     tied = model.all_tied_weights_keys

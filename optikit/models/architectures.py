@@ -31,6 +31,54 @@ USUAL_KEYS: Mapping[str, str] = MappingProxyType(
 
 
 @dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The routed experts of a family's blocks.
+
+    Attributes:
+        module: transformers' module that holds them stacked, relative to the block.
+        name: What their checkpoint names begin with, relative to the block; `.N.` and a linear follow.
+        linears: Gate, up and down projection of an expert, as the checkpoint calls them.
+        stacked: Where the checkpoint holds all experts in two tensors: that of gate and up, one below the other, and
+            that of down, relative to the block, without `.weight`.
+        count, chosen, width: Keys of config.json: experts, experts per token, their inner width.
+        before: The linear that is called after them, "" where they are the last.
+        blocks: Which blocks have them, by keys of config.json: `from` the first, `every` so many-th, `not` those, or
+            `only` those.
+    """
+
+    module: str
+    name: str
+    linears: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    stacked: tuple[str, ...] = ()
+    count: str
+    chosen: str = "num_experts_per_tok"
+    width: str = "moe_intermediate_size"
+    before: str = ""
+    blocks: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of config.json that say how many experts there are, how wide, and where."""
+        return (self.count, self.chosen, self.width, *self.blocks.values())
+
+    def linear(self, expert: int, part: int) -> str:
+        """Return the name of an expert's gate (0), up (1) or down (2) projection, relative to the block."""
+        return f"{self.name}.{expert}.{self.linears[part]}"
+
+    def sparse(self, layers: int, settings: Mapping[str, Any]) -> frozenset[int]:
+        """Return the blocks that have experts; the others have one MLP for all tokens.
+
+        The rules are those of the families' own code; a key that config.json lacks says nothing.
+        """
+        keys = self.blocks
+        first, every = settings.get(keys.get("from", "")) or 0, settings.get(keys.get("every", "")) or 1
+        none, only = settings.get(keys.get("not", "")) or (), settings.get(keys.get("only", ""))
+        if only is not None:
+            return frozenset(index for index in only if index < layers)
+        return frozenset(i for i in range(first, layers) if i not in none and (i + 1) % every == 0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """One family of decoder-only models.
 
@@ -65,6 +113,10 @@ class Architecture:
         residual_scale: Key of config.json that the outputs of residual branches are multiplied by, or "".
         generic: Made of a checkpoint's headers, see generic.py.
         alone: What a block gets besides hidden states has the batch in it, so that windows go through one by one.
+        experts: Its routed experts, where it is a mixture.
+        block_names: Beginning of a module's name inside a block → the same in checkpoints, where they differ.
+        cached: What a token leaves in a block's cache, in the words of a shape; "" for keys and values of every head.
+        extra_blocks: Key of config.json that counts blocks after the last, which only drafts use, or "".
     """
 
     model_type: str
@@ -96,6 +148,10 @@ class Architecture:
     residual_scale: str = ""
     alone: bool = False
     generic: bool = False
+    experts: Experts | None = None
+    block_names: Mapping[str, str] = field(default_factory=dict)
+    cached: str = ""
+    extra_blocks: str = ""
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -135,12 +191,22 @@ class Architecture:
             if not _same(found, wanted):
                 yield path, found
 
+    def stored_name(self, inside: str) -> str:
+        """Return what checkpoints call a tensor of a block that transformers calls so."""
+        there = next((own for own in self.block_names if inside.startswith(own)), "")
+        return self.block_names[there] + inside.removeprefix(there) if there else inside
+
+    def module_name(self, inside: str) -> str:
+        """Return what transformers calls a tensor of a block that checkpoints call so."""
+        own = next((each for each, there in self.block_names.items() if inside.startswith(there)), "")
+        return own + inside.removeprefix(self.block_names[own]) if own else inside
+
     def block(self, index: int) -> str:
         """Return the name of block `index`."""
         return f"{self.blocks}.{index}"
 
     def names(self, layers: int) -> Iterator[str]:
-        """Yield the full name of every linear in `layers` blocks."""
+        """Yield the full name of every linear in `layers` blocks, without experts."""
         for index in range(layers):
             for name in self.linears:
                 yield f"{self.blocks}.{index}.{name}"
@@ -161,7 +227,7 @@ def _same(found: Any, wanted: Any) -> bool:
 
 
 _LISTS = ("previous_ops", "residual_sources", "engines", "windowless", "leftovers", "settings", "unread", "wide")
-_MAPS = ("requires", "when", "defaults", "aliases", "fixed", "stored_as")
+_MAPS = ("requires", "when", "defaults", "aliases", "fixed", "stored_as", "block_names")
 _OWN = frozenset({"engines", "gguf", "of", "when"})
 """Columns that never come from the row that another is like: engines are proven for each."""
 
@@ -187,6 +253,8 @@ def _rows() -> Mapping[str, Architecture]:
         row["keys"] = MappingProxyType({**USUAL_KEYS, **row.get("keys", {})})
         row["tensors"] = MappingProxyType(row["tensors"])
         row |= {key: MappingProxyType(row.get(key, {})) for key in _MAPS}
+        if "experts" in row:
+            row["experts"] = Experts(**row["experts"])
         found[name] = Architecture(model_type=row.pop("of", name), **row)
     return MappingProxyType(found)
 

@@ -22,6 +22,9 @@ MOST: Mapping[str, int] = MappingProxyType(
         "head_dim": 2**14,
         "vocab": 2**26,
         "max_positions": 2**31,
+        "experts": 2**14,
+        "experts_chosen": 2**14,
+        "expert_width": 2**22,
     }
 )
 """Largest value of each figure that isn't absurd: several times what any published model has."""

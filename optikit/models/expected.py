@@ -24,7 +24,7 @@ _ARITHMETIC = re.compile(
     r"bias|norm|scal|multiplier|softcap|rotary|rope|window|layer_types|attn|attention|expert|moe|alibi|residual|clip"
     r"|_act$|activation|(?:^|_)eps(?:ilon)?$|theta|logit|proj"
 )
-_NOT_ARITHMETIC = re.compile(r"drop|^_?attn_implementation|^num_attention_heads$|^output_attentions$|^_experts_impl")
+_NOT_ARITHMETIC = re.compile(r"drop|^_?attn_implementation|^num_attention_heads$|^output_|^_experts_impl")
 
 
 def tensors(
@@ -37,24 +37,57 @@ def tensors(
         sizes: Figures of `ModelFacts`, by name.
         settings: config.json, with `tie_word_embeddings` as it is meant.
     """
-    heads, width = sizes["heads"], sizes["head_dim"]
-    known = {
-        **sizes,
-        "queries": heads * width,
-        "keys": sizes["kv_heads"] * width,
-        "all_heads": (heads + 2 * sizes["kv_heads"]) * width,
-    }
-    known |= {key: value for key, value in settings.items() if type(value) is int and key not in known}
+    known, layers, sparse = _known(sizes, settings), sizes["layers"], _sparse(architecture, sizes, settings)
     found: dict[str, tuple[int, ...]] = {}
     for pattern, words in architecture.tensors.items():
         shape, _, condition = words.partition(" if ")
-        if not shape:
-            continue
-        whole = () if shape == "scalar" else tuple(_size(word, known) for word in shape.split())
-        for name, index in _named(pattern, architecture, sizes["layers"]):
-            if _holds(condition, settings, index):
-                found[name] = whole
+        blocks = range(layers) if pattern.startswith("*.") else (-1,)
+        where = [index for index in blocks if shape and _holds(condition, settings, index, sparse)]
+        if where:
+            whole = () if shape == "scalar" else tuple(_size(word, known) for word in shape.split())
+            found |= dict.fromkeys(_named(pattern, architecture, where, sizes.get("experts", 0)), whole)
     return found
+
+
+def linears(architecture: Architecture, sizes: Mapping[str, int], settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the full name of every linear of the model that config.json describes, experts after the others of a block.
+
+    Args:
+        architecture: Its family.
+        sizes: Layers, and experts where it has some.
+        settings: config.json, with `tie_word_embeddings` as it is meant.
+    """
+    sparse, experts = _sparse(architecture, sizes, settings), architecture.experts
+    for index in range(sizes["layers"]):
+        for name in architecture.linears:
+            full = f"{architecture.block(index)}.{name}.weight"
+            words = architecture.tensors.get(full if architecture.generic else f"*.{name}.weight", "")
+            shape, _, condition = words.partition(" if ")
+            if shape and _holds(condition, settings, index, sparse):
+                yield f"{architecture.block(index)}.{name}"
+        if experts is not None and index in sparse:
+            for expert in range(sizes["experts"]):
+                yield from (f"{architecture.block(index)}.{experts.linear(expert, part)}" for part in range(3))
+
+
+def figure(words: str, sizes: Mapping[str, int], settings: Mapping[str, Any]) -> int:
+    """Return what a shape's arithmetic comes to: sums of products of numbers, figures and keys of config.json.
+
+    Raises:
+        RecipeError: A key isn't there, or no whole number.
+    """
+    return _size(words, _known(sizes, settings))
+
+
+def _known(sizes: Mapping[str, int], settings: Mapping[str, Any]) -> dict[str, Any]:
+    heads, width, kv_heads = sizes["heads"], sizes["head_dim"], sizes["kv_heads"]
+    shared = {"queries": heads * width, "keys": kv_heads * width, "all_heads": (heads + 2 * kv_heads) * width}
+    return {**settings, **sizes, **shared}
+
+
+def _sparse(architecture: Architecture, sizes: Mapping[str, int], settings: Mapping[str, Any]) -> frozenset[int]:
+    experts = architecture.experts
+    return experts.sparse(sizes["layers"], settings) if experts else frozenset()
 
 
 def conditions(architecture: Architecture, found: Container[str]) -> Iterator[str]:
@@ -70,15 +103,17 @@ def conditions(architecture: Architecture, found: Container[str]) -> Iterator[st
     yield from (key for key, there in by_key.items() if all(there))
 
 
-def _holds(conditions: str, settings: Mapping[str, Any], block: int) -> bool:
+def _holds(conditions: str, settings: Mapping[str, Any], block: int, sparse: frozenset[int]) -> bool:
     """Return whether all conditions of a tensor hold in a block."""
-    return all(_is_so(each.split(), settings, block) for each in conditions.split(" and ") if each)
+    return all(_is_so(each.split(), settings, block, sparse) for each in conditions.split(" and ") if each)
 
 
-def _is_so(words: list[str], settings: Mapping[str, Any], block: int) -> bool:
+def _is_so(words: list[str], settings: Mapping[str, Any], block: int, sparse: frozenset[int]) -> bool:
     match words:
         case ["untied"]:
             return not settings["tie_word_embeddings"]
+        case ["sparse" | "dense" as kind]:
+            return (block in sparse) is (kind == "sparse")
         case ["layer", kind]:
             kinds = settings.get("layer_types")
             return isinstance(kinds, list) and kinds[block : block + 1] == [kind]
@@ -90,19 +125,29 @@ def _is_so(words: list[str], settings: Mapping[str, Any], block: int) -> bool:
             raise ValueError(f"{' '.join(words)} is no condition")
 
 
-def _size(words: str, known: Mapping[str, int]) -> int:
+def _size(words: str, known: Mapping[str, Any]) -> int:
     """Return the value of sums of products, such as `2*intermediate+3`."""
-    products = (part.split("*") for part in words.split("+"))
-    return sum(math.prod(int(word) if word.isdigit() else known[word] for word in product) for product in products)
+    return sum(math.prod(_factor(word, known) for word in part.split("*")) for part in words.split("+"))
 
 
-def _named(pattern: str, architecture: Architecture, layers: int) -> Iterator[tuple[str, int]]:
-    """Yield the names that a pattern stands for, with their blocks; -1 outside of blocks."""
+def _factor(word: str, known: Mapping[str, Any]) -> int:
+    value = int(word) if word.isdigit() else known.get(word)
+    if type(value) is not int or not 0 < value < 2**40:
+        message = f"config.json: {word} is {reprlib.repr(value)}; a whole number from 1 up is wanted"
+        raise RecipeError(message, fix="the file is damaged, or not one of this family")
+    return value
+
+
+def _named(pattern: str, architecture: Architecture, blocks: Sequence[int], experts: int) -> Iterator[str]:
     if not pattern.startswith("*."):
-        yield pattern, -1
+        yield pattern
         return
-    for index in range(layers):
-        yield architecture.block(index) + pattern.removeprefix("*"), index
+    for index in blocks:
+        name = architecture.block(index) + pattern.removeprefix("*")
+        if "#" not in name:
+            yield name
+        else:
+            yield from (name.replace("#", str(expert)) for expert in range(experts))
 
 
 def check(
@@ -177,6 +222,7 @@ def check_settings(architecture: Architecture, settings: Mapping[str, Any], wher
         RecipeError: Naming the key and its value.
     """
     known = {*architecture.settings, *architecture.unread, *architecture.keys.values(), *architecture.aliases}
+    known |= {*architecture.requires, *(architecture.experts.keys if architecture.experts else ())}
     for key, value in settings.items():
         if key in known or not looks_arithmetic(key) or _is_neutral(key, value):
             continue

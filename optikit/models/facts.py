@@ -7,11 +7,13 @@ next stage is checked and estimated before the first has run.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from optikit.models import architectures
+from optikit.models import architectures, language_part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,6 +44,9 @@ Trait = Literal[
     "neuron",
 ]
 """What a model directory *is*. Rules and stages speak only in these."""
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+"""In the name of a linear: it is a routed expert's."""
 
 DTYPE_BYTES: Mapping[str, float] = MappingProxyType(
     {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1}
@@ -94,6 +99,11 @@ class ModelFacts:
         sliding_window: Attention window in tokens, or None.
         left_dense: Linears that a packed directory holds as floats.
         generic: What its headers show, where its family has no row; see generic.py.
+        experts: Routed experts of a block that has them; 0 where there are none.
+        experts_chosen: How many of them see a token.
+        cached: Elements that a token leaves in a block's cache; 0 for keys and values of every head.
+        routers: Matrices of blocks that no stage quantizes, full names: what chooses experts, and gates of shared ones.
+        carried: Parts of the checkpoint that aren't the language model, such as a vision tower → tensors of each.
     """
 
     model_type: str
@@ -115,21 +125,66 @@ class ModelFacts:
     sliding_window: int | None = None
     left_dense: frozenset[str] = frozenset()
     generic: Architecture | None = field(default=None, repr=False)
+    experts: int = 0
+    experts_chosen: int = 0
+    cached: int = 0
+    routers: tuple[str, ...] = ()
+    carried: Mapping[str, int] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def architecture(self) -> Architecture | None:
         """Its row of architectures.toml, or what was made in its place; None where neither is known."""
-        return self.generic or architectures.find(self.model_type, self.config)
+        return self.generic or architectures.find(self.model_type, language_part.settings_of(self.config))
 
     def having(self, *traits: Trait, without: frozenset[Trait] = frozenset()) -> ModelFacts:
         """Return these facts with traits added and others taken away."""
         return replace(self, traits=(self.traits - without) | frozenset(traits))
 
-    @property
+    @cached_property
     def linear_elements(self) -> int:
         """Weights in the blocks' linear layers: what quantization changes."""
         return sum(rows * columns for rows, columns in self.linears.values())
+
+    @cached_property
+    def expert_elements(self) -> int:
+        """Weights in the blocks' routed experts, of all blocks and all experts."""
+        if not self.experts:
+            return 0
+        return sum(rows * columns for name, (rows, columns) in self.linears.items() if _EXPERT.search(name))
+
+    def read_elements(self, tokens: int) -> float:
+        """Return how many linear weights a pass over so many tokens reads: not the experts that no token chooses.
+
+        Tokens are taken to choose evenly and on their own: of E experts, E (1 - (1 - k/E)^tokens) are seen.
+        """
+        experts = self.expert_elements
+        if not experts:
+            return self.linear_elements
+        seen = 1 - (1 - self.experts_chosen / self.experts) ** tokens
+        return self.linear_elements - experts * (1 - seen)
+
+    @property
+    def walked_elements(self) -> int:
+        """Linear weights that a walk holds at a time: a block's, and of its routed experts one."""
+        experts = self.expert_elements
+        return (self.linear_elements - experts + experts // max(self.experts, 1)) // max(self.layers, 1)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Names of modules that a server must not take for quantized ones: routers, and the parts that are carried."""
+        return (*self.routers, *self.carried)
+
+    @property
+    def active_elements(self) -> int:
+        """Weights in linear layers that a token is multiplied with: of the routed experts, only those it chooses."""
+        experts = self.expert_elements
+        return self.linear_elements - experts + (experts * self.experts_chosen // self.experts if experts else 0)
+
+    @property
+    def active_parameters(self) -> int:
+        """`parameters`, without the experts that a token doesn't choose."""
+        return self.parameters - self.linear_elements + self.active_elements
 
     @property
     def parameters(self) -> int:
@@ -139,4 +194,5 @@ class ModelFacts:
 
     def kv_cache_bytes(self, tokens: int, *, batch: int = 1, element_bytes: int = 2) -> int:
         """Bytes of the key and value cache for `batch` sequences of `tokens`."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * tokens * batch * element_bytes
+        each = self.cached or 2 * self.kv_heads * self.head_dim
+        return self.layers * each * tokens * batch * element_bytes

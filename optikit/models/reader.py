@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +21,9 @@ from optikit.models import (
     gguf_settings,
     gguf_tied,
     headers,
+    language_part,
     quantization,
+    stacked_experts,
     tokenizer,
     traits,
 )
@@ -61,38 +64,65 @@ def read(directory: Path) -> ModelFacts:
         RefusedError: config.json or a neighbour would make a loader run code.
         RecipeError: An architecture, quantization or figure that can't be worked with.
     """
-    settings = config.load(directory)
-    where = directory / "config.json"
-    architecture = architecture_of(directory, settings)
+    told = config.load(directory)
+    settings, where = language_part.settings_of(told), directory / "config.json"
+    architecture = architecture_of(directory, told)
     _check_required(architecture, settings, where)
     expected.check_settings(architecture, settings, where)
     scheme = quantization.scheme(settings, where)
     tensors = headers.read_directory(directory)
-    figures = _figures(architecture, architecture.meant(settings), where)
-    arithmetic.check(settings, where, layers=figures["layers"], width=figures["head_dim"])
+    meant = architecture.meant(settings)
+    meant["tie_word_embeddings"] = bool(meant.get("tie_word_embeddings", False))
+    sizes = _figures(architecture, meant, where) | _expert_figures(architecture, meant, where)
+    arithmetic.check(settings, where, layers=sizes["layers"], width=sizes["head_dim"])
+    part = language_part.find(architecture, told, tensors, sizes["layers"])
+    if not part.stored:
+        raise IntegrityError(f"{directory} has no tensors of the language model in its text_config", fix=_INCOMPLETE)
+    named = {name: tensors[stored] for name, stored in part.stored.items()}
+    named = stacked_experts.apart(architecture, sizes, named, directory)
+    names = tuple(expected.linears(architecture, sizes, meant))
+    quantization.require_agreement(scheme, names, named, directory)
     stated = quantization.stated_shapes(directory, tensors) if scheme.states_shape else {}
-    named = {name: tensors[stored] for stored, name in architecture.full_names(tensors).items()}
-    quantization.require_agreement(scheme, architecture.names(figures["layers"]), named, directory)
-    tied = bool(architecture.meant(settings).get("tie_word_embeddings", False))
-    linears = _linears(architecture, scheme, named, figures["layers"], directory, stated)
-    described = tokenizer.describe(directory)
+    linears = _linears(architecture, scheme, named, names, directory, stated)
+    left_dense = frozenset(name for name in linears if scheme.suffixes and not scheme.packs(name, named))
     facts = _facts(
         architecture,
-        figures,
+        sizes,
         linears,
-        tied=tied,
+        tied=meant["tie_word_embeddings"],
         dtype=_main_dtype(tensors),
         weight_bytes=sum(tensor.bytes for tensor in tensors.values()),
         traits=frozenset({scheme.trait}),
-        tokenizer_sha256=described.sha256 if described else "",
-        tokenizer_tokens=described.tokens if described else 0,
         sliding_window=_window(settings),
-        config=settings,
+        config=told,
         generic=architecture if architecture.generic else None,
-        left_dense=frozenset(name for name in linears if scheme.suffixes and not scheme.packs(name, named)),
+        left_dense=left_dense,
+        cached=expected.figure(architecture.cached, sizes, meant) if architecture.cached else 0,
+        carried=language_part.kinds(part.carried),
+        **_tokenizer(directory),
     )
     _check_tensors(architecture, scheme, facts, named, directory)
-    return facts
+    return replace(
+        facts,
+        linears={part.told(name): shape for name, shape in linears.items()},
+        left_dense=frozenset(part.told(name) for name in left_dense),
+        routers=tuple(part.told(name) for name in _routers(architecture, facts)),
+    )
+
+
+def _routers(architecture: Architecture, facts: ModelFacts) -> Iterator[str]:
+    """Yield the matrices of a mixture's blocks that are no linears of its row."""
+    for name, shape in tensor_shapes(facts).items() if facts.experts else ():
+        module = name.removesuffix(".weight")
+        if len(shape) == 2 and name.startswith(architecture.blocks) and module not in facts.linears:
+            yield module
+
+
+def _tokenizer(directory: Path) -> dict[str, Any]:
+    described = tokenizer.describe(directory)
+    if described is None:
+        return {}
+    return {"tokenizer_sha256": described.sha256, "tokenizer_tokens": described.tokens}
 
 
 def tensor_shapes(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
@@ -101,10 +131,11 @@ def tensor_shapes(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
     Raises:
         RecipeError: Its family isn't known.
     """
-    where = Path("config.json")
+    where, settings = Path("config.json"), language_part.settings_of(facts.config)
     architecture = facts.architecture or _architecture({"model_type": facts.model_type}, where)
+    settings = {**architecture.meant(settings), "tie_word_embeddings": facts.tied}
     sizes = {name: getattr(facts, name) for name in USUAL_KEYS}
-    settings = {**architecture.meant(facts.config), "tie_word_embeddings": facts.tied}
+    sizes |= _expert_figures(architecture, settings, Path("config.json"))
     return expected.tensors(architecture, sizes, settings)
 
 
@@ -134,11 +165,12 @@ def read_gguf(path: Path) -> ModelFacts:
     figures = _figures(replace(architecture, keys={**keys, "vocab": "vocab"}), known, path)
     tied = gguf_tied.tied(path, header)
     tensors = _gguf_tensors(architecture, header, path, tied=tied)
-    linears = _linears(architecture, traits.rows()[traits.DENSE], tensors, figures["layers"], path)
     settings: dict[str, Any] = {key: figures[name] for name, key in USUAL_KEYS.items() if name in figures}
     settings |= {"model_type": architecture.model_type, "tie_word_embeddings": tied}
     settings |= dict.fromkeys(expected.conditions(architecture, tensors), True)
     settings["rope_parameters"] = gguf_settings.rope(path, header, figures)
+    names = expected.linears(architecture, figures, settings)
+    linears = _linears(architecture, traits.rows()[traits.DENSE], tensors, names, path)
     facts = _facts(
         architecture,
         figures,
@@ -159,16 +191,28 @@ def read_gguf(path: Path) -> ModelFacts:
     return facts
 
 
+REFUSED: Mapping[str, str] = MappingProxyType(
+    {
+        "gpt_oss": "its experts interleave gate and up projections and have biases, which no stage here writes",
+        "llama4_text": "its experts are given inputs that its router has scaled, and lie across in checkpoints",
+    }
+)
+"""Families that are known not to go through here, and why."""
+
+
 def architecture_of(directory: Path, settings: Mapping[str, Any]) -> Architecture:
     """Return the row of a model directory; where its family has none, what its headers show.
 
     Raises:
         RecipeError: Neither is there.
     """
-    where = directory / "config.json"
+    where, told = directory / "config.json", settings
+    settings = language_part.settings_of(told)
     found = architectures.find(str(settings.get("model_type")), settings)
     if found is not None:
         return found
+    if settings is not told:
+        return _architecture(settings, where)
     return _architecture(settings, where, headers.read_directory(directory), quantization.scheme(settings, where))
 
 
@@ -179,6 +223,9 @@ def _architecture(
     scheme: Storage | None = None,
 ) -> Architecture:
     model_type = settings.get("model_type")
+    if isinstance(model_type, str) and model_type in REFUSED:
+        message = f"{where}: {model_type} can't be optimized here: {REFUSED[model_type]}"
+        raise RecipeError(message, fix="serve it as it is published, or start from another family")
     found = architectures.find(model_type, settings) if isinstance(model_type, str) else None
     why = ""
     if found is None and tensors is not None and scheme is not None:
@@ -223,21 +270,37 @@ def _linears(
     architecture: Architecture,
     scheme: Storage,
     tensors: Mapping[str, TensorFacts],
-    layers: int,
+    names: Iterable[str],
     where: Path,
     stated: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> dict[str, tuple[int, int]]:
-    """Return the shapes of all linears; one that is missing from a block of a hybrid is seen by `expected.check`."""
     found = {}
     prefix = architecture.blocks.partition(".")[0] + "."
-    for name in architecture.names(layers):
+    for name in names:
         told = stated.get(name, stated.get(name.removeprefix(prefix)))
         shape = told or scheme.shape(name, tensors, transposed=architecture.transposed)
-        if shape is None and architecture.hybrid:
-            continue
         if shape is None:
             raise IntegrityError(f"{where} has no weights for {name}", fix=_INCOMPLETE)
         found[name] = shape
+    return found
+
+
+def _expert_figures(architecture: Architecture, settings: Mapping[str, Any], where: Path) -> dict[str, int]:
+    """Return experts, experts_chosen and expert_width of a family that has experts."""
+    experts = architecture.experts
+    if experts is None:
+        return {}
+    keys = {"experts": experts.count, "experts_chosen": experts.chosen, "expert_width": experts.width}
+    found = {name: config.figure(name, key, settings.get(key), where) for name, key in keys.items()}
+    for rule, key in experts.blocks.items():
+        value = settings.get(key)
+        each = value if isinstance(value, list) and rule in {"not", "only"} else [value]
+        if value is not None and not all(type(one) is int and 0 <= one < 2**13 for one in each):
+            message = f"{where}: {key} is {reprlib.repr(value)}; blocks by their numbers are wanted"
+            raise RecipeError(message, fix="the file is damaged")
+    if found["experts_chosen"] > found["experts"]:
+        message = f"{where}: {found['experts_chosen']} experts per token, and there are {found['experts']}"
+        raise RecipeError(message, fix="the file is damaged")
     return found
 
 
@@ -258,6 +321,7 @@ def _facts(
     if last is not None:
         figures = {"intermediate": last[1], **figures}  # the MLP's way back has its width as input
     values: dict[str, Any] = {**figures, **rest}
+    values.pop("expert_width", None)
     return ModelFacts(model_type=architecture.model_type, linears=linears, **values)
 
 

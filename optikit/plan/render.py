@@ -29,10 +29,14 @@ def render(plan: Plan, store: Store) -> str:
     model = plan.facts
     final = plan.steps[-1].after if plan.steps else plan.facts
     shape = f"{model.parameters / 1e6:.0f} M parameters, {model.layers} layers, hidden {model.hidden}"
+    if model.experts:
+        active = f"{model.active_parameters / 1e6:.0f} M active"
+        shape += f", {model.experts_chosen} of {model.experts} experts ({active})"
     expected = f"about {_seconds(total)}, peak {_mib(peak)}, disk {_mib(disk)} (estimates)"
     lines = [
         f"model   {plan.model.resolved}",
         f"        {model.model_type}, {shape}, {_mib(model.weight_bytes)}",
+        *(f"        carried as it is: {name} ({count} tensors)" for name, count in model.carried.items()),
         f"target  {plan.target.name}",
         "",
         *_table(rows),

@@ -35,13 +35,14 @@ def estimate(
         written_bytes: Size of the result's weights.
     """
     work = facts.linear_elements * tokens
-    block = 4 * facts.linear_elements // max(facts.layers, 1)
+    block = 4 * facts.walked_elements
     widest = max(facts.hidden, facts.intermediate)
     held = min(PAUSED_MOST, passes * tokens * paused_bytes_per_token(facts.hidden, widest, BF16))
+    given = 4 * passes * tokens * facts.hidden if facts.experts else 0  # by the experts that had their turn
     stream = passes * tokens * facts.hidden * BF16
     return Estimate(
         seconds=START_S + work * (passes * FORWARD_S + grams * GRAM_S) + facts.linear_elements * seconds_per_weight,
-        peak_bytes=BASE_BYTES + (1 + passes) * block + 4 * widest * widest + held,
+        peak_bytes=BASE_BYTES + (1 + passes) * block + 4 * widest * widest + held + given,
         disk_bytes=directory_bytes(written_bytes, facts.vocab),
         spare_bytes=held,
         scratch_bytes=written_bytes + 2 * stream,

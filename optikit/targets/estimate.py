@@ -100,11 +100,18 @@ def decode_floor(facts: ModelFacts, target: Target, *, batch: int = 1, length: i
     if target.bandwidth_gb_s is None:
         return None
     looked_up = 0 if facts.tied else 2 * facts.vocab * facts.hidden
-    read = max(facts.weight_bytes - looked_up, 0) + cache_bytes(facts, batch=batch, length=length)
-    work = 2 * batch * (facts.linear_elements + facts.vocab * facts.hidden)
+    weights = max(facts.weight_bytes - looked_up, 0) * read_share(facts, batch)
+    read = weights + cache_bytes(facts, batch=batch, length=length)
+    work = 2 * batch * (facts.active_elements + facts.vocab * facts.hidden)
     return max(
         read / (target.bandwidth_gb_s * 1e9 * target.count), work / (operations_per_second(facts, target) or 1e99)
     )
+
+
+def read_share(facts: ModelFacts, tokens: int) -> float:
+    """Return the share of a model's weights that so many tokens read together: not the experts that none chooses."""
+    unread = facts.linear_elements - facts.read_elements(tokens)
+    return 1 - unread / facts.parameters
 
 
 def prefill_floor(facts: ModelFacts, target: Target, *, batch: int = 1, length: int = 2048) -> float | None:
@@ -126,7 +133,7 @@ def operations_per_second(facts: ModelFacts, target: Target) -> float | None:
 
 def prefill_operations(facts: ModelFacts, *, batch: int, length: int) -> int:
     """Count the operations of a prompt: two per weight and token, causal attention, and the head at the last token."""
-    linear = 2 * facts.linear_elements * length
+    linear = 2 * facts.active_elements * length
     window = min(length, facts.sliding_window or length)
     seen = window * (window + 1) // 2 + window * (length - window)
     attention = 4 * facts.layers * facts.heads * facts.head_dim * seen

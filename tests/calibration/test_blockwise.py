@@ -147,9 +147,9 @@ def _a_directory(path: Path) -> None:
 
 
 DAMAGE = [
-    ("block-00000.safetensors", _one_bit),
-    ("block-00001.safetensors", lambda path: os.truncate(path, path.stat().st_size // 2)),
-    ("block-00001.safetensors.sha256", Path.unlink),
+    ("block-00000-000.safetensors", _one_bit),
+    ("block-00001-000.safetensors", lambda path: os.truncate(path, path.stat().st_size // 2)),
+    ("block-00001-000.safetensors.sha256", Path.unlink),
     ("hidden-00002.bin", _one_bit),
     ("resume.json", _more_done),
     ("resume.json", lambda path: path.write_text("[]")),
@@ -177,7 +177,7 @@ def test_what_a_killed_walk_kept_is_read_back_by_its_sum(three_blocks, prose, tm
 def test_a_block_that_rots_before_it_is_written_out_is_not_written(three_blocks, prose, tmp_path):
     def rot(done: int, _total: int, _what: str) -> None:
         if done == 3:
-            _one_bit(tmp_path / "scratch" / "block-00001.safetensors")
+            _one_bit(tmp_path / "scratch" / "block-00001-000.safetensors")
 
     with pytest.raises(IntegrityError, match="changed on the disk"):
         quantize(make_job(three_blocks, prose, tmp_path, progress=rot))

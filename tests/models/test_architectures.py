@@ -12,7 +12,7 @@ from optikit.models import architectures
 from optikit.models.architectures import Architecture
 from tests.families import CONFIGS, model_of
 
-ROWS = tuple(architectures.rows())
+ROWS = tuple(name for name, row in architectures.rows().items() if row.experts is None)  # test_mixtures.py has those
 
 
 def row_of(name: str) -> Architecture:

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
-from transformers.initialization import no_init_weights
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.utils import logging
 
 from optikit import formats, host
 from optikit.errors import InputMissingError, IntegrityError, UsageError
+from optikit.formats import dense_model
 from optikit.models import architectures
 from optikit.runtime.decoder import Logits, Tokens
 from optikit.runtime.decoders.checks import cache_argument, check_call, check_room
@@ -58,8 +58,9 @@ def load_model(directory: Path, dtype: str = "auto") -> Any:
         raise InputMissingError(f"{directory} has no config.json", fix="give a Hugging Face model directory")
     wanted = "auto" if dtype == "auto" else DTYPES[dtype]
     try:
-        packed = "quantization_config" in json.loads(config_file.read_text(encoding="utf-8"))
-        model, missing = _unpack(directory, wanted) if packed else _read(directory, wanted)
+        told = json.loads(config_file.read_text(encoding="utf-8"))
+        ours = "quantization_config" in told or "text_config" in told  # transformers' wrappers want images, too
+        model, missing = _unpack(directory, wanted) if ours else _read(directory, wanted)
     except (ValueError, OSError, SafetensorError) as error:
         raise IntegrityError(
             f"transformers can't load {directory}: {error}", fix="check the model directory"
@@ -83,22 +84,39 @@ def _unpack(directory: Path, dtype: torch.dtype | str) -> tuple[Any, set[str]]:
     Returns:
         The model, and the names of missing tensors.
     """
-    config = AutoConfig.from_pretrained(directory, **LOCAL)
-    del config.quantization_config
-    dtype = config.dtype or torch.float32 if isinstance(dtype, str) else dtype
-    with no_init_weights():  # allocated, but never written: pages that the state below replaces cost nothing
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    found = model.load_state_dict(formats.load_state(directory, dtype), strict=False, assign=True)
-    model.tie_weights()
-    for name in formats.rounds_activations(directory):
-        model.get_submodule(name).register_forward_pre_hook(_round_input)
-    return model.eval(), set(found.missing_keys) - set(model.all_tied_weights_keys)
+    model, missing, _ = dense_model.load(directory, dtype)
+    rounded = formats.rounds_activations(directory)
+    modules = {_within(name): module for name, module in model.named_modules()}
+    for name in sorted(rounded):
+        if _within(name) in modules:
+            modules[_within(name)].register_forward_pre_hook(_round_input)
+    if any(".experts." in name for name in rounded):
+        for module in modules.values():
+            if hasattr(module, "_apply_gate"):
+                _round_experts(module)
+    return model.eval(), missing
 
 
-def _round_input(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def _within(name: str) -> str:
+    """Return a module's name from its list of blocks on: checkpoints of wrappers have others before it."""
+    return name[max(name.find("layers."), 0) :]
+
+
+def _round_input(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """Round each token's inputs to int8 as an int8 server does, so that quality is that of the served model."""
-    step = inputs[0].float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
-    return ((inputs[0].float() / step).round() * step).to(inputs[0].dtype)
+    return (_rounded(inputs[0]), *inputs[1:])
+
+
+def _rounded(tokens: torch.Tensor) -> torch.Tensor:
+    step = tokens.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
+    return ((tokens.float() / step).round() * step).to(tokens.dtype)
+
+
+def _round_experts(module: Any) -> None:
+    """Round what stacked experts are given, and what their down projections are given."""
+    gate = module._apply_gate  # noqa: SLF001 - where transformers' experts make the inputs of their down projections
+    module.register_forward_pre_hook(_round_input)
+    module._apply_gate = lambda joined: _rounded(gate(joined))  # noqa: SLF001
 
 
 class _AbandonedError(Exception):

@@ -12,6 +12,7 @@ from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import Estimate, StageOptions, directory_bytes
 from optikit.stages._budget import Budget, budget
+from optikit.stages._experts import refuse_experts, refuse_wrapped
 
 if TYPE_CHECKING:
     from optikit.training.loop import Settings
@@ -81,6 +82,8 @@ def check_training(facts: ModelFacts) -> Iterator[Problem]:
     if facts.architecture is None:
         message = f"model_type {facts.model_type!r} is not one whose linear layers are known"
         yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(architectures.names())}")
+    yield from refuse_experts(facts, "nothing here trains experts")
+    yield from refuse_wrapped(facts, "nothing here trains")
 
 
 def after_training(facts: ModelFacts) -> ModelFacts:

@@ -28,6 +28,7 @@ from optikit.stage import (
     no_objection,
     split_calibrated,
 )
+from optikit.stages._experts import refuse_experts, refuse_wrapped
 from optikit.targets import Target
 
 SUMMARY = "depth: leave out decoder blocks by their measured influence"
@@ -62,6 +63,8 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
         message = f"model_type {facts.model_type!r} is not one whose blocks are known"
         yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(architectures.names())}")
         return
+    yield from refuse_experts(facts, "its blocks aren't taken apart here")
+    yield from refuse_wrapped(facts, "isn't taken apart here")
     if facts.architecture.hybrid:
         message = (
             f"blocks of {facts.model_type} are of several kinds, and what would be left isn't known before they are"

@@ -46,7 +46,7 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     """Estimate one sort of every layer and one copy of the weights."""
     return Estimate(
         seconds=3 + facts.linear_elements * 1e-7,
-        peak_bytes=290_000_000 + 16 * facts.linear_elements // max(facts.layers, 1),
+        peak_bytes=290_000_000 + 16 * facts.walked_elements,
         disk_bytes=directory_bytes(facts.weight_bytes, facts.vocab),
         scratch_bytes=facts.weight_bytes,
     )

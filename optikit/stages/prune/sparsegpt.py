@@ -18,6 +18,7 @@ from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, no_objection, no_row, split_calibrated
 from optikit.stages import _blockwise_cost
+from optikit.stages._experts import ExpertOptions
 from optikit.stages.prune._pattern import PatternOptions, after_pattern, check_pattern, ignore, pattern_of
 from optikit.targets import Target
 
@@ -32,7 +33,7 @@ fits = no_objection
 needs_row = no_row
 
 
-class Options(PatternOptions):
+class Options(PatternOptions, ExpertOptions):
     """Options of `prune: {method: sparsegpt}`."""
 
     damp: float = Field(default=0.01, gt=0, le=1)
@@ -74,5 +75,7 @@ def run(options: Options, job: Job) -> Facts:
         kernel=partial(sparsegpt.prune_group, damp=options.damp),
         correct_damp=options.correct_damp if options.correct else None,
     )
-    facts, rows = blockwise.run(job, method, identity=f"sparsegpt {options!r}", ignore=ignore(options))
+    facts, rows = blockwise.run(
+        job, method, identity=f"sparsegpt {options!r}", ignore=ignore(options), experts=options.experts
+    )
     return {**facts, "by_magnitude": sorted(name for name, row in rows.items() if row["by_magnitude"])}

@@ -15,6 +15,7 @@ from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, no_objection, no_row, split_calibrated
 from optikit.stages import _blockwise_cost
+from optikit.stages._experts import ExpertOptions
 from optikit.stages.prune._pattern import PatternOptions, after_pattern, check_pattern, ignore, pattern_of
 from optikit.targets import Target
 
@@ -29,7 +30,7 @@ fits = no_objection
 needs_row = no_row
 
 
-class Options(PatternOptions):
+class Options(PatternOptions, ExpertOptions):
     """Options of `prune: {method: wanda}`."""
 
 
@@ -58,4 +59,6 @@ def run(options: Options, job: Job) -> Facts:
     from optikit.calibration.write_checkpoint import SparseLayout
 
     method = NormPruning(SparseLayout(pattern_of(options)), kernel=wanda.mask)
-    return blockwise.run(job, method, identity=f"wanda {options!r}", ignore=ignore(options)).facts
+    return blockwise.run(
+        job, method, identity=f"wanda {options!r}", ignore=ignore(options), experts=options.experts
+    ).facts

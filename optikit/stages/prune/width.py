@@ -23,6 +23,7 @@ from optikit.models.facts import DTYPE_BYTES, ModelFacts
 from optikit.problems import Problem
 from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, StageOptions, no_objection, split_calibrated
 from optikit.stages import _blockwise_cost
+from optikit.stages._experts import refuse_experts, refuse_wrapped
 from optikit.targets import Target
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
         message = f"model_type {facts.model_type!r} is not one whose linear layers are known"
         yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(architectures.names())}")
         return
+    yield from refuse_experts(facts, "its blocks aren't taken apart here")
+    yield from refuse_wrapped(facts, "isn't taken apart here")
     if options.heads and not architecture.free_heads:
         message = f"{facts.model_type} divides the width of a head out of the hidden size, so no head can go"
         yield Problem(code="heads-fixed", message=message, fix="set heads to 0", loc=("heads",))

@@ -145,20 +145,25 @@ def after_grid(options: GridOptions, facts: ModelFacts, trait: Trait) -> ModelFa
     written = replace(
         facts,
         weight_bytes=facts.weight_bytes - dense + packed,
-        config={**facts.config, "quantization_config": quantization_config(options, tuple(facts.linears))},
+        config={**facts.config, "quantization_config": quantization_config(options, tuple(facts.linears), facts.kept)},
     )
     return written.having(trait, without=frozenset({"dense"}))
 
 
-def quantization_config(options: GridOptions, linears: tuple[str, ...], **more: Any) -> dict[str, Any]:
+def quantization_config(
+    options: GridOptions, linears: tuple[str, ...], kept: tuple[str, ...] = (), **more: Any
+) -> dict[str, Any]:
     """Return config.json's `quantization_config` of a `gptq` checkpoint, as GPTQModel, vLLM and others read it.
 
     Args:
         options: The grid.
         linears: Full names of every linear of the blocks.
+        kept: Names of other modules that aren't quantized; see `ModelFacts.kept`.
         more: Further keys.
     """
     skipped = [name for name in linears if ignored(name, options.ignore)]
+    dense: dict[str, Any] = {"-:^" + name.replace(".", r"\.") + "$": {} for name in skipped}
+    dense |= {"-:^" + name.replace(".", r"\.") + r"(\.|$)": {} for name in kept}
     return {
         "quant_method": "gptq",
         "bits": options.bits,
@@ -167,6 +172,6 @@ def quantization_config(options: GridOptions, linears: tuple[str, ...], **more: 
         "desc_act": False,
         "lm_head": False,
         "checkpoint_format": "gptq",
-        "dynamic": {"-:^" + name.replace(".", r"\.") + "$": {} for name in skipped},
+        "dynamic": dense,
         **more,
     }

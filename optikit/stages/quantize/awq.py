@@ -22,6 +22,7 @@ from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, no_objection, split_calibrated
 from optikit.stages import _blockwise_cost
+from optikit.stages._experts import ExpertOptions
 from optikit.stages.quantize._grid import GridOptions, check_grid, chosen, ignored
 from optikit.targets import Target
 
@@ -35,7 +36,7 @@ inputs = split_calibrated
 fits = no_objection
 
 
-class Options(GridOptions):
+class Options(GridOptions, ExpertOptions):
     """Options of `quantize: {method: awq}`."""
 
     bits: Literal[4] = 4
@@ -69,12 +70,13 @@ def packed_bytes(options: Options, shape: tuple[int, int]) -> int:
     return rows * columns // 2 + rows * groups * 2 + rows * groups // 2
 
 
-def quantization_config(options: Options, linears: tuple[str, ...]) -> dict[str, Any]:
+def quantization_config(options: Options, linears: tuple[str, ...], kept: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return config.json's `quantization_config` of an `awq` checkpoint, as AutoAWQ, vLLM and transformers read it.
 
     Args:
         options: The grid.
         linears: Full names of every linear of the blocks.
+        kept: Names of other modules that aren't quantized; see `ModelFacts.kept`.
     """
     return {
         "quant_method": "awq",
@@ -82,7 +84,7 @@ def quantization_config(options: Options, linears: tuple[str, ...]) -> dict[str,
         "group_size": options.group_size,
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": [name for name in linears if ignored(name, options.ignore)] or None,
+        "modules_to_not_convert": [*(name for name in linears if ignored(name, options.ignore)), *kept] or None,
     }
 
 
@@ -95,7 +97,7 @@ def after(options: Options, facts: ModelFacts) -> ModelFacts:
     written = replace(
         facts,
         weight_bytes=facts.weight_bytes - dense + packed,
-        config={**facts.config, "quantization_config": quantization_config(options, tuple(facts.linears))},
+        config={**facts.config, "quantization_config": quantization_config(options, tuple(facts.linears), facts.kept)},
     )
     return written.having("int4_awq", without=frozenset({"dense"}))
 
@@ -120,11 +122,12 @@ def run(options: Options, job: Job) -> Facts:
     from optikit.calibration.source_model import linears_of
     from optikit.calibration.write_checkpoint import ScaledLayout
     from optikit.formats import awq
+    from optikit.models.reader import read
 
     layout = ScaledLayout(
         dtypes={"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16},
         unpack=lambda tensors: dequantize(*awq.unpack(tensors)),
-        config=quantization_config(options, linears_of(job.source)),
+        config=quantization_config(options, linears_of(job.source), read(job.source).kept),
     )
     method = Awq(
         layout,
@@ -134,7 +137,7 @@ def run(options: Options, job: Job) -> Facts:
         correct_damp=options.correct_damp if options.correct else None,
     )
     ignore = partial(ignored, patterns=options.ignore)
-    facts, rows = blockwise.run(job, method, identity=f"awq {options!r}", ignore=ignore)
+    facts, rows = blockwise.run(job, method, identity=f"awq {options!r}", ignore=ignore, experts=options.experts)
     return {**facts, **findings(rows)}
 
 

@@ -13,10 +13,12 @@ from functools import partial
 
 from pydantic import Field
 
+from optikit.errors import StageFailedError
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, no_objection, no_row, split_calibrated
 from optikit.stages import _blockwise_cost
+from optikit.stages._experts import ExpertOptions
 from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, ignored, quantization_config
 from optikit.targets import Target
 
@@ -31,7 +33,7 @@ fits = no_objection
 needs_row = no_row
 
 
-class Options(GridOptions):
+class Options(GridOptions, ExpertOptions):
     """Options of `quantize: {method: gptq}`."""
 
     act_order: bool = True
@@ -74,16 +76,17 @@ def run(options: Options, job: Job) -> Facts:
     from optikit.calibration.methods.rounding import GramRounding
     from optikit.calibration.source_model import linears_of
     from optikit.calibration.write_checkpoint import GptqLayout
+    from optikit.models.reader import read
 
     grid = Grid(bits=options.bits, group_size=options.group_size, sym=options.sym, search=options.mse)
-    config = quantization_config(options, linears_of(job.source), damp_percent=options.damp)
+    config = quantization_config(options, linears_of(job.source), read(job.source).kept, damp_percent=options.damp)
     method = GramRounding(
         GptqLayout(grid=grid, config=config),
         kernel=partial(gptq.quantize, damp=options.damp, act_order=options.act_order),
         correct_damp=options.correct_damp if options.correct else None,
     )
     ignore = partial(ignored, patterns=options.ignore)
-    facts, rows = blockwise.run(job, method, identity=f"gptq {options!r}", ignore=ignore)
+    facts, rows = blockwise.run(job, method, identity=f"gptq {options!r}", ignore=ignore, experts=options.experts)
     return {**facts, **_findings(rows)}
 
 
@@ -91,9 +94,14 @@ def _findings(rows: Mapping[str, Mapping[str, float]]) -> Facts:
     losses = {name: row["loss"] for name, row in rows.items()}
     worst = max(losses, key=losses.__getitem__)
     damped = {name: row["damp"] for name, row in rows.items() if row["damp"] != row["damp_asked"]}
+    few = [name for name, row in rows.items() if row.get("too_few_tokens")]
+    undone = [name for name, damp in damped.items() if damp == 0]
+    if len(undone) == len(rows):
+        message = f"no Hessian could be factored, of {worst} and {len(rows) - 1} more: GPTQ did nothing"
+        raise StageFailedError(message, fix="use other calibration text, or method rtn")
     return {
         "relative_loss_mean": round(sum(losses.values()) / len(losses), 6),
         "relative_loss_max": {"linear": worst, "value": round(losses[worst], 6)},
-        "rtn_fallback": [name for name, damp in damped.items() if damp == 0],
+        "rtn_fallback": [*few, *(name for name in undone if name not in few)],
         "damping_increased": [name for name, damp in damped.items() if damp > 0],
     }

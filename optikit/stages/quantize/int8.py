@@ -28,12 +28,12 @@ from optikit.stage import (
     Estimate,
     Facts,
     Job,
-    StageOptions,
     directory_bytes,
     no_objection,
     split_calibrated,
 )
 from optikit.stages import _blockwise_cost
+from optikit.stages._experts import ExpertOptions
 from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, chosen, ignored
 from optikit.stages.quantize._grid import quantization_config as gptq_config
 from optikit.stages.quantize.awq import findings
@@ -56,7 +56,7 @@ SERVERS = {"w8a8": "vllm", "llm_int8": "transformers"}
 """What loads a scheme; w8a16 is read by everything that reads `gptq`."""
 
 
-class Options(StageOptions):
+class Options(ExpertOptions):
     """Options of `quantize: {method: int8}`."""
 
     scheme: Literal["w8a16", "w8a8", "llm_int8"] = "w8a16"
@@ -105,14 +105,15 @@ def _head(facts: ModelFacts) -> list[str]:
 
 def quantization_config(options: Options, facts: ModelFacts) -> dict[str, Any]:
     """Return config.json's `quantization_config` of an `int-quantized` or `bitsandbytes` checkpoint."""
-    ignored_linears = [name for name in facts.linears if ignored(name, options.ignore)]
+    ignored_linears = [*(name for name in facts.linears if ignored(name, options.ignore)), *facts.routers]
+    towers = [rf"re:.*{part.rpartition('.')[2]}\..*" for part in facts.carried]
     if options.scheme == "llm_int8":
         return {
             "quant_method": "bitsandbytes",
             "load_in_8bit": True,
             "load_in_4bit": False,
             "llm_int8_threshold": options.threshold,
-            "llm_int8_skip_modules": [*_head(facts), *ignored_linears],
+            "llm_int8_skip_modules": [*_head(facts), *ignored_linears, *facts.carried],
         }
     int8 = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None}
     return {
@@ -127,7 +128,7 @@ def quantization_config(options: Options, facts: ModelFacts) -> dict[str, Any]:
                 "output_activations": None,
             }
         },
-        "ignore": [*_head(facts), *ignored_linears],
+        "ignore": [*_head(facts), *ignored_linears, *towers],
         "kv_cache_scheme": None,
     }
 
@@ -152,7 +153,7 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     if options.scheme == "llm_int8":
         return Estimate(
             seconds=4 + 1e-8 * facts.linear_elements,
-            peak_bytes=315_000_000 + 8 * facts.linear_elements // max(facts.layers, 1),
+            peak_bytes=315_000_000 + 8 * facts.walked_elements,
             disk_bytes=directory_bytes(written, facts.vocab),
             scratch_bytes=written,
         )
@@ -171,7 +172,9 @@ def run(options: Options, job: Job) -> Facts:
         "llm_int8": _llm_int8,
     }
     ignore = partial(ignored, patterns=options.ignore)
-    facts, rows = blockwise.run(job, make[options.scheme](options, job), identity=f"int8 {options!r}", ignore=ignore)
+    facts, rows = blockwise.run(
+        job, make[options.scheme](options, job), identity=f"int8 {options!r}", ignore=ignore, experts=options.experts
+    )
     return {**facts, **findings(rows)} if options.scheme == "w8a8" else facts
 
 
@@ -181,9 +184,10 @@ def _weights_only(options: Options, job: Job) -> Method[Any]:
     from optikit.calibration.methods.rounding import GramRounding
     from optikit.calibration.source_model import linears_of
     from optikit.calibration.write_checkpoint import GptqLayout
+    from optikit.models.reader import read
 
     grid = Grid(bits=8, group_size=options.group_size, sym=True)
-    layout = GptqLayout(grid=grid, config=gptq_config(grid_of(options), linears_of(job.source)))
+    layout = GptqLayout(grid=grid, config=gptq_config(grid_of(options), linears_of(job.source), read(job.source).kept))
     return GramRounding(layout, kernel=partial(gptq.quantize, damp=0.01, act_order=True))
 
 

@@ -85,7 +85,11 @@ def quantization_config(options: Options, facts: ModelFacts) -> dict[str, Any]:
         "bnb_4bit_use_double_quant": options.double_quant,
         "bnb_4bit_compute_dtype": COMPUTE.get(facts.dtype, "bfloat16"),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": [*head, *(name for name in facts.linears if ignored(name, options.ignore))],
+        "llm_int8_skip_modules": [
+            *head,
+            *(name for name in facts.linears if ignored(name, options.ignore)),
+            *facts.kept,
+        ],
     }
 
 
@@ -113,7 +117,7 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     written = after(options, facts).weight_bytes
     return Estimate(
         seconds=4 + 8e-8 * facts.linear_elements,
-        peak_bytes=370_000_000 + 10 * facts.linear_elements // max(facts.layers, 1),
+        peak_bytes=370_000_000 + 10 * facts.walked_elements,
         disk_bytes=directory_bytes(written, facts.vocab),
         scratch_bytes=written,
     )

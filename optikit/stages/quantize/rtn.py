@@ -48,7 +48,7 @@ def after(options: Options, facts: ModelFacts) -> ModelFacts:
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
     """Estimate from the count of weights: the grid search reads each about a hundred times."""
-    block = 8 * facts.linear_elements // max(facts.layers, 1)
+    block = 8 * facts.walked_elements
     written = after(options, facts).weight_bytes
     return Estimate(
         seconds=3 + facts.linear_elements * (4e-8 if options.mse else 1e-9),
@@ -66,9 +66,10 @@ def run(options: Options, job: Job) -> Facts:
     from optikit.calibration.methods.rounding import DataFreeRounding
     from optikit.calibration.source_model import linears_of
     from optikit.calibration.write_checkpoint import GptqLayout
+    from optikit.models.reader import read
 
     grid = Grid(bits=options.bits, group_size=options.group_size, sym=options.sym, search=options.mse)
-    layout = GptqLayout(grid=grid, config=quantization_config(options, linears_of(job.source)))
+    layout = GptqLayout(grid=grid, config=quantization_config(options, linears_of(job.source), read(job.source).kept))
     method = DataFreeRounding(layout, kernel=rtn.quantize)
     ignore = partial(ignored, patterns=options.ignore)
     return blockwise.run(job, method, identity=f"rtn {options!r}", ignore=ignore).facts

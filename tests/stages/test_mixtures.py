@@ -1,0 +1,344 @@
+"""Mixtures of experts through the walk: a tiny random model of every family that has them, against transformers' own.
+
+What goes wrong with experts is which is which (stacked, renamed, gate and up the wrong way round), what the block goes
+on with (the router's mixture, not every expert's), and what a rare expert is calibrated on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from optikit import stages, targets
+from optikit.algorithms import gptq
+from optikit.algorithms.grid import Grid, dequantize
+from optikit.calibration import blockwise
+from optikit.calibration.method import Group, Result
+from optikit.calibration.methods.pruning import Norms
+from optikit.calibration.methods.rounding import relative_loss
+from optikit.errors import StageFailedError
+from optikit.formats import dense_model, dequantized_state, loadable
+from optikit.formats.checkpoint import Checkpoint
+from optikit.models import architectures, stacked_experts
+from optikit.models.reader import read
+from optikit.stage import Calibration, Job
+from tests.conftest import byte_tokenizer
+
+COMMON = {
+    "vocab_size": 260, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "num_experts_per_tok": 2, "bos_token_id": 0,
+    "eos_token_id": 1, "pad_token_id": 2,
+}  # fmt: skip
+SHARED = {"moe_intermediate_size": 32, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_shared_experts": 1}
+LATENT = {
+    "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "phimoe": {"num_local_experts": 4, "attention_bias": True},
+    "granitemoe": {"num_local_experts": 4, "residual_multiplier": 0.5},
+    "olmoe": {"num_experts": 4},
+    "qwen2_moe": {
+        "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "mlp_only_layers": [0],
+    },
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16},
+    "glm4_moe": SHARED | {"head_dim": 16, "use_qk_norm": True},
+    "deepseek_v2": SHARED | LATENT | {"q_lora_rank": None},
+    "deepseek_v3": SHARED | LATENT | {"n_group": 1, "topk_group": 1},
+}  # fmt: skip
+CASES = [
+    *(("quantize", "gptq", {"group_size": 32}, name) for name in FAMILIES),
+    *(("quantize", "int8", {"scheme": "w8a8"}, name) for name in ("phimoe", "granitemoe", "qwen2_moe", "deepseek_v2")),
+    *(("prune", "wanda", {"sparsity": 0.2}, name) for name in ("granitemoe", "deepseek_v3")),
+    ("prune", "magnitude", {"sparsity": 0.2}, "mixtral"),
+    ("quantize", "rtn", {"group_size": 32}, "granitemoe"),
+    ("quantize", "int8", {"group_size": 32}, "qwen3_moe"),
+    ("quantize", "awq", {"group_size": 32, "steps": 4}, "mixtral"),
+    ("quantize", "awq", {"group_size": 32, "steps": 4}, "qwen2_moe"),
+    ("quantize", "nf4", {"ignore": ["*self_attn*", "down_proj"]}, "qwen3_moe"),
+]
+
+
+@pytest.fixture(scope="session")
+def mixture(tmp_path_factory: pytest.TempPathFactory):
+    """Return what makes a saved tiny model of a family, once."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            torch.manual_seed(0)
+            config = AutoConfig.for_model(name, **(COMMON | FAMILIES[name]))
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            for key, parameter in model.named_parameters():
+                scale = (
+                    0.3 if "norm" in key or key.endswith("bias") else 0.1 if ".gate." in key or "experts" in key else 0
+                )
+                parameter.data += scale * torch.randn_like(parameter)
+            for key, buffer in model.named_buffers():
+                if key.endswith("e_score_correction_bias"):
+                    buffer.add_(torch.randn_like(buffer))
+            made[name] = tmp_path_factory.mktemp(name)
+            model.save_pretrained(made[name])
+            byte_tokenizer(made[name])
+        return made[name]
+
+    return make
+
+
+def logits(directory: Path, tokens: Tensor) -> Tensor:
+    model, missing, odd = dense_model.load(directory, torch.float32, attn_implementation="eager")
+    assert not missing
+    assert not odd
+    with torch.no_grad():
+        return model.eval()(tokens).logits
+
+
+def walk(verb: str, method: str, source: Path, place: Path, prose: Path, **options: Any) -> dict[str, Any]:
+    stage = stages.load(verb, method)
+    for name in ("model", "scratch"):
+        (place / name).mkdir(parents=True)
+    text = Calibration(text=prose, samples=3, length=40)
+    job = Job(source=source, dest=place / "model", scratch=place / "scratch", calibration=text)
+    return stage.run(stage.Options(**options), job)
+
+
+def test_every_row_with_experts_is_tried():
+    assert set(FAMILIES) == {name for name, row in architectures.rows().items() if row.experts}
+
+
+@pytest.mark.parametrize(("verb", "method", "options", "name"), CASES)
+def test_every_family_computes_afterwards(verb, method, options, name, mixture, prose, tmp_path):
+    source = mixture(name)
+    stage, facts = stages.load(verb, method), read(source)
+    chosen = stage.Options(**options)
+    assert [problem.message for problem in stage.check(chosen, facts, targets.find("cpu"))] == []
+    found = walk(verb, method, source, tmp_path, prose, **options)
+    promised, written = stage.after(chosen, facts), read(tmp_path / "model")
+    assert written.linears == promised.linears
+    assert written.weight_bytes == pytest.approx(promised.weight_bytes, rel=0.02)
+    loadable.require(tmp_path / "model")
+    tokens = torch.randint(3, 260, (2, 48), generator=torch.Generator().manual_seed(1))
+    before, after = logits(source, tokens), logits(tmp_path / "model", tokens)
+    off = float((after - before).norm() / before.norm())
+    assert 0 < off < {"int8": 0.2}.get(method, 0.7)  # of random routers' choices some fall the other way
+    if verb == "quantize":
+        assert {row["experts"] for row in found["experts"]} == {4}
+
+
+def test_routers_and_gates_of_shared_experts_stay_as_they_are(mixture, prose, tmp_path):
+    walk("quantize", "gptq", mixture("qwen2_moe"), tmp_path, prose, group_size=32)
+    before, after = Checkpoint(mixture("qwen2_moe")), Checkpoint(tmp_path / "model")
+    for name in ("model.layers.1.mlp.gate.weight", "model.layers.1.mlp.shared_expert_gate.weight"):
+        assert torch.equal(before.read(name), after.read(name))
+
+
+@dataclass(frozen=True)
+class Unchanged:
+    """Looks at everything, changes nothing, writes nothing."""
+
+    correct_damp: None = None
+
+    @property
+    def layout(self) -> Unchanged:
+        return self
+
+    def write(self, *_: object) -> dict[str, Any]:
+        return {}
+
+    def statistic(self, group: Group) -> Norms:
+        return Norms(group)
+
+    def apply(self, group: Group, statistic: Norms) -> Result:
+        return Result(
+            weights=group.weights, facts={name: {"seen": statistic.squared.sum().item()} for name in group.names}
+        )
+
+
+def followed(source: Path, prose: Path, scratch: Path, seen: str = "all") -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Return the last block's output as the walk has it, and as transformers has it; and facts about linears."""
+    from optikit.calibration import calibration_set
+
+    kept: list[bytes] = []
+
+    def progress(done: int, total: int, _: str) -> None:
+        if done == total:
+            kept.append((scratch / f"hidden-{done:05}.bin").read_bytes())
+
+    text = Calibration(text=prose, samples=3, length=40)
+    job = Job(source=source, dest=scratch, scratch=scratch, calibration=text, progress=progress)
+    rows = blockwise.run(job, Unchanged(), identity="unchanged", ignore=lambda _: False, experts=seen).rows
+    dtype = blockwise.compute_dtype("cpu")
+    ours = torch.frombuffer(bytearray(kept[0]), dtype=dtype).view(3, 40, -1).float()
+    model, *_ = dense_model.load(source, dtype)
+    outputs: list[Tensor] = []
+    model.model.layers[-1].register_forward_hook(
+        lambda _, __, out: outputs.append(out[0] if type(out) is tuple else out)
+    )
+    with torch.no_grad():
+        model(calibration_set.draw(source, prose, samples=3, length=40, seed=0))
+    return ours, outputs[0].float(), rows
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_walk_goes_on_with_what_transformers_computes(name, mixture, prose, tmp_path):
+    ours, theirs, rows = followed(mixture(name), prose, tmp_path)
+    assert float((ours - theirs).norm() / theirs.norm()) < 0.01
+    experts = {
+        row["seen"] for linear, row in rows.items() if ".experts." in linear and linear.endswith(("gate_proj", "w1"))
+    }
+    blocks = len({linear.partition(".experts.")[0] for linear in rows if ".experts." in linear})
+    assert len(experts) == blocks  # all experts of a block share one statistic
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_row_with_gate_and_up_swapped_is_noticed(name, mixture, prose, tmp_path, monkeypatch):
+    row = architectures.find(name)
+    assert row is not None
+    gate, up, down = row.experts.linears
+    wrong = replace(row, experts=replace(row.experts, linears=(up, gate, down)))
+    monkeypatch.setattr(architectures, "find", lambda *_: wrong)
+    slices = stacked_experts.slices
+
+    def exchanged(*args: Any) -> Any:
+        for part, elements, shape in slices(*args):
+            other = {gate: up, up: gate}.get(part.split(".")[-2], "")
+            yield (part.replace(part.split(".")[-2], other) if other else part), elements, shape
+
+    monkeypatch.setattr(stacked_experts, "slices", exchanged if row.experts.stacked else slices)
+    if row.experts.stacked:
+        monkeypatch.setattr(architectures, "find", lambda *_: row)
+    ours, theirs, _ = followed(mixture(name), prose, tmp_path)
+    monkeypatch.undo()
+    assert float((ours - theirs).norm() / theirs.norm()) > 0.01
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_an_expert_loses_what_its_linears_lose_alone(name, mixture, prose, tmp_path):
+    """Each linear quantized alone with the same data; attention is left as it is, so that the first block's data is."""
+    from optikit.calibration import calibration_set
+
+    source, row = mixture(name), architectures.find(name)
+    (tmp_path / "dest").mkdir()
+    stage = stages.load("quantize", "gptq")
+    options = stage.Options(group_size=32, correct=False, ignore=["*.self_attn.*"])
+    rows = _rows_of(stage, options, Job(
+        source=source, dest=tmp_path / "dest", scratch=tmp_path,
+        calibration=Calibration(text=prose, samples=8, length=64),
+    ))  # fmt: skip
+    model, *_ = dense_model.load(source, torch.float32)
+    given: list[Tensor] = []
+    experts = model.model.layers[0].get_submodule(row.experts.module)
+    experts.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    with torch.no_grad():
+        model(calibration_set.draw(source, prose, samples=8, length=64, seed=0))
+    inputs, state = given[0], dict(dequantized_state(tmp_path / "dest"))
+    grid, dense = Grid(bits=4, group_size=32, sym=True), Checkpoint(source)
+    for expert in range(4):
+        gate, up, down = (f"{row.block(0)}.{row.experts.linear(expert, part)}" for part in range(3))
+        inner = torch.nn.functional.silu(inputs @ state[f"{gate}.weight"].T) * (inputs @ state[f"{up}.weight"].T)
+        for linear, seen in ((gate, inputs), (up, inputs), (down, inner)):
+            weight, gram = dense.read(f"{linear}.weight").float(), seen.T @ seen / len(seen)
+            alone = relative_loss(weight, dequantize(*gptq.quantize(weight, gram, grid).quantized), gram)
+            ours = relative_loss(weight, state[f"{linear}.weight"], gram)
+            assert ours <= 1.05 * alone
+            assert rows[linear]["loss"] > 0
+
+
+def _rows_of(stage: Any, options: Any, job: Job) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    run = blockwise.run
+
+    def spied(*args: Any, **named: Any) -> Any:
+        outcome = run(*args, **named)
+        found.update(outcome.rows)
+        return outcome
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(blockwise, "run", spied)
+        stage.run(options, job)
+    return found
+
+
+def test_rare_experts_are_rounded_and_named(mixture, prose, tmp_path):
+    """With 120 tokens on four experts some get fewer than 64: they come out as rounding to nearest makes them."""
+    found = walk("quantize", "gptq", mixture("mixtral"), tmp_path / "a", prose, group_size=32, experts="routed")
+    few = found["experts_with_too_few_tokens"]
+    assert few
+    assert set(few) <= set(found["rtn_fallback"])
+    walk("quantize", "rtn", mixture("mixtral"), tmp_path / "b", prose, group_size=32)
+    routed, nearest = Checkpoint(tmp_path / "a" / "model"), Checkpoint(tmp_path / "b" / "model")
+    every = [name.removesuffix(".qweight") for name in routed if name.endswith(".qweight") and ".experts." in name]
+    same = [name for name in every if torch.equal(routed.read(f"{name}.qweight"), nearest.read(f"{name}.qweight"))]
+    assert sorted(same) == sorted(few)
+
+
+def test_a_killed_walk_over_experts_resumes_to_the_same_bytes(mixture, prose, tmp_path):
+    whole = walk("quantize", "gptq", mixture("qwen2_moe"), tmp_path / "a", prose, group_size=32)
+
+    class KilledError(Exception):
+        pass
+
+    stage = stages.load("quantize", "gptq")
+    for name in ("model", "scratch"):
+        (tmp_path / "b" / name).mkdir(parents=True)
+
+    def killed(*_: object) -> None:
+        raise KilledError
+
+    job = Job(
+        source=mixture("qwen2_moe"), dest=tmp_path / "b" / "model", scratch=tmp_path / "b" / "scratch",
+        calibration=Calibration(text=prose, samples=3, length=40), progress=killed,
+    )  # fmt: skip
+    with pytest.raises(KilledError):
+        stage.run(stage.Options(group_size=32), job)
+    again = stage.run(stage.Options(group_size=32), replace(job, progress=lambda *_: None))
+    assert again == whole
+    one, other = (tmp_path / each / "model" / "model.safetensors" for each in "ab")
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_what_cannot_be_taken_apart_is_refused(mixture):
+    facts = read(mixture("mixtral"))
+    for verb, method in (("prune", "width"), ("prune", "depth"), ("finetune", "lora")):
+        stage = stages.load(verb, method)
+        problems = list(stage.check(stage.Options(), facts, targets.find("cpu")))
+        assert "mixture-of-experts" in {problem.code for problem in problems}
+
+
+def test_an_expert_written_in_place_of_another_is_noticed(mixture, prose, tmp_path):
+    """What users saw as a file that loads and answers nonsense: every expert is held to its own weights."""
+    from optikit.calibration.verify import verify_packed
+
+    source = mixture("mixtral")
+    walk("quantize", "rtn", source, tmp_path, prose, group_size=32)
+    written = tmp_path / "model"
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(written / "model.safetensors")
+    one, other = (f"model.layers.0.block_sparse_moe.experts.{n}.w1." for n in (0, 3))
+    for suffix in ("qweight", "scales", "qzeros"):
+        tensors[one + suffix], tensors[other + suffix] = tensors[other + suffix], tensors[one + suffix]
+    save_file(tensors, written / "model.safetensors", {"format": "pt"})
+    linears = tuple(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight"))
+    with pytest.raises(StageFailedError, match=r"experts\.0\.w1 is off"):
+        verify_packed(source, written, linears, Grid(bits=4, group_size=32, sym=True), {})
+
+
+def test_config_is_kept(mixture, prose, tmp_path):
+    walk("quantize", "gptq", mixture("deepseek_v3"), tmp_path, prose, group_size=32)
+    before, after = (
+        json.loads((each / "config.json").read_text()) for each in (mixture("deepseek_v3"), tmp_path / "model")
+    )
+    assert after.pop("quantization_config")["quant_method"] == "gptq"
+    assert before == after
+    shutil.rmtree(tmp_path / "model")

@@ -1,0 +1,130 @@
+"""Language models in wrappers that see: the text part is quantized, everything else comes out bit by bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from optikit import stages, targets
+from optikit.errors import IntegrityError
+from optikit.formats import dense_model, loadable
+from optikit.models.reader import read
+from optikit.stage import Calibration, Job
+from tests.conftest import byte_tokenizer
+
+TEXT = {
+    "vocab_size": 260, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1,
+    "pad_token_id": 2,
+}  # fmt: skip
+SIGHT = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+WRAPPERS: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": TEXT | {"model_type": "gemma3_text", "sliding_window": 16, "query_pre_attn_scalar": 16},
+        "vision_config": SIGHT | {"model_type": "siglip_vision_model", "patch_size": 14},
+        "mm_tokens_per_image": 4, "image_token_index": 3,
+    },
+    "mistral3": {
+        "text_config": TEXT | {"model_type": "mistral", "sliding_window": None},
+        "vision_config": SIGHT | {"model_type": "pixtral", "patch_size": 14, "head_dim": 16},
+        "image_token_index": 3,
+    },
+    "llava": {
+        "text_config": TEXT | {"model_type": "qwen2"},
+        "vision_config": SIGHT | {"model_type": "clip_vision_model", "patch_size": 14, "projection_dim": 32},
+        "image_token_index": 3,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def wrapped(tmp_path_factory: pytest.TempPathFactory):
+    """Return what makes a saved tiny wrapper, once."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            torch.manual_seed(0)
+            config = AutoConfig.for_model(name, **WRAPPERS[name])
+            made[name] = tmp_path_factory.mktemp(name)
+            model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+            for parameter in model.parameters():
+                parameter.data += 0.05 * torch.randn_like(parameter)
+            model.save_pretrained(made[name])
+            byte_tokenizer(made[name])
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_the_language_part_is_the_one_that_the_wrapper_computes_with(name, wrapped):
+    from transformers import AutoModelForImageTextToText
+
+    whole = AutoModelForImageTextToText.from_pretrained(wrapped(name), dtype=torch.float32).eval()
+    alone, missing, odd = dense_model.load(wrapped(name), torch.float32)
+    assert (missing, odd) == (set(), set())
+    tokens = torch.randint(10, 260, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.allclose(whole(input_ids=tokens).logits, alone.eval()(tokens).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "options"), [("gptq", {"group_size": 32}), ("int8", {"scheme": "w8a8"})])
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_what_is_not_the_language_model_is_carried_bit_by_bit(name, method, options, wrapped, prose, tmp_path):
+    source, stage = wrapped(name), stages.load("quantize", method)
+    facts, chosen = read(source), stage.Options(**options)
+    assert len(facts.carried) >= 2
+    assert list(stage.check(chosen, facts, targets.find("cpu"))) == []
+    for each in ("model", "scratch"):
+        (tmp_path / each).mkdir()
+    text = Calibration(text=prose, samples=3, length=40)
+    found = stage.run(
+        chosen, Job(source=source, dest=tmp_path / "model", scratch=tmp_path / "scratch", calibration=text)
+    )
+    assert found["carried"] == facts.carried
+    loadable.require(tmp_path / "model")
+    promised, written = stage.after(chosen, facts), read(tmp_path / "model")
+    assert (written.linears, written.carried) == (promised.linears, facts.carried)
+    before, after = (load_file(each / "model.safetensors") for each in (source, tmp_path / "model"))
+    kept = [key for key in before if any(key.startswith(f"{part}.") for part in facts.carried)]
+    assert sum(facts.carried.values()) == len(kept) > 0
+    assert all(torch.equal(before[key], after[key]) for key in kept)
+    assert (
+        json.loads((source / "config.json").read_text())["text_config"]
+        == (json.loads((tmp_path / "model" / "config.json").read_text())["text_config"])
+    )
+    tokens = torch.randint(10, 260, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        old, new = (
+            dense_model.load(each, torch.float32)[0].eval()(tokens).logits for each in (source, tmp_path / "model")
+        )
+    assert 0 < float((new - old).norm() / old.norm()) < 0.4
+
+
+def test_a_wrapper_without_its_language_model_is_refused(wrapped, tmp_path):
+    source = wrapped("gemma3")
+    tensors = load_file(source / "model.safetensors")
+    save_file({key: t for key, t in tensors.items() if "language_model" not in key}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    with pytest.raises(IntegrityError, match="no tensors of the language model in its text_config"):
+        read(tmp_path)
+    told = json.loads((source / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(told | {"text_config": {"model_type": "mamba"}}))
+    with pytest.raises(Exception, match="model_type 'mamba' isn't known here"):
+        read(tmp_path)
+
+
+def test_a_wrapper_is_neither_trained_nor_taken_apart(wrapped):
+    facts = read(wrapped("gemma3"))
+    for verb, method in (("prune", "depth"), ("prune", "width"), ("finetune", "full")):
+        stage = stages.load(verb, method)
+        problems = {problem.code for problem in stage.check(stage.Options(), facts, targets.find("cpu"))}
+        assert "wrapped-model" in problems
