@@ -6,7 +6,9 @@ Hurts   prefill on targets without an int4 kernel
 Cost    one and a half forward passes per block, O(in²) float32 memory per linear, O(40·out·in²) time for the search
 Differs scales are searched through Gram matrices over all calibration tokens instead of running blocks again; a value
         head's scale is shared by the query heads that read it, so that attention outputs can be scaled in grouped-query
-        models too; `rounding: gptq` rounds the scaled weights by GPTQ; `correct` aims at the dense model's outputs
+        models too; `rounding: gptq` rounds the scaled weights by GPTQ; `correct` aims at the dense model's outputs;
+        what the experts of a mixture read isn't scaled, because their router reads it too; what their down projections
+        read is
 """
 
 from __future__ import annotations
