@@ -21,7 +21,7 @@ SIZES: Mapping[str, int] = MappingProxyType(
     | {"vocab": 32768, "max_positions": 4096}
 )
 """Figures of a middling model, which every grid fits."""
-OTHER = 64
+OTHER = 128
 """Every other whole number that a row asks config.json for."""
 TRIED: Mapping[tuple[str, str], tuple[Mapping[str, Any], ...]] = MappingProxyType(
     {
@@ -82,7 +82,7 @@ def _family(name: str, row: Architecture) -> Family:
 
 
 def typical(row: Architecture) -> ModelFacts:
-    """Return the facts of a middling dense model of a row."""
+    """Return the facts of a middling dense model of a row; a mixture's has four experts, two for a token."""
     words = " ".join(row.tensors.values())
     kinds = list(dict.fromkeys(re.findall(r" layer (\w+)", words)))
     sizes: dict[str, Any] = {**SIZES, **row.fixed}
@@ -93,10 +93,11 @@ def typical(row: Architecture) -> ModelFacts:
     settings["tie_word_embeddings"] = False
     if kinds:
         settings["layer_types"] = [kinds[block % len(kinds)] for block in range(sizes["layers"])]
-    shapes = expected.tensors(row, sizes, settings)
+    more = {"experts": 4, "expert_width": sizes["intermediate"]} if row.experts else {}
+    shapes = expected.tensors(row, sizes | more, settings)
     linears = {
         name: (shape[1], shape[0]) if row.transposed else (shape[0], shape[1])
-        for name in row.names(sizes["layers"])
+        for name in expected.linears(row, sizes | more, settings)
         if (shape := shapes.get(f"{name}.weight")) is not None
     }
     return ModelFacts(
@@ -107,6 +108,8 @@ def typical(row: Architecture) -> ModelFacts:
         weight_bytes=2 * sum(rows * columns for rows, columns in linears.values()),
         traits=frozenset({"dense"}),
         config=settings,
+        experts=more.get("experts", 0),
+        experts_chosen=2 if more else 0,
         **sizes,
     )
 

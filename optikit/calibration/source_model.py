@@ -12,7 +12,8 @@ from torch import Tensor
 
 from optikit.calibration.method import PreviousOp
 from optikit.errors import RecipeError, StageFailedError
-from optikit.formats.checkpoint import Checkpoint, Entry, finite, joined, part_of
+from optikit.formats import stacked
+from optikit.formats.checkpoint import Checkpoint, Entry, finite, joined
 from optikit.models import language_part, stacked_experts
 from optikit.models.architectures import Architecture
 from optikit.models.reader import architecture_of
@@ -96,17 +97,12 @@ class SourceModel:
         experts = self.row.experts
         if experts is None or not experts.stacked:
             return checkpoint
-        sizes = {"experts": self.experts, "expert_width": self._figure(experts.width)}
-        sizes["hidden"] = self._figure(self.row.keys["hidden"])
         seen = copy.copy(checkpoint)
-        seen.entries = dict(checkpoint.entries)
-        for name, stored in self._part.stored.items():
-            if stacked_experts.inside_block(self.row, name).removesuffix(".weight") in experts.stacked:
-                whole = seen.entries.pop(stored)
-                del self._stored[name]
-                for part, elements, shape in stacked_experts.slices(self.row, sizes, name):
-                    self._stored[part] = self._part.place(part)
-                    seen.entries[self._stored[part]] = part_of(whole, elements, shape)
+        own = {name: checkpoint.entries[stored] for name, stored in self._part.stored.items()}
+        found = stacked.apart(self.row, self.config, own)
+        self._stored = {name: self._part.stored.get(name, self._part.place(name)) for name in found}
+        seen.entries = {name: checkpoint.entries[name] for name in self.carried}
+        seen.entries |= {self._stored[name]: entry for name, entry in found.items()}
         return seen
 
     def stacked(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from optikit.errors import IntegrityError
+from optikit.formats import stacked
 from optikit.formats.checkpoint import Checkpoint, Entry, same_bytes
-from optikit.models import quantization
+from optikit.models import language_part, quantization
 from optikit.models.architectures import Architecture
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import read
@@ -114,11 +115,11 @@ def _pair(source: Path, dest: Path, changes: Changes, found: Mapping[str, Any]) 
     row, written = before.architecture, after.architecture
     if row is None or written is None:
         raise IntegrityError(f"{dest} is of no known family", fix=FIX)
-    new = _entries(dest, written)
+    new = _entries(dest, after)
     return _Pair(
         row=row,
         changes=changes,
-        old=_entries(source, row),
+        old=_entries(source, before),
         new=_renumbered(new, row, found["blocks_kept"]) if changes == "blocks" else new,
         packed=frozenset(_packed(new, dest)),
         may_change=frozenset(_changing(before, row, changes)),
@@ -126,9 +127,12 @@ def _pair(source: Path, dest: Path, changes: Changes, found: Mapping[str, Any]) 
     )
 
 
-def _entries(directory: Path, row: Architecture) -> dict[str, Entry]:
-    entries = Checkpoint(directory).entries
-    return {full: entries[stored] for stored, full in row.full_names(list(entries)).items()}
+def _entries(directory: Path, facts: ModelFacts) -> dict[str, Entry]:
+    entries, row = Checkpoint(directory).entries, facts.architecture
+    if row is None:
+        return entries
+    named = {full: entries[stored] for stored, full in row.full_names(list(entries)).items()}
+    return stacked.apart(row, language_part.settings_of(facts.config), named)
 
 
 def _renumbered(entries: Mapping[str, Entry], row: Architecture, kept: list[int]) -> dict[str, Entry]:
@@ -158,6 +162,8 @@ def _changing(facts: ModelFacts, row: Architecture, changes: Changes) -> Iterato
     if changes == "narrowed":
         yield from (f"{name}.bias" for name in facts.linears)
     if changes == "folded":
+        first = next(iter(facts.linears), "")
+        blocks = first[: first.find(".0.")] or row.blocks  # a wrapper's have a prefix of its own
         for block in range(facts.layers):
             for name in filter(None, row.previous_ops):
-                yield from (f"{row.block(block)}.{name}.{leaf}" for leaf in ("weight", "bias"))
+                yield from (f"{blocks}.{block}.{name}.{leaf}" for leaf in ("weight", "bias"))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from optikit import stages, targets
 from optikit.errors import IntegrityError
-from optikit.formats import dense_model, loadable
+from optikit.formats import census, dense_model, loadable
 from optikit.models.reader import read
 from optikit.stage import Calibration, Job
 from tests.conftest import byte_tokenizer
@@ -91,6 +91,7 @@ def test_what_is_not_the_language_model_is_carried_bit_by_bit(name, method, opti
     )
     assert found["carried"] == facts.carried
     loadable.require(tmp_path / "model")
+    census.take(source, tmp_path / "model", stage.CHANGES, found)
     promised, written = stage.after(chosen, facts), read(tmp_path / "model")
     assert (written.linears, written.carried) == (promised.linears, facts.carried)
     before, after = (load_file(each / "model.safetensors") for each in (source, tmp_path / "model"))
