@@ -94,12 +94,7 @@ def typical(row: Architecture) -> ModelFacts:
     if kinds:
         settings["layer_types"] = [kinds[block % len(kinds)] for block in range(sizes["layers"])]
     more = {"experts": 4, "expert_width": sizes["intermediate"]} if row.experts else {}
-    shapes = expected.tensors(row, sizes | more, settings)
-    linears = {
-        name: (shape[1], shape[0]) if row.transposed else (shape[0], shape[1])
-        for name in expected.linears(row, sizes | more, settings)
-        if (shape := shapes.get(f"{name}.weight")) is not None
-    }
+    linears = _linears(row, sizes | more, settings)
     return ModelFacts(
         model_type=row.model_type,
         linears=linears,
@@ -112,6 +107,12 @@ def typical(row: Architecture) -> ModelFacts:
         experts_chosen=2 if more else 0,
         **sizes,
     )
+
+
+def _linears(row: Architecture, sizes: Mapping[str, int], settings: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    shapes = expected.tensors(row, sizes, settings)
+    found = {name: shapes[f"{name}.weight"] for name in expected.linears(row, sizes, settings)}
+    return {name: (two, one) if row.transposed else (one, two) for name, (one, two) in found.items()}
 
 
 def _tried(facts: ModelFacts) -> Iterator[tuple[str, str, str]]:

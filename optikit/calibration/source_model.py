@@ -241,8 +241,7 @@ class SourceModel:
             changed: Tensors of this block that are new, by full name.
         """
         if linears[0].expert is not None:
-            up = self.expert(block, linears[0].expert, ignore, (UP,)) if linears[0].part == DOWN else ()
-            return self._previous_linear(up[0], changed) if up else None
+            return self._previous_of_expert(block, linears[0], ignore, changed)
         place = next(i for i, names in enumerate(self.row.groups) if linears[0].inside in names)
         inside = self.row.previous_ops[place]
         full = f"{self.row.block(block)}.{inside}"
@@ -256,6 +255,14 @@ class SourceModel:
             return replace(self._previous_linear(Linear(inside, name), changed), ties=ties)
         tensors = self._stored_of(name, linear=False) | _of(name, changed)
         return PreviousOp(name=name, tensors=tensors, linear=False, offset=self.row.norm_offset)
+
+    def _previous_of_expert(
+        self, block: int, linear: Linear, ignore: Callable[[str], bool], changed: Mapping[str, Tensor]
+    ) -> PreviousOp | None:
+        if linear.part != DOWN or linear.expert is None:
+            return None
+        up = self.expert(block, linear.expert, ignore, (UP,))
+        return self._previous_linear(up[0], changed) if up else None
 
     def _previous_linear(self, linear: Linear, changed: Mapping[str, Tensor]) -> PreviousOp:
         tensors = self._stored_of(linear.name, linear=True) | _of(linear.name, changed)

@@ -17,7 +17,7 @@ from torch import Tensor
 from optikit.errors import IntegrityError
 from optikit.formats import awq, compressed_tensors, gptq, llm_int8, nf4
 from optikit.formats.checkpoint import Checkpoint, finite
-from optikit.models import architectures, quantization
+from optikit.models import architectures, language_part, quantization
 from optikit.models.reader import read, tensor_shapes
 from optikit.models.traits import Storage
 
@@ -65,9 +65,10 @@ def dequantized_state(directory: Path) -> Iterator[tuple[str, Tensor]]:
     checkpoint = Checkpoint(directory)
     config: Mapping[str, Any] = checkpoint.config()
     storage = quantization.scheme(config, directory / "config.json")
-    row = architectures.find(str(config.get("model_type", "")), config)
+    wrapped = language_part.settings_of(config) is not config
+    row = None if wrapped else architectures.find(str(config.get("model_type", "")), config)
     full = {name: name for name in checkpoint} if row is None else row.full_names(list(checkpoint))
-    spare = _require_zero(checkpoint, storage, full, directory)
+    spare = _require_zero(checkpoint, storage, _alone(config, checkpoint) if wrapped else full, directory)
     for name in checkpoint:
         if name in spare:
             continue
@@ -80,6 +81,17 @@ def dequantized_state(directory: Path) -> Iterator[tuple[str, Tensor]]:
             weight = finite(layer, UNPACK[storage.trait](tensors, storage.bits), directory)
             whole = full[name].removesuffix(f".{kind}")
             yield f"{whole}.weight", weight.T.contiguous() if row is not None and row.transposed else weight
+
+
+def _alone(config: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the names of a wrapper's tensors as its language model on its own has them; of the others their own."""
+    settings = language_part.settings_of(config)
+    row = architectures.find(str(settings.get("model_type", "")), settings)
+    own = {name: name for name in checkpoint}
+    if row is None:
+        return own
+    part = language_part.find(row, config, checkpoint, row.meant(settings)[row.keys["layers"]])
+    return own | {stored: name for name, stored in part.stored.items()}
 
 
 def _require_zero(checkpoint: Checkpoint, storage: Storage, full: Mapping[str, str], directory: Path) -> frozenset[str]:

@@ -30,6 +30,7 @@ from optikit.models import (
 from optikit.models.architectures import USUAL_KEYS, Architecture
 from optikit.models.facts import ModelFacts, TensorFacts
 from optikit.models.gguf_header import GgufHeader
+from optikit.models.language_part import LanguagePart
 from optikit.models.traits import Storage
 from optikit.problems import did_you_mean
 
@@ -75,9 +76,7 @@ def read(directory: Path) -> ModelFacts:
     meant["tie_word_embeddings"] = bool(meant.get("tie_word_embeddings", False))
     sizes = _figures(architecture, meant, where) | _expert_figures(architecture, meant, where)
     arithmetic.check(settings, where, layers=sizes["layers"], width=sizes["head_dim"])
-    part = language_part.find(architecture, told, tensors, sizes["layers"])
-    if not part.stored:
-        raise IntegrityError(f"{directory} has no tensors of the language model in its text_config", fix=_INCOMPLETE)
+    part = _language(architecture, told, tensors, sizes["layers"], directory)
     named = {name: tensors[stored] for name, stored in part.stored.items()}
     named = stacked_experts.apart(architecture, sizes, named, directory)
     names = tuple(expected.linears(architecture, sizes, meant))
@@ -108,6 +107,15 @@ def read(directory: Path) -> ModelFacts:
         left_dense=frozenset(part.told(name) for name in left_dense),
         routers=tuple(part.told(name) for name in _routers(architecture, facts)),
     )
+
+
+def _language(
+    architecture: Architecture, told: Mapping[str, Any], tensors: Iterable[str], layers: int, directory: Path
+) -> LanguagePart:
+    part = language_part.find(architecture, told, tensors, layers)
+    if not part.stored:
+        raise IntegrityError(f"{directory} has no tensors of the language model in its text_config", fix=_INCOMPLETE)
+    return part
 
 
 def _routers(architecture: Architecture, facts: ModelFacts) -> Iterator[str]:

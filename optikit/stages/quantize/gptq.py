@@ -90,15 +90,20 @@ def run(options: Options, job: Job) -> Facts:
     return {**facts, **_findings(rows)}
 
 
+def _require_done(undone: list[str], rows: Mapping[str, Mapping[str, float]]) -> None:
+    """Refuse a result in which every linear was rounded to nearest: it isn't what was asked for."""
+    if len(undone) == len(rows):
+        message = f"no Hessian could be factored, of {next(iter(rows))} and {len(rows) - 1} more: GPTQ did nothing"
+        raise StageFailedError(message, fix="use other calibration text, or method rtn")
+
+
 def _findings(rows: Mapping[str, Mapping[str, float]]) -> Facts:
     losses = {name: row["loss"] for name, row in rows.items()}
     worst = max(losses, key=losses.__getitem__)
     damped = {name: row["damp"] for name, row in rows.items() if row["damp"] != row["damp_asked"]}
     few = [name for name, row in rows.items() if row.get("too_few_tokens")]
     undone = [name for name, damp in damped.items() if damp == 0]
-    if len(undone) == len(rows):
-        message = f"no Hessian could be factored, of {worst} and {len(rows) - 1} more: GPTQ did nothing"
-        raise StageFailedError(message, fix="use other calibration text, or method rtn")
+    _require_done(undone, rows)
     return {
         "relative_loss_mean": round(sum(losses.values()) / len(losses), 6),
         "relative_loss_max": {"linear": worst, "value": round(losses[worst], 6)},
