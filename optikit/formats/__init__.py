@@ -18,6 +18,7 @@ from optikit.errors import IntegrityError
 from optikit.formats import awq, compressed_tensors, gptq, llm_int8, nf4
 from optikit.formats.checkpoint import Checkpoint, finite
 from optikit.models import architectures, language_part, quantization
+from optikit.models.architectures import Architecture
 from optikit.models.reader import read, tensor_shapes
 from optikit.models.traits import Storage
 
@@ -65,10 +66,8 @@ def dequantized_state(directory: Path) -> Iterator[tuple[str, Tensor]]:
     checkpoint = Checkpoint(directory)
     config: Mapping[str, Any] = checkpoint.config()
     storage = quantization.scheme(config, directory / "config.json")
-    wrapped = language_part.settings_of(config) is not config
-    row = None if wrapped else architectures.find(str(config.get("model_type", "")), config)
-    full = {name: name for name in checkpoint} if row is None else row.full_names(list(checkpoint))
-    spare = _require_zero(checkpoint, storage, _alone(config, checkpoint) if wrapped else full, directory)
+    row, full, alone = _names(config, checkpoint)
+    spare = _require_zero(checkpoint, storage, alone, directory)
     for name in checkpoint:
         if name in spare:
             continue
@@ -81,6 +80,18 @@ def dequantized_state(directory: Path) -> Iterator[tuple[str, Tensor]]:
             weight = finite(layer, UNPACK[storage.trait](tensors, storage.bits), directory)
             whole = full[name].removesuffix(f".{kind}")
             yield f"{whole}.weight", weight.T.contiguous() if row is not None and row.transposed else weight
+
+
+def _names(
+    config: Mapping[str, Any], checkpoint: Checkpoint
+) -> tuple[Architecture | None, dict[str, str], dict[str, str]]:
+    """Return the row of a directory, its tensors' names as they are yielded, and as the language model has them."""
+    own = {name: name for name in checkpoint}
+    if language_part.settings_of(config) is not config:
+        return None, own, _alone(config, checkpoint)
+    row = architectures.find(str(config.get("model_type", "")), config)
+    full = own if row is None else row.full_names(list(checkpoint))
+    return row, full, full
 
 
 def _alone(config: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, str]:
