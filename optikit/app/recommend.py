@@ -18,6 +18,7 @@ from math import log
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from optikit.models import adapter
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import read, read_gguf
 from optikit.problems import Problem
@@ -25,7 +26,7 @@ from optikit.rules.engine import check
 from optikit.rules.stack import Placed, Stack
 from optikit.stage import row_problems
 from optikit.stages import load, method_key, methods
-from optikit.stages.acquire import gguf
+from optikit.stages.acquire import dequantize, gguf
 from optikit.stages.compile import _neuron_options
 from optikit.store.sources import ModelSource
 from optikit.targets import Target
@@ -90,10 +91,13 @@ class Candidate:
 
 
 def facts_of(source: ModelSource) -> ModelFacts:
-    """Return what stages will see of a model: one in a gguf file is unpacked before the first of them."""
+    """Return what stages will see of a model: one that they can't read is unpacked before the first of them."""
     if source.format == "gguf":
         return gguf.after(gguf.Options(), read_gguf(source.path))
-    return read(source.path)
+    facts = (
+        adapter.facts(source.path, source.base.path, promised=True) if source.base else read(source.path, promised=True)
+    )
+    return dequantize.after(dequantize.Options(), facts) if facts.packing else facts
 
 
 def candidates(

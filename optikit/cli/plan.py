@@ -59,7 +59,7 @@ def plan(
 
     def planned(source: str | bytes, note: Callable[[str], None] = lambda _: None) -> Plan:
         loaded = loads(source, recipe, overrides=tuple(set_ or ()), known_targets=names(targets))
-        return make_plan(loaded, store, offline=offline, extra_targets=targets, note=note)
+        return make_plan(loaded, store, offline=offline, extra_targets=targets, note=note, weights=False)
 
     started = time.monotonic()
     try:

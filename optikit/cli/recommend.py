@@ -68,7 +68,12 @@ def _facts(model: str, *, offline: bool) -> ModelFacts:
     from optikit.store.store import Store
 
     source = resolve_model(
-        model, Store.default(), base=Path.cwd(), offline=offline, note=lambda text: typer.echo(text, err=True)
+        model,
+        Store.default(),
+        base=Path.cwd(),
+        offline=offline,
+        note=lambda text: typer.echo(text, err=True),
+        weights=False,
     )
     return facts_of(source)
 

@@ -1,13 +1,14 @@
 """Checkpoint formats: how weights lie in a directory, whoever wrote them.
 
-`load_state(directory, dtype)` is for runtimes: the dense state dict of any directory that a stage here can write.
-`dequantized_state(directory)` is the same, one tensor at a time.
+`load_state(directory, dtype)` is for runtimes: the dense state dict of any directory that can be read here.
+`dequantized_state(directory)` and `AsFloats(directory)` are the same, one tensor at a time.
 `rounds_activations(directory)` says whether a server of it rounds the inputs of quantized linears, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,71 +16,144 @@ import torch
 from torch import Tensor
 
 from optikit.errors import IntegrityError
-from optikit.formats import awq, compressed_tensors, gptq, llm_int8, nf4
+from optikit.formats import awq, compressed_tensors, fp4, fp8, gptq, llm_int8, nf4
 from optikit.formats.checkpoint import Checkpoint, finite
 from optikit.models import architectures, language_part, quantization
 from optikit.models.architectures import Architecture
+from optikit.models.facts import TensorFacts
 from optikit.models.reader import read, tensor_shapes
 from optikit.models.traits import Storage
 
-
-def _gptq(tensors: Mapping[str, Tensor], bits: int) -> Tensor:
-    return gptq.dequantize(*gptq.unpack(tensors, bits), tensors["g_idx"])
+Tensors = Mapping[str, Tensor]
 
 
-def _awq(tensors: Mapping[str, Tensor], _: int) -> Tensor:
-    return gptq.dequantize(*awq.unpack(tensors))
+def _gptq(tensors: Tensors, storage: Storage) -> Tensor:
+    version = 2 if storage.settings.get("checkpoint_format") == "gptq_v2" else 1
+    codes, scales, zeros = gptq.unpack(tensors, storage.bits, version=version)
+    return gptq.dequantize(codes, scales, zeros, tensors.get("g_idx"))
 
 
-def _llm_int8(tensors: Mapping[str, Tensor], _: int) -> Tensor:
-    return llm_int8.dequantize(tensors)
+def _block(storage: Storage) -> tuple[int, int]:
+    rows, columns = storage.settings["weight_block_size"]
+    return rows, columns
 
 
-def _nf4(tensors: Mapping[str, Tensor], _: int) -> Tensor:
-    return nf4.dequantize(tensors)
-
-
-def _int_quantized(tensors: Mapping[str, Tensor], _: int) -> Tensor:
-    return compressed_tensors.dequantize(tensors)
-
-
-UNPACK: Mapping[str, Callable[[Mapping[str, Tensor], int], Tensor]] = {
+UNPACK: Mapping[str, Callable[[Tensors, Storage], Tensor]] = {
     "int4_gptq": _gptq,
     "int8_gptq": _gptq,
-    "int4_awq": _awq,
-    "int8_w8a8": _int_quantized,
-    "int8_llm": _llm_int8,
-    "nf4": _nf4,
+    "gptq": _gptq,
+    "int4_awq": lambda tensors, _: gptq.dequantize(*awq.unpack(tensors)),
+    "awq": lambda tensors, _: gptq.dequantize(*awq.unpack(tensors)),
+    "awq_gemv": lambda tensors, storage: gptq.dequantize(*awq.unpack_gemv(tensors, storage.group_size)),
+    "int8_w8a8": lambda tensors, _: compressed_tensors.dequantize(tensors),
+    "int_quantized": lambda tensors, _: compressed_tensors.dequantize(tensors),
+    "pack_quantized": lambda tensors, storage: compressed_tensors.dequantize_packed(tensors, storage.bits),
+    "float_quantized": lambda tensors, _: fp8.dequantize(tensors["weight"], tensors["weight_scale"]),
+    "fp8": lambda tensors, _: fp8.dequantize(tensors["weight"], tensors["weight_scale"]),
+    "fp8_inverse": lambda tensors, _: fp8.dequantize(tensors["weight"], tensors["weight_scale_inv"]),
+    "fp8_block": lambda tensors, s: fp8.dequantize(tensors["weight"], tensors["weight_scale_inv"], _block(s)),
+    "modelopt_fp8": lambda tensors, _: fp8.dequantize(tensors["weight"], tensors["weight_scale"]),
+    "modelopt_nvfp4": lambda t, _: fp4.dequantize(t["weight"], t["weight_scale"].float() * t["weight_scale_2"]),
+    "nvfp4_packed": lambda t, _: fp4.dequantize(
+        t["weight_packed"], t["weight_scale"].float() / t["weight_global_scale"]
+    ),
+    "mxfp4_packed": lambda tensors, _: fp4.dequantize(tensors["weight_packed"], tensors["weight_scale"]),
+    "mxfp4": lambda tensors, _: fp4.dequantize_experts(tensors["blocks"], tensors["scales"]),
+    "int8_llm": lambda tensors, _: llm_int8.dequantize(tensors),
+    "nf4": lambda tensors, _: nf4.dequantize(tensors),
+    "fp4": lambda tensors, _: nf4.dequantize(tensors),
 }
-"""Tensors by suffix, and bits → weight (out, in) float32, by how they are stored."""
+"""Tensors by suffix, and how they are stored → weight (out, in) float32, by the row of traits.toml or packings.toml."""
+
+
+class AsFloats(Mapping[str, Tensor]):
+    """A model directory as the float weights that it stands for, by name; each is read when it is asked for.
+
+    Dense tensors come in the dtype they are stored in, dequantized ones in float32. Scales of activations and of caches
+    mean nothing to float weights, and aren't there.
+
+    Raises:
+        IntegrityError: A tensor holds NaN or infinity, or those of a linear don't go together; when it is read.
+        RecipeError: The directory is packed in a format that isn't known here.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.checkpoint = Checkpoint(directory)
+        config: Mapping[str, Any] = self.checkpoint.config()
+        row, full, alone = _names(config, self.checkpoint)
+        self.transposed = row is not None and row.transposed
+        self.storage = quantization.scheme(config, directory / "config.json", self.checkpoint)
+        self.packed: dict[str, str] = {}
+        """Name → the linear as it is stored, of those that are packed."""
+        self.left_out: list[str] = []
+        self._stored: dict[str, str] = {}
+        spare = _require_zero(self.checkpoint, self.storage, alone, directory)
+        for name in self.checkpoint:
+            if name not in spare:
+                self._place(name, full[name])
+
+    def _place(self, stored: str, name: str) -> None:
+        """Find out what a stored tensor is, by what it is called in the model."""
+        storage = self.storage
+        layer, kind = storage.split(stored)
+        if storage.drops(stored):
+            self.left_out.append(stored)
+        elif not storage.packs(layer, self.checkpoint):
+            self._stored[name] = stored
+        elif kind == storage.suffixes[0]:
+            dense = storage.dense_name(name.removesuffix(storage.joint + kind))
+            self._stored[dense] = self.packed[dense] = layer
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __getitem__(self, name: str) -> Tensor:
+        layer = self.packed.get(name)
+        if layer is None:
+            return finite(name, self.checkpoint.read(self._stored[name]), self.checkpoint.directory)
+        return finite(name, self._dequantized(layer), self.checkpoint.directory)
+
+    def facts(self, name: str, dtype: str) -> TensorFacts:
+        """Return the shape of a tensor, and its dtype: the one it is stored in, or `dtype` where it is packed."""
+        layer = self.packed.get(name)
+        if layer is None:
+            entry = self.checkpoint.entries[self._stored[name]]
+            return TensorFacts(dtype=entry.dtype, shape=entry.shape)
+        codes = self.checkpoint.entries[self.storage.tensor(layer, self.storage.codes)].shape
+        if len(codes) == 4:  # (experts, out, groups, bytes)
+            return TensorFacts(dtype=dtype, shape=(codes[0], 2 * codes[2] * codes[3], codes[1]))
+        shape = self._stated.get(layer) or self.storage.shape(layer, self._headers, transposed=False) or (0, 0)
+        return TensorFacts(dtype=dtype, shape=shape[::-1] if self.transposed else shape)
+
+    @cached_property
+    def _headers(self) -> dict[str, TensorFacts]:
+        return {name: TensorFacts(dtype=e.dtype, shape=e.shape) for name, e in self.checkpoint.entries.items()}
+
+    @cached_property
+    def _stated(self) -> Mapping[str, tuple[int, int]]:
+        wanted = self.storage.states_shape
+        return quantization.stated_shapes(self.checkpoint.directory, self._headers) if wanted else {}
+
+    def _dequantized(self, layer: str) -> Tensor:
+        storage, checkpoint = self.storage, self.checkpoint
+        there = [*storage.suffixes, *(s for s in storage.optional if storage.tensor(layer, s) in checkpoint)]
+        tensors = {suffix: checkpoint.read(storage.tensor(layer, suffix)) for suffix in there}
+        again, where = "get the checkpoint again, or quantize the model anew", f"{checkpoint.directory}: {layer}"
+        try:
+            weight = UNPACK[storage.name](tensors, storage)
+        except IntegrityError as error:
+            raise IntegrityError(f"{where}: {error.message}", fix=error.fix or again) from error
+        except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:  # sizes that don't go together
+            raise IntegrityError(f"{where}: its tensors don't go together: {error}", fix=again) from error
+        return weight.T.contiguous() if self.transposed else weight
 
 
 def dequantized_state(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of a model directory, packed linears as the float weight that they stand for.
-
-    Dense tensors come in the dtype they are stored in, dequantized ones in float32, under the names of the model.
-
-    Raises:
-        IntegrityError: A tensor holds NaN or infinity, or would be dropped by a loader and isn't zero.
-        RecipeError: The directory is packed in a format that no stage here writes.
-    """
-    checkpoint = Checkpoint(directory)
-    config: Mapping[str, Any] = checkpoint.config()
-    storage = quantization.scheme(config, directory / "config.json")
-    row, full, alone = _names(config, checkpoint)
-    spare = _require_zero(checkpoint, storage, alone, directory)
-    for name in checkpoint:
-        if name in spare:
-            continue
-        layer, kind = storage.split(name)
-        if not storage.packs(layer, checkpoint):
-            yield full[name], finite(name, checkpoint.read(name), directory)
-        elif kind == storage.suffixes[0]:
-            there = (*storage.suffixes, *(s for s in storage.optional if f"{layer}.{s}" in checkpoint))
-            tensors = {suffix: checkpoint.read(f"{layer}.{suffix}") for suffix in there}
-            weight = finite(layer, UNPACK[storage.trait](tensors, storage.bits), directory)
-            whole = full[name].removesuffix(f".{kind}")
-            yield f"{whole}.weight", weight.T.contiguous() if row is not None and row.transposed else weight
+    """Yield every tensor of a model directory as `AsFloats` has it, one at a time."""
+    yield from AsFloats(directory).items()
 
 
 def _names(
@@ -139,7 +213,7 @@ def load_state(directory: Path, dtype: torch.dtype) -> dict[str, Tensor]:
 def rounds_activations(directory: Path) -> frozenset[str]:
     """Return the linears (full names) whose inputs a server rounds to int8, a scale per token, before multiplying."""
     checkpoint = Checkpoint(directory)
-    settings: Any = checkpoint.config().get("quantization_config") or {}
-    if settings.get("quant_method") != "compressed-tensors":
+    storage = quantization.scheme(checkpoint.config(), directory / "config.json", checkpoint)
+    if not storage.integer_products:
         return frozenset()
     return frozenset(name.removesuffix(".weight_scale") for name in checkpoint if name.endswith(".weight_scale"))

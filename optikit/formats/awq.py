@@ -1,4 +1,4 @@
-"""The `awq` checkpoint format, `gemm` version, as AutoAWQ, vLLM and the onnxruntime-genai builder read it.
+"""The `awq` checkpoint format, as AutoAWQ, vLLM and the onnxruntime-genai builder read it; written in version `gemm`.
 
 For a linear of `in` inputs and `out` outputs, eight 4-bit codes to an int32:
 
@@ -8,7 +8,14 @@ For a linear of `in` inputs and `out` outputs, eight 4-bit codes to an int32:
 
     weight[o, i] = (code[o, i] - zero[o, i // group_size]) · scale[o, i // group_size]
 
-ORDER lets a GPU kernel convert a word with two masks and one shift.
+ORDER lets a GPU kernel convert a word with two masks and one shift. Version `gemv` packs in order along the inputs, an
+output's codes in one row; its groups are filled up with zeros:
+
+    qweight  (out, in / 8)           int32
+    qzeros   (out, padded / 8)       int32
+    scales   (out, padded)           float16
+
+Source: AutoAWQ 0.2.9, awq/modules/linear/gemv.py.
 """
 
 from __future__ import annotations
@@ -58,3 +65,10 @@ def unpack(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         _reordered(unpack_words(tensors[suffix].T.contiguous(), BITS), _INVERSE) for suffix in ("qweight", "qzeros")
     )
     return codes, tensors["scales"].T, zeros
+
+
+def unpack_gemv(tensors: Mapping[str, Tensor], group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `unpack` does, of a linear in version `gemv`; `group_size` 0 is all inputs."""
+    codes, zeros = (unpack_words(tensors[suffix].T.contiguous(), BITS).T for suffix in ("qweight", "qzeros"))
+    groups = codes.shape[1] // (group_size or codes.shape[1])
+    return codes, tensors["scales"][:, :groups], zeros[:, :groups]

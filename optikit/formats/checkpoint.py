@@ -34,6 +34,8 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -235,7 +237,8 @@ def _shards(entries: Mapping[str, Entry], limit: int) -> list[list[str]]:
     return shards
 
 
-def _write_shard(path: Path, names: Iterable[str], entries: Mapping[str, Entry]) -> None:
+def header_of(names: Iterable[str], entries: Mapping[str, Entry]) -> bytes:
+    """Return the first bytes of a safetensors file that holds tensors in this order, up to the first tensor."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:
@@ -245,11 +248,33 @@ def _write_shard(path: Path, names: Iterable[str], entries: Mapping[str, Entry])
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def named_shards(directory: Path, entries: Mapping[str, Entry], limit: int) -> dict[Path, list[str]]:
+    """Return the files that a checkpoint of these tensors has, each with its tensors in order."""
+    shards = _shards(entries, limit)
+    if len(shards) == 1:
+        return {directory / headers.SINGLE: shards[0]}
+    return {directory / f"model-{i + 1:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards)}
+
+
+def write_index(directory: Path, entries: Mapping[str, Entry], files: Mapping[Path, Iterable[str]]) -> int:
+    """Write the index of a checkpoint that has several files; return the bytes of all its tensors."""
+    total = sum(entry.stop - entry.start for entry in entries.values())
+    if len(files) > 1:
+        located = {name: file.name for file, names in files.items() for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(located.items()))}
+        (directory / headers.INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    return total
+
+
+def _write_shard(path: Path, names: Iterable[str], entries: Mapping[str, Entry]) -> None:
+    names = list(names)
     with path.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
+        out.write(header_of(names, entries))
         for name in names:
-            entry = entries[name]
-            _copy(name, entry, out)
+            _copy(name, entries[name], out)
 
 
 def _copy(name: str, entry: Entry, out: BinaryIO) -> None:
@@ -280,15 +305,8 @@ def write_shards(directory: Path, entries: Mapping[str, Entry], *, shard_bytes: 
     Raises:
         IntegrityError: A tensor holds NaN or infinity.
     """
-    shards = _shards(entries, shard_bytes)
-    if len(shards) == 1:
-        _write_shard(directory / headers.SINGLE, shards[0], entries)
-        return [directory / headers.SINGLE]
-    files = [directory / f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    for file, names in zip(files, shards, strict=True):
+    files = named_shards(directory, entries, shard_bytes)
+    for file, names in files.items():
         _write_shard(file, names, entries)
-    total = sum(entry.stop - entry.start for entry in entries.values())
-    located = {name: file.name for file, names in zip(files, shards, strict=True) for name in names}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(located.items()))}
-    (directory / headers.INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
-    return files
+    write_index(directory, entries, files)
+    return list(files)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,13 @@ def write_model(source: Path, dest: Path, entries: Mapping[str, Entry], *, chang
         entries: Every tensor and where its bytes lie.
         changes: Keys of config.json that are new or different.
     """
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    (dest / "config.json").write_text(json.dumps({**config, **changes}, indent=2) + "\n", encoding="utf-8")
-    tokenizer.copy(source, dest, COMPANIONS)
+    write_config(source, dest, changes=changes)
     write_shards(dest, entries)
+
+
+def write_config(source: Path, dest: Path, *, changes: Mapping[str, Any], without: Collection[str] = ()) -> None:
+    """Write what goes with the weights: config.json with some keys changed and others taken out, and the tokenizer."""
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    kept = {key: value for key, value in config.items() if key not in without}
+    (dest / "config.json").write_text(json.dumps({**kept, **changes}, indent=2) + "\n", encoding="utf-8")
+    tokenizer.copy(source, dest, COMPANIONS)

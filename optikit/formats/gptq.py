@@ -1,9 +1,10 @@
-"""The `gptq` checkpoint format, version 1, as GPTQModel, vLLM and the onnxruntime-genai builder read it.
+"""The `gptq` checkpoint format, as GPTQModel, vLLM and the onnxruntime-genai builder read it; written in version 1.
 
-For a linear of `in` inputs and `out` outputs, with p = 32 / bits codes to an int32, lowest bits first:
+For a linear of `in` inputs and `out` outputs, with p = 32 / bits codes to an int32, lowest bits first (3-bit codes are
+one stream: 32 of them in 3 words):
 
     qweight  (in / p, out)      int32    codes; word r holds inputs r·p … r·p + p - 1
-    qzeros   (groups, out / p)  int32    zero points minus one
+    qzeros   (groups, out / p)  int32    zero points minus one; as they are in version 2, `gptq_v2`
     scales   (groups, out)      float16
     g_idx    (in,)              int32    group of each input
 
@@ -41,10 +42,26 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_words(packed: Tensor, bits: int) -> Tensor:
-    """Undo `pack_words`: (n, m) int32 → (n · 32 / bits, m) uint8."""
+    """Undo `pack_words`, for any number of bits up to 8: (n, m) int32 → (n · 32 / bits, m) uint8."""
+    if 32 % bits:
+        return _unpack_stream(packed, bits)
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
     codes: Tensor = (packed[:, None, :] >> shifts[None, :, None]) & (2**bits - 1)
     return codes.to(torch.uint8).reshape(-1, packed.shape[1])
+
+
+def _unpack_stream(packed: Tensor, bits: int) -> Tensor:
+    """Unpack codes that words don't divide; what ends in the middle of 32 codes is filled up with zeros."""
+    rows, columns = packed.shape
+    words = torch.nn.functional.pad(packed, (0, 0, 0, -rows % bits)).view(-1, bits, columns)
+    codes = torch.empty((words.shape[0], 32, columns), dtype=torch.uint8)
+    for k in range(32):
+        word, shift = divmod(k * bits, 32)
+        code = words[:, word] >> shift
+        if shift + bits > 32:
+            code = (code & (2 ** (32 - shift) - 1)) | (words[:, word + 1] << (32 - shift))
+        codes[:, k] = (code & (2**bits - 1)).to(torch.uint8)
+    return codes.view(-1, columns)[: rows * 32 // bits]
 
 
 def pack(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> dict[str, Tensor]:
@@ -69,10 +86,10 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> dict[str, T
     }
 
 
-def unpack(tensors: Mapping[str, Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def unpack(tensors: Mapping[str, Tensor], bits: int, *, version: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes (out, in) uint8, scales (out, groups) float16 and zero points (out, groups) uint8 of one linear."""
     codes = unpack_words(tensors["qweight"], bits).T
-    zeros = (unpack_words(tensors["qzeros"].T, bits).to(torch.int32) + 1) & (2**bits - 1)
+    zeros = (unpack_words(tensors["qzeros"].T, bits).to(torch.int32) + (version == 1)) & (2**bits - 1)
     return codes, tensors["scales"].T, zeros.to(torch.uint8)
 
 

@@ -30,4 +30,4 @@ def pack(codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
 
 def dequantize(tensors: Mapping[str, Tensor]) -> Tensor:
     """Return the weight (out, in) float32 of one linear."""
-    return tensors["weight"].float() * (tensors["SCB"].float() / LEVELS)[:, None]
+    return tensors["weight"].float() * tensors["SCB"].float()[:, None] * (1 / LEVELS)  # in the library's order

@@ -1,4 +1,6 @@
-"""The bitsandbytes checkpoint format for NF4: 4-bit codes of quantiles, a constant per block of 64 weights.
+"""The bitsandbytes checkpoint format for 4 bits: codes of sixteen levels, a constant per block of weights.
+
+NF4 is written here, in blocks of 64; FP4, which has other levels and `__fp4` in a name, and other blocks are read.
 
 For a linear of `in` inputs and `out` outputs, with n = out · in weights, row after row, in b = ceil(n / 64) blocks:
 
@@ -24,6 +26,9 @@ from torch import Tensor
 from optikit.algorithms import nf4
 from optikit.errors import IntegrityError
 from optikit.models.quantization import NF4_STATE
+from optikit.models.strict_json import parse_object
+
+FIX = "get the checkpoint again, or quantize the model anew"
 
 
 def pack(codes: Tensor, absmax: Tensor | nf4.Constants, shape: tuple[int, int], dtype: str) -> dict[str, Tensor]:
@@ -53,38 +58,37 @@ def pack(codes: Tensor, absmax: Tensor | nf4.Constants, shape: tuple[int, int], 
     return tensors
 
 
-def unpack(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """Return the codes (out · in,) uint8, constants (blocks,) float32, and (out, in) of one linear.
+def unpack(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Return the codes (out · in,) uint8, constants (blocks,) float32, and the stated shape and block size.
 
     Raises:
-        IntegrityError: It is packed in other blocks, or for other levels, than are known here.
+        IntegrityError: The statement is no such thing, or a level isn't one of 4 bits.
     """
-    state = json.loads(bytes(tensors[NF4_STATE].tolist()))
+    name = next(name for name in tensors if ".quant_state." in name)
+    state = parse_object(bytes(tensors[name].tolist()))
     rows, columns = state["shape"]
     packed = tensors["weight"].view(-1)
     codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[: rows * columns]
-    _require(state, "blocksize", nf4.BLOCK)
-    _require_map(tensors["weight.quant_map"], torch.tensor(nf4.LEVELS))
     absmax = tensors["weight.absmax"]
     if "weight.nested_absmax" in tensors:
-        _require(state, "nested_blocksize", nf4.CONSTANTS_BLOCK)
-        _require_map(tensors["weight.nested_quant_map"], nf4.dynamic_map())
-        offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
-        absmax = nf4.dequantize_constants(nf4.Constants(absmax, tensors["weight.nested_absmax"], offset))
-    return codes, absmax.float(), (rows, columns)
+        spread = _spread(tensors["weight.nested_absmax"], state, "nested_blocksize", len(absmax))
+        absmax = tensors["weight.nested_quant_map"][absmax.int()] * spread + torch.tensor(state["nested_offset"])
+    if tensors["weight.quant_map"].shape != (16,):
+        raise IntegrityError(f"a map of {tensors['weight.quant_map'].numel()} levels", fix=FIX)
+    return codes, absmax.float(), state
 
 
-def _require(state: Mapping[str, Any], key: str, wanted: int) -> None:
-    if state.get(key) != wanted:
-        raise IntegrityError(f"nf4 with {key} {state.get(key)!r}", fix=f"quantize with {key} {wanted}")
-
-
-def _require_map(found: Tensor, wanted: Tensor) -> None:
-    if not torch.allclose(found, wanted, atol=1e-6):
-        raise IntegrityError("nf4 with a map of its own", fix="quantize with the levels of bitsandbytes")
+def _spread(constants: Tensor, state: Mapping[str, Any], key: str, count: int) -> Tensor:
+    """Return the constant of each of `count` elements, in blocks of the size that `state` has under a key."""
+    size = state.get(key)
+    if type(size) is not int or size < 1 or len(constants) != -(-count // size):
+        raise IntegrityError(f"{len(constants)} constants for {count} elements, with {key} {size!r}", fix=FIX)
+    return constants.repeat_interleave(size)[:count]
 
 
 def dequantize(tensors: Mapping[str, Tensor]) -> Tensor:
     """Return the weight (out, in) float32 of one linear; see `unpack` for errors."""
-    codes, absmax, shape = unpack(tensors)
-    return nf4.dequantize(codes, absmax).view(shape)
+    codes, absmax, state = unpack(tensors)
+    spread = _spread(absmax, state, "blocksize", len(codes))
+    weight: Tensor = (tensors["weight.quant_map"].float()[codes.int()] * spread).view(state["shape"])
+    return weight

@@ -30,6 +30,21 @@ MOST: Mapping[str, int] = MappingProxyType(
 """Largest value of each figure that isn't absurd: several times what any published model has."""
 
 
+MOST_PARAMETERS = 10**14
+"""Weights of a model above which its figures can't be true together: fifty times the largest one published."""
+DTYPES: Mapping[str, str] = MappingProxyType({"float16": "F16", "float32": "F32", "bfloat16": "BF16"})
+"""Dtypes of weights as config.json and as safetensors name them."""
+
+
+def dtype(settings: Mapping[str, Any]) -> str:
+    """Return the safetensors name of the dtype that config.json gives weights; bfloat16 where it gives none."""
+    inner = settings.get("text_config")
+    sections = (settings, inner if isinstance(inner, dict) else {})
+    found = next((each[key] for each in sections for key in ("dtype", "torch_dtype") if each.get(key)), "")
+    told = str(found).removeprefix("torch.")
+    return DTYPES.get(told, "BF16")
+
+
 def load(directory: Path) -> dict[str, Any]:
     """Read config.json of a model directory, behind the door (`intake.require_harmless`).
 

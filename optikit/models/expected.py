@@ -171,13 +171,14 @@ def check(
     Raises:
         IntegrityError: One is missing, has another shape, or belongs to no module; the message names it.
     """
-    needed = {f"{linear}.{suffix}" for linear in packed for suffix in scheme.suffixes}
+    needed = {scheme.tensor(linear, suffix) for linear in packed for suffix in scheme.suffixes}
     needed |= {name for name in expected if name.removesuffix(".weight") not in packed}
     missing = sorted(needed - found.keys())
     if missing:
         raise IntegrityError(f"{where} has no tensor {missing[0]}{_beside(missing)}", fix=FIX)
     _check_shapes(expected, found, packed, where, transposed=architecture.transposed)
-    spare = {f"{linear}.{suffix}" for linear in packed for suffix in (*scheme.optional, *scheme.zeros)}
+    spare = {scheme.tensor(linear, suffix) for linear in packed for suffix in (*scheme.optional, *scheme.zeros)}
+    spare |= set(filter(scheme.drops, found))
     odd = sorted(name for name in found.keys() - needed - spare if not _is_left_over(name, architecture))
     if odd:
         message = f"{where}: {architecture.model_type} with these settings has no place for tensor {odd[0]}"

@@ -104,6 +104,7 @@ class ModelFacts:
         cached: Elements that a token leaves in a block's cache; 0 for keys and values of every head.
         routers: Matrices of blocks that no stage quantizes, full names: what chooses experts, and gates of shared ones.
         carried: Parts of the checkpoint that aren't the language model, such as a vision tower → tensors of each.
+        packing: How its weights are packed, in words, where no stage reads that; "" elsewhere.
     """
 
     model_type: str
@@ -130,6 +131,7 @@ class ModelFacts:
     cached: int = 0
     routers: tuple[str, ...] = ()
     carried: Mapping[str, int] = field(default_factory=dict)
+    packing: str = ""
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property

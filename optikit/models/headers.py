@@ -23,6 +23,8 @@ MOST_TENSORS = 2**18
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MOST_DIMENSIONS = 64
+HOLLOW = ".headers.json"
+"""File that marks a directory whose weights have headers and no data: sha256 of every whole file, by name."""
 MOST_VALUE_BYTES = 4096
 """Of a tensor that is read while planning."""
 
@@ -40,6 +42,11 @@ def read_header(path: Path) -> dict[str, TensorFacts]:
             return _tensors(file.read(length), size - 8 - length)
     except ValueError as error:
         raise IntegrityError(f"{path}: {error}", fix=FIX) from error
+
+
+def are_there(directory: Path) -> bool:
+    """Return whether a model directory has weights, or says that it should."""
+    return any(path.name.endswith((".safetensors", ".safetensors.index.json")) for path in directory.iterdir())
 
 
 def read_directory(directory: Path) -> Mapping[str, TensorFacts]:

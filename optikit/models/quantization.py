@@ -13,7 +13,7 @@ A linear that was left alone has a plain `weight` in every one of them. Which se
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from optikit.errors import IntegrityError, RecipeError
 from optikit.models import traits
 from optikit.models.facts import TensorFacts
 from optikit.models.headers import read_values
-from optikit.models.strict_json import parse_object
+from optikit.models.strict_json import parse_object, read_object
 from optikit.models.traits import Storage
 
 NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -33,25 +33,30 @@ FOREIGN = frozenset(
 """Last parts of names that tensors have in packed checkpoints only, whoever wrote them."""
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 """dtypes in which a weight stands for itself."""
-OLD_SETTINGS = "quantize_config.json"
-"""Where AutoGPTQ kept what config.json has as quantization_config today."""
+_STATE = "weight.quant_state.bitsandbytes__"
 
 
-def scheme(config: Mapping[str, Any], where: Path) -> Storage:
-    """Return how the weights are stored, from config.json.
+def scheme(config: Mapping[str, Any], where: Path, names: Container[str] = ()) -> Storage:
+    """Return how the weights are stored, from config.json and, where that says nothing, older files beside it.
+
+    Args:
+        config: config.json.
+        where: Its path.
+        names: Names of all tensors, where they tell what settings leave open.
 
     Raises:
-        RecipeError: In a way that isn't known here.
+        RecipeError: In a way that isn't known here, or in several.
     """
-    settings = config.get("quantization_config")
+    settings, beside = _settings(config, where)
     if settings is None:
         return traits.rows()[traits.DENSE]
-    rows = traits.rows().values() if isinstance(settings, dict) else ()
-    found = next((row for row in rows if row.config and row.fits(settings)), None)
+    found = _row(settings, read_only=beside)
     if found is None:
         message = f"{where}: {_describe(settings)} can't be read as the start of a stack"
         raise RecipeError(message, fix="start from the model before it was quantized, or from a gptq or awq directory")
-    mixed = next((rule for rule, row in _dynamic(settings) if row.get("bits", found.bits) != found.bits), None)
+    _require_blocks(settings.get("weight_block_size"), where)
+    found = _settled(found, settings, names)
+    mixed = next(_mixed(settings, found.bits), None)
     if mixed is not None:
         message = f"{where}: linears that match {mixed!r} have another number of bits than the {found.bits} of the rest"
         raise RecipeError(message, fix="quantize the model anew, with one number of bits")
@@ -70,21 +75,81 @@ def require_agreement(
     """
     if storage.config:
         if not any(storage.packs(name, tensors) for name in linears):
-            message = f"{where}: config.json promises weights that are {storage.trait}, and not one is packed"
+            message = (
+                f"{where}: config.json promises weights that are {storage.trait or storage.told}, and not one is packed"
+            )
             raise RecipeError(message, fix="take quantization_config out of config.json, if the weights are dense")
         return
     packed = next((name for name in sorted(tensors) if _is_packed(name, tensors[name])), None)
     if packed is not None:
         message = f"{where} holds packed weights ({packed}), and config.json has no quantization_config"
         fix = "get the config.json that belongs to them, or start from the model before it was quantized"
-        if (where / OLD_SETTINGS).is_file():
-            fix = f"copy the contents of {OLD_SETTINGS} into config.json as quantization_config, with a quant_method"
         raise RecipeError(message, fix=fix)
 
 
 def _is_packed(name: str, tensor: TensorFacts) -> bool:
     *_, last = name.rpartition(".")
     return last in FOREIGN or (last == "weight" and tensor.dtype not in FLOATS)
+
+
+def _row(settings: Any, *, read_only: bool) -> Storage | None:
+    """Return the first row that settings tell of; with `read_only` none of those that stages work with."""
+    if not isinstance(settings, dict) or any(settings.get(key) for key in _UNREAD):
+        return None
+    rows = traits.packings() if read_only else {**traits.rows(), **traits.packings()}
+    return next((row for row in rows.values() if row.config and row.fits(settings)), None)
+
+
+def _require_blocks(sides: Any, where: Path) -> None:
+    whole = isinstance(sides, list) and len(sides) == 2 and all(type(side) is int and side > 0 for side in sides)
+    if sides is not None and not whole:
+        message = f"{where}: weight_block_size is {sides!r}; two whole numbers from 1 up are wanted"
+        raise RecipeError(message, fix="get config.json again")
+
+
+_UNREAD = ("transform_config", "sparsity_config", "pre_quant_scale", "quantized_layers")
+"""Settings that mean more than packed weights: rotations while serving, sparse packing, scales of inputs, a mixture."""
+_SIDECARS: Mapping[str, str] = {
+    "quant_config.json": "awq",
+    "quantize_config.json": "gptq",
+    "hf_quant_config.json": "modelopt",
+}
+"""Where tools kept their settings before config.json had a place for them, and whose they are."""
+_OLD_KEYS = {"w_bit": "bits", "q_group_size": "group_size", "exclude_modules": "ignore", "format": "checkpoint_format"}
+
+
+def _settings(config: Mapping[str, Any], where: Path) -> tuple[Any, bool]:
+    """Return the settings of a directory, None where there are none, and whether they lie beside config.json."""
+    settings = config.get("quantization_config")
+    if settings is None:
+        found = next((name for name in _SIDECARS if (where.parent / name).is_file()), "")
+        if not found:
+            return None, False
+        told = read_object(where.parent / found)
+        told = told["quantization"] if isinstance(told.get("quantization"), dict) else told
+        renamed = {_OLD_KEYS.get(key, key): value for key, value in told.items()}
+        return {"quant_method": _SIDECARS[found], **renamed}, True
+    if isinstance(settings, dict) and settings.get("quant_method") in ("gptq", "modelopt"):
+        return {**{_OLD_KEYS.get(key, key): value for key, value in settings.items()}, **settings}, False
+    return settings, False
+
+
+def _settled(found: Storage, settings: Mapping[str, Any], names: Container[str]) -> Storage:
+    """Return a row with these settings; the other one that they may mean, where the tensors say so."""
+    if found.other:
+        other = traits.packings()[found.other]
+        ends = f".{other.suffixes[0]}"
+        if isinstance(names, Iterable) and any(name.endswith(ends) for name in names):
+            found = other
+    return found.settled(settings)
+
+
+def _mixed(settings: Mapping[str, Any], bits: int) -> Iterator[str]:
+    """Yield which linears have another number of bits than the rest."""
+    yield from (rule for rule, row in _dynamic(settings) if row.get("bits", bits) != bits)
+    for name, group in (settings.get("config_groups") or {}).items():
+        if group.get("weights", {}).get("num_bits", bits) != bits:
+            yield ", ".join(map(str, group.get("targets") or [name]))
 
 
 def _dynamic(settings: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -95,7 +160,7 @@ def _dynamic(settings: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, An
 
 
 def stated_shapes(directory: Path, tensors: Mapping[str, TensorFacts]) -> dict[str, tuple[int, int]]:
-    """Return (out_features, in_features) of the linears whose packing states it beside the weight: those of nf4.
+    """Return (out_features, in_features) of the linears whose packing states it beside them: bitsandbytes' 4 bits.
 
     Args:
         directory: A model directory.
@@ -104,22 +169,23 @@ def stated_shapes(directory: Path, tensors: Mapping[str, TensorFacts]) -> dict[s
     Raises:
         IntegrityError: A statement can't be read, or isn't that of its weight.
     """
-    names = {name.removesuffix(NF4_STATE) for name in tensors if name.endswith(f".{NF4_STATE}")}
-    stated = read_values(directory, {name + NF4_STATE for name in names})
-    return {name.removesuffix("."): _shape(name, stated[name + NF4_STATE], tensors, directory) for name in names}
+    names = [name for name in tensors if f".{_STATE}" in name]
+    stated = read_values(directory, names)
+    return {name.partition(f".{_STATE}")[0]: _shape(name, stated[name], tensors, directory) for name in names}
 
 
 def _shape(name: str, stated: bytes, tensors: Mapping[str, TensorFacts], directory: Path) -> tuple[int, int]:
-    weight = tensors.get(f"{name}weight")
+    linear = name.partition(_STATE)[0]
+    weight = tensors.get(f"{linear}weight")
     try:
         shape = parse_object(stated)["shape"]
         rows, columns = (size for size in shape if type(size) is int and size > 0)
     except (ValueError, KeyError, TypeError) as error:
-        message = f"{directory}: {name}{NF4_STATE} tells no shape"
+        message = f"{directory}: {name} tells no shape"
         raise IntegrityError(message, fix="quantize it again") from error
     if weight is None or weight.bytes != -(-rows * columns // 2):
         held = "is missing" if weight is None else f"has {weight.bytes} bytes"
-        message = f"{directory}: {name}weight {held}, and 4-bit weights of {rows}x{columns} are stated"
+        message = f"{directory}: {linear}weight {held}, and 4-bit weights of {rows}x{columns} are stated"
         raise IntegrityError(message, fix="quantize it again")
     return rows, columns
 
@@ -127,6 +193,7 @@ def _shape(name: str, stated: bytes, tensors: Mapping[str, TensorFacts], directo
 def _describe(settings: Any) -> str:
     if not isinstance(settings, dict):
         return "its quantization_config"
-    keys = ("quant_method", "bits", "version", "format", "checkpoint_format", "load_in_8bit", "bnb_4bit_quant_type")
+    keys = ["quant_method", "quant_algo", "bits", "version", "format", "checkpoint_format", "load_in_8bit"]
+    keys += ["bnb_4bit_quant_type", "bnb_4bit_quant_storage", *(key for key in _UNREAD if settings.get(key))]
     told = (f"{key} {settings[key]}" for key in keys if key in settings)
     return f"quantization ({', '.join(told)})"

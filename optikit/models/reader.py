@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -22,13 +22,14 @@ from optikit.models import (
     gguf_tied,
     headers,
     language_part,
+    packed,
     quantization,
     stacked_experts,
     tokenizer,
     traits,
 )
 from optikit.models.architectures import USUAL_KEYS, Architecture
-from optikit.models.facts import ModelFacts, TensorFacts
+from optikit.models.facts import DTYPE_BYTES, ModelFacts, TensorFacts
 from optikit.models.gguf_header import GgufHeader
 from optikit.models.language_part import LanguagePart
 from optikit.models.traits import Storage
@@ -54,10 +55,15 @@ GGUF_NAMES: Mapping[str, str] = MappingProxyType(
 """Module of a block → its name in a gguf file, for the families that have a gguf name."""
 
 
-def read(directory: Path) -> ModelFacts:
+def read(directory: Path, *, promised: bool = False) -> ModelFacts:
     """Read the facts of a Hugging Face model directory from config.json and the safetensors headers.
 
-    `dtype` is the dtype of most of its floating-point bytes: packed integers don't count.
+    `dtype` is the dtype of most of its floating-point bytes: packed integers don't count. A directory in a packing that
+    is only read has no traits, like a gguf file, and the `dtype` that its weights get.
+
+    Args:
+        directory: The directory.
+        promised: Where there are no weights, or only their headers, return what config.json promises: enough to plan.
 
     Raises:
         InputMissingError: config.json or the weights are missing.
@@ -70,35 +76,49 @@ def read(directory: Path) -> ModelFacts:
     architecture = architecture_of(directory, told)
     _check_required(architecture, settings, where)
     expected.check_settings(architecture, settings, where)
-    scheme = quantization.scheme(settings, where)
-    tensors = headers.read_directory(directory)
     meant = architecture.meant(settings)
     meant["tie_word_embeddings"] = bool(meant.get("tie_word_embeddings", False))
     sizes = _figures(architecture, meant, where) | _expert_figures(architecture, meant, where)
     arithmetic.check(settings, where, layers=sizes["layers"], width=sizes["head_dim"])
+    if promised and not headers.are_there(directory):
+        return _promised(architecture, sizes, meant, told, directory)
+    hollow = promised and (directory / headers.HOLLOW).is_file()
+    return _held(architecture, sizes, meant, told, directory, hollow=hollow)
+
+
+def _held(
+    architecture: Architecture,
+    sizes: Mapping[str, int],
+    meant: Mapping[str, Any],
+    told: Mapping[str, Any],
+    directory: Path,
+    *,
+    hollow: bool,
+) -> ModelFacts:
+    """Return the facts of a model whose weights are there; with `hollow` their headers only."""
+    tensors = headers.read_directory(directory)
+    scheme = quantization.scheme(language_part.settings_of(told), directory / "config.json", tensors)
     part = _language(architecture, told, tensors, sizes["layers"], directory)
     named = {name: tensors[stored] for name, stored in part.stored.items()}
     named = stacked_experts.apart(architecture, sizes, named, directory)
     names = tuple(expected.linears(architecture, sizes, meant))
     quantization.require_agreement(scheme, names, named, directory)
-    stated = quantization.stated_shapes(directory, tensors) if scheme.states_shape else {}
-    linears = _linears(architecture, scheme, named, names, directory, stated)
-    left_dense = frozenset(name for name in linears if scheme.suffixes and not scheme.packs(name, named))
+    wanted = {} if architecture.generic else _wanted(architecture, sizes, meant)
+    packed.check(scheme, wanted, named, directory)
+    linears = wanted
+    if scheme.trait or architecture.generic:
+        stated = _stated(scheme, wanted, tensors, directory, hollow=hollow)
+        linears = _linears(architecture, scheme, named, names, directory, stated)
+    left_dense = _left_dense(scheme, linears, named)
     facts = _facts(
         architecture,
         sizes,
         linears,
-        tied=meant["tie_word_embeddings"],
-        dtype=_main_dtype(tensors),
+        **_described(architecture, scheme, sizes, meant, told, directory),
+        dtype=_main_dtype(tensors) if scheme.trait else config.dtype(told),
         weight_bytes=sum(tensor.bytes for tensor in tensors.values()),
-        traits=frozenset({scheme.trait}),
-        sliding_window=_window(settings),
-        config=told,
-        generic=architecture if architecture.generic else None,
         left_dense=left_dense,
-        cached=expected.figure(architecture.cached, sizes, meant) if architecture.cached else 0,
         carried=language_part.kinds(part.carried),
-        **_tokenizer(directory),
     )
     _check_tensors(architecture, scheme, facts, named, directory)
     return replace(
@@ -131,6 +151,97 @@ def _tokenizer(directory: Path) -> dict[str, Any]:
     if described is None:
         return {}
     return {"tokenizer_sha256": described.sha256, "tokenizer_tokens": described.tokens}
+
+
+def _left_dense(scheme: Storage, linears: Iterable[str], tensors: Container[str]) -> frozenset[str]:
+    return frozenset(name for name in linears if scheme.suffixes and not scheme.packs(name, tensors))
+
+
+def _stated(
+    scheme: Storage,
+    wanted: Mapping[str, tuple[int, int]],
+    tensors: Mapping[str, TensorFacts],
+    directory: Path,
+    *,
+    hollow: bool,
+) -> Mapping[str, tuple[int, int]]:
+    """Return the shapes that a packing states beside the weights, or config.json where only headers are there."""
+    if not scheme.states_shape:
+        return {}
+    return wanted if hollow else quantization.stated_shapes(directory, tensors)
+
+
+def _described(
+    architecture: Architecture,
+    scheme: Storage,
+    sizes: Mapping[str, int],
+    meant: Mapping[str, Any],
+    told: Mapping[str, Any],
+    directory: Path,
+) -> dict[str, Any]:
+    """Return the facts that come from config.json and the tokenizer alone."""
+    return {
+        "tied": meant["tie_word_embeddings"],
+        "traits": frozenset({scheme.trait} if scheme.trait else ()),
+        "packing": "" if scheme.trait else packed.described(scheme),
+        "sliding_window": _window(language_part.settings_of(told)),
+        "config": told,
+        "generic": architecture if architecture.generic else None,
+        "cached": expected.figure(architecture.cached, sizes, meant) if architecture.cached else 0,
+        **_tokenizer(directory),
+    }
+
+
+def _promised(
+    architecture: Architecture,
+    sizes: Mapping[str, int],
+    meant: Mapping[str, Any],
+    told: Mapping[str, Any],
+    directory: Path,
+) -> ModelFacts:
+    """Return the facts of a model whose weights aren't here, from config.json alone.
+
+    Raises:
+        RecipeError: Each figure is possible, and together they aren't.
+    """
+    where = directory / "config.json"
+    scheme = quantization.scheme(language_part.settings_of(told), where)
+    linears = _wanted(architecture, sizes, meant)
+    known = _described(architecture, scheme, sizes, meant, told, directory)
+    facts = _facts(architecture, sizes, linears, **known, dtype=config.dtype(told), weight_bytes=0)
+    if facts.parameters > config.MOST_PARAMETERS:
+        message = f"{where}: its figures make {facts.parameters:.3g} weights, more than {config.MOST_PARAMETERS:.0e}"
+        raise RecipeError(message, fix="the file is damaged, or not a decoder-only language model's")
+    if sizes["heads"] % sizes["kv_heads"]:
+        message = f"{where}: {sizes['heads']} heads can't share {sizes['kv_heads']} of keys and values"
+        raise RecipeError(message, fix="the file is damaged, or not a decoder-only language model's")
+    size = DTYPE_BYTES[facts.dtype]
+    dense = facts.parameters - facts.linear_elements
+    bits = scheme.bits + 16 / scheme.group_size if scheme.group_size else scheme.bits
+    return replace(facts, weight_bytes=int(dense * size + facts.linear_elements * (bits / 8 or size)))
+
+
+def _wanted(
+    architecture: Architecture, sizes: Mapping[str, int], meant: Mapping[str, Any]
+) -> dict[str, tuple[int, int]]:
+    """Return (out_features, in_features) of the linears of all blocks, as config.json describes them."""
+    shapes = expected.tensors(architecture, {"intermediate": 4 * sizes["hidden"], **sizes}, meant)
+    found = {}
+    for name in expected.linears(architecture, sizes, meant):
+        if f"{name}.weight" in shapes:  # a hybrid's blocks differ
+            rows, columns = shapes[f"{name}.weight"]
+            found[name] = (columns, rows) if architecture.transposed else (rows, columns)
+    return found
+
+
+def is_transposed(facts: ModelFacts) -> bool:
+    """Return whether a model stores the weights of its linears as (in, out)."""
+    return facts.architecture is not None and facts.architecture.transposed
+
+
+def is_embedding(tensor: str, facts: ModelFacts) -> bool:
+    """Return whether a tensor is the token embedding of a model."""
+    return facts.architecture is not None and tensor == f"{facts.architecture.embedding}.weight"
 
 
 def tensor_shapes(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
@@ -316,10 +427,10 @@ def _check_tensors(
     architecture: Architecture, scheme: Storage, facts: ModelFacts, found: Mapping[str, TensorFacts], where: Path
 ) -> None:
     """Hold names and shapes of all tensors to what config.json describes."""
-    packed = {name: shape for name, shape in facts.linears.items() if scheme.packs(name, found)}
+    shapes = {name: shape for name, shape in facts.linears.items() if scheme.packs(name, found)}
     if scheme.packs(architecture.head, found):
-        packed[architecture.head] = scheme.shape(architecture.head, found, transposed=False) or (0, 0)
-    expected.check(architecture, scheme, tensor_shapes(facts), found, packed, where)
+        shapes[architecture.head] = scheme.shape(architecture.head, found, transposed=False) or (0, 0)
+    expected.check(architecture, scheme, tensor_shapes(facts), found, shapes, where)
 
 
 def _facts(

@@ -1,13 +1,14 @@
-"""How weights are stored, by trait: rows of traits.toml, frozen.
+"""How weights are stored: rows of traits.toml, which are traits that stages work with, and of packings.toml, frozen.
 
-Whoever asks which trait a directory has, how many bits that is, or which engine reads it, asks the row.
+Whoever asks which trait a directory has, how many bits that is, or which engine reads it, asks the row. A packing
+is a way to store weights that is only read: what has one is dequantized before the first stage sees it.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Collection, Container, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Container, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from types import MappingProxyType
@@ -16,6 +17,9 @@ from typing import Any, Literal, cast
 from optikit.models.facts import TensorFacts, Trait
 
 DENSE: Trait = "dense"
+ANY = "*"
+"""In a row: whatever is there."""
+_WORD = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,36 +27,59 @@ class Storage:
     """One way to store weights.
 
     Attributes:
-        trait: What that makes of the directory.
-        config: Values of `quantization_config` that tell it; none for dense weights.
+        name: Name of the row, and of what reads it.
+        trait: What that makes of the directory; "" for a packing.
+        told: The format in words, for a packing.
+        config: Values of `quantization_config` that tell it; none for dense weights. A list is a choice, `*` anything.
         absent: What a key of `config` means where it isn't there.
         caseless: Keys of `config` whose case doesn't matter.
         groups: What every group of `config_groups` says of its weights and of its input activations.
-        bits: Bits per weight; 0 for floats as they are.
+        weights: What every group says of its weights, whatever it says of activations.
+        bits: Bits per weight; 0 for floats as they are, and for a packing until `settled` has read them.
         type: `int` or `float`, of a quantized weight.
         strategy: Which weights share a scale, where the format has a word for it.
-        packed: Which axis of `qweight` is packed; None where nothing is.
+        packed: How `codes` is packed: into 32-bit words, `in` or `out` along that axis of (in, out), `row` along inputs
+            of (out, in); `half`, two codes a byte; None where each weight has an element.
+        codes: Tensor that holds the weights.
         suffixes: Tensors of a packed linear; the first one no dense linear has.
         optional: Tensors that some have besides.
         zeros: Tensors that some tools write beside them, all zero.
+        joint: What stands between a linear's name and a suffix.
+        dropped: Ends of names of tensors that mean nothing to float weights: scales of activations and caches.
+        scales: Tensor with scales → its shape, in words of `quantization.check`.
+        dtype: Of `codes`, by safetensors; "" where `packed` says it.
+        kept: Key of the settings that lists what was left as it was.
+        other: Row whose suffixes the same settings may mean.
+        settings: The settings that a directory has.
         states_shape: The shape of a linear stands beside its weight.
         integer_products: Activations are rounded, too.
         engines: What reads it.
         refused: What doesn't, with the reason.
     """
 
-    trait: Trait
+    name: str
+    trait: Trait | Literal[""] = ""
+    told: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     absent: Mapping[str, Any] = field(default_factory=dict)
     caseless: tuple[str, ...] = ()
     groups: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, Any] = field(default_factory=dict)
     bits: int = 0
     type: str = ""
     strategy: str = ""
-    packed: Literal["in", "out"] | None = None
+    packed: Literal["in", "out", "row", "half"] | None = None
+    codes: str = "qweight"
     suffixes: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     zeros: tuple[str, ...] = ()
+    joint: str = "."
+    dropped: tuple[str, ...] = ()
+    scales: Mapping[str, str] = field(default_factory=dict)
+    dtype: str = ""
+    kept: str = ""
+    other: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
     states_shape: bool = False
     integer_products: bool = False
     engines: tuple[str, ...] = ()
@@ -62,34 +89,68 @@ class Storage:
         """Return whether a `quantization_config` tells of this storage."""
         told = {key: settings.get(key, self.absent.get(key)) for key in self.config}
         told |= {key: str(told[key]).lower() for key in self.caseless}
-        same = (type(told[key]) is type(wanted) and told[key] == wanted for key, wanted in self.config.items())
-        return all(same) and self._fits_groups(settings)
+        return all(_is(told[key], wanted) for key, wanted in self.config.items()) and self._fits_groups(settings)
 
     def _fits_groups(self, settings: Mapping[str, Any]) -> bool:
-        if not self.groups:
+        if not self.groups and not self.weights:
             return True
         groups = settings.get("config_groups")
         if not isinstance(groups, dict) or not groups:
             return False
-        parts = [group.get(part) for group in groups.values() for part in ("weights", "input_activations")]
-        return all(isinstance(part, dict) and self.groups.items() <= part.items() for part in parts)
+        wanted = {"weights": {**self.groups, **self.weights}, "input_activations": self.groups}
+        return all(
+            isinstance(group, dict) and _holds(group.get(part), values)
+            for group in groups.values()
+            for part, values in wanted.items()
+            if values
+        )
+
+    def settled(self, settings: Mapping[str, Any]) -> Storage:
+        """Return this row with the settings of a directory, and the bits that they tell."""
+        return replace(
+            self, settings=settings, bits=self.bits or int(settings.get("bits") or _weights(settings)["num_bits"])
+        )
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale; 0 for all of them."""
+        told = self.settings.get("group_size") or _weights(self.settings).get("group_size")
+        return told if type(told) is int and told > 0 else 0
+
+    def tensor(self, linear: str, suffix: str) -> str:
+        """Return the name of a tensor of a packed linear."""
+        return f"{linear}{self.joint}{suffix}"
+
+    def dense_name(self, linear: str) -> str:
+        """Return the name of the tensor that a packed linear stands for."""
+        return f"{linear}.weight" if self.joint == "." else linear
 
     def packs(self, linear: str, tensors: Container[str]) -> bool:
         """Return whether a linear of these tensors is packed; some are left as they were."""
-        return bool(self.suffixes) and f"{linear}.{self.suffixes[0]}" in tensors
+        return bool(self.suffixes) and self.tensor(linear, self.suffixes[0]) in tensors
 
     def split(self, name: str) -> tuple[str, str]:
         """Return the linear and the suffix that a tensor's name is made of; ("", "") where it has no such suffix."""
-        found = next((each for each in (*self.suffixes, *self.optional) if name.endswith(f".{each}")), "")
-        return (name.removesuffix(f".{found}"), found) if found else ("", "")
+        known = (*self.suffixes, *self.optional)
+        found = next((each for each in known if name.endswith(self.joint + each)), "")
+        return (name.removesuffix(self.joint + found), found) if found else ("", "")
+
+    def drops(self, name: str) -> bool:
+        """Return whether a tensor means nothing to float weights."""
+        return name.endswith(tuple(f".{each}" for each in self.dropped))
 
     def shape(self, linear: str, tensors: Mapping[str, TensorFacts], *, transposed: bool) -> tuple[int, int] | None:
         """Return (out_features, in_features) of a linear, or None if it isn't there."""
-        packed = tensors.get(f"{linear}.qweight")
-        if packed is not None and self.packed is not None and len(packed.shape) == 2:
+        packed = tensors.get(self.tensor(linear, self.codes))
+        if packed is not None and self.packed and len(packed.shape) == 2 and self.packs(linear, tensors):
             rows, columns = packed.shape
-            per_word = 32 // self.bits
-            return (columns, rows * per_word) if self.packed == "in" else (columns * per_word, rows)
+            found = {
+                "in": (columns, rows * _WORD // self.bits),
+                "out": (columns * _WORD // self.bits, rows),
+                "row": (rows, columns * _WORD // self.bits),
+                "half": (rows, 2 * columns),
+            }
+            return found[self.packed]
         plain = tensors.get(f"{linear}.weight")
         if plain is None or len(plain.shape) != 2:
             return None
@@ -105,15 +166,43 @@ class Storage:
         return known | ({"strategy": self.strategy} if self.strategy else {})
 
 
-@cache
-def rows() -> Mapping[str, Storage]:
-    """Return every way to store weights, by trait."""
-    text = resources.files("optikit.models").joinpath("traits.toml").read_text(encoding="utf-8")
-    read = {}
+def _is(value: Any, wanted: Any) -> bool:
+    """Return whether a value is what a row wants of it."""
+    if wanted == ANY:
+        return value is not None
+    choice = wanted if isinstance(wanted, list) else [wanted]
+    return any(type(value) is type(each) and value == each for each in choice)
+
+
+def _holds(found: Any, wanted: Mapping[str, Any]) -> bool:
+    return isinstance(found, dict) and all(_is(found.get(key), value) for key, value in wanted.items())
+
+
+def _weights(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what the first group of `config_groups` says of its weights."""
+    groups = settings.get("config_groups")
+    first = next(iter(groups.values()), None) if isinstance(groups, dict) else None
+    found = first.get("weights") if isinstance(first, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _read(file: str) -> Iterator[Storage]:
+    text = resources.files("optikit.models").joinpath(file).read_text(encoding="utf-8")
     for name, row in tomllib.loads(text).items():
         fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
-        read[name] = Storage(trait=cast("Trait", name), **fields)
-    return MappingProxyType(read)
+        yield Storage(name=name, **fields)
+
+
+@cache
+def rows() -> Mapping[str, Storage]:
+    """Return every way to store weights that is a trait, by trait."""
+    return MappingProxyType({row.name: replace(row, trait=cast("Trait", row.name)) for row in _read("traits.toml")})
+
+
+@cache
+def packings() -> Mapping[str, Storage]:
+    """Return every way to store weights that is only read, by name."""
+    return MappingProxyType({row.name: row for row in _read("packings.toml")})
 
 
 def of(traits: Collection[str]) -> tuple[Storage, ...]:
@@ -123,7 +212,7 @@ def of(traits: Collection[str]) -> tuple[Storage, ...]:
 
 def read_by(engine: str) -> frozenset[Trait]:
     """Return the traits that an engine reads."""
-    return frozenset(row.trait for row in rows().values() if engine in row.engines)
+    return frozenset(cast("Trait", name) for name, row in rows().items() if engine in row.engines)
 
 
 def bits(traits: Collection[str]) -> int:

@@ -107,7 +107,7 @@ class Counter:
 def _tokenizer_problems(context: Context) -> Iterator[Problem]:
     """Yield why texts can't become tokens of the model."""
     facts, model = context.facts, context.model
-    if model.format != "safetensors":
+    if model.format != "safetensors" or (model.absent and not facts.tokenizer_sha256):  # it comes with the weights
         return
     read = bool(context.texts)
     if not facts.tokenizer_sha256 and read:

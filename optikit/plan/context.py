@@ -209,11 +209,11 @@ def resolve_texts(
 
 
 def resolve_models(
-    recipe: Recipe, store: Store, *, base: Path, offline: bool, note: Callable[[str], None]
+    recipe: Recipe, store: Store, *, base: Path, offline: bool, note: Callable[[str], None], weights: bool = True
 ) -> dict[str, ModelSource]:
     """Fetch every model that a recipe's stages name besides its own; return them by role."""
     return {
-        at(index, role): resolve_model(wanted.spec, store, base=base, offline=offline, note=note)
+        at(index, role): resolve_model(wanted.spec, store, base=base, offline=offline, note=note, weights=weights)
         for index, _, role, wanted in stage_inputs(recipe)
         if wanted.of == "model" and wanted.spec
     }

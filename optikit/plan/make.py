@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from optikit import environments, host, rules, stages, targets
 from optikit.errors import RecipeError
 from optikit.host import versions
+from optikit.models import adapter, traits
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import read, read_gguf
 from optikit.plan import check_gates, room
@@ -22,7 +23,7 @@ from optikit.plan.model import Plan, Step, original_key
 from optikit.problems import Problem
 from optikit.recipe.schema import as_written, parse_size, step_name
 from optikit.stage import Input, row_problems
-from optikit.store.sources import resolve_model
+from optikit.store.sources import ModelSource, resolve_model
 from optikit.targets import Target
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def make_plan(
     device: str = "cpu",
     extra_targets: Path | None = None,
     note: Callable[[str], None] = lambda _: None,
+    weights: bool = True,
 ) -> Plan:
     """Resolve, check, estimate and freeze a recipe.
 
@@ -50,13 +52,14 @@ def make_plan(
         device: torch device that calibrated stages will use; part of their keys, for it decides bits.
         extra_targets: A TOML file with more rows of targets.
         note: Told about downloads.
+        weights: Fetch them; for a plan that isn't run, config.json or headers will do.
 
     Raises:
         RecipeError: With every problem at once, each at its place in the file.
         OptikitError: When a source can't be had (66, 69, 76, 77).
     """
     target = _target(loaded, extra_targets)
-    context = _resolve(loaded, target, store, offline=offline, device=device, note=note)
+    context = _resolve(loaded, target, store, device=device, offline=offline, note=note, weights=weights)
     recipe = context.recipe
     limit = parse_size(recipe.max_memory) if recipe.max_memory else None
     steps, problems = _steps(context)
@@ -86,20 +89,26 @@ def make_plan(
     )
 
 
-def _resolve(
-    loaded: LoadedRecipe, target: Target, store: Store, *, offline: bool, device: str, note: Callable[[str], None]
-) -> Context:
+def _resolve(loaded: LoadedRecipe, target: Target, store: Store, *, device: str, **how: Any) -> Context:
     recipe = loaded.recipe
-    model = resolve_model(recipe.model, store, base=loaded.base, offline=offline, note=note)
+    model = resolve_model(recipe.model, store, base=loaded.base, **how)
     return Context(
         recipe=recipe,
         device=device,
         target=target,
         model=model,
-        facts=read_gguf(model.path) if model.format == "gguf" else read(model.path),
-        texts=resolve_texts(recipe, store, base=loaded.base, offline=offline, note=note),
-        models=resolve_models(recipe, store, base=loaded.base, offline=offline, note=note),
+        facts=_facts(model),
+        texts=resolve_texts(recipe, store, base=loaded.base, offline=how["offline"], note=how["note"]),
+        models=resolve_models(recipe, store, base=loaded.base, **how),
     )
+
+
+def _facts(model: ModelSource) -> ModelFacts:
+    if model.format == "gguf":
+        return read_gguf(model.path)
+    if model.base is not None:
+        return adapter.facts(model.path, model.base.path, promised=True)
+    return read(model.path, promised=True)
 
 
 def _target(loaded: LoadedRecipe, extra: Path | None) -> Target:
@@ -151,10 +160,22 @@ def _steps(context: Context) -> tuple[tuple[Step, ...], list[Problem]]:
 
 
 def _acquire(context: Context) -> Iterator[Step]:
-    """Yield the step that turns a gguf file into a model directory; a directory needs none."""
-    if context.model.format == "gguf":
-        options = stages.load("acquire", "gguf").Options()
-        yield context.step("0-acquire-gguf", ("acquire", "gguf"), options, on=("", context.facts))
+    """Yield the step that makes a model directory of float weights; one that has them needs none."""
+    model = context.model
+    method = model.format if model.format != "safetensors" else "dequantize" if _to_be_dequantized(context) else ""
+    if method:
+        what = ("acquire", method)
+        found = {"base": given(model.base)} if model.base else {}
+        options = stages.load(*what).Options()
+        yield context.step(f"0-acquire-{method}", what, options, on=("", context.facts), found=found)
+
+
+def _to_be_dequantized(context: Context) -> bool:
+    """Tell whether no stage can read how the weights are packed, or the first one wants them as floats."""
+    if context.facts.packing:
+        return True
+    stored = {row.trait for row in traits.of(context.facts.traits)} - {traits.DENSE}
+    return bool(stored) and any("dense" in entry.stage.NEEDS for entry in context.recipe.stages[:1])
 
 
 def _acquired(steps: Sequence[Step], store: Store) -> Path | None:
@@ -195,7 +216,8 @@ def _input_problems(context: Context, index: int, role: str, wanted: Input) -> I
         yield Problem(code="needs-prompts", message=message, fix=fix)
     model = context.models.get(at(index, role))
     if model is not None and model.format != "safetensors":
-        message, fix = f"{model.spec} is a gguf file", "name a directory that transformers can load"
+        kind = "an adapter" if model.base else "a gguf file"
+        message, fix = f"{model.spec} is {kind}", "name a directory that transformers can load"
         yield Problem(code="draft-format", message=message, fix=fix, loc=(wanted.option,))
 
 
@@ -205,7 +227,7 @@ def _model_facts(context: Context, index: int) -> Iterator[tuple[str, ModelFacts
     for role in entry.stage.inputs(entry.options):
         model = context.models.get(at(index, role))
         if model is not None and model.format == "safetensors":
-            yield role, read(model.path)
+            yield role, read(model.path, promised=True)
 
 
 def _engine_steps(context: Context, steps: Sequence[Step]) -> tuple[Step, ...]:
@@ -274,7 +296,7 @@ def _found(context: Context, index: int, before: Sequence[Step]) -> Iterator[tup
 def _stack(context: Context, steps: Sequence[Step]) -> rules.Stack:
     """Describe the whole stack for the rules: every stage as written, with the facts before and after it."""
     planned = {step.name: step for step in steps}
-    facts = context.facts
+    facts = steps[0].after if steps and steps[0].writes == "source" else context.facts
     placed = []
     for index, entry in enumerate(context.recipe.stages):
         step = planned.get(step_name(index, entry))

@@ -37,6 +37,7 @@ def render(plan: Plan, store: Store) -> str:
         f"model   {plan.model.resolved}",
         f"        {model.model_type}, {shape}, {_mib(model.weight_bytes)}",
         *(f"        carried as it is: {name} ({count} tensors)" for name, count in model.carried.items()),
+        *_beside(plan),
         f"target  {plan.target.name}",
         "",
         *_table(rows),
@@ -54,6 +55,14 @@ def _warning(problem: Problem) -> Iterator[str]:
     yield f"warning: {place}{problem.message} [{problem.code}]"
     if problem.fix:
         yield f"    = fix: {problem.fix}"
+
+
+def _beside(plan: Plan) -> Iterator[str]:
+    """Yield what else is to be known of a model: what isn't here yet, and how its weights are packed."""
+    if plan.model.absent:
+        yield f"        {plan.model.absent}: its weights are asked for when it is run"
+    if plan.facts.packing:
+        yield f"        {plan.facts.packing}: {plan.steps[0].after.dtype} weights are made of it first"
 
 
 def _length(plan: Plan) -> int:
@@ -94,6 +103,7 @@ def as_json(plan: Plan, store: Store) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "model": {"spec": plan.model.spec, "resolved": plan.model.resolved, "digest": plan.model.digest},
+        "packing": plan.facts.packing,
         "target": plan.target.name,
         "steps": [_step(step, store) for step in plan.steps],
         "measures": [_step(step, store) for step in plan.measures],

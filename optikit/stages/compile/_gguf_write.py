@@ -238,7 +238,7 @@ def dense(checkpoint: Checkpoint, storage: Storage, facts: ModelFacts, name: str
     layer = name.removesuffix(".weight")
     if storage.packs(layer, checkpoint):
         there = [s for s in (*storage.suffixes, *storage.optional) if f"{layer}.{s}" in checkpoint]
-        return UNPACK[storage.trait]({s: checkpoint.read(f"{layer}.{s}") for s in there}, storage.bits).float()
+        return UNPACK[storage.name]({s: checkpoint.read(f"{layer}.{s}") for s in there}, storage).float()
     weight = checkpoint.read(name).float()
     row = facts.architecture
     return weight.T.contiguous() if row is not None and row.transposed and layer in facts.linears else weight
