@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -272,7 +273,8 @@ def test_llama_cpp_decodes_what_transformers_does(models, tmp_path, family, pack
     )
     options = json.dumps({} if packed else {"dense": "f32", "table": "f32"})
     command = [python(), "-c", program, str(source), str(dest), options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
     assert done.returncode == 0, done.stderr[-2000:]
     facts = json.loads(done.stdout.splitlines()[-1])
     assert facts["logits_apart"] < (0.1 if packed else 1e-2)  # the cache is float16
