@@ -53,6 +53,8 @@ _OTHER = re.compile(r"consolidated.*|adapter_model.*|training_args.*|artifact\.j
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f]")
 MOST_PARSED = 2**23
 """Bytes of a vocabulary above which only its edges are looked at: its tokenizer reads it anyway."""
+MOST_SETTINGS = 2**22
+"""Bytes of a config.json above which it can't be one."""
 MOST_TEXT = 2**29
 """Bytes of a tokenizer or a text above which it can't be one."""
 
@@ -117,7 +119,8 @@ def require_harmless(directory: Path) -> None:
     for path in sorted(directory.glob("*.json")):
         if path.is_dir() or not is_model_file(path.name) or VOCABULARIES.fullmatch(path.name):
             continue
-        loaded = read_object(path) if path.name.endswith("config.json") else _loose(path)
+        told = path.name.endswith("config.json")
+        loaded = read_object(path, most_bytes=MOST_SETTINGS) if told else _loose(path)
         for key, value in _dangers(loaded):
             message = f"{path}: {key} is {reprlib.repr(value)}, which makes loaders run foreign code"
             raise RefusedError(message, fix=f"remove {key} from the file, if the model works without it")

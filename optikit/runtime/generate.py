@@ -19,6 +19,9 @@ from optikit.runtime.speculation.acceptors import Acceptor, Greedy
 from optikit.runtime.speculation.batch_loop import write
 from optikit.runtime.speculation.decoding_loop import Finish, Request
 
+WIDEST = 32
+"""Characters of a token that a text of them alone can be expected to have."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
@@ -78,15 +81,24 @@ class TextGenerator:
             chat: Make it the user's turn of a chat where the model has a template for one; a text names the template.
 
         Raises:
-            UsageError: The prompt has no tokens, there is no template of that name, or it can't be filled.
+            UsageError: The prompt has no tokens or far too many, there is no template of that name, or it can't be
+                filled.
         """
         template = self._template(chat) if chat else ""
-        tokens = tokenizer.encode(
-            self.tokenizer, self._turn(prompt, template) if template else prompt, opened=not template
-        )
+        text = self._turn(prompt, template) if template else prompt
+        self._require_sensible(text)
+        tokens = tokenizer.encode(self.tokenizer, text, opened=not template)
         if not tokens:
             raise UsageError("the prompt is empty", fix="give some text")
         return np.array(tokens, np.int64)
+
+    def _require_sensible(self, text: str) -> None:
+        """Refuse a text whose beginning alone has more tokens than the decoder holds, before the rest is looked at."""
+        most = self._decoder.max_tokens
+        beginning = text[: WIDEST * most]
+        if beginning != text and len(tokenizer.encode(self.tokenizer, beginning, opened=False)) > 2 * most:
+            message = f"a prompt of {len(text)} characters leaves no room for an answer: this model holds {most} tokens"
+            raise UsageError(message, fix="shorten the prompt")
 
     def _template(self, chat: bool | str) -> str:
         """Return the chat template of that name, or the default one; "" where the model has none."""

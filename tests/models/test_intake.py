@@ -226,3 +226,10 @@ def test_what_git_lfs_has_not_fetched_is_named_as_that(copy: Path, name: str) ->
     with pytest.raises(IntegrityError, match="pointer of Git LFS") as told:
         intake.model_files(copy)
     assert told.value.fix == "run `git lfs pull` beside it"
+
+
+def test_settings_have_a_size(copy: Path) -> None:
+    settings = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(settings | {"notes": "x" * 2**22}))
+    with pytest.raises(IntegrityError, match="more than 4194304"):
+        intake.admit(copy)

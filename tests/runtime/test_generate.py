@@ -214,6 +214,11 @@ def test_a_file_of_prompts_is_answered_line_by_line(tiny_onnx, tmp_path, lines):
         (["--prompts", "prompts"], "\n \n", "holds no prompts"),
         (["--prompts", "prompts"], '{"prompt": "a"}\n{"text": "b"}', "record 2 has no `prompt`"),
         (["--prompts", "absent"], "", "absent doesn't exist"),
+        (
+            ["--prompts", "prompts"],
+            "a\n" + 9999 * "long ",
+            "prompts, line 2: a prompt of 49995 characters leaves no room",
+        ),
         (["--prompts", "prompts"], "a\n\n" + 99 * " river", "prompts, line 3: a prompt of "),
         (
             ["--prompts", "prompts"],
