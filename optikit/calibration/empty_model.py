@@ -115,6 +115,11 @@ class EmptyModel:
             _confirm(source, self._model, self.blocks)
         self._stem = self._model.get_submodule(source.row.blocks.rpartition(".")[0])
 
+    @property
+    def model(self) -> nn.Module:
+        """transformers' model; hooks on its modules stay while blocks are filled and emptied."""
+        return self._model
+
     def _fill(self, module: nn.Module, prefix: str, without: str = "") -> None:
         """Read a module's parameters, and the buffers that checkpoints hold (what routers add to scores)."""
         for name, _ in list(module.named_parameters()):

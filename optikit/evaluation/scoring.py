@@ -38,6 +38,10 @@ class Window:
     scored: int
 
 
+Reading = Callable[[int], Iterator[Logits]]
+"""Reads the window of a number; yields the logits that predict its scored tokens, in chunks of (positions, vocab)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scores:
     """What was found at every scored position of w windows, of which the longest scores m tokens.
@@ -62,7 +66,7 @@ class Scores:
 
 
 def score(
-    decoder: Decoder,
+    read: Reading,
     windows: Sequence[Window],
     *,
     against: BinaryIO | None = None,
@@ -73,7 +77,7 @@ def score(
     """Score windows of text.
 
     Args:
-        decoder: The model.
+        read: The model; asked window by window, in their order. `cached` is that of a decoder.
         windows: What to read, and what of it to score.
         against: The baseline's kept logits: float16 (scored tokens, vocab), raw, read once from here on; or None.
         keep: Where to write this model's logits in that form, or None.
@@ -88,8 +92,11 @@ def score(
     apart = None if against is None else np.full(shape, np.nan)
     for index, window in enumerate(windows):
         is_compared = compared is None or index < compared
-        for start, logits, targets in _chunks(decoder, window):
+        targets_left, start = window.tokens[len(window.tokens) - window.scored :], 0
+        for logits in read(index):
+            targets, targets_left = np.split(targets_left, [len(logits)])
             at = (index, slice(start, start + len(logits)))
+            start += len(logits)
             nll[at] = perplexity.token_nll(logits, targets)
             _check_finite(nll[at], index, "a log-likelihood")
             top1[at] = logits.argmax(axis=1)
@@ -108,11 +115,15 @@ def _check_finite(found: Floats, window: int, what: str) -> None:
         raise NotFiniteError(window, what)
 
 
-def _chunks(decoder: Decoder, window: Window) -> Iterator[tuple[int, Logits, NDArray[np.int64]]]:
-    """Yield (first scored position, logits, targets) chunk by chunk; the last token predicts nothing that is scored."""
+def cached(decoder: Decoder, windows: Sequence[Window]) -> Reading:
+    """Return what reads windows by a decoder, chunk by chunk, each going on where its cache ends."""
+    return lambda index: _chunks(decoder, windows[index])
+
+
+def _chunks(decoder: Decoder, window: Window) -> Iterator[Logits]:
+    """Yield the logits of scored positions chunk by chunk; the last token predicts nothing that is scored."""
     first = len(window.tokens) - window.scored - 1  # the position that predicts the first scored token
     for start in range(0, first, CHUNK):  # context: only the cache is wanted
         decoder.forward(window.tokens[start : min(start + CHUNK, first)], start, rows=1)
     for start in range(first, len(window.tokens) - 1, CHUNK):
-        end = min(start + CHUNK, len(window.tokens) - 1)
-        yield start - first, decoder.forward(window.tokens[start:end], start), window.tokens[start + 1 : end + 1]
+        yield decoder.forward(window.tokens[start : min(start + CHUNK, len(window.tokens) - 1)], start)

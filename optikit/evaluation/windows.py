@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 FEWEST = 2
 """Windows without which nothing says how windows differ."""
+BATCH_TOKENS = 1024
+"""Tokens that go through a block together, where a model is read block by block."""
 
 
 class CutOptions(StageOptions):

@@ -110,6 +110,9 @@ class AsFloats(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._stored)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored
+
     def __getitem__(self, name: str) -> Tensor:
         layer = self.packed.get(name)
         if layer is None:
@@ -149,6 +152,30 @@ class AsFloats(Mapping[str, Tensor]):
         except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:  # sizes that don't go together
             raise IntegrityError(f"{where}: its tensors don't go together: {error}", fix=again) from error
         return weight.T.contiguous() if self.transposed else weight
+
+
+class _Dequantized(Checkpoint):
+    """A packed checkpoint that reads as the dense one that it stands for: names, `in` and `read` are those of that."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self._floats = AsFloats(directory)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._floats
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._floats)
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor, see `AsFloats`."""
+        return self._floats[name] if name in self else super().read(name)
+
+
+def dense(directory: Path) -> Checkpoint:
+    """Return the tensors of a model directory as those of the dense model that it stands for."""
+    checkpoint = Checkpoint(directory)
+    return _Dequantized(directory) if "quantization_config" in checkpoint.config() else checkpoint
 
 
 def dequantized_state(directory: Path) -> Iterator[tuple[str, Tensor]]:

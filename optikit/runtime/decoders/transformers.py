@@ -85,6 +85,12 @@ def _unpack(directory: Path, dtype: torch.dtype | str) -> tuple[Any, set[str]]:
         The model, and the names of missing tensors.
     """
     model, missing, _ = dense_model.load(directory, dtype)
+    round_activations(model, directory)
+    return model.eval(), missing
+
+
+def round_activations(model: torch.nn.Module, directory: Path) -> None:
+    """Let a model round what its linears are given where a server of the directory does."""
     rounded = formats.rounds_activations(directory)
     modules = {_within(name): module for name, module in model.named_modules()}
     for name in sorted(rounded):
@@ -94,7 +100,6 @@ def _unpack(directory: Path, dtype: torch.dtype | str) -> tuple[Any, set[str]]:
         for module in modules.values():
             if hasattr(module, "_apply_gate"):
                 _round_experts(module)
-    return model.eval(), missing
 
 
 def _within(name: str) -> str:

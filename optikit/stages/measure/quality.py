@@ -6,7 +6,8 @@ The baseline's run keeps its logits, and every candidate is compared with those 
 Paper   perplexity protocols of GPTQ (arXiv:2210.17323), transformers' documentation and lm-evaluation-harness, see
         `perplexity_protocols`; divergence statistics of llama.cpp's `perplexity --kl-divergence`
 Cost    one forward pass over the text (`hf`: window / stride passes); the baseline keeps two bytes per scored token and
-        vocabulary entry, 4 GiB at most: divergence is that of the windows whose logits fit
+        vocabulary entry, 4 GiB at most: divergence is that of the windows whose logits fit. A model for
+        transformers that is larger than memory is read a block at a time, and all windows go through that
 Differs intervals come from a bootstrap over windows: tokens of one window depend on each other
 """
 
@@ -14,11 +15,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from optikit import host
 from optikit.errors import StageFailedError
 from optikit.evaluation.windows import Cut, CutOptions, cut
 from optikit.models.facts import ModelFacts
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from optikit.evaluation.scoring import Scores, Window
+    from optikit.evaluation.scoring import Reading, Scores, Window
+    from optikit.evaluation.streamed import Streamed
     from optikit.runtime.decoder import Decoder
 
 SUMMARY = "perplexity, KL divergence and top-1 agreement against the baseline"
@@ -59,6 +62,11 @@ ATTENTION_FLOPS = 90e9
 """The same for products of queries, keys and values."""
 LIBRARIES_MIB = {"transformers": 500, "onnxruntime": 200, "openvino": 390, "llama-cpp": 150}
 """What a process takes with a runtime and without a model."""
+LOADING_MIB = 400
+"""What a process takes while transformers loads a model, without it."""
+LOGIT_BYTES = 256 * 12
+"""Memory for a chunk of logits, per word of the vocabulary."""
+MIB, GIB = 2**20, 2**30
 SECONDS_PER_LOGIT = 2e-8
 """Time for log-likelihood, float16 and divergence of one logit."""
 MOST_KEPT = 4 * 2**30
@@ -96,18 +104,48 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     logits = windows * step * facts.vocab
     attended = 4 * options.window * facts.hidden * facts.layers * tokens
     compiled = options.runtime != "transformers"
-    weights = facts.weight_bytes if compiled else 4 * facts.parameters
-    return Estimate(
+    whole = Estimate(
         seconds=(3 if compiled else 7)
         + 2 * facts.parameters * tokens / FLOPS
         + attended / ATTENTION_FLOPS
         + logits * SECONDS_PER_LOGIT,
-        peak_bytes=weights
-        + 256 * facts.vocab * 12
-        + 3 * facts.heads * options.window**2
-        + LIBRARIES_MIB[options.runtime] * 2**20,
+        peak_bytes=_whole_bytes(options, facts),
         disk_bytes=min(2 * logits, MOST_KEPT) if options.keep_logits else 20 * tokens,
     )
+    if compiled:
+        return whole
+    states = 2 * 4 * tokens * facts.hidden  # before a block, and after it
+    streamed = replace(whole, peak_bytes=_streamed_bytes(options, facts), scratch_bytes=states)
+    return replace(whole, streamed=streamed)
+
+
+def _whole_bytes(options: Options, facts: ModelFacts) -> int:
+    """Return the memory of a process that holds the whole model, while it is loaded or while it computes.
+
+    transformers maps a dense file whose weights it converts: its pages count until all are.
+    """
+    computing = LOGIT_BYTES * facts.vocab + 3 * facts.heads * options.window**2 + LIBRARIES_MIB[options.runtime] * MIB
+    if options.runtime != "transformers":
+        return facts.weight_bytes + computing
+    mapped = facts.weight_bytes if facts.dtype != "F32" and "dense" in facts.traits else 0
+    return 4 * facts.parameters + max(computing, LOADING_MIB * MIB + mapped)
+
+
+def _streamed_bytes(options: Options, facts: ModelFacts) -> int:
+    """Return the memory of a process that holds one block after another, then embedding and head."""
+    from optikit.evaluation.windows import BATCH_TOKENS
+
+    largest = max((rows * columns for rows, columns in facts.linears.values()), default=0)
+    block = 4 * facts.linear_elements // max(facts.layers, 1) + 4 * largest  # and one linear as it is stored
+    way = 4 * max(BATCH_TOKENS, options.window) * (6 * facts.hidden + 3 * facts.intermediate)
+    attention = 3 * facts.heads * options.window**2
+    ends = 4 * facts.vocab * facts.hidden * (1 if facts.tied else 2) + LOGIT_BYTES * facts.vocab
+    return LIBRARIES_MIB["transformers"] * MIB + max(block + way + attention, ends)
+
+
+def streams(options: Options, facts: ModelFacts, bound: int | None) -> bool:
+    """Return whether a model is read block by block: where it doesn't fit within this machine's memory and a bound."""
+    return options.runtime == "transformers" and _whole_bytes(options, facts) > host.room_bytes(bound)
 
 
 def after(options: Options, facts: ModelFacts) -> ModelFacts:
@@ -122,25 +160,37 @@ def run(options: Options, job: Job) -> Facts:
         InputMissingError: The text is too short for the windows.
         StageFailedError: The model returned NaN, or was compared across protocols or vocabularies.
     """
-    from optikit.runtime import load
-
     made = cut(job.inputs["text"], job.inputs["tokenizer"], options.shape)
-    decoder = load(
-        job.source, runtime=options.runtime, dtype=options.dtype, threads=job.threads, max_tokens=options.window
-    )
+    model = _opened(options, job)
     about = {
         "protocol": made.protocol,
-        "vocab": decoder.vocab,
-        "runtime": decoder.runtime,
-        "dtype": decoder.dtype,
-        "threads": decoder.threads,
+        "vocab": model.vocab,
+        "runtime": model.runtime,
+        "dtype": model.dtype,
+        "threads": model.threads,
     }
     baseline = job.inputs.get("baseline")
     if baseline is not None:
         require_comparable(about, json.loads((baseline / ABOUT).read_text(encoding="utf-8")))
-    scores = _score(options, job, decoder, made.windows)
+    scores = _score(options, job, model, made.windows)
     (job.dest / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
     return told(about, scores, made, job)
+
+
+def _opened(options: Options, job: Job) -> Decoder | Streamed:
+    """Return the model: as a whole, or where that doesn't fit as what reads it block by block."""
+    from optikit.models.reader import read
+    from optikit.runtime import load
+
+    if options.runtime == "transformers" and streams(options, facts := read(job.source), job.max_memory_bytes):
+        from optikit.evaluation.streamed import Streamed
+
+        whole, room = _whole_bytes(options, facts), host.room_bytes(job.max_memory_bytes)
+        job.note(f"the whole model needs {whole / GIB:.1f} GiB of {room / GIB:.1f}: it is measured block by block")
+        return Streamed(job.source, dtype=options.dtype, threads=job.threads)
+    return load(
+        job.source, runtime=options.runtime, dtype=options.dtype, threads=job.threads, max_tokens=options.window
+    )
 
 
 def require_comparable(about: dict[str, Any], baseline: dict[str, Any]) -> None:
@@ -163,25 +213,34 @@ def _compared_windows(windows: Sequence[Window], vocab: int) -> int:
     return max(2, sum(size <= MOST_KEPT for size in sizes))
 
 
-def _score(options: Options, job: Job, decoder: Decoder, windows: Sequence[Window]) -> Scores:
-
+def _score(options: Options, job: Job, model: Decoder | Streamed, windows: Sequence[Window]) -> Scores:
     from optikit.evaluation.scoring import NotFiniteError, score
 
     kept = job.inputs["baseline"] / LOGITS if "baseline" in job.inputs else None
     try:
         with ExitStack() as files:
+            read = files.enter_context(_reading(model, windows, job))
             keep = files.enter_context((job.dest / LOGITS).open("wb")) if options.keep_logits else None
             against = files.enter_context(kept.open("rb")) if kept and kept.is_file() else None
-            compared = _compared_windows(windows, decoder.vocab)
-            scores = score(decoder, windows, against=against, keep=keep, compared=compared, progress=job.progress)
+            compared = _compared_windows(windows, model.vocab)
+            scores = score(read, windows, against=against, keep=keep, compared=compared, progress=job.progress)
     except NotFiniteError as error:
-        message = f"{decoder.runtime} ({decoder.dtype}): {error}"
+        message = f"{model.runtime} ({model.dtype}): {error}"
         raise StageFailedError(message, fix="the model overflows; try another dtype, or a milder stage") from error
     if scores.known.mean() > HOPELESS_NATS:
         message = f"the model is broken: {scores.known.mean():.0f} nats per token, a uniform guess costs less than 13"
         raise StageFailedError(message, fix="look at the stages before this one")
     keep_scores(scores, job.dest)
     return scores
+
+
+def _reading(model: Decoder | Streamed, windows: Sequence[Window], job: Job) -> AbstractContextManager[Reading]:
+    from optikit.evaluation.scoring import cached
+    from optikit.evaluation.streamed import Streamed
+
+    if isinstance(model, Streamed):
+        return model.reading(windows, job.scratch, progress=job.progress, note=job.note)
+    return nullcontext(cached(model, windows))
 
 
 def keep_scores(scores: Scores, dest: Path) -> None:
