@@ -80,7 +80,8 @@ def run_recipe(request: Request) -> Report | None:
             frozen_plan.require_same(frozen, plan, loaded)
         _require_lock(plan, request)
         _require_step(plan, request.settings.until)
-        room.require(plan, until(plan.order, request.settings.until), store, loaded.marks.mark)
+        steps = until(plan.order, request.settings.until)
+        room.require(plan, steps, store, loaded.marks.mark, ranks=request.settings.ranks)
         _require_disk(plan, store)
         for warning in plan.warnings:
             progress.note(f"warning: {warning.message}")

@@ -117,7 +117,7 @@ class EmptyModel:
 
     @property
     def model(self) -> nn.Module:
-        """transformers' model; hooks on its modules stay while blocks are filled and emptied."""
+        """The model of transformers; hooks on its modules stay while blocks are filled and emptied."""
         return self._model
 
     def _fill(self, module: nn.Module, prefix: str, without: str = "") -> None:

@@ -40,13 +40,13 @@ class _Equal:
         calls: What the model passes to each block.
     """
 
-    def __init__(self, places: Sequence[int], windows: Sequence[Window], length: int) -> None:
+    def __init__(self, places: Sequence[int], windows: Sequence[Window], length: int, *, alone: bool) -> None:
         self.places = tuple(places)
         self.tokens = torch.zeros((len(places), length), dtype=torch.int64)
         for row, place in enumerate(places):
             read = torch.from_numpy(_read(windows[place]))
             self.tokens[row, : len(read)] = read
-        self.batch = max(1, BATCH_TOKENS // length)
+        self.batch = 1 if alone else max(1, BATCH_TOKENS // length)
         self.calls: list[Call] = []
 
 
@@ -55,15 +55,16 @@ def _read(window: Window) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     return window.tokens[:-1]
 
 
-def _by_length(windows: Sequence[Window], longest: int) -> list[_Equal]:
+def _by_length(windows: Sequence[Window], source: SourceModel) -> list[_Equal]:
     """Sort windows by length, none longer than the model's context where it is padded."""
+    longest, alone = source.max_positions, source.row.alone
     exact = len({len(window.tokens) for window in windows}) <= MOST_LENGTHS
     places: dict[int, list[int]] = {}
     for place, window in enumerate(windows):
         length = len(_read(window))
         padded = length if exact else min(-(-length // GRANULARITY) * GRANULARITY, max(longest, length))
         places.setdefault(padded, []).append(place)
-    return [_Equal(found, windows, length) for length, found in sorted(places.items())]
+    return [_Equal(found, windows, length, alone=alone) for length, found in sorted(places.items())]
 
 
 class Streamed:
@@ -119,7 +120,7 @@ class Streamed:
         Raises:
             IntegrityError: A weight holds NaN or infinity, a file is damaged.
         """
-        passes = _Passes(self._model, self._source.layers, _by_length(windows, self._source.max_positions), scratch)
+        passes = _Passes(self._model, self._source.layers, _by_length(windows, self._source), scratch)
         with torch.inference_mode():
             states = passes.walk(progress, note)
             with self._model.head_filled():

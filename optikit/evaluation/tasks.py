@@ -85,9 +85,23 @@ def choose(decoder: Decoder, tokenizer: Tokenizer, item: Choice, *, start_token:
         InputMissingError: Prompt and choice together exceed the model's context.
         NotFiniteError: The model returned NaN or infinity.
     """
-    pairs = [split_pair(tokenizer, item.prompt, DELIMITER + choice) for choice in item.choices]
     reader = _Reader(decoder, item.id)
-    likelihoods = tuple(reader.loglikelihood(head or [start_token], tail) for head, tail in pairs)
+    found = pairs(tokenizer, item, start_token=start_token)
+    return chosen(item, tuple(reader.loglikelihood(head, tail) for head, tail in found))
+
+
+def pairs(tokenizer: Tokenizer, item: Choice, *, start_token: int) -> list[tuple[list[int], list[int]]]:
+    """Return for every choice what is read before it, which is `start_token` where the prompt is empty, and its own."""
+    found = (split_pair(tokenizer, item.prompt, DELIMITER + choice) for choice in item.choices)
+    return [(head or [start_token], tail) for head, tail in found]
+
+
+def chosen(item: Choice, likelihoods: tuple[float, ...]) -> Chosen:
+    """Return which choice has the highest log-likelihood, nats, of each.
+
+    Raises:
+        NotFiniteError: One is NaN or infinite.
+    """
     if not np.isfinite(likelihoods).all():
         raise NotFiniteError(f"a log-likelihood of item {item.id} is not a finite number")
     lengths = [len(choice) for choice in item.choices]

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from optikit import stages
+from optikit.errors import InputMissingError
+from optikit.evaluation import task_items
 from optikit.models.facts import ModelFacts
 from optikit.plan.context import Context, Found, given, tokens_of
 from optikit.plan.model import Step
 from optikit.recipe.schema import PerplexityOptions, TaskOptions
 from optikit.stage import StageOptions
+from optikit.store.sources import TextSource
 
 SPEED = "measure-speed"
 """Name of the step that times."""
@@ -54,10 +57,19 @@ def quality_options(engine: str, wanted: PerplexityOptions) -> dict[str, Any]:
     return _loaded(engine) | wanted.model_dump(include={"protocol", "window", "windows", "stride"})
 
 
-def tasks_options(engine: str, wanted: Sequence[TaskOptions]) -> dict[str, Any]:
-    """Return options of `measure tasks`."""
+def tasks_options(engine: str, wanted: Sequence[TaskOptions], texts: Mapping[str, TextSource]) -> dict[str, Any]:
+    """Return options of `measure tasks`; `texts` has the items of each by its name."""
     fields = {"name", "items", "max_tokens", "stop"}
-    return _loaded(engine) | {"tasks": [task.model_dump(include=fields) for task in wanted]}
+    asked = [task.model_dump(include=fields) | {"written": _written(texts[task.name])} for task in wanted]
+    return _loaded(engine) | {"tasks": asked}
+
+
+def _written(source: TextSource) -> bool:
+    """Return whether answers to a task are written; also of what is none, which is told elsewhere."""
+    try:
+        return task_items.kind(task_items.read(source.path)) != "choice"
+    except InputMissingError:
+        return True
 
 
 def quality_step(
@@ -89,7 +101,9 @@ def tasks_step(context: Context, subject: Subject, tokenizer: Found, reference: 
     return context.step(
         f"measure-tasks-{subject.name}",
         ("measure", "tasks"),
-        measuring("tasks", tasks_options(subject.runtime, wanted)),
+        measuring(
+            "tasks", tasks_options(subject.runtime, wanted, {t.name: context.texts[f"tasks.{t.name}"] for t in wanted})
+        ),
         on=(subject.key, subject.facts),
         found={**texts, "tokenizer": tokenizer} | _baseline(reference),
         subject=subject.name,

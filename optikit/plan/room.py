@@ -30,7 +30,9 @@ def fitted(steps: Iterable[Step], limit: int | None) -> tuple[Step, ...]:
     return tuple(replace(step, estimate=step.estimate.within(room)) for step in steps)
 
 
-def problems(recipe: Recipe, steps: Iterable[Step], limit: int | None, store: Store) -> Iterator[Problem]:
+def problems(
+    recipe: Recipe, steps: Iterable[Step], limit: int | None, store: Store, ranks: int = 1
+) -> Iterator[Problem]:
     """Yield which steps that aren't in the store yet would run out of memory.
 
     Beyond the recipe's own limit nothing is planned. A plan for a larger machine may be looked at on this one, so what
@@ -38,13 +40,15 @@ def problems(recipe: Recipe, steps: Iterable[Step], limit: int | None, store: St
     """
     here = host.room_bytes()
     for step in steps:
-        need = step.estimate.peak_bytes
-        if need <= host.room_bytes(limit) or store.find(step.key) is not None:
+        each = step.estimate.peak_bytes
+        need = each * (ranks if step.split else 1)
+        bound = limit is not None and each > limit
+        if (need <= here and not bound) or store.find(step.key) is not None:
             continue
-        if limit is not None and need > limit:
-            message = f"{step.name} needs about {need / 2**20:.0f} MiB, and max_memory is {limit / 2**20:.0f} MiB"
+        if limit is not None and bound:
+            message = f"{step.name} needs about {each / 2**20:.0f} MiB, and max_memory is {limit / 2**20:.0f} MiB"
             elsewhere = " on a machine that has it" if need > here else ""
-            fix = f"raise max_memory to {_rounded(need)} GiB{elsewhere}"
+            fix = f"raise max_memory to {_rounded(each)} GiB{elsewhere}"
             yield Problem(code="memory-bound", message=message, fix=fix, loc=("max_memory",))
         else:
             message = f"{step.name} needs about {need / GIB:.1f} GiB of memory, and this machine has {here / GIB:.1f}"
@@ -67,9 +71,14 @@ def _place(recipe: Recipe, step: Step) -> Loc:
 
 
 def require(
-    plan: Plan, steps: Iterable[Step], store: Store, mark: Callable[[Loc], Mark | None] = lambda _: None
+    plan: Plan,
+    steps: Iterable[Step],
+    store: Store,
+    mark: Callable[[Loc], Mark | None] = lambda _: None,
+    *,
+    ranks: int = 1,
 ) -> None:
-    """Refuse to run steps of a plan that this machine's memory can't hold.
+    """Refuse to run steps of a plan that this machine's memory can't hold, calibrated ones `ranks` times.
 
     Where a GPU computes, estimates are too high, for they are of the processor: there a warning has to do.
 
@@ -77,7 +86,9 @@ def require(
         RecipeError: With every such step, at its `mark` in the recipe.
     """
     found = tuple(
-        each for each in problems(plan.recipe, steps, plan.max_memory_bytes, store) if each.code == "memory-machine"
+        each
+        for each in problems(plan.recipe, steps, plan.max_memory_bytes, store, ranks)
+        if each.code == "memory-machine"
     )
     if found and plan.device == "cpu":
         message = f"this machine can't hold {'one step' if len(found) == 1 else f'{len(found)} steps'} of the plan"

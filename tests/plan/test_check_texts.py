@@ -280,3 +280,17 @@ def test_texts_of_a_gguf_file_are_counted_as_well_as_can_be(plan, tmp_path, tiny
     monkeypatch.setattr("optikit.plan.make._acquired", lambda *_: tiny_llama)
     found = refused(plan, {"t.jsonl": task % ("x" * 100)}, evaluate, **small)
     assert "item 1 needs 10" in found["item-exceeds-context"].message
+
+
+@pytest.mark.parametrize(
+    ("item", "written"),
+    [
+        ({"choices": ["a", "b"], "answer": 0}, False),
+        ({"answer": "a"}, True),
+        ({"schema": "CREATE TABLE t (a)", "answer": "SELECT 1"}, True),
+    ],
+)
+def test_a_plan_knows_which_answers_are_written(plan, item, written):
+    line = json.dumps({"prompt": "p"} | item)
+    made = plan({"t.jsonl": f"{line}\n{line}\n"}, {"tasks": [{"name": "t", "text": "t.jsonl"}]})
+    assert [step.options.tasks[0].written for step in made.measures] == [written, written]

@@ -77,12 +77,14 @@ def test_what_is_made_already_or_fits_or_comes_later_is_not_refused(
     plan, store = planned(recipe)
     with pytest.raises(RecipeError, match="one step"):
         room.require(plan, plan.steps, store)
-    monkeypatch.setattr(store, "find", lambda _: object())
-    room.require(plan, plan.order, store)
-    monkeypatch.undo()
+    with monkeypatch.context() as full:
+        full.setattr(store, "find", lambda _: object())
+        room.require(plan, plan.order, store)
     room.require(plan, (), store)
     small_step = replace(plan.steps[0], estimate=Estimate(seconds=1, peak_bytes=100 * MIB, disk_bytes=1))
-    room.require(plan, [small_step], store)
+    room.require(plan, [small_step], store, ranks=3)
+    with pytest.raises(RecipeError, match="one step"):
+        room.require(plan, [small_step], store, ranks=4)
 
 
 def test_on_a_gpu_it_stays_a_warning(recipe: Path) -> None:

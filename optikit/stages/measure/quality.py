@@ -16,16 +16,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from optikit import host
 from optikit.errors import StageFailedError
 from optikit.evaluation.windows import Cut, CutOptions, cut
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import ANY, MAIN, PLANNED, Estimate, Facts, Input, Job, no_objection
+from optikit.stages.measure._streaming import opened, streaming, whole_bytes
 from optikit.targets import Target
 
 if TYPE_CHECKING:
@@ -60,13 +61,6 @@ FLOPS = 150e9
 """Floating-point operations per second of two CPU cores, as runtimes reach them."""
 ATTENTION_FLOPS = 90e9
 """The same for products of queries, keys and values."""
-LIBRARIES_MIB = {"transformers": 500, "onnxruntime": 200, "openvino": 390, "llama-cpp": 150}
-"""What a process takes with a runtime and without a model."""
-LOADING_MIB = 400
-"""What a process takes while transformers loads a model, without it."""
-LOGIT_BYTES = 256 * 12
-"""Memory for a chunk of logits, per word of the vocabulary."""
-MIB, GIB = 2**20, 2**30
 SECONDS_PER_LOGIT = 2e-8
 """Time for log-likelihood, float16 and divergence of one logit."""
 MOST_KEPT = 4 * 2**30
@@ -99,6 +93,10 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
     """Estimate: two operations per weight and token, attention over windows, logits; `calibration_tokens` of text."""
+    return _estimate(options, facts, calibration_tokens)
+
+
+def _estimate(options: Options, facts: ModelFacts, calibration_tokens: int = 0) -> Estimate:
     windows, step = options.expected(calibration_tokens)
     tokens = windows * options.window
     logits = windows * step * facts.vocab
@@ -109,43 +107,10 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
         + 2 * facts.parameters * tokens / FLOPS
         + attended / ATTENTION_FLOPS
         + logits * SECONDS_PER_LOGIT,
-        peak_bytes=_whole_bytes(options, facts),
+        peak_bytes=whole_bytes(facts, options.runtime, options.window),
         disk_bytes=min(2 * logits, MOST_KEPT) if options.keep_logits else 20 * tokens,
     )
-    if compiled:
-        return whole
-    states = 2 * 4 * tokens * facts.hidden  # before a block, and after it
-    streamed = replace(whole, peak_bytes=_streamed_bytes(options, facts), scratch_bytes=states)
-    return replace(whole, streamed=streamed)
-
-
-def _whole_bytes(options: Options, facts: ModelFacts) -> int:
-    """Return the memory of a process that holds the whole model, while it is loaded or while it computes.
-
-    transformers maps a dense file whose weights it converts: its pages count until all are.
-    """
-    computing = LOGIT_BYTES * facts.vocab + 3 * facts.heads * options.window**2 + LIBRARIES_MIB[options.runtime] * MIB
-    if options.runtime != "transformers":
-        return facts.weight_bytes + computing
-    mapped = facts.weight_bytes if facts.dtype != "F32" and "dense" in facts.traits else 0
-    return 4 * facts.parameters + max(computing, LOADING_MIB * MIB + mapped)
-
-
-def _streamed_bytes(options: Options, facts: ModelFacts) -> int:
-    """Return the memory of a process that holds one block after another, then embedding and head."""
-    from optikit.evaluation.windows import BATCH_TOKENS
-
-    largest = max((rows * columns for rows, columns in facts.linears.values()), default=0)
-    block = 4 * facts.linear_elements // max(facts.layers, 1) + 4 * largest  # and one linear as it is stored
-    way = 4 * max(BATCH_TOKENS, options.window) * (6 * facts.hidden + 3 * facts.intermediate)
-    attention = 3 * facts.heads * options.window**2
-    ends = 4 * facts.vocab * facts.hidden * (1 if facts.tied else 2) + LOGIT_BYTES * facts.vocab
-    return LIBRARIES_MIB["transformers"] * MIB + max(block + way + attention, ends)
-
-
-def streams(options: Options, facts: ModelFacts, bound: int | None) -> bool:
-    """Return whether a model is read block by block: where it doesn't fit within this machine's memory and a bound."""
-    return options.runtime == "transformers" and _whole_bytes(options, facts) > host.room_bytes(bound)
+    return whole if compiled else streaming(whole, facts, length=options.window, tokens=tokens)
 
 
 def after(options: Options, facts: ModelFacts) -> ModelFacts:
@@ -161,7 +126,8 @@ def run(options: Options, job: Job) -> Facts:
         StageFailedError: The model returned NaN, or was compared across protocols or vocabularies.
     """
     made = cut(job.inputs["text"], job.inputs["tokenizer"], options.shape)
-    model = _opened(options, job)
+    loaded: dict[str, Any] = {"runtime": options.runtime, "dtype": options.dtype, "max_tokens": options.window}
+    model = opened(job, partial(_estimate, options), **loaded)
     about = {
         "protocol": made.protocol,
         "vocab": model.vocab,
@@ -175,22 +141,6 @@ def run(options: Options, job: Job) -> Facts:
     scores = _score(options, job, model, made.windows)
     (job.dest / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
     return told(about, scores, made, job)
-
-
-def _opened(options: Options, job: Job) -> Decoder | Streamed:
-    """Return the model: as a whole, or where that doesn't fit as what reads it block by block."""
-    from optikit.models.reader import read
-    from optikit.runtime import load
-
-    if options.runtime == "transformers" and streams(options, facts := read(job.source), job.max_memory_bytes):
-        from optikit.evaluation.streamed import Streamed
-
-        whole, room = _whole_bytes(options, facts), host.room_bytes(job.max_memory_bytes)
-        job.note(f"the whole model needs {whole / GIB:.1f} GiB of {room / GIB:.1f}: it is measured block by block")
-        return Streamed(job.source, dtype=options.dtype, threads=job.threads)
-    return load(
-        job.source, runtime=options.runtime, dtype=options.dtype, threads=job.threads, max_tokens=options.window
-    )
 
 
 def require_comparable(about: dict[str, Any], baseline: dict[str, Any]) -> None:
@@ -219,11 +169,11 @@ def _score(options: Options, job: Job, model: Decoder | Streamed, windows: Seque
     kept = job.inputs["baseline"] / LOGITS if "baseline" in job.inputs else None
     try:
         with ExitStack() as files:
-            read = files.enter_context(_reading(model, windows, job))
+            reading = files.enter_context(_reading(model, windows, job))
             keep = files.enter_context((job.dest / LOGITS).open("wb")) if options.keep_logits else None
             against = files.enter_context(kept.open("rb")) if kept and kept.is_file() else None
             compared = _compared_windows(windows, model.vocab)
-            scores = score(read, windows, against=against, keep=keep, compared=compared, progress=job.progress)
+            scores = score(reading, windows, against=against, keep=keep, compared=compared, progress=job.progress)
     except NotFiniteError as error:
         message = f"{model.runtime} ({model.dtype}): {error}"
         raise StageFailedError(message, fix="the model overflows; try another dtype, or a milder stage") from error

@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -25,12 +27,14 @@ from optikit.models import tokenizer
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import ANY, MAIN, PLANNED, Estimate, Facts, Input, Job, StageOptions, no_objection
+from optikit.stages.measure._streaming import opened, streaming, whole_bytes
 from optikit.targets import Target
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from optikit.evaluation.flips import Flips
+    from optikit.evaluation.streamed import Streamed
     from optikit.evaluation.task_items import Item
     from optikit.evaluation.tasks import Answered, Chosen
     from optikit.runtime.decoder import Decoder
@@ -57,6 +61,10 @@ FLOPS = 60e9
 """Floating-point operations per second of two CPU cores in float32, as transformers reaches them."""
 BYTES_PER_SECOND = 10e9
 """Weights that two CPU cores read per second while decoding."""
+SQL_BYTES = 200 * 2**20
+"""What tasks take beside the model: their items, and a sandbox for queries."""
+CHOICES = 4
+"""Of an item, assumed while planning."""
 TOKENS_PER_ITEM = 200
 """Assumed while planning: nobody has read the items yet."""
 EXAMPLES = 3
@@ -78,6 +86,8 @@ class Task(BaseModel):
     """Longest written answer, tokens."""
     stop: tuple[str, ...] = ("\n",)
     """Texts that end a written answer."""
+    written: bool = True
+    """Answers may have to be written; else every one is a choice, which is scored as text is."""
 
 
 class Options(StageOptions):
@@ -112,14 +122,21 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
     """Estimate with prompts of 200 tokens: reading them, and half of the longest answers."""
+    return _estimate(options, facts)
+
+
+def _estimate(options: Options, facts: ModelFacts) -> Estimate:
     items = sum(task.items for task in options.tasks)
     written = sum(task.items * task.max_tokens for task in options.tasks) / 2
     reading = 2 * facts.parameters * items * TOKENS_PER_ITEM / FLOPS
-    return Estimate(
+    whole = Estimate(
         seconds=15 + reading + written * facts.weight_bytes / BYTES_PER_SECOND,
-        peak_bytes=4 * facts.parameters + 256 * facts.vocab * 12 + 700 * 2**20,
+        peak_bytes=SQL_BYTES + whole_bytes(facts, options.runtime, TOKENS_PER_ITEM),
         disk_bytes=400 * items,
     )
+    if options.runtime != "transformers" or any(task.written for task in options.tasks):
+        return whole  # each token that is written needs all blocks once more
+    return streaming(whole, facts, length=TOKENS_PER_ITEM, tokens=CHOICES * items * TOKENS_PER_ITEM)
 
 
 def after(options: Options, facts: ModelFacts) -> ModelFacts:
@@ -134,9 +151,6 @@ def run(options: Options, job: Job) -> Facts:
         InputMissingError: A file that holds no task, or an item that is longer than the model's context.
         StageFailedError: The model returned NaN, or was compared across protocols.
     """
-    from optikit import runtime
-    from optikit.runtime.generate import end_tokens
-
     asked = {task.name: _items(task, job.inputs[role(task.name)]) for task in options.tasks}
     by = _Tokenizer(job.inputs["tokenizer"])
     longest = _require_fit(options.tasks, asked, by)
@@ -145,19 +159,13 @@ def run(options: Options, job: Job) -> Facts:
     baseline = job.inputs.get("baseline")
     if baseline is not None:
         _require_same(about, json.loads((baseline / ABOUT).read_text(encoding="utf-8")))
-    decoder = runtime.load(
-        job.source, runtime=options.runtime, dtype=options.dtype, threads=job.threads, max_tokens=longest
-    )
-    ends = end_tokens(by.directory)
-    total = sum(len(items) for items in asked.values())
-    answers: dict[str, list[Chosen | Answered]] = {}
-    for task in options.tasks:
-        answers[task.name] = _answers(decoder, by, task, asked[task.name], ends, job, (answers, total))
+    model = opened(job, partial(_estimate, options), runtime=options.runtime, dtype=options.dtype, max_tokens=longest)
+    answers = _answered(options, model, by, asked, job)
     (job.dest / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
     _keep(answers, job.dest / ITEMS)
     return _facts(options, asked, answers, about, job) | {
-        "runtime": decoder.runtime,
-        "dtype": decoder.dtype,
+        "runtime": model.runtime,
+        "dtype": model.dtype,
         "files": [ABOUT, ITEMS],
     }
 
@@ -247,6 +255,47 @@ def _require_same(about: dict[str, str], baseline: dict[str, str]) -> None:
         if baseline.get(name) != protocol:
             message = f"{name}: can't compare {protocol} with the baseline's {baseline.get(name, 'nothing')}"
             raise StageFailedError(message, fix="put the same items to both")
+
+
+def _answered(
+    options: Options, model: Decoder | Streamed, by: _Tokenizer, asked: dict[str, Sequence[Item]], job: Job
+) -> dict[str, list[Chosen | Answered]]:
+    """Return what the model makes of every item, by task."""
+    from optikit.evaluation.streamed import Streamed
+    from optikit.runtime.generate import end_tokens
+
+    ends = end_tokens(by.directory)
+    if isinstance(model, Streamed):
+        return _chosen_by_block(model, by, asked, by.start_token(ends), job)
+    total = sum(len(items) for items in asked.values())
+    answers: dict[str, list[Chosen | Answered]] = {}
+    for task in options.tasks:
+        answers[task.name] = _answers(model, by, task, asked[task.name], ends, job, (answers, total))
+    return answers
+
+
+def _chosen_by_block(
+    model: Streamed, by: _Tokenizer, asked: dict[str, Sequence[Item]], start: int, job: Job
+) -> dict[str, list[Chosen | Answered]]:
+    """Return the choices of a model that is read block by block: prompt and choice are a text like any other."""
+    import numpy as np
+
+    from optikit.evaluation import scoring, tasks
+
+    choices = {name: [item for item in items if isinstance(item, Choice)] for name, items in asked.items()}
+    pairs = [pair for items in choices.values() for item in items for pair in tasks.pairs(by, item, start_token=start)]
+    texts = [scoring.Window(np.array([*head, *tail], np.int64), len(tail)) for head, tail in pairs]
+    try:
+        with model.reading(texts, job.scratch, progress=job.progress, note=job.note) as read:
+            nll = scoring.score(read, texts).nll
+    except scoring.NotFiniteError as error:
+        message = f"{model.runtime} ({model.dtype}): {error}"
+        raise StageFailedError(message, fix="the model overflows; try another dtype, or a milder stage") from error
+    likelihoods = iter((-np.nansum(nll, axis=1)).tolist())
+    return {
+        name: [tasks.chosen(item, tuple(islice(likelihoods, len(item.choices)))) for item in items]
+        for name, items in choices.items()
+    }
 
 
 def _answers(

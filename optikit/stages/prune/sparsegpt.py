@@ -59,7 +59,13 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     """Estimate a walk with Hessians, beside the dense model where it corrects."""
     times = 2 if options.correct else 1
     return _blockwise_cost.estimate(
-        facts, calibration_tokens, passes=times, grams=times, seconds_per_weight=5e-7, written_bytes=facts.weight_bytes
+        facts,
+        calibration_tokens,
+        passes=times,
+        grams=times,
+        seconds_per_weight=5e-7,
+        written_bytes=facts.weight_bytes,
+        held=_blockwise_cost.PAIRED if options.correct else _blockwise_cost.GRAM,
     )
 
 

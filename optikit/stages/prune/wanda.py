@@ -47,7 +47,13 @@ def after(options: Options, facts: ModelFacts) -> ModelFacts:
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
     """Estimate a walk that sums squares, and a sort of every row."""
     return _blockwise_cost.estimate(
-        facts, calibration_tokens, passes=1, grams=0, seconds_per_weight=2e-7, written_bytes=facts.weight_bytes
+        facts,
+        calibration_tokens,
+        passes=1,
+        grams=0,
+        seconds_per_weight=2e-7,
+        written_bytes=facts.weight_bytes,
+        held=_blockwise_cost.NORMS,
     )
 
 

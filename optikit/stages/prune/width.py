@@ -156,7 +156,13 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     written = after(options, facts).weight_bytes
     passes = 2 if options.importance == "taylor" else 1
     return _blockwise_cost.estimate(
-        facts, calibration_tokens, passes=passes, grams=1, seconds_per_weight=3e-7, written_bytes=written
+        facts,
+        calibration_tokens,
+        passes=passes,
+        grams=1,
+        seconds_per_weight=3e-7,
+        written_bytes=written,
+        held=_blockwise_cost.GRAM,
     )
 
 

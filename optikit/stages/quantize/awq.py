@@ -110,7 +110,13 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     searched = 4e-11 * options.steps * facts.hidden  # every candidate's error is a product with a Gram matrix
     written = after(options, facts).weight_bytes
     return _blockwise_cost.estimate(
-        facts, calibration_tokens, passes=times, grams=times, seconds_per_weight=searched, written_bytes=written
+        facts,
+        calibration_tokens,
+        passes=times,
+        grams=times,
+        seconds_per_weight=searched,
+        written_bytes=written,
+        held=_blockwise_cost.PAIRED if options.correct else _blockwise_cost.GRAM,
     )
 
 

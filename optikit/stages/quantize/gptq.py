@@ -64,7 +64,13 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     times = 2 if options.correct else 1
     written = after(options, facts).weight_bytes
     return _blockwise_cost.estimate(
-        facts, calibration_tokens, passes=times, grams=times, seconds_per_weight=2e-7, written_bytes=written
+        facts,
+        calibration_tokens,
+        passes=times,
+        grams=times,
+        seconds_per_weight=2e-7,
+        written_bytes=written,
+        held=_blockwise_cost.PAIRED if options.correct else _blockwise_cost.GRAM,
     )
 
 

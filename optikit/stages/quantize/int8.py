@@ -158,7 +158,13 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
             scratch_bytes=written,
         )
     return _blockwise_cost.estimate(
-        facts, calibration_tokens, passes=1, grams=1, seconds_per_weight=4e-7, written_bytes=written
+        facts,
+        calibration_tokens,
+        passes=1,
+        grams=1,
+        seconds_per_weight=4e-7,
+        written_bytes=written,
+        held=_blockwise_cost.GRAM,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from optikit import host, stages
-from optikit.calibration.empty_model import EmptyModel
+from optikit import host, stages, targets
 from optikit.errors import IntegrityError
 from optikit.evaluation import streamed
 from optikit.evaluation.scoring import Scores, Window, cached, score
 from optikit.evaluation.streamed import Streamed
-from optikit.runtime.decoders.transformers import TorchDecoder
+from optikit.models.reader import read
+from optikit.runtime.decoders.transformers import TorchDecoder, load_model
 from optikit.stage import Calibration, Job
-from optikit.stages.measure import quality
-from tests.stages.test_walk_families import FAMILIES, family  # noqa: F401 - a fixture
+from optikit.stages.measure import _streaming, quality, tasks
+from optikit.targets import neuron
+from tests.families import CONFIGS, save
 
+CPU = targets.find("cpu")
+assert CPU is not None
 LENGTHS = ((40, 39), (40, 20), (40, 39), (57, 8), (3, 2))
 """Tokens of every window, and how many of them are scored."""
 
@@ -32,9 +36,14 @@ def windows() -> list[Window]:
 
 
 def whole(directory: Path, windows: list[Window], dtype: str = "float32") -> tuple[Scores, list[np.ndarray[Any, Any]]]:
-    decoder = TorchDecoder(directory, dtype=dtype, threads=1)
-    read = cached(decoder, windows)
-    return score(read, windows), [np.concatenate(list(read(index))) for index in range(len(windows))]
+    """Return what transformers' own forward of each window finds."""
+    model = load_model(directory, dtype)
+    found = []
+    for window in windows:
+        with torch.inference_mode():
+            logits = model(torch.from_numpy(window.tokens[:-1])[None], use_cache=False).logits[0]
+        found.append(logits[len(logits) - window.scored :].float().numpy())
+    return score(lambda index: iter([found[index]]), windows), found
 
 
 def by_block(
@@ -51,9 +60,15 @@ def require_equal(directory: Path, windows: list[Window], scratch: Path, toleran
     np.testing.assert_allclose(found.nll, wanted.nll, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("family", FAMILIES, indirect=True)
-def test_every_family_has_the_logits_of_the_whole_model(family: Path, windows: list[Window], tmp_path: Path) -> None:  # noqa: F811
-    require_equal(family, windows, tmp_path / "scratch", 1e-5)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_family_has_the_logits_of_the_whole_model(family: str, windows: list[Window], tmp_path: Path) -> None:
+    require_equal(save(family, tmp_path / "model"), windows, tmp_path / "scratch", 1e-5)
+
+
+def test_a_decoder_finds_the_same(tiny_llama: Path, windows: list[Window], tmp_path: Path) -> None:
+    read = cached(TorchDecoder(tiny_llama, dtype="float32", threads=1), windows)
+    found = score(read, windows)
+    np.testing.assert_allclose(by_block(tiny_llama, windows, tmp_path)[0].nll, found.nll, rtol=1e-5)
 
 
 PACKED = {
@@ -121,9 +136,11 @@ def test_a_killed_pass_goes_on_where_it_was(
     tiny_llama: Path, windows: list[Window], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted, _ = by_block(tiny_llama, windows, tmp_path / "uninterrupted")
-    filled: list[int] = []
-    fill = EmptyModel.fill_block
-    monkeypatch.setattr(EmptyModel, "fill_block", lambda self, index: filled.append(index) or fill(self, index))
+    passed: list[int] = []
+    through = streamed._Passes._through
+    monkeypatch.setattr(
+        streamed._Passes, "_through", lambda self, index, state: passed.append(index) or through(self, index, state)
+    )
 
     def kill(*_: object) -> None:
         raise KilledError
@@ -136,11 +153,11 @@ def test_a_killed_pass_goes_on_where_it_was(
     with pytest.raises(KilledError):
         run(kill)
     assert np.array_equal(run().nll, wanted.nll, equal_nan=True)
-    assert filled == [0, 1]
+    assert passed == [0, 1]
     kept = next((tmp_path / "scratch").glob("hidden-*.bin"))
     kept.write_bytes(bytes(kept.stat().st_size))
     assert np.array_equal(run().nll, wanted.nll, equal_nan=True)
-    assert filled == [0, 1, 0, 1]
+    assert passed == [0, 1, 0, 1]
 
 
 def test_a_weight_that_is_not_finite_is_named(tiny_llama: Path, windows: list[Window], tmp_path: Path) -> None:
@@ -188,15 +205,61 @@ def test_the_step_streams_what_does_not_fit_and_finds_the_same(tiny_llama: Path,
 
 
 def test_what_fits_is_not_streamed_and_compiled_models_never_are(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from optikit.models.reader import read
-
     facts, options = read(tiny_llama), quality.Options.model_validate(OPTIONS)
-    need = quality.estimate(options, facts, None, 0).peak_bytes
-    monkeypatch.setattr(host, "room_bytes", lambda bound=None: need if bound is None else min(need, bound))
-    assert not quality.streams(options, facts, None)
-    assert quality.streams(options, facts, need - 1)
+    expected = quality.estimate(options, facts, CPU, 0)
+    job = Job(source=tiny_llama, dest=tmp_path, scratch=tmp_path)
+    loaded: dict[str, Any] = {"runtime": "transformers", "dtype": "float32", "max_tokens": 48}
+    for room, kind in ((expected.peak_bytes, TorchDecoder), (expected.peak_bytes - 1, Streamed)):
+        monkeypatch.setattr(host, "room_bytes", lambda _, room=room: room)
+        assert isinstance(_streaming.opened(job, lambda _: expected, **loaded), kind)
     compiled = quality.Options.model_validate(OPTIONS | {"runtime": "onnxruntime", "dtype": "auto"})
-    assert not quality.streams(compiled, facts, 1)
-    assert quality.estimate(compiled, facts, None, 0).streamed is None
+    assert quality.estimate(compiled, facts, CPU, 0).streamed is None
+
+
+def test_the_memory_of_70_b_is_a_block_and_not_the_model() -> None:
+    facts = neuron.llama2_70b()
+    whole = quality.estimate(quality.Options.model_validate(OPTIONS), facts, CPU, 0)
+    assert whole.streamed is not None
+    assert whole.peak_bytes > 256 * 2**30
+    assert whole.streamed.peak_bytes < 8 * 2**30
+    assert whole.streamed.scratch_bytes == 2 * 4 * 48 * 9 * facts.hidden
+
+
+CHOICES = [
+    {"prompt": "The old stone", "choices": ["house", "river and the light", "x"], "answer": 1},
+    {"prompt": "", "choices": ["near", "a cold"], "answer": 0},
+    {"prompt": "Water faces a bright ", "choices": ["window", "green"], "answer": 0},
+]
+
+
+def asked(
+    place: Path, source: Path, bound: int | None, notes: list[str]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    for name in ("dest", "scratch"):
+        (place / name).mkdir(parents=True)
+    (place / "t.jsonl").write_text("".join(f"{json.dumps(item)}\n" for item in CHOICES))
+    options = tasks.Options.model_validate({"dtype": "float32", "tasks": [{"name": "t", "items": 3, "written": False}]})
+    inputs = {"task:t": place / "t.jsonl", "tokenizer": source}
+    places = {"source": source, "dest": place / "dest", "scratch": place / "scratch"}
+    facts = tasks.run(options, Job(**places, inputs=inputs, threads=1, max_memory_bytes=bound, note=notes.append))
+    return facts, tasks.read_items(place / "dest")["t"]
+
+
+def test_choices_are_scored_block_by_block_as_by_the_whole_model(tiny_llama: Path, tmp_path: Path) -> None:
+    notes: list[str] = []
+    one, wanted = asked(tmp_path / "whole", tiny_llama, None, notes)
+    assert notes == []
+    other, found = asked(tmp_path / "streamed", tiny_llama, 2**20, notes)
+    assert "block by block" in notes.pop()
+    assert other["tasks"] == one["tasks"]
+    for a, b in zip(wanted, found, strict=True):
+        np.testing.assert_allclose(b.pop("loglikelihoods"), a.pop("loglikelihoods"), rtol=1e-5)
+        assert a == b
+
+
+@pytest.mark.parametrize(("written", "streams"), [(True, False), (False, True)])
+def test_only_tasks_of_choices_are_streamed(tiny_llama: Path, written: bool, streams: bool) -> None:
+    options = tasks.Options.model_validate({"tasks": [{"name": "t", "written": written}]})
+    assert (tasks.estimate(options, read(tiny_llama), CPU, 0).streamed is not None) is streams
