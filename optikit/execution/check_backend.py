@@ -43,15 +43,15 @@ def require(step: str, backend: str, dest: Path, planned: ModelFacts) -> None:
         found = read(dest)
     except OptikitError as error:
         raise StageFailedError(f"{step}: {backend} wrote no model: {error.message}", fix=fix) from error
+    for what, ours, theirs in _compared(planned, found):
+        if ours != theirs:
+            message = f"{step}: {backend} promised {what} {ours}, and what it wrote has {theirs}"
+            raise StageFailedError(message, fix=fix)
     if found.weight_bytes > LARGEST * planned.weight_bytes:
         message = (
             f"{step}: {backend} promised {planned.weight_bytes / 1e6:.1f} MB, and wrote {found.weight_bytes / 1e6:.1f}"
         )
         raise StageFailedError(message, fix=fix)
-    for what, ours, theirs in _compared(planned, found):
-        if ours != theirs:
-            message = f"{step}: {backend} promised {what} {ours}, and what it wrote has {theirs}"
-            raise StageFailedError(message, fix=fix)
 
 
 def _compared(planned: ModelFacts, found: ModelFacts) -> tuple[tuple[str, object, object], ...]:

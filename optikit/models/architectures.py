@@ -100,6 +100,7 @@ class Architecture:
         windowless: Engines that leave its attention window out.
         free_heads: Loaders read a head's width from config.json; else it is the hidden size over the heads.
         gguf: `general.architecture` of a gguf file that becomes this family, or "".
+        gguf_as: `general.architecture` of the gguf file that is written of it, or "".
         tensors: Name of every tensor → its shape in words; see architectures.toml.
         leftovers: Ends of names of tensors that no model reads.
         settings: Keys of config.json that change what is computed, and are obeyed.
@@ -135,6 +136,7 @@ class Architecture:
     windowless: tuple[str, ...] = ()
     free_heads: bool = False
     gguf: str = ""
+    gguf_as: str = ""
     tensors: Mapping[str, str] = field(default_factory=dict, repr=False)
     leftovers: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
@@ -228,7 +230,7 @@ def _same(found: Any, wanted: Any) -> bool:
 
 _LISTS = ("previous_ops", "residual_sources", "engines", "windowless", "leftovers", "settings", "unread", "wide")
 _MAPS = ("requires", "when", "defaults", "aliases", "fixed", "stored_as", "block_names")
-_OWN = frozenset({"engines", "gguf", "of", "when"})
+_OWN = frozenset({"engines", "gguf", "gguf_as", "of", "when"})
 """Columns that never come from the row that another is like: engines are proven for each."""
 
 

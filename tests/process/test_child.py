@@ -214,7 +214,7 @@ class TestWatch:
             else:
                 assert wait_for(lambda: it.code is not None)
         assert log.stat().st_size < 15 * 2**20
-        assert b"were cut off" in log.read_bytes()[:100]
+        assert b"were cut off" in log.read_bytes()  # what is written meanwhile may stand before it
 
 
 class TestFinish:

@@ -32,7 +32,9 @@ def test_the_output_of_a_run_serves_what_was_compiled(tmp_path):
 
 
 def test_nothing_to_load(tmp_path):
-    with pytest.raises(InputMissingError, match=r"no genai_config\.json or openvino_model\.xml or config\.json"):
+    with pytest.raises(
+        InputMissingError, match=r"no genai_config\.json or openvino_model\.xml or model\.gguf or config\.json"
+    ):
         runtime.load(tmp_path)
     with pytest.raises(InputMissingError, match="is not a directory"):
         runtime.load(tmp_path / "absent")

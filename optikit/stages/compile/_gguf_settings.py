@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from optikit.errors import StageFailedError
 from optikit.models import engines
 from optikit.models.gguf_settings import llama3_factors
 
@@ -15,17 +16,8 @@ if TYPE_CHECKING:
 
     from optikit.models.facts import ModelFacts
 
-ARCHITECTURES: Mapping[str, str] = {
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-    "phi3": "phi3",
-    "gpt2": "gpt2",
-}
-"""`model_type` → `general.architecture`."""
+ENGINE = "llama.cpp"
+"""Its name in rows of families."""
 PAIRED = frozenset({"llama"})
 """Architectures whose rotary embeddings turn neighbouring channels."""
 KEYS: Mapping[str, str] = {
@@ -35,6 +27,18 @@ KEYS: Mapping[str, str] = {
     "final_logit_softcapping": "add_final_logit_softcapping",
 }
 """Key of config.json → what writes it."""
+
+
+def architecture(facts: ModelFacts) -> str:
+    """Return the `general.architecture` of a model's gguf file.
+
+    Raises:
+        StageFailedError: None is known.
+    """
+    row = facts.architecture
+    if row is None or not row.gguf_as:
+        raise StageFailedError(f"gguf has no words for {facts.model_type}", fix="use another engine for this model")
+    return row.gguf_as
 
 
 def add(writer: GGUFWriter, facts: ModelFacts) -> None:
@@ -53,7 +57,8 @@ def add(writer: GGUFWriter, facts: ModelFacts) -> None:
         return
     writer.add_key_length(facts.head_dim)
     writer.add_value_length(facts.head_dim)
-    if facts.sliding_window and facts.model_type in ("gemma2", "gemma3_text", "phi3"):
+    row = facts.architecture
+    if facts.sliding_window and row is not None and ENGINE not in row.windowless:
         writer.add_sliding_window(facts.sliding_window)
     _rope(writer, facts)
 

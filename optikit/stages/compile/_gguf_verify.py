@@ -86,7 +86,7 @@ class _Source:
         from optikit.stages.compile import _gguf_settings
 
         heads = {"q_proj": self.facts.heads, "k_proj": self.facts.kv_heads}.get(name.split(".")[-2])
-        if heads is None or _gguf_settings.ARCHITECTURES[self.facts.model_type] not in _gguf_settings.PAIRED:
+        if heads is None or _gguf_settings.architecture(self.facts) not in _gguf_settings.PAIRED:
             return found
         width = self.facts.head_dim
         rows = [
@@ -114,7 +114,7 @@ def file_weights(source: Path, dest: Path) -> Weights:
     from optikit.stages.compile._gguf_write import NAME
 
     wanted, header = _Source(source), read_header(dest / NAME)
-    family = _gguf_settings.ARCHITECTURES[wanted.facts.model_type]
+    family = _gguf_settings.architecture(wanted.facts)
     arch = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
     names = gguf.get_tensor_name_map(arch, wanted.facts.layers)
     return {

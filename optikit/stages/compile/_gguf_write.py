@@ -61,7 +61,7 @@ def write(options: Options, job: Job) -> tuple[Written, ...]:
 
     facts = read(job.source)
     tensors = tuple(_tensors(options, job.source, facts))
-    writer = gguf.GGUFWriter(job.dest / NAME, _gguf_settings.ARCHITECTURES[facts.model_type])
+    writer = gguf.GGUFWriter(job.dest / NAME, _gguf_settings.architecture(facts))
     writer.add_type("model")
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(FILE_TYPES[_most(tensors)])
@@ -107,7 +107,7 @@ def _tensors(options: Options, source: Path, facts: ModelFacts) -> Iterator[Writ
 
     checkpoint = opened(source, facts)
     storage = quantization.scheme(checkpoint.config(), source / "config.json")
-    family = _gguf_settings.ARCHITECTURES[facts.model_type]
+    family = _gguf_settings.architecture(facts)
     arch = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
     names = gguf.get_tensor_name_map(arch, facts.layers)
     for name, shape in tensor_shapes(facts).items():
@@ -187,7 +187,7 @@ class _Maker:
         from optikit.formats import ggml
 
         facts = self.facts
-        if _gguf_settings.ARCHITECTURES[facts.model_type] not in _gguf_settings.PAIRED:
+        if _gguf_settings.architecture(facts) not in _gguf_settings.PAIRED:
             return None
         heads = {"q_proj": facts.heads, "k_proj": facts.kv_heads}
         module = name.rpartition(".")[0].rpartition(".")[2]

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from optikit.errors import IntegrityError, StageFailedError
 from optikit.process import program
+from optikit.stages.compile._gguf_settings import ENGINE
 from optikit.stages.compile._logits import FIX, probe, relative_distance, short
 
 if TYPE_CHECKING:
     from optikit.stage import Job
 
-ENGINE = "llama.cpp"
-"""Its name in rows of families."""
 TRIAL = "optikit.stages.compile._llama_cpp_trial"
 APART = {True: 0.4, False: 0.05}
 """Relative distance of logits that llama.cpp's rounding of activations doesn't explain: to int8 where weights are

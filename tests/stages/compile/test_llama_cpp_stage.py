@@ -20,7 +20,7 @@ from optikit.models.gguf_header import read_header
 from optikit.models.reader import read, read_gguf
 from optikit.stage import Job
 from optikit.stages.acquire import gguf as acquire
-from optikit.stages.compile import _gguf_settings, _gguf_tokenizer, _gguf_verify, _gguf_write, llama_cpp
+from optikit.stages.compile import _gguf_tokenizer, _gguf_verify, _gguf_write, llama_cpp
 from optikit.stages.compile._llama_cpp_options import Options
 from optikit.targets import Target
 from tests.conftest import byte_tokenizer, round_to_gptq
@@ -127,7 +127,8 @@ def test_what_is_refused(tiny_llama, tiny_gptq):
 
 
 def test_every_family_has_an_architecture():
-    assert set(_gguf_settings.ARCHITECTURES) == set(architectures.known_to("llama.cpp")) == set(FAMILIES)
+    named = {row.model_type for row in architectures.rows().values() if row.gguf_as}
+    assert named == set(architectures.known_to("llama.cpp")) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -141,7 +142,7 @@ def test_every_tensor_is_the_source_s(models, tmp_path, family):
     header = read_header(path)
     size = sum(tensor.bytes for name, tensor in header.tensors.items() if name != "rope_freqs.weight")
     assert llama_cpp.after(Options(), read(source)).weight_bytes == size
-    assert header.metadata["general.architecture"] == _gguf_settings.ARCHITECTURES[family]
+    assert header.metadata["general.architecture"] == architectures.find(family).gguf_as
     assert header.metadata["tokenizer.ggml.pre"] == "gpt-2"
     assert (tmp_path / "out" / "Modelfile").read_text().startswith("FROM ./model.gguf\n")
 
