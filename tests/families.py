@@ -31,7 +31,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": COMMON,
     "gemma2": COMMON | {"sliding_window": 16, "query_pre_attn_scalar": 16},
     "gemma3_text": COMMON | {"sliding_window": 16, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2},
-    "phi3": COMMON | {"sliding_window": None},
+    "phi3": COMMON | {"sliding_window": None, "original_max_position_embeddings": 256},
     "gpt2": GPT,
     "opt": TOKENS
     | {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 64}

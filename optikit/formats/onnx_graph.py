@@ -182,6 +182,22 @@ class OnnxGraph:
             raise IntegrityError(f"{file} ends before tensor {name}", fix="build it again")
         return values
 
+    def write(self, name: str, values: NDArray[Any]) -> None:
+        """Put values in the place of an initializer's, in its dtype, in the file that holds its data.
+
+        Raises:
+            IntegrityError: It isn't there, has another shape, or lies in the graph itself.
+        """
+        tensor = self.tensors.get(name)
+        if tensor is None or tuple(tensor.dims) != values.shape:
+            raise IntegrityError(f"{self.path} has no tensor {name} {values.shape}", fix="build it again")
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            raise IntegrityError(f"{self.path} holds {name} itself, not beside it", fix="build it again")
+        place: Mapping[str, str] = {entry.key: entry.value for entry in tensor.external_data}
+        with (self.path.parent / Path(place["location"]).name).open("r+b") as file:
+            file.seek(int(place.get("offset", 0)))
+            file.write(values.astype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).tobytes())
+
     def weight(self, product: Product, start: int, stop: int) -> tuple[Floats, Floats]:
         """Return rows `start` to `stop` of a weight as the kernel sees them, and the step of each of its elements.
 

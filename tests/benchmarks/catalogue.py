@@ -5,17 +5,19 @@
 Every row of architectures.toml is built tiny and random by transformers' own classes and goes through each technique,
 and what is written through each engine. The reference is transformers' model in float32 with the written weights,
 which are unpacked here by slow code of their own. A cell is the largest difference of a logit on 48 tokens, over their
-standard deviation; a refusal is its code. Finished cells stay in DIR: a killed run goes on where it was.
+standard deviation; a refusal is its code, whose words stand below. Finished cells stay in DIR: a killed run goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,19 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from optikit import runtime, stages, targets
+from optikit import host, runtime, stages, targets
 from optikit.errors import OptikitError
 from optikit.formats import census
 from optikit.models import architectures
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import read
 from optikit.stage import Calibration, Changing, Job
+from optikit.stages.compile import _genai_builder
+from tests.benchmarks import record
 from tests.families import CONFIGS, save
+from tests.stages import test_mixtures
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "examples" / "catalogue.md"
@@ -51,6 +56,11 @@ STAGES: Mapping[str, tuple[str, str, dict[str, Any]]] = {
 }
 ON_ENGINES = ("dense", "gptq", "awq", "int8 w8a16", "wanda")
 """What is compiled, for the families that an engine knows."""
+EXACT = {"accuracy_level": 1, "head": "float32", "embedding": "float32"}
+"""How packed models are compiled, so that a cell shows arithmetic and no rounding that is asked for."""
+EMBEDDINGS = ("float32", "int8", "int4")
+UNPROVEN = ("gemma3_text", "nemotron", "olmo", "phi", "smollm3")
+"""Families for which the builder has a class, and no row says so: they are built all the same, to tell why."""
 TOKENS = np.random.default_rng(0).integers(3, 260, 48)
 TEXT = " ".join(f"the {colour} house near the {word} stands." for colour in ("old", "green", "cold", "small")
                 for word in ("river", "window", "water", "stone", "light")) * 8  # fmt: skip
@@ -99,35 +109,53 @@ def unpacked(parts: Mapping[str, np.ndarray], settings: Mapping[str, Any], shape
     return values[: shape[0] * shape[1]].reshape(shape).astype(np.float32)
 
 
-def reference(directory: Path) -> np.ndarray:
+def reference(directory: Path, scratch: Path) -> np.ndarray:
     """Return transformers' logits in float32 with the weights of a directory, unpacked here."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    settings = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    if settings is None:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
-    else:
-        facts = read(directory)
-        row = facts.architecture
-        assert row is not None
-        stored = load_file(directory / "model.safetensors")
-        arrays = {name: t.float().numpy() if t.is_floating_point() else t.numpy() for name, t in stored.items()}
-        named = {full: arrays[name] for name, full in row.full_names(list(arrays)).items()}
-        for linear, shape in facts.linears.items():
-            parts = {name.removeprefix(f"{linear}."): named.pop(name) for name in list(named)
-                     if name.startswith(f"{linear}.") and name != f"{linear}.bias"}  # fmt: skip
-            whole = unpacked(parts, settings, shape) if len(parts) > 1 else parts["weight"]
-            named[f"{linear}.weight"] = whole.T if row.transposed and len(parts) > 1 else whole
-        config = AutoConfig.from_pretrained(directory)
-        del config.quantization_config
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
-        state = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in named.items()}
-        found = model.load_state_dict(state, strict=False)
-        assert not found.unexpected_keys
-        assert set(found.missing_keys) <= set(model.all_tied_weights_keys)
-        model.tie_weights()
+    told = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    settings = told.pop("quantization_config", None)
+    dense = directory
+    if settings is not None:
+        dense = scratch / "reference"
+        dense.mkdir(parents=True, exist_ok=True)
+        (dense / "config.json").write_text(json.dumps(told), encoding="utf-8")
+        save_file(unpacked_state(directory, settings), dense / "model.safetensors", {"format": "pt"})
+    model, found = AutoModelForCausalLM.from_pretrained(
+        dense, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not found["unexpected_keys"]
+    assert not found["missing_keys"]
     with torch.no_grad():
         return model.eval()(torch.from_numpy(TOKENS)[None], use_cache=False).logits[0].float().numpy()
+
+
+def unpacked_state(directory: Path, settings: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the weights of a packed directory in float32, under their names in a dense checkpoint."""
+    facts = read(directory)
+    row = facts.architecture
+    assert row is not None
+    stored = load_file(directory / "model.safetensors")
+    arrays = {name: t.float().numpy() if t.is_floating_point() else t.numpy() for name, t in stored.items()}
+    named = {full: arrays[name] for name, full in row.full_names(list(arrays)).items()}
+    for linear, shape in facts.linears.items():
+        parts = {name.removeprefix(f"{linear}."): named.pop(name) for name in list(named)
+                 if name.startswith(f"{linear}.") and name != f"{linear}.bias"}  # fmt: skip
+        whole = unpacked(parts, settings, shape) if len(parts) > 1 else parts["weight"]
+        named[f"{linear}.weight"] = whole.T if row.transposed and len(parts) > 1 else whole
+    if row.experts is not None and row.experts.stacked:
+        stack(named, facts)
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in named.items()}
+
+
+def stack(named: dict[str, np.ndarray], facts: ModelFacts) -> None:
+    """Join experts as checkpoints of Granite's mixtures have them: gate above up, and down."""
+    for block in range(facts.layers):
+        base = f"model.layers.{block}.block_sparse_moe"
+        parts = [[named.pop(f"{base}.experts.{expert}.{part}_proj.weight") for part in ("gate", "up", "down")]
+                 for expert in range(facts.experts)]  # fmt: skip
+        named[f"{base}.input_linear.weight"] = np.stack([np.concatenate(each[:2]) for each in parts])
+        named[f"{base}.output_linear.weight"] = np.stack([each[2] for each in parts])
 
 
 def served(directory: Path) -> np.ndarray:
@@ -139,14 +167,14 @@ def apart(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one - other).max() / other.std())
 
 
-def refusals(stage: Any, chosen: Any, facts: ModelFacts) -> str:
-    """Return the code of what refuses a stage on every target that could serve it; "" where one takes it."""
-    found = ""
+def refusal(stage: Any, chosen: Any, facts: ModelFacts) -> dict[str, str]:
+    """Return code and words of what refuses a stage on every target that could serve it; {} where one takes it."""
+    found: dict[str, str] = {}
     for name in ("cpu", "l4"):
-        codes = [p.code for p in stage.check(chosen, facts, targets.find(name)) if p.level == "error"]
-        if not codes:
-            return ""
-        found = found or codes[0]
+        problems = [p for p in stage.check(chosen, facts, targets.find(name)) if p.level == "error"]
+        if not problems:
+            return {}
+        found = found or {"refused": problems[0].code, "why": f"{problems[0].message}; {problems[0].fix}"}
     return found
 
 
@@ -159,8 +187,8 @@ def cell(source: Path, place: Path, name: str) -> dict[str, Any]:
         verb, method, options = STAGES[name]
         stage, facts = stages.load(verb, method), read(source)
         chosen = stage.Options(**options)
-        if code := refusals(stage, chosen, facts):
-            return {"refused": code}
+        if refused := refusal(stage, chosen, facts):
+            return refused
         for folder in ("model", "scratch"):
             shutil.rmtree(place / folder, ignore_errors=True)
             (place / folder).mkdir(parents=True)
@@ -171,102 +199,181 @@ def cell(source: Path, place: Path, name: str) -> dict[str, Any]:
         facts_found = stage.run(chosen, job)
         changes = stage.CHANGES if isinstance(stage, Changing) else "all"
         found = {"tensors": census.take(source, written, changes, facts_found).facts()}
-    wanted = reference(written)
-    found |= {"transformers": apart(served(written), wanted), "moved": apart(wanted, reference(source))}
+    wanted = reference(written, place)
+    found |= {"transformers": apart(served(written), wanted), "moved": apart(wanted, reference(source, place))}
     if name in ON_ENGINES:
-        found["onnxruntime"] = compiled(written, place)
+        found["onnxruntime"] = compiled(written, place, wanted)
+    if name == "gptq" and source.parent.name == "llama":
+        found["embeddings"] = {kind: compiled(written, place, wanted, embedding=kind) for kind in EMBEDDINGS}
     return found
 
 
-def compiled(source: Path, place: Path) -> float | str:
-    """Return how far the graph's logits are from the reference, or the code of what refuses it."""
-    stage = stages.load("compile", "onnxruntime")
-    options = {} if read(source).traits == {"dense"} else {"accuracy_level": 1, "head": "float32"}
-    chosen = stage.Options(**options)
-    if code := refusals(stage, chosen, read(source)):
-        return code
+def compiled(source: Path, place: Path, wanted: np.ndarray, **changes: Any) -> Any:
+    """Return how far the graph's logits are from the reference, or what refuses it, or how it failed."""
+    stage, facts = stages.load("compile", "onnxruntime"), read(source)
+    chosen = stage.Options(**({} if facts.traits == {"dense"} else EXACT | changes))
+    if refused := refusal(stage, chosen, facts):
+        return refused
+    try:
+        return built(source, place, wanted, chosen)
+    except OptikitError as error:
+        return {"failed": int(error.code), "why": error.message}
+
+
+def built(source: Path, place: Path, wanted: np.ndarray, chosen: Any) -> float:
+    """Return how far a graph's logits are from the reference, on the tokens that its window allows."""
     dest = place / "compiled"
     shutil.rmtree(dest, ignore_errors=True)
     dest.mkdir(parents=True)
+    stages.load("compile", "onnxruntime").run(chosen, Job(source=source, dest=dest, scratch=place / "compile-scratch"))
+    right = TOKENS[: _genai_builder.window(read(source))]
+    return apart(np.asarray(runtime.load(dest, threads=1).forward(right, 0)), wanted[: len(right)])
+
+
+def unproven(source: Path, place: Path) -> dict[str, Any]:
+    """Build what planning refuses; return how far its logits are, or the last words of what ended it."""
+    chosen = stages.load("compile", "onnxruntime").Options()
     try:
-        stage.run(chosen, Job(source=source, dest=dest, scratch=place / "compile-scratch"))
-    except OptikitError as error:
-        return f"failed with {int(error.code)}"
-    return apart(np.asarray(runtime.load(dest, threads=1).forward(TOKENS, 0)), reference(source))
+        return {"apart": built(source, place, reference(source, place), chosen)}
+    except (OptikitError, RuntimeError) as error:
+        lines = str(error).strip().splitlines()
+        return {"why": lines[-1].replace(str(source), "DIR")}
 
 
 def cells(work: Path, families: list[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield every cell, from the folder where it is done."""
     for family in families:
-        source = work / family / "source"
+        source, place = work / family / "source", work / family / "place"
         if not (source / "tokenizer_config.json").is_file():
-            save(family, source)
-        for name in ("dense", *STAGES):
+            (test_mixtures.save if family in test_mixtures.FAMILIES else save)(family, source)
+        for name in ("dense", *STAGES, *(["unproven"] if family in UNPROVEN else [])):
             kept = work / family / f"{name.replace(' ', '-')}.json"
             if not kept.is_file():
                 started = time.monotonic()
                 try:
-                    found = cell(source, work / family / "place", name)
+                    found = unproven(source, place) if name == "unproven" else cell(source, place, name)
                 except OptikitError as error:
-                    found = {"failed": error.message}
+                    found = {"failed": int(error.code), "why": error.message}
                 print(f"{family} {name} {time.monotonic() - started:.1f} s {found}", file=sys.stderr)
                 kept.write_text(json.dumps(found), encoding="utf-8")
             yield family, name, json.loads(kept.read_text(encoding="utf-8"))
 
 
-def told(found: Mapping[str, Any], engine: str) -> str:
-    if "refused" in found:
-        return f"`{found['refused']}`"
-    if "failed" in found:
-        return f"**failed**: {found['failed']}"
-    value = found.get(engine)
-    return "–" if value is None else f"`{value}`" if isinstance(value, str) else f"{value:.0e}".replace("e-0", "e-")
+def told(value: Any) -> str:
+    """Return a number, the code of a refusal, or – where nothing was to be done."""
+    if value is None:
+        return "–"
+    if isinstance(value, dict):
+        return f"`{value['refused']}`" if "refused" in value else f"**failed with {value['failed']}**"
+    return "0" if value == 0 else f"{value:.0e}".replace("e-0", "e-")
 
 
-def page(rows: list[tuple[str, str, dict[str, Any]]]) -> str:
-    """Return the page: a table per engine, and the tensors accounted for."""
-    by = {(family, name): found for family, name, found in rows}
-    families = list(dict.fromkeys(family for family, _, _ in rows))
-    counted = [found["tensors"] for _, _, found in rows if "tensors" in found]
-    total = sum(each["same"] + each["changed"] + each["replaced"] + sum(each["dropped"].values()) for each in counted)
-    exact = [found for (_, name), found in by.items() if name != "int8 w8a8"]
-    largest = max(found["transformers"] for found in exact if "transformers" in found)
-    lines = [
-        "# Families, techniques, engines",
-        "",
-        "Written by `python tests/benchmarks/catalogue.py`: each family built tiny and random (two blocks, hidden 64)",
-        "by transformers' own classes, through each technique, and what was written served by each engine on this CPU.",
-        "A cell is the largest difference of a logit over 48 tokens from transformers in float32 with the same",
-        "weights, unpacked by the benchmark's own code, in standard deviations of the logits. A word in a cell is the",
-        "code of what refuses it when planning. `int8 w8a8` is served with inputs rounded to 8 bits, which its",
-        "difference shows. On onnxruntime packed models have `accuracy_level: 1` and `head: float32`, else defaults;",
-        "the builder leaves Mistral's window of 32 tokens out, which planning says. OpenVINO's exporter needs an",
-        "environment that isn't built here.",
-        "",
-        f"{len(families)} rows, {len(counted)} results, {total} tensors accounted for: none lost or strange.",
-        f"Largest difference served by transformers but for `int8 w8a8`: {largest:.0e}.",
-    ]
-    for engine, names in (("transformers", ("dense", *STAGES)), ("onnxruntime", ON_ENGINES)):
-        heads = " | ".join(names)
-        lines += ["", f"## Served by {engine}", "", f"| family | {heads} |", "|---" * (len(names) + 1) + "|"]
-        known = architectures.known_to("onnxruntime")
-        shown = [family for family in families if engine == "transformers" or family in known]
-        lines += [f"| {f} | " + " | ".join(told(by[f, n], engine) for n in names) + " |" for f in shown]
-    lines += [
-        "",
-        "## How far each technique moves the logits",
-        "",
-        "Of random weights, in standard deviations: what a",
-        "",
-    ]
-    lines[-2:] = ["Against the model before, with random weights (the worst case of any rounding).", ""]
-    lines += ["| family | " + " | ".join(STAGES) + " |", "|---" * (len(STAGES) + 1) + "|"]
-    lines += [f"| {f} | " + " | ".join(moved(by[f, n]) for n in STAGES) + " |" for f in families]
-    return "\n".join(lines) + "\n"
+def served_by(engine: str, found: Mapping[str, Any]) -> str:
+    return told(found if "why" in found else found.get(engine))
 
 
 def moved(found: Mapping[str, Any]) -> str:
     return f"{found['moved']:.2f}" if "moved" in found else "–"
+
+
+Cells = Mapping[tuple[str, str], dict[str, Any]]
+
+
+def page(by: Cells) -> str:
+    """Return the page: a table per engine, the words of refusals, and how far each technique moves the logits."""
+    families = list(dict.fromkeys(family for family, _ in by))
+    known = [family for family in families if family in architectures.known_to("onnxruntime")]
+    lines = [*head(by, families), "", "## Served by transformers", ""]
+    lines += table(by, families, ("dense", *STAGES), partial(served_by, "transformers"))
+    lines += ["", "## Served by onnxruntime", ""]
+    lines += table(by, known, ON_ENGINES, partial(served_by, "onnxruntime"))
+    lines += ["", *other_families(by, [family for family in families if family not in known]), ""]
+    lines += [f"With other embeddings, of which int8 is the default for packed models: llama, gptq, {embeddings(by)}."]
+    lines += ["", "## Refusals and failures in words", ""]
+    lines += [f"- {code}: {why}" for code, why in words(by).items()]
+    lines += ["", "## How far each technique moves the logits", ""]
+    lines += ["Against the model before, with random weights (the worst case of any rounding).", ""]
+    lines += table(by, families, tuple(STAGES), moved)
+    return "\n".join(lines) + "\n"
+
+
+def table(
+    by: Cells, families: list[str], names: tuple[str, ...], shown: Callable[[Mapping[str, Any]], str]
+) -> list[str]:
+    lines = [f"| family | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    return lines + [
+        f"| {family} | " + " | ".join(shown(by[family, name]) for name in names) + " |" for family in families
+    ]
+
+
+def head(by: Cells, families: list[str]) -> list[str]:
+    """Return what was done, where, and the figures of the whole."""
+    counted = [found["tensors"] for found in by.values() if "tensors" in found]
+    total = sum(each["same"] + each["changed"] + each["replaced"] + sum(each["dropped"].values()) for each in counted)
+    exact = [found for (_, name), found in by.items() if name != "int8 w8a8"]
+    cells = [found for (_, name), found in by.items() if name != "unproven"]
+    largest = max(found["transformers"] for found in exact if "transformers" in found)
+    graphs = [found["onnxruntime"] for found in by.values() if isinstance(found.get("onnxruntime"), float)]
+    failed = sum("failed" in each for each in refusing(by))
+    versions = host.versions(("torch", "transformers", "onnxruntime", "onnxruntime-genai"))
+    return [
+        "# Families, techniques, engines",
+        "",
+        "Written by `python tests/benchmarks/catalogue.py --work DIR`: each family built tiny and random (two blocks,",
+        "hidden 64) by transformers' own classes, through each technique, and what was written served by each engine.",
+        "A cell is the largest difference of a logit over 48 tokens from transformers in float32 with the same",
+        "weights, unpacked by the benchmark's own code, in standard deviations of the logits. A word in a cell is the",
+        "code of what refuses it when planning; its words are below.",
+        "",
+        "`int8 w8a8` is served with inputs rounded to 8 bits, which its difference shows. In a mixture that rounding",
+        "may choose another expert: with random routers a logit is then another altogether. On onnxruntime packed",
+        "models have `accuracy_level: 1`, `head: float32` and `embedding: float32`, so that a cell shows arithmetic;",
+        "dense ones have defaults. The builder leaves Mistral's window of 32 tokens out, which planning says: its",
+        "cells are of 32 tokens. OpenVINO's exporter needs an environment that isn't built here.",
+        "",
+        f"Commit {record.commit()}; {host.cpu_model()}, one thread; Python {platform.python_version()}, "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + ".",
+        "",
+        f"{len(families)} rows, {len(cells)} cells, {len(counted)} models written, {total} tensors accounted for: none",
+        f"lost or strange. {failed} cells failed. Largest difference of what transformers serves, but for `int8 w8a8`:",
+        f"{told(largest)}; of {len(graphs)} graphs on onnxruntime: {told(max(graphs, default=0.0))}.",
+    ]
+
+
+def other_families(by: Cells, families: list[str]) -> Iterator[str]:
+    """Yield which families aren't in the table of an engine, and why not those that its builder has a class for."""
+    yield f"Refused when planning, `unknown-architecture`: {', '.join(families)}."
+    yield ""
+    yield "Of these the builder has classes for some, and was let build them all the same:"
+    yield ""
+    for family in families:
+        if found := by.get((family, "unproven")):
+            apart = f"logits {told(found['apart'])} apart" if "apart" in found else found["why"]
+            yield f"- {family}: {apart}"
+
+
+def embeddings(by: Cells) -> str:
+    found = by.get(("llama", "gptq"), {}).get("embeddings", {})
+    return ", ".join(f"`embedding: {kind}` is {told(value)} apart" for kind, value in found.items())
+
+
+def refusing(by: Cells) -> list[dict[str, Any]]:
+    """Return every refusal and failure, with its cell."""
+    found = [(key, each) for key, whole in by.items() for each in (whole, whole.get("onnxruntime"))]
+    return [each | {"cell": ", ".join(key)} for key, each in found
+            if isinstance(each, dict) and {"refused", "failed"} & each.keys()]  # fmt: skip
+
+
+def words(by: Cells) -> dict[str, str]:
+    """Return code → the words of its first refusal, and cell → how it failed."""
+    found: dict[str, str] = {}
+    for each in refusing(by):
+        if "failed" in each:
+            found[each["cell"]] = f"ended with {each['failed']}: {each['why']}"
+        else:
+            found.setdefault(f"`{each['refused']}`", f"{each['why']} (here {each['cell']})")
+    return found
 
 
 def main() -> None:
@@ -275,10 +382,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--only", default="")
     arguments = parser.parse_args()
-    families = arguments.only.split(",") if arguments.only else list(CONFIGS)
+    families = arguments.only.split(",") if arguments.only else [*CONFIGS, *test_mixtures.FAMILIES]
     torch.set_num_threads(1)
-    rows = list(cells(arguments.work, families))
-    PAGE.write_text(page(rows), encoding="utf-8")
+    found = {(family, name): each for family, name, each in cells(arguments.work, families)}
+    PAGE.write_text(page(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

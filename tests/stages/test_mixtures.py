@@ -67,29 +67,32 @@ CASES = [
 ]
 
 
+def save(name: str, directory: Path) -> Path:
+    """Write a seeded tiny model of a family, in bf16, its norms, biases and routers far from ones and zeros."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **(COMMON | FAMILIES[name]))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for key, parameter in model.named_parameters():
+        scale = 0.3 if "norm" in key or key.endswith("bias") else 0.1 if ".gate." in key or "experts" in key else 0
+        parameter.data += scale * torch.randn_like(parameter)
+    for key, buffer in model.named_buffers():
+        if key.endswith("e_score_correction_bias"):
+            buffer.add_(torch.randn_like(buffer))
+    model.save_pretrained(directory)
+    byte_tokenizer(directory)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def mixture(tmp_path_factory: pytest.TempPathFactory):
     """Return what makes a saved tiny model of a family, once."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:
         if name not in made:
-            torch.manual_seed(0)
-            config = AutoConfig.for_model(name, **(COMMON | FAMILIES[name]))
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-            for key, parameter in model.named_parameters():
-                scale = (
-                    0.3 if "norm" in key or key.endswith("bias") else 0.1 if ".gate." in key or "experts" in key else 0
-                )
-                parameter.data += scale * torch.randn_like(parameter)
-            for key, buffer in model.named_buffers():
-                if key.endswith("e_score_correction_bias"):
-                    buffer.add_(torch.randn_like(buffer))
-            made[name] = tmp_path_factory.mktemp(name)
-            model.save_pretrained(made[name])
-            byte_tokenizer(made[name])
+            made[name] = save(name, tmp_path_factory.mktemp(name))
         return made[name]
 
     return make

@@ -14,6 +14,8 @@ from optikit.problems import Problem
 
 BUILDER = "onnxruntime"
 """Its name in rows of families and of engines."""
+HEAD_MULTIPLE = 16
+"""Widths that operator GroupQueryAttention takes ("head_size shall be a multiple of 16")."""
 ORIGINAL = "original_max_position_embeddings"
 ORIGINAL_CONTEXTS: Mapping[str, int] = MappingProxyType({"phi3": 4096})
 """Families of which a context that isn't the original one means longrope to the builder, whatever rope_type says
@@ -24,11 +26,14 @@ def problems(facts: ModelFacts) -> Iterator[Problem]:
     """Yield why the builder's graph of a model would be wrong, or only right for short texts."""
     known = architectures.known_to(BUILDER)
     if facts.model_type not in known:
-        message = f"onnxruntime-genai's builder doesn't know model_type {facts.model_type!r}"
+        message = f"no graph of onnxruntime-genai's builder was proven right for model_type {facts.model_type!r}"
         yield Problem(code="unknown-architecture", message=message, fix=f"known: {', '.join(sorted(known))}")
         return
     yield from engines.unlike(BUILDER, facts)
     yield from _taken_for_longrope(facts)
+    if facts.head_dim % HEAD_MULTIPLE:
+        message = f"attention heads are {facts.head_dim} wide, and onnxruntime takes multiples of {HEAD_MULTIPLE}"
+        yield Problem(code="head-width", message=message, fix="serve the model directory itself, or use another engine")
     right_up_to = window(facts)
     if right_up_to < facts.max_positions:
         message = (

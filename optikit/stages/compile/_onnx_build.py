@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from optikit.process import child, program
+from optikit.stages.compile import _onnx_norms
+from optikit.stages.compile._onnx_verify import GRAPH
 
 if TYPE_CHECKING:
+    from optikit.models.facts import ModelFacts
     from optikit.stage import Job
 
 BUILDER = "onnxruntime_genai.models.builder"
@@ -18,14 +21,14 @@ LOG = "builder.log"
 _LAYER = re.compile(r"Reading layer (\d+)")
 
 
-def build(job: Job, precision: str, extra: Sequence[str], layers: int, provider: str = "cpu") -> None:
+def build(job: Job, precision: str, extra: Sequence[str], facts: ModelFacts, provider: str = "cpu") -> None:
     """Run the builder on `job.source`; the graph, its configuration and the tokenizer end up in `job.dest`.
 
     Args:
         job: Where to read, to write, and to keep the builder's cache and log.
         precision: What the builder calls precision.
         extra: Its `--extra_options`, KEY=VALUE.
-        layers: Decoder blocks of the model, for progress.
+        facts: Of the source.
         provider: Execution provider that will run the graph.
 
     Raises:
@@ -43,10 +46,11 @@ def build(job: Job, precision: str, extra: Sequence[str], layers: int, provider:
     def count_blocks() -> None:
         for line in lines.read():
             if found := _LAYER.match(line):
-                job.progress(int(found[1]) + 1, layers, "block")
+                job.progress(int(found[1]) + 1, facts.layers, "block")
 
     what, environ = "onnxruntime-genai's builder", program.environment(job)
     program.perform(what, command, log=log, environ=environ, directory=job.scratch, between=count_blocks)
+    _onnx_norms.mend(job.source, job.dest / GRAPH, facts)
 
 
 def decode(job: Job, tokens: int) -> str:

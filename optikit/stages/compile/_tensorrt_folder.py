@@ -31,7 +31,7 @@ def write(options: Options, job: Job) -> Facts:
     if job.target is None:
         raise IntegrityError("a graph for TensorRT was asked for without its target", fix="run it through a recipe")
     facts = read(job.source)
-    _onnx_build.build(job, options.precision, (), facts.layers, provider=_tensorrt_run.EXECUTION_PROVIDER)
+    _onnx_build.build(job, options.precision, (), facts, provider=_tensorrt_run.EXECUTION_PROVIDER)
     found = checked(job.dest / "model.onnx", facts) | _tensorrt_compare.compare(job, facts)
     files = {
         "run.py": Path(_tensorrt_run.__file__).read_text(encoding="utf-8"),

@@ -244,7 +244,7 @@ def run(options: Options, job: Job) -> Facts:
     facts = read(job.source)
     precision = builder_precision(options, facts)
     extra = builder_options(options, facts)
-    _onnx_build.build(job, precision, extra, facts.layers)
+    _onnx_build.build(job, precision, extra, facts)
     _embed(options, job, facts)
     found = _onnx_verify.compare(
         job.source, job.dest, facts, exact=precision == "fp32" or bool(facts.traits & QUANTIZED)

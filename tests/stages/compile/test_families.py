@@ -15,6 +15,7 @@ from optikit.models.reader import read
 from optikit.stage import Job
 from optikit.stages.compile import onnxruntime
 from optikit.stages.compile.onnxruntime import Options
+from tests.families import save
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +25,7 @@ FAMILIES = {
     "mistral": {"sliding_window": None},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {},
+    "gemma": {},
     "gemma2": {"sliding_window": 16},
     "phi3": {"original_max_position_embeddings": 256},
     "granite": {"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "logits_scaling": 8.0},
@@ -40,29 +42,7 @@ def helpers():
 
 
 def build(family, directory):
-    """Save a seeded random model of a family in bf16."""
-    import torch
-    import transformers
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = transformers.CONFIG_MAPPING[family](
-        vocab_size=260,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        **FAMILIES[family],
-    )
-    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(directory)
-    helpers().byte_tokenizer(directory)
-    return directory
+    return save(family, directory / "model", **FAMILIES[family])
 
 
 def compare(source, work, options):
@@ -84,7 +64,7 @@ def test_every_accepted_family_is_tested():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_transformers(family, tmp_path):
-    facts, apart, (planned, written) = compare(build(family, tmp_path / "model"), tmp_path, Options())
+    facts, apart, (planned, written) = compare(build(family, tmp_path), tmp_path, Options())
     assert facts["linears_bit_equal"] == facts["linears_compared"] > 0
     assert apart < 2e-6
     assert planned == pytest.approx(written, rel=0.01)
@@ -92,7 +72,7 @@ def test_logits_are_those_of_transformers(family, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_logits_are_those_of_the_weights_they_stand_for(family, tmp_path):
-    source = helpers().round_to_gptq(build(family, tmp_path / "model"), tmp_path / "packed")
+    source = helpers().round_to_gptq(build(family, tmp_path), tmp_path / "packed")
     facts, apart, (planned, written) = compare(source, tmp_path, Options(accuracy_level=1, head="float32"))
     assert facts["linears_bit_equal"] == facts["linears_compared"] > 0
     assert apart < 2e-6

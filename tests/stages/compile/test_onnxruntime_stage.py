@@ -79,6 +79,7 @@ class TestCheck:
 
     def test_families_and_rotary_embeddings(self, dense):
         assert codes(replace(dense, model_type="opt")) == ["unknown-architecture"]
+        assert codes(replace(dense, head_dim=24)) == ["head-width"]
         for kind in ("linear", "yarn", "longrope"):
             assert codes(replace(dense, config={"rope_scaling": {"type": kind}})) == ["unknown-rope"]
         assert codes(replace(dense, config={"rope_parameters": {"rope_type": "llama3"}})) == []
@@ -173,14 +174,14 @@ class TestRun:
             onnxruntime.run(Options(), Job(source=source, dest=dest, scratch=tmp_path / "scratch"))
         assert str(tmp_path / "scratch") in caught.value.fix
 
-    def test_progress_counts_the_blocks(self, tmp_path, monkeypatch):
+    def test_progress_counts_the_blocks(self, dense, tmp_path, monkeypatch):
         seen = []
         fake = tmp_path / "noisy_builder.py"
         fake.write_text("print('Reading layer 0')\nprint('noise')\nprint('Reading layer 1')\n")
         monkeypatch.setattr(_onnx_build, "BUILDER", "noisy_builder")
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
         job = Job(source=tmp_path, dest=tmp_path, scratch=tmp_path / "s", progress=lambda *each: seen.append(each))
-        _onnx_build.build(job, "fp32", (), 2)
+        _onnx_build.build(job, "fp32", (), dense)
         assert seen == [(1, 2, "block"), (2, 2, "block")]
         assert "noise" in (tmp_path / "s" / "builder.log").read_text()
 
@@ -196,7 +197,7 @@ class TestRun:
             "from optikit.stage import Job\n"
             "_onnx_build.BUILDER = 'slow_builder'\n"
             "here = pathlib.Path(sys.argv[1])\n"
-            "_onnx_build.build(Job(source=here, dest=here, scratch=here / 's'), 'fp32', (), 2)\n"
+            "_onnx_build.build(Job(source=here, dest=here, scratch=here / 's'), 'fp32', (), None)\n"
         )
         worker = subprocess.Popen(
             [sys.executable, "-c", code, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(tmp_path)}
