@@ -317,7 +317,7 @@ def row_problems(stage: Stage, method: str, options: Any, facts: ModelFacts) -> 
     needed = stage.needs_row(options) if isinstance(stage, Rowless) else "its modules' names"
     if needed:
         message = f"{method} needs a row for {facts.model_type}, which optikit doesn't have: {needed}"
-        fix = "use rtn, gptq, int8 with scheme w8a16, wanda, sparsegpt or magnitude, which walk any model"
+        fix = "use rtn, gptq, fp8, int8 with scheme w8a16, wanda, sparsegpt or magnitude, which walk any model"
         yield Problem(code="needs-row", message=message, fix=fix)
         return
     message = f"no row for {facts.model_type}: generic walk, over the linear layers that its headers show"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from optikit.models import adapter
-from optikit.models.facts import ModelFacts
+from optikit.models.facts import DTYPE_BYTES, ModelFacts
 from optikit.models.reader import read, read_gguf
 from optikit.problems import Problem
 from optikit.rules.engine import check
@@ -171,6 +171,8 @@ def _first_legal(alike: Sequence[Candidate]) -> Candidate:
 def _presets(method: str, facts: ModelFacts) -> Iterator[Mapping[str, Any]]:
     """Yield the options to try: bits where the method lets one choose, the largest usual group that divides."""
     known = load("quantize", method).Options.model_fields
+    if "dtype" in known and DTYPE_BYTES.get(facts.dtype, 0) <= 2:
+        return  # a cast that saves nothing
     widths = [columns for _, columns in facts.linears.values()]
     fitting = [size for size in GROUP_SIZES if all(width % size == 0 for width in widths)]
     group = {"group_size": fitting[0]} if fitting and "group_size" in known else {}

@@ -22,14 +22,15 @@ from optikit import host
 from optikit.algorithms.precision import compute_dtype
 from optikit.calibration import calibration_set, distributed, expert_walk
 from optikit.calibration.budget import BATCH_TOKENS, PAUSED_MOST, PAUSED_SHARE, paused_bytes_per_token
+from optikit.calibration.cache_ranges import SUFFIXES, CacheRanges
 from optikit.calibration.empty_model import Call, EmptyModel
 from optikit.calibration.expert_walk import Seen
 from optikit.calibration.forward_passes import ForwardPasses
 from optikit.calibration.gram import PairedGram
-from optikit.calibration.method import Batch, DataFreeMethod, Group, Method, PreviousOp, Result, Walked
+from optikit.calibration.method import Batch, DataFreeMethod, Group, Method, PreviousOp, Result, RowMethod, Walked
 from optikit.calibration.paused_forward import CapturePoint, answered, capture_hooks
 from optikit.calibration.resume import AIM, HiddenStates, ResumeState
-from optikit.calibration.source_model import DOWN, Linears, SourceModel
+from optikit.calibration.source_model import DOWN, Linear, Linears, SourceModel
 from optikit.errors import StageFailedError
 from optikit.formats.checkpoint import Checkpoint
 from optikit.models import language_part
@@ -54,11 +55,12 @@ class Outcome(NamedTuple):
 
 def run(
     job: Job,
-    method: Method[Any] | DataFreeMethod,
+    method: Method[Any] | DataFreeMethod | RowMethod,
     *,
     identity: str,
     ignore: Callable[[str], bool],
     experts: Seen = "all",
+    cache: CacheRanges | None = None,
 ) -> Outcome:
     """Take a method through all blocks of `job.source`, write `job.dest` and verify it.
 
@@ -68,6 +70,7 @@ def run(
         identity: Names method and options: a walk killed under another identity isn't resumed.
         ignore: Whether a linear (full name) is left as it is.
         experts: Which tokens routed experts are calibrated on; see expert_walk.py.
+        cache: Watches keys and values as the changed blocks make them; its scales are written too.
 
     Raises:
         StageFailedError: Unknown architecture, damaged weights or activations, a linear that is never called, text
@@ -75,14 +78,20 @@ def run(
     """
     torch.set_num_threads(job.threads)
     source = SourceModel(Checkpoint(job.source))
+    facts: Facts = {}
     if isinstance(method, Method):
-        walk = _Calibrated(job, source, method, identity, ignore, experts)
-        state, changed, facts = walk.state, walk.blocks(), {"compute_dtype": str(walk.dtype).removeprefix("torch.")}
+        walk = _Calibrated(job, source, method, identity, ignore, experts, cache)
+        state, changed = walk.state, walk.blocks()
+        facts["compute_dtype"] = str(walk.dtype).removeprefix("torch.")
     else:
-        state, facts = ResumeState(job.scratch, {"method": identity}, job.note), {}
+        state = ResumeState(job.scratch, {"method": identity}, job.note)
         if source.row.generic:
             EmptyModel(source, dtype=torch.bfloat16, device="meta")  # holds the row to transformers' class
-        changed = _data_free(job, source, method, state, ignore)
+        if isinstance(method, RowMethod):
+            _by_rows(job, source, method, state, ignore)
+            changed = _nothing()
+        else:
+            changed = _data_free(job, source, method, state, ignore)
     with torch.no_grad(), closing(changed) as blocks:
         for block, groups in blocks:
             for linears, apply in groups:
@@ -107,7 +116,8 @@ def _walked(source: SourceModel, state: ResumeState, ignore: Callable[[str], boo
     kept = {name: entry for name, entry in source.checkpoint.entries.items() if name not in replaced}
     entries = {**kept, **state.entries()}
     linears = tuple(state.linears)
-    return Walked(entries=entries, linears=linears, ignore=ignore, aims=state.aims(), rows=state.facts)
+    added = frozenset(name for name in state.entries() if name.endswith(SUFFIXES))
+    return Walked(entries=entries, linears=linears, ignore=ignore, added=added, aims=state.aims(), rows=state.facts)
 
 
 def _corrections(rows: Mapping[str, Mapping[str, Any]]) -> Facts:
@@ -155,6 +165,8 @@ class _Block:
         return {f"{linear.name}.weight": self._source.as_checkpoint(linear, weight) for linear, weight in pairs}
 
 
+COMMIT_BYTES = 1 << 28
+"""Of dense weights that are rounded between two commits."""
 Blocks = Generator[tuple[_Block, Iterable[Change]]]
 """Blocks with their groups; before the next block is asked for, all groups of the last must be taken in."""
 
@@ -184,6 +196,50 @@ def _data_free_changes(
             block.put_aside(state)
 
 
+def _nothing() -> Blocks:
+    """Yield no block."""
+    yield from ()
+
+
+def _by_rows(
+    job: Job, source: SourceModel, method: RowMethod, state: ResumeState, ignore: Callable[[str], bool]
+) -> None:
+    """Round linears that aren't done yet, strip by strip.
+
+    What is committed together is a block, or of a large one as many linears as fit into `COMMIT_BYTES`.
+    """
+    units = [unit for block in range(source.layers) for unit in _units(source, block, ignore)]
+    for index, linears in enumerate(units[state.done :], state.done):
+        # Handed on at once: a name for them would keep them in memory while the next are made.
+        state.commit(_rounded(job, source, method, linears), [linear.name for linear in linears], {}, "")
+        job.progress(index + 1, len(units), "block" if len(units) == source.layers else "part of a block")
+
+
+def _rounded(job: Job, source: SourceModel, method: RowMethod, linears: Linears) -> dict[str, Tensor]:
+    """Return the packed tensors of linears by full name."""
+    packing, tensors = method.layout.packing, dict[str, Tensor]()
+    for linear in linears:
+        strips = (method.rows(weight.to(job.device)) for _, weight in source.strips(linear))
+        packed = packing.joined(strips, source.rows(linear))
+        tensors |= {f"{linear.name}.{suffix}": tensor for suffix, tensor in packed.items()}
+    return tensors
+
+
+def _units(source: SourceModel, block: int, ignore: Callable[[str], bool]) -> Iterator[Linears]:
+    """Yield the linears of a block in runs whose dense weights take `COMMIT_BYTES` at most, or one that takes more."""
+    unit: list[Linear] = []
+    size = 0
+    for linear in (each for group in source.groups(block, ignore) for each in group):
+        entry = source.checkpoint.entries[f"{linear.name}.weight"]
+        size += entry.stop - entry.start
+        if unit and size > COMMIT_BYTES:
+            yield tuple(unit)
+            unit, size = [], entry.stop - entry.start
+        unit.append(linear)
+    if unit:
+        yield tuple(unit)
+
+
 def _finite(hidden: Tensor) -> bool:
     # A sum takes a fifth of the time, and is infinite or no number where a part of it is; large parts could be as well.
     return bool(torch.isfinite(hidden.sum(dtype=torch.float32)) or torch.isfinite(hidden).all())
@@ -205,9 +261,11 @@ class _Calibrated:
         identity: str,
         ignore: Callable[[str], bool],
         experts: Seen,
+        cache: CacheRanges | None,
     ) -> None:
         self._seen: Seen = experts
         self._experts: expert_walk.ExpertWalk | None = None
+        self._cache = cache or CacheRanges(watch=False)
         self._job, self._source, self._method, self._ignore = job, source, method, ignore
         self._calibration = job.calibrated()
         self._paired = method.correct_damp is not None
@@ -314,9 +372,11 @@ class _Calibrated:
                 each = ForwardPasses(module, call, hidden, keep=keep, device=self._job.device)
                 passes.append(stack.enter_context(closing(each)))
             block = _Block(self._source, partial(self._take, filled))
+            stack.enter_context(self._cache.watching(filled))
             yield block, self._changes(index, filled, block, passes, seen)
             after = zip(passes, self._paths(index + 1), strict=True)
             digests = [self._states(path).write(each.outputs()) for each, path in after]
+            block.tensors |= self._cache.scales(self._source.block_name(index), filled)
         self.state.commit(block.tensors, block.linears, block.facts, *digests)
 
     def _traced(self, index: int) -> tuple[tuple[str, ...], ...]:

@@ -17,15 +17,41 @@ from torch import Tensor
 _EXPERT = re.compile(r"(.*?\.\d+)\..*experts\.(\d+)\.")
 
 
-def entropy(codes: Tensor) -> float:
-    """Return the bits that a code carries, by how often each occurs.
+@dataclass
+class Tally:
+    """What codes and scales of a linear are, added up a strip of outputs at a time."""
 
-    Args:
-        codes: Whole numbers from 0 up, any shape.
-    """
-    shares = torch.bincount(codes.reshape(-1).long()).double() / max(codes.numel(), 1)
-    shares = shares[shares > 0]
-    return max(0.0, -float((shares * shares.log2()).sum()))
+    _counts: Tensor = field(default_factory=lambda: torch.zeros(256, dtype=torch.int64))
+    _scales: list[float] = field(default_factory=list)
+
+    def add(self, codes: Tensor, scales: Tensor) -> None:
+        """Take in a strip.
+
+        Args:
+            codes: uint8, any shape.
+            scales: Any shape.
+        """
+        self._counts += torch.bincount(codes.reshape(-1), minlength=256)
+        self._scales = [float(each) for each in torch.aminmax(scales.abs().float())] + self._scales
+        self._scales = [min(self._scales), max(self._scales)]
+
+    @property
+    def only(self) -> int | None:
+        """The code that all weights have; None where there are more, or none."""
+        used = self._counts.nonzero()
+        return int(used) if len(used) == 1 else None
+
+    @property
+    def entropy(self) -> float | None:
+        """Bits that a code carries, by how often each occurs; None without codes."""
+        total = int(self._counts.sum())
+        shares = self._counts[self._counts > 0].double() / max(total, 1)
+        return max(0.0, -float((shares * shares.log2()).sum())) if total else None
+
+    @property
+    def scales(self) -> tuple[float, float] | None:
+        """The smallest and the largest magnitude of a scale; None without any."""
+        return (self._scales[0], self._scales[1]) if self._scales else None
 
 
 @dataclass(frozen=True)

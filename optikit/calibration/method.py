@@ -12,6 +12,7 @@ from torch import Tensor
 
 from optikit.algorithms.grid import pruned_mask
 from optikit.formats.checkpoint import Entry
+from optikit.formats.packing import Packing
 from optikit.stage import Facts, Job
 
 
@@ -139,6 +140,7 @@ class Walked:
         entries: Every tensor of the new checkpoint and where its bytes lie now: in the source, or in scratch.
         linears: Full names of the linears that were changed.
         ignore: Whether a linear (full name) was left as it is.
+        added: Names of tensors that no linear has and the source doesn't: scales of caches.
         aims: What corrected linears were aimed at; see aims.py.
         rows: Facts about each linear by its name, as JSON.
     """
@@ -146,6 +148,7 @@ class Walked:
     entries: Mapping[str, Entry]
     linears: tuple[str, ...]
     ignore: Callable[[str], bool]
+    added: frozenset[str] = frozenset()
     aims: Mapping[str, Entry] = field(default_factory=dict)
     rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -192,7 +195,7 @@ class Method(Protocol[S]):
 
 
 class DataFreeMethod(Protocol):
-    """A technique that looks at weights alone."""
+    """A technique that looks at weights alone, at those of a group together."""
 
     @property
     def layout(self) -> Layout:
@@ -201,4 +204,27 @@ class DataFreeMethod(Protocol):
 
     def apply(self, group: Group) -> Result:
         """Change a group's weights."""
+        ...
+
+
+class PackedLayout(Layout, Protocol):
+    """A layout of packed linears."""
+
+    @property
+    def packing(self) -> Packing:
+        """How a linear is packed."""
+        ...
+
+
+@runtime_checkable
+class RowMethod(Protocol):
+    """A technique that looks at weights alone and rounds each output by itself: it takes a linear of any size."""
+
+    @property
+    def layout(self) -> PackedLayout:
+        """File layout of the results."""
+        ...
+
+    def rows(self, weight: Tensor) -> Mapping[str, Tensor]:
+        """Return the packed tensors of some outputs by suffix, from their weight (rows, in_features) float32."""
         ...

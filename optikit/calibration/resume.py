@@ -148,8 +148,19 @@ class ResumeState:
         dense_sha256: str = "",
     ) -> None:
         """Make one more block final: its new tensors, the linears they replace, and the hidden states after it."""
+        keep_tensors(self._block_path(self.done, self._stashed), tensors)
+        self._advance(linears, facts, hidden_sha256, dense_sha256)
+
+    def commit_written(self, write: Callable[[Path], Mapping[str, Any]]) -> None:
+        """Make one more part final whose tensors `write` writes to a file itself; it returns facts about them."""
+        path = self._block_path(self.done, self._stashed)
+        partial = path.with_name(path.name + ".whole")
+        facts = write(partial)
+        keep_checked(partial, path)
+        self._advance([], facts, "", "")
+
+    def _advance(self, linears: list[str], facts: Mapping[str, Any], hidden_sha256: str, dense_sha256: str) -> None:
         index = self.done
-        keep_tensors(self._block_path(index, self._stashed), tensors)
         self._parts = [*self._parts, self._stashed + 1]
         self._stashed = 0
         self.done, self.hidden_sha256, self.dense_sha256 = index + 1, hidden_sha256, dense_sha256

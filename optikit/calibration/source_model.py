@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,13 +12,16 @@ from torch import Tensor
 from optikit.calibration.method import PreviousOp
 from optikit.errors import RecipeError, StageFailedError
 from optikit.formats import stacked
-from optikit.formats.checkpoint import Checkpoint, Entry, finite, joined
+from optikit.formats.checkpoint import Checkpoint, Entry, finite, joined, read_rows
+from optikit.formats.packing import STRIP_ROWS
 from optikit.models import language_part, stacked_experts
 from optikit.models.architectures import Architecture
 from optikit.models.reader import architecture_of
 
 GATE, UP, DOWN = range(3)
 """Projections of an expert, in the order in which rows of architectures.toml name them."""
+STRIP_ELEMENTS = 1 << 22
+"""Weights of a strip: a few copies of it in float32 are nothing beside the libraries."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,6 @@ class Linear:
 
 
 Linears = tuple[Linear, ...]
-
-
-def linears_of(directory: Path) -> tuple[str, ...]:
-    """Return the full names of all linears of a model directory's blocks, as its checkpoint has them."""
-    source = SourceModel(Checkpoint(directory))
-    groups = (group for block in range(source.layers) for group in source.groups(block, lambda _: False))
-    return tuple(linear.name for group in groups for linear in group)
 
 
 class SourceModel:
@@ -199,6 +194,10 @@ class SourceModel:
         words = self.row.tensors.get(f"*.{inside}.weight", "")
         return (not words or " if " in words) and not self.has(f"{self.row.block(block)}.{inside}.weight")
 
+    def block_name(self, block: int) -> str:
+        """Return the checkpoint's name of a block."""
+        return self._part.place(self.row.block(block))
+
     @property
     def linears(self) -> tuple[str, ...]:
         """Full names of the linears of all blocks, as the checkpoint has them."""
@@ -306,6 +305,29 @@ class SourceModel:
         """Read a linear's weight as (out_features, in_features) float32."""
         tensor = self.read(f"{linear.name}.weight").float()
         return tensor.T.contiguous() if self.row.transposed else tensor
+
+    def rows(self, linear: Linear) -> int:
+        """Return the output features of a linear."""
+        return self.checkpoint.entries[f"{linear.name}.weight"].shape[1 if self.row.transposed else 0]
+
+    def strips(self, linear: Linear) -> Iterator[tuple[int, Tensor]]:
+        """Read a linear's weight a strip of outputs at a time: the first output, and (rows, in_features) float32.
+
+        Only a weight that is stored the other way round is read whole.
+
+        Raises:
+            IntegrityError: It holds NaN or infinity.
+        """
+        name, rows = f"{linear.name}.weight", self.rows(linear)
+        step = max(1, STRIP_ELEMENTS // self.width(linear) // STRIP_ROWS) * STRIP_ROWS
+        whole = self.weight(linear) if self.row.transposed else None
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            if whole is not None:
+                yield start, whole[start:stop]
+                continue
+            part = read_rows(self.checkpoint.entries[name], start, stop)
+            yield start, finite(name, part, self.checkpoint.directory).float()
 
     def as_checkpoint(self, linear: Linear, weight: Tensor) -> Tensor:
         """Return a weight (out_features, in_features) in the layout and dtype in which the checkpoint has it."""

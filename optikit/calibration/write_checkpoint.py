@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ from optikit.calibration import aims
 from optikit.calibration.expert_proof import ExpertProof, Found
 from optikit.calibration.method import PreviousOp, Walked
 from optikit.calibration.source_model import Linear, SourceModel
-from optikit.calibration.verify import FIX, LARGEST_ERROR, verify_packed
+from optikit.calibration.verify import FIX, LARGEST_ERROR, verify_rounded
 from optikit.errors import StageFailedError
+from optikit.fileio import write_json
 from optikit.formats.checkpoint import Checkpoint, read_entry, same_bytes
 from optikit.formats.directory import write_model
+from optikit.formats.packing import IntegerPacking, Packing, integers, off_grid
 from optikit.stage import Facts, Job
 
 LARGEST_BEHIND_NORM = 0.4
@@ -263,21 +266,39 @@ def _changes(job: Job, source: SourceModel, kept: list[int]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GptqLayout:
-    """Linears in `gptq` packing; every other tensor as it was.
+class RoundedLayout:
+    """Linears that were rounded where they stand; every other tensor as it was.
 
     Attributes:
-        grid: The grid of the codes.
+        packing: Of the linears.
         config: `quantization_config` of config.json.
+        beside: Files to write beside it, as JSON by name.
     """
 
-    grid: Grid
+    packing: Packing
     config: Mapping[str, Any]
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, job: Job, walked: Walked) -> Facts:
-        """Write `job.dest` and verify it against `job.source`; facts and errors are those of `verify_packed`."""
+        """Write `job.dest` and verify it against `job.source`; facts and errors are those of `verify_rounded`."""
         write_model(job.source, job.dest, walked.entries, changes={"quantization_config": dict(self.config)})
-        return verify_packed(job.source, job.dest, walked.linears, self.grid, walked.aims)
+        for name, content in self.beside.items():
+            write_json(job.dest / name, content)
+        return verify_rounded(job.source, job.dest, self.packing, walked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridLayout(RoundedLayout):
+    """The same of integer codes on a grid."""
+
+    packing: IntegerPacking
+    grid: Grid
+
+
+def grid_layout(form: str, grid: Grid, config: Mapping[str, Any]) -> GridLayout:
+    """Return the layout of codes on a grid, in the packing that a `format` names."""
+    packing = integers(form, grid.bits, sym=grid.sym)
+    return GridLayout(packing=replace(packing, wrong=partial(off_grid, packing, grid)), config=config, grid=grid)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 `load_state(directory, dtype)` is for runtimes: the dense state dict of any directory that can be read here.
 `dequantized_state(directory)` and `AsFloats(directory)` are the same, one tensor at a time.
-`rounds_activations(directory)` says whether a server of it rounds the inputs of quantized linears, too.
+What a server does to the inputs of quantized linears besides is in activations.py.
 """
 
 from __future__ import annotations
@@ -59,6 +59,10 @@ UNPACK: Mapping[str, Callable[[Tensors, Storage], Tensor]] = {
     ),
     "mxfp4_packed": lambda tensors, _: fp4.dequantize(tensors["weight_packed"], tensors["weight_scale"]),
     "mxfp4": lambda tensors, _: fp4.dequantize_experts(tensors["blocks"], tensors["scales"]),
+    "fp8_dynamic": lambda tensors, _: fp8.dequantize(tensors["weight"], tensors["weight_scale"]),
+    "fp8_static": lambda tensors, _: fp8.dequantize(tensors["weight"], tensors["weight_scale"]),
+    "int4_packed": lambda tensors, storage: compressed_tensors.dequantize_packed(tensors, storage.bits),
+    "int8_packed": lambda tensors, storage: compressed_tensors.dequantize_packed(tensors, storage.bits),
     "int8_llm": lambda tensors, _: llm_int8.dequantize(tensors),
     "nf4": lambda tensors, _: nf4.dequantize(tensors),
     "fp4": lambda tensors, _: nf4.dequantize(tensors),
@@ -235,12 +239,3 @@ def _require_zero(checkpoint: Checkpoint, storage: Storage, full: Mapping[str, s
 def load_state(directory: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the dense state dict of a model directory, floating point tensors as `dtype`, Hugging Face names."""
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in dequantized_state(directory)}
-
-
-def rounds_activations(directory: Path) -> frozenset[str]:
-    """Return the linears (full names) whose inputs a server rounds to int8, a scale per token, before multiplying."""
-    checkpoint = Checkpoint(directory)
-    storage = quantization.scheme(checkpoint.config(), directory / "config.json", checkpoint)
-    if not storage.integer_products:
-        return frozenset()
-    return frozenset(name.removesuffix(".weight_scale") for name in checkpoint if name.endswith(".weight_scale"))

@@ -20,6 +20,7 @@ from optikit.models import language_part, quantization
 from optikit.models.architectures import Architecture
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import read
+from optikit.models.traits import Storage
 from optikit.stage import Changes
 
 FIX = "this is a defect of the stage: report it with the step's log"
@@ -82,6 +83,7 @@ class _Pair:
     old: Mapping[str, Entry]
     new: Mapping[str, Entry]
     packed: frozenset[str]
+    codes: str
     may_change: frozenset[str]
     tied: bool
 
@@ -99,7 +101,7 @@ class _Pair:
         layer = name.removesuffix(".weight")
         stack = _STACK.fullmatch(name)
         apart = stack is not None and any(other.startswith(f"{stack[1]}.") for other in self.new)
-        if apart or f"{layer}.qweight" in self.packed:
+        if apart or f"{layer}.{self.codes}" in self.packed:
             return "replaced", ""
         if self.changes == "blocks" and name.startswith(f"{self.row.blocks}."):
             return "dropped", "its block was left out"
@@ -116,12 +118,14 @@ def _pair(source: Path, dest: Path, changes: Changes, found: Mapping[str, Any]) 
     if row is None or written is None:
         raise IntegrityError(f"{dest} is of no known family", fix=FIX)
     new = _entries(dest, after)
+    storage = quantization.scheme(Checkpoint(dest).config(), dest / "config.json")
     return _Pair(
         row=row,
         changes=changes,
         old=_entries(source, before),
         new=_renumbered(new, row, found["blocks_kept"]) if changes == "blocks" else new,
-        packed=frozenset(_packed(new, dest)),
+        packed=frozenset(_packed(new, storage)),
+        codes=storage.codes,
         may_change=frozenset(_changing(before, row, changes)),
         tied=after.tied,
     )
@@ -146,12 +150,12 @@ def _renumbered(entries: Mapping[str, Entry], row: Architecture, kept: list[int]
     return renamed
 
 
-def _packed(entries: Mapping[str, Entry], dest: Path) -> set[str]:
-    """Return the tensors that packed linears are made of."""
-    storage = quantization.scheme(Checkpoint(dest).config(), dest / "config.json")
+def _packed(entries: Mapping[str, Entry], storage: Storage) -> set[str]:
+    """Return the tensors that packed linears are made of, and scales of inputs and caches."""
     parts = ((name, *storage.split(name)) for name in entries)
     packed = {name for name, layer, kind in parts if kind and storage.packs(layer, entries)}
     zeros = {name for name in entries for kind in storage.zeros if name.endswith(f".{kind}")}
+    packed |= {name for name in entries if storage.drops(name)}
     return packed | {name for name in zeros if storage.packs(name.rpartition(".")[0], entries)}
 
 

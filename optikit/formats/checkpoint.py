@@ -7,9 +7,10 @@ written by copying byte ranges of finished files, so that neither a shard nor th
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
@@ -44,6 +45,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 """Dtypes by safetensors name."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,31 @@ def joined(parts: Sequence[Entry], shape: tuple[int, ...]) -> Entry:
     return Entry(parts[0].file, parts[0].dtype, shape, 0, size, tuple(parts))
 
 
+def read_rows(entry: Entry, start: int, stop: int) -> Tensor:
+    """Read rows `start` to `stop` of one tensor into memory of their own; of one in several parts all are read."""
+    if entry.parts:
+        return read_entry(entry)[start:stop].clone()
+    row = math.prod(entry.shape[1:]) * entry.torch_dtype.itemsize
+    shape = (stop - start, *entry.shape[1:])
+    return read_entry(replace(entry, shape=shape, start=entry.start + start * row, stop=entry.start + stop * row))
+
+
+def read_flat(entry: Entry, elements: int) -> Iterator[Tensor]:
+    """Read the values of a tensor in order, so many at a time: (n,) each, and fewer at the end of a part."""
+    for part in entry.parts:
+        yield from read_flat(part, elements)
+    if entry.parts:
+        return
+    size = entry.torch_dtype.itemsize
+    for start in range(entry.start, entry.stop, elements * size):
+        stop = min(start + elements * size, entry.stop)
+        yield read_entry(replace(entry, shape=((stop - start) // size,), start=start, stop=stop))
+
+
 def read_entry(entry: Entry) -> Tensor:
     """Read one tensor into memory of its own."""
+    if entry.parts:
+        return torch.cat([read_entry(part).reshape(-1) for part in entry.parts]).reshape(entry.shape)
     tensor = torch.empty(entry.shape, dtype=entry.torch_dtype)
     if tensor.numel():
         view = memoryview(cast("Buffer", tensor.reshape(-1).view(torch.uint8).numpy()))
@@ -211,10 +236,38 @@ def _sort_metadata(file: BinaryIO) -> None:
 
 
 def keep_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors for a later process of the same step; `kept_tensors` reads them."""
+    """Write tensors for a later process of the same step; `kept_tensors` reads them.
+
+    Their bytes go to the file as they lie in memory: safetensors' own writer makes a copy of them all.
+    """
     whole = path.with_name(path.name + ".whole")
-    save_tensors(whole, tensors)
+    values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    ordered = sorted(values, key=lambda name: (-values[name].itemsize, name))
+    write_pieces(
+        whole, {name: (values[name].dtype, values[name].shape) for name in ordered}, lambda name: [values[name]]
+    )
     keep_checked(whole, path)
+
+
+def write_pieces(
+    path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], pieces: Callable[[str], Iterable[Tensor]]
+) -> None:
+    """Write tensors one after the other, each as it comes.
+
+    Args:
+        path: The file.
+        tensors: Dtype and shape by name.
+        pieces: Returns the values of a tensor in order, on the CPU, as one tensor or many.
+    """
+    entries = {
+        name: Entry(path, _NAMES[dtype], tuple(shape), 0, math.prod(shape) * dtype.itemsize)
+        for name, (dtype, shape) in tensors.items()
+    }
+    with path.open("wb") as out:
+        out.write(header_of(tensors, entries))
+        for name in tensors:
+            for piece in pieces(name):
+                out.write(memoryview(cast("Buffer", piece.reshape(-1).view(torch.uint8).numpy())))
 
 
 def kept_tensors(path: Path, note: Callable[[str], None] = lambda _: None) -> dict[str, Tensor] | None:

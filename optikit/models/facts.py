@@ -34,6 +34,11 @@ Trait = Literal[
     "int8_w8a8",
     "int8_llm",  # LLM.int8, bitsandbytes
     "nf4",
+    "fp8_dynamic",  # compressed-tensors, float-quantized
+    "fp8_static",  # ModelOpt
+    "fp8_block",  # DeepSeek
+    "int4_packed",  # compressed-tensors, pack-quantized
+    "int8_packed",
     "medusa_heads",
     "draft_model",
     "prompt_lookup",

@@ -96,8 +96,8 @@ def _row(settings: Any, *, read_only: bool) -> Storage | None:
     """Return the first row that settings tell of; with `read_only` none of those that stages work with."""
     if not isinstance(settings, dict) or any(settings.get(key) for key in _UNREAD):
         return None
-    rows = traits.packings() if read_only else {**traits.rows(), **traits.packings()}
-    return next((row for row in rows.values() if row.config and row.fits(settings)), None)
+    known = () if read_only else traits.rows().values()
+    return next((row for row in (*known, *traits.packings().values()) if row.config and row.fits(settings)), None)
 
 
 def _require_blocks(sides: Any, where: Path) -> None:

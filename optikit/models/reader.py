@@ -449,7 +449,7 @@ def _main_dtype(tensors: Mapping[str, TensorFacts]) -> str:
     for name, tensor in tensors.items():
         if ".weight." not in name:  # what is kept beside a packed weight
             weights[tensor.dtype] += tensor.bytes
-    floats = {dtype: size for dtype, size in weights.items() if "F" in dtype}
+    floats = {dtype: size for dtype, size in weights.items() if "F" in dtype and DTYPE_BYTES[dtype] > 1}
     return max(floats or weights, key=lambda dtype: weights[dtype], default="F32")
 
 

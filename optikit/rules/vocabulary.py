@@ -61,7 +61,7 @@ WEIGHTS: Mapping[str, str] = MappingProxyType(
         "rotation": "weights were rotated before rounding",
         "format": "compressed-tensors format",
         "type": "int or float",
-        "strategy": "tensor, channel, group",
+        "strategy": "tensor, channel, group, block",
         "scale_max": "largest value that the scales were made for",
         "sparsity_targets": "set: sparsity_config.targets, if any",
     }

@@ -21,7 +21,7 @@ from optikit.algorithms.precision import compute_dtype
 from optikit.calibration import blockwise, calibration_set
 from optikit.calibration.gram import Gram, PairedGram
 from optikit.calibration.method import Batch, Group
-from optikit.errors import IntegrityError, StageFailedError
+from optikit.errors import IntegrityError, RecipeError, StageFailedError
 from optikit.formats import gptq as packing
 from optikit.stage import Calibration, Job
 
@@ -342,7 +342,7 @@ def test_an_unknown_architecture_is_refused_with_the_list(three_blocks, prose, t
         (place / path.name).write_bytes(path.read_bytes())
     config = json.loads((place / "config.json").read_text())
     (place / "config.json").write_text(json.dumps({**config, "model_type": "mystery"}))
-    with pytest.raises(StageFailedError, match="model_type 'mystery' isn't known here") as error:
+    with pytest.raises(RecipeError, match="model_type 'mystery' isn't known here") as error:
         quantize(make_job(place, prose, tmp_path / "out"))
     assert "llama" in error.value.fix
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,20 +84,20 @@ def test_one_window_leaves_nothing_to_try_a_correction_on(expanded, prose, tmp_p
 @pytest.mark.parametrize("suffix", ["qweight", "scales"])
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_what_is_not_what_was_aimed_at_fails_by_name(expanded, prose, tmp_path, monkeypatch, method, suffix):
-    where = {"gptq": "rounding.pack", "awq": "awq.awq_format.pack"}[method]
-    from optikit.formats import awq, gptq
+    from optikit.formats import packing
 
-    honest = {"gptq": gptq.pack, "awq": awq.pack}[method]
+    plain = packing.integers(method, 4, sym=method == "gptq")
     calls = []
 
-    def broken(*parts, **more):
-        packed = honest(*parts, **more)
+    def broken(*parts):
+        packed = plain.pack(*parts)
         calls.append(suffix)
         if len(calls) == 11:  # the small writer of attention in the second block
             packed[suffix] = packed[suffix].flip(0) if suffix == "qweight" else 3 * packed[suffix]
         return packed
 
-    monkeypatch.setattr(f"optikit.calibration.methods.{where}", broken)
+    monkeypatch.setattr(packing, "integers", lambda *_, **__: replace(plain, pack=broken))
+    monkeypatch.setattr("optikit.calibration.write_checkpoint.integers", packing.integers)
     with pytest.raises(StageFailedError, match=r"model\.layers\.1\.self_attn\.o_proj is off by") as failed:
         run(expanded, prose, tmp_path, method)
     assert "defect of optikit or of the disk" in failed.value.fix

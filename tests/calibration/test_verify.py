@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from optikit import stages
 from optikit.algorithms.grid import Grid
-from optikit.calibration.verify import verify_packed
+from optikit.calibration.expert_proof import Tally
+from optikit.calibration.method import Walked
+from optikit.calibration.verify import verify_rounded
+from optikit.calibration.write_checkpoint import grid_layout
 from optikit.errors import StageFailedError
 from optikit.stage import Job
 
 GRID = Grid(bits=4, group_size=32, sym=True)
+PACKING = grid_layout("gptq", GRID, {}).packing
 LINEAR = "model.layers.1.mlp.up_proj"
 
 
@@ -29,12 +34,13 @@ def written(tiny_llama, tmp_path_factory):
     return place / "dest"
 
 
-def linears(directory: Path) -> tuple[str, ...]:
-    return tuple(name.rpartition(".")[0] for name in load_file(directory / "model.safetensors") if ".qweight" in name)
+def walked(directory: Path) -> Walked:
+    names = tuple(name.rpartition(".")[0] for name in load_file(directory / "model.safetensors") if ".qweight" in name)
+    return Walked(entries={}, linears=names, ignore=lambda _: False)
 
 
 def test_a_true_result_passes(tiny_llama, written):
-    facts = verify_packed(tiny_llama, written, linears(written), GRID, {})
+    facts = verify_rounded(tiny_llama, written, PACKING, walked(written))
     assert facts["linears_packed"] == 14
     assert facts["packed_share"] == 1.0
     assert 4.5 < facts["bits_per_weight"] < 6
@@ -59,13 +65,13 @@ LIES = {
 
 @pytest.mark.parametrize("lie", LIES)
 def test_lies_are_caught_and_named(tiny_llama, written, tmp_path, lie):
-    promised = linears(written)
+    promised = walked(written)
     state = load_file(written / "model.safetensors")
     LIES[lie](state)
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_bytes((written / "config.json").read_bytes())
     with pytest.raises(StageFailedError, match=lie) as error:
-        verify_packed(tiny_llama, tmp_path, promised, GRID, {})
+        verify_rounded(tiny_llama, tmp_path, PACKING, promised)
     assert LINEAR in error.value.message or lie in ("nothing asked for it", "should be untouched")
 
 
@@ -77,4 +83,39 @@ def test_lost_sparsity_is_caught(tiny_llama, written, tmp_path):
     save_file(state, pruned / "model.safetensors", {"format": "pt"})
     (pruned / "config.json").write_text(json.dumps(json.loads((tiny_llama / "config.json").read_text())))
     with pytest.raises(StageFailedError, match=f"{LINEAR} was pruned and has lost zeros"):
-        verify_packed(pruned, written, linears(written), GRID, {})
+        verify_rounded(pruned, written, PACKING, walked(written))
+
+
+def test_codes_that_are_all_the_same_are_caught(tiny_llama, written, tmp_path):
+    """Near enough to a weight that hardly varies, and yet nothing was rounded: all it says is one number."""
+    source, dest = tmp_path / "source", tmp_path / "dest"
+    for place, model in ((source, tiny_llama), (dest, written)):
+        place.mkdir()
+        (place / "config.json").write_bytes((model / "config.json").read_bytes())
+    state, packed = load_file(tiny_llama / "model.safetensors"), load_file(written / "model.safetensors")
+    weight = state[f"{LINEAR}.weight"]
+    weight.fill_(0.7)[0, 0] = 0.69
+    save_file(state, source / "model.safetensors", {"format": "pt"})
+    for linear_state, varied in ((packed, False), ({**packed}, True)):
+        codes, groups = torch.full(weight.shape, 15, dtype=torch.uint8), (len(weight), weight.shape[1] // 32)
+        codes[0, 0] -= int(varied)
+        new = PACKING.pack(codes, torch.full(groups, 0.1).half(), torch.full(groups, 8, dtype=torch.uint8))
+        linear_state.update({f"{LINEAR}.{suffix}": tensor for suffix, tensor in new.items()})
+        save_file(linear_state, dest / "model.safetensors", {"format": "pt"})
+        if varied:
+            verify_rounded(source, dest, PACKING, walked(written))
+            continue
+        with pytest.raises(StageFailedError, match=f"all codes of {LINEAR} are 15"):
+            verify_rounded(source, dest, PACKING, walked(written))
+
+
+def test_a_tally_of_strips_is_that_of_the_whole():
+    codes, scales = torch.randint(0, 16, (300, 64), dtype=torch.uint8), torch.rand(300, 2) - 0.5
+    tally = Tally()
+    for start in (0, 128, 256):
+        tally.add(codes[start : start + 128], scales[start : start + 128])
+    shares = [float((codes == code).double().mean()) for code in range(16)]
+    assert tally.entropy == pytest.approx(-sum(share * math.log2(share) for share in shares))
+    assert tally.scales == (float(scales.abs().min()), float(scales.abs().max()))
+    assert tally.only is None
+    assert (Tally().entropy, Tally().scales, Tally().only) == (None, None, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from optikit import formats, stages
-from optikit.algorithms import int8
 from optikit.calibration import calibration_set
 from optikit.calibration.method import PreviousOp
 from optikit.calibration.methods.fold import fold
 from optikit.calibration.source_model import SourceModel
 from optikit.errors import StageFailedError
+from optikit.formats import activations
 from optikit.formats.checkpoint import Checkpoint
 from optikit.stage import Calibration, Job
 
@@ -69,9 +70,8 @@ def logits(directory: Path, tokens: Tensor = RANDOM) -> Tensor:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(formats.load_state(directory, torch.float32), strict=False)
     model.tie_weights()
-    for name in formats.rounds_activations(directory):
-        hook = lambda _, args: (int8.round_tokens(args[0].flatten(0, 1)).view_as(args[0]),)  # noqa: E731 - one line
-        model.get_submodule(name).register_forward_pre_hook(hook)
+    for name, rounding in activations.of(directory).items():
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, how=rounding: how(args[0]))
     with torch.no_grad():
         return model(tokens).logits
 
@@ -121,16 +121,16 @@ def test_norms_change_only_where_all_they_feed_was_scaled(source, prose, tmp_pat
 
 @pytest.mark.parametrize("suffix", ["qweight", "scales"])
 def test_what_is_not_what_was_promised_fails_by_name(source, prose, tmp_path, monkeypatch, suffix):
-    from optikit.formats import awq
+    from optikit.formats import packing
 
-    honest = awq.pack
+    honest = packing.AWQ_GEMM.pack
 
     def broken(codes: Tensor, scales: Tensor, zeros: Tensor) -> dict[str, Tensor]:
         packed = honest(codes, scales, zeros)
         packed[suffix] = packed[suffix].flip(0)
         return packed
 
-    monkeypatch.setattr("optikit.calibration.methods.awq.awq_format.pack", broken)
+    monkeypatch.setattr(packing, "AWQ_GEMM", replace(packing.AWQ_GEMM, pack=broken))
     with pytest.raises(StageFailedError, match=r"model\.layers\.\d\..*_proj is off by"):
         make("awq", {"group_size": 32}, source, prose, tmp_path)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from optikit import formats
 from optikit.algorithms.nf4 import LEVELS
 from optikit.errors import IntegrityError, RecipeError
-from optikit.formats import awq, compressed_tensors, gptq, llm_int8, nf4
+from optikit.formats import activations, awq, compressed_tensors, gptq, llm_int8, nf4
 from optikit.models import quantization
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -128,11 +128,11 @@ def test_what_is_read_is_what_rows_say(tmp_path):
         assert set(row.suffixes) <= suffixes <= {*row.suffixes, *row.optional}
 
 
-def test_only_w8a8_rounds_activations(tmp_path):
+def test_only_w8a8_rounds_activations_here(tmp_path):
     write(tmp_path, "awq")
-    assert formats.rounds_activations(tmp_path) == frozenset()
+    assert activations.of(tmp_path) == {}
     write(tmp_path, "compressed-tensors")
-    assert formats.rounds_activations(tmp_path) == {"a.q_proj"}
+    assert set(activations.of(tmp_path)) == {"a.q_proj"}
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-3])

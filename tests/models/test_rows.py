@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -48,7 +48,7 @@ def test_rows_of_storage_are_traits() -> None:
 
 @pytest.mark.parametrize("row", traits.rows().values(), ids=lambda row: row.trait)
 def test_what_tells_one_storage_tells_no_other(row: traits.Storage) -> None:
-    settings = {**row.config, **({"config_groups": {"g": _group(row)}} if row.groups else {})}
+    settings = _chosen(row.config) | ({"config_groups": {"g": _group(row)}} if row.groups or row.weights else {})
     assert [other.trait for other in traits.rows().values() if other.config and other.fits(settings)] == (
         [row.trait] if row.config else []
     )
@@ -62,7 +62,12 @@ def test_another_value_or_none_does_not_tell_it(row: traits.Storage) -> None:
 
 
 def _group(row: traits.Storage) -> dict[str, object]:
-    return {"weights": dict(row.groups), "input_activations": dict(row.groups)}
+    return {"weights": _chosen({**row.groups, **row.weights}), "input_activations": dict(row.groups)}
+
+
+def _chosen(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with the first of each choice."""
+    return {key: value[0] if isinstance(value, list) else value for key, value in values.items()}
 
 
 def test_every_group_has_to_fit() -> None:

@@ -12,21 +12,12 @@ from pathlib import Path
 import pytest
 
 from optikit import host, stages
-from optikit.errors import RecipeError
-from optikit.models import quantization
 from optikit.recipe.schema import Recipe
 from optikit.rules import rules
 
 spec = importlib.util.spec_from_file_location("recipes", Path(__file__).with_name("recipes.py"))
 recipes = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(recipes)
-
-
-def _reads(method: str) -> bool:
-    try:
-        return bool(quantization.scheme({"quantization_config": {"quant_method": method}}, Path("config.json")))
-    except RecipeError:
-        return False
 
 
 def _speculate_options() -> set[str]:
@@ -37,12 +28,12 @@ def _speculate_options() -> set[str]:
 SERVE = "needs a `serve:` section, which says what serves the artifact and how"
 EAGLE = "needs `speculate: {method: eagle3}`"
 ACCEPTOR = "needs `acceptor` as an option of speculate stages"
-FLOATS = "needs fp8 or fp4 weights: no stage writes them, and the reader refuses them"
+FLOATS = "needs fp4 weights: no stage writes them, and those of a source are dequantized"
 COME: dict[str, Callable[[], bool]] = {
     SERVE: lambda: "serve" in Recipe.model_fields,
     EAGLE: lambda: "eagle3" in stages.methods("speculate"),
     ACCEPTOR: lambda: "acceptor" in _speculate_options(),
-    FLOATS: lambda: any(map(_reads, ("fp8", "mxfp4", "nvfp4", "modelopt"))) or "fp8" in stages.methods("quantize"),
+    FLOATS: lambda: bool({"nvfp4", "mxfp4"} & set(stages.methods("quantize"))),
 }
 """Whether what a reason waits for is there; then its rules have to fire, or go."""
 
@@ -83,17 +74,7 @@ OUT_OF_REACH = {
         SERVE,
     ),
     **dict.fromkeys(("vllm-neuron-speculation-sampling", "vllm-neuron-speculation-async", "eagle-rotated"), EAGLE),
-    **dict.fromkeys(
-        (
-            "neuron-fp8-range",
-            "vllm-neuron-mxfp4",
-            "trtllm-fp8-ada",
-            "trtllm-fp4-blackwell",
-            "vllm-fp8-weight-only",
-            "vllm-cpu-amx",
-        ),
-        FLOATS,
-    ),
+    **dict.fromkeys(("vllm-neuron-mxfp4", "trtllm-fp4-blackwell"), FLOATS),
     "speculate-lossy": ACCEPTOR,
 }
 """Rules that no recipe can fire yet, with what they wait for. It only ever shrinks."""

@@ -27,8 +27,8 @@ from optikit.stage import Calibration, Job, Stage
 SAMPLES, LENGTH = 6, 48
 WRITTEN_BY_PLAN = {"sparse_unstructured", "sparse_2_4", "sparse_4_8", "narrowed", "shortened", "finetuned"}
 """Traits that a directory doesn't show: the plan carries them."""
-LOGS = {"training.jsonl", "heads.start"}
-"""What a training leaves beside the model."""
+LOGS = {"training.jsonl", "heads.start", "hf_quant_config.json"}
+"""What a training leaves beside the model, and what ModelOpt keeps there."""
 
 
 TRAINING = {"tokens": 4 * 2 * LENGTH, "batch": 2, "learning_rate": 0.01}
@@ -55,6 +55,9 @@ class Row:
         return stages.load(self.verb, self.method, self.backend)
 
 
+PACKED = {"format": "pack-quantized", "ignore": ["*.1.mlp.*"]}
+NARROW = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
+"""Linears of the tiny model whose inputs are fewer than a block of FP8."""
 ROWS = (
     Row(verb="prune", method="magnitude"),
     Row(verb="prune", method="magnitude", options={"pattern": "4:8"}, variant="4:8"),
@@ -73,7 +76,16 @@ ROWS = (
     Row(verb="quantize", method="int8", options={"group_size": 32}),
     Row(verb="quantize", method="int8", options={"scheme": "w8a8"}, variant="w8a8"),
     Row(verb="quantize", method="int8", options={"scheme": "llm_int8"}, variant="llm-int8"),
+    Row(verb="quantize", method="rtn", options={"group_size": -1, "bits": 8, **PACKED}, variant="packed8"),
+    Row(verb="quantize", method="gptq", options={"group_size": 32, "sym": False, **PACKED}, variant="packed"),
+    Row(verb="quantize", method="awq", options={"group_size": 32, "steps": 4, **PACKED}, variant="packed"),
+    Row(verb="quantize", method="cast", options={"dtype": "float16", "keep": ["norm.weight"]}),
     Row(verb="quantize", method="nf4"),
+    Row(verb="quantize", method="fp8", options={"ignore": ["*.1.mlp.*"]}, variant="dynamic"),
+    Row(verb="quantize", method="fp8", options={"mse": True, "scale_max": 240, "kv_cache": True}, variant="cache"),
+    Row(verb="quantize", method="fp8", options={"scheme": "static"}, variant="static"),
+    Row(verb="quantize", method="fp8", options={"scheme": "block", "ignore": NARROW}, variant="block"),
+    Row(verb="quantize", method="fp8", options={"scheme": "static", "kv_cache": True}, variant="static-cache"),
 )
 """Speculation and compilation write other things than a changed checkpoint; their tests are their own."""
 
@@ -107,7 +119,7 @@ def perform(row: Row, source: Path, prose: Path, directory: Path, **changes: Any
         (directory / name).mkdir(parents=True, exist_ok=True)
     calibration = (
         Calibration(text=prose, samples=SAMPLES, length=LENGTH)
-        if "calibration" in row.stage.inputs(row.stage.Options())
+        if "calibration" in row.stage.inputs(row.stage.Options(**row.options))
         else None
     )
     places = {"source": source, "dest": directory / "model", "scratch": directory / "scratch"}

@@ -20,7 +20,7 @@ from optikit import stages, targets
 from optikit.algorithms import gptq
 from optikit.algorithms.grid import Grid, dequantize
 from optikit.calibration import blockwise
-from optikit.calibration.method import Group, Result
+from optikit.calibration.method import Group, Result, Walked
 from optikit.calibration.methods.pruning import Norms
 from optikit.calibration.methods.rounding import relative_loss
 from optikit.errors import StageFailedError
@@ -28,6 +28,7 @@ from optikit.formats import census, dense_model, dequantized_state, loadable
 from optikit.formats.checkpoint import Checkpoint
 from optikit.models import architectures, stacked_experts
 from optikit.models.reader import read
+from optikit.runtime.decoders.transformers import load_model
 from optikit.stage import Calibration, Job
 from tests.conftest import byte_tokenizer
 
@@ -137,6 +138,33 @@ def test_every_family_computes_afterwards(verb, method, options, name, mixture, 
     assert 0 < off < {"int8": 0.2}.get(method, 0.7)  # of random routers' choices some fall the other way
     if verb == "quantize":
         assert {row["experts"] for row in found["experts"]} == {4}
+
+
+SERVED = {
+    "static": ("fp8", "mixtral", {"scheme": "static", "kv_cache": True}),
+    "dynamic": ("fp8", "qwen3_moe", {}),
+    "packed": ("gptq", "mixtral", {"group_size": 32, "format": "pack-quantized"}),
+}
+
+
+@pytest.mark.parametrize("case", SERVED)
+def test_what_servers_read_computes_with_inputs_rounded_as_they_do(case, mixture, prose, tmp_path):
+    """Of FP8 the inputs of experts are rounded, too, which no weight shows; packed integers leave them as they are."""
+    method, name, options = SERVED[case]
+    source = mixture(name)
+    found = walk("quantize", method, source, tmp_path, prose, **options)
+    census.take(source, tmp_path / "model", "linears", found)
+    loadable.require(tmp_path / "model")
+    assert {row["experts"] for row in found["experts"]} == {4}
+    tokens = torch.randint(3, 260, (2, 48), generator=torch.Generator().manual_seed(1))
+    model = load_model(tmp_path / "model", "float32")
+    with torch.no_grad():
+        served = model(tokens).logits
+    dense, weights = logits(source, tokens), logits(tmp_path / "model", tokens)
+    assert float((served - dense).norm() / dense.norm()) < 0.6
+    assert torch.allclose(served, weights, atol=1e-4) == (method != "fp8")
+    experts = [module for module in model.modules() if hasattr(module, "_apply_gate")]
+    assert all(bool(module._forward_pre_hooks) == (method == "fp8") for module in experts)
 
 
 def test_routers_and_gates_of_shared_experts_stay_as_they_are(mixture, prose, tmp_path):
@@ -321,7 +349,8 @@ def test_what_cannot_be_taken_apart_is_refused(mixture):
 
 def test_an_expert_written_in_place_of_another_is_noticed(mixture, prose, tmp_path):
     """What users saw as a file that loads and answers nonsense: every expert is held to its own weights."""
-    from optikit.calibration.verify import verify_packed
+    from optikit.calibration.verify import verify_rounded
+    from optikit.calibration.write_checkpoint import grid_layout
 
     source = mixture("mixtral")
     walk("quantize", "rtn", source, tmp_path, prose, group_size=32)
@@ -334,8 +363,10 @@ def test_an_expert_written_in_place_of_another_is_noticed(mixture, prose, tmp_pa
         tensors[one + suffix], tensors[other + suffix] = tensors[other + suffix], tensors[one + suffix]
     save_file(tensors, written / "model.safetensors", {"format": "pt"})
     linears = tuple(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight"))
+    packing = grid_layout("gptq", Grid(bits=4, group_size=32, sym=True), {}).packing
+    walked = Walked(entries={}, linears=linears, ignore=lambda _: False)
     with pytest.raises(StageFailedError, match=r"experts\.0\.w1 is off"):
-        verify_packed(source, written, linears, Grid(bits=4, group_size=32, sym=True), {})
+        verify_rounded(source, written, packing, walked)
 
 
 def test_config_is_kept(mixture, prose, tmp_path):

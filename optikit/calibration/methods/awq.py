@@ -14,7 +14,7 @@ from optikit.calibration.gram import Gram, gram_of
 from optikit.calibration.method import Group, Result
 from optikit.calibration.methods.fold import fold
 from optikit.calibration.write_checkpoint import ScaledLayout
-from optikit.formats import awq as awq_format
+from optikit.formats.packing import IntegerPacking
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Awq:
     """Scale salient channels up, then quantize to 4 bits.
 
     Attributes:
-        layout: The packing.
+        layout: Of the files.
+        packing: Of a linear.
         grid: The grid of the scaled weights.
         steps: Scales tried for each of two families.
         damp: Round by GPTQ with this damping; None rounds to nearest.
@@ -30,6 +31,7 @@ class Awq:
     """
 
     layout: ScaledLayout
+    packing: IntegerPacking
     grid: Grid
     steps: int
     damp: float | None = None
@@ -51,7 +53,7 @@ class Awq:
         back = dequantize(*quantized) / scale
         tensors = dict(folded)
         for name, *parts in zip(group.names, *(group.split(part) for part in quantized), strict=True):
-            packed = awq_format.pack(*parts)
+            packed = self.packing.pack(*parts)
             tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.items()}
         facts = {"alpha": alpha, "loss": _relative(back - weight, weight, gram)}
         aimed = {} if group.corrected is None else aims.kept(group.names, group.split(scaled), scale)
@@ -73,7 +75,8 @@ class Awq:
         )
         if found.alpha is None:
             return plain, None, {}
-        folded, exact = fold(group.previous, found.scale, suffix="scales", axis=1)
+        axis, _ = self.packing.outputs[self.packing.scales]
+        folded, exact = fold(group.previous, found.scale, suffix=self.packing.scales, axis=axis)
         return exact, found.alpha, folded
 
     def _error(self, weight: Tensor, gram: Tensor, scale: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Rounding to a grid in `gptq` packing, for any algorithm: group in, packed tensors out."""
+"""Rounding to a grid, for any algorithm and packing: group in, packed tensors out."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from optikit.algorithms.grid import Grid, Quantized, Rounded, dequantize, pruned
 from optikit.calibration import aims
 from optikit.calibration.gram import Gram, gram_of
 from optikit.calibration.method import Group, Result
-from optikit.calibration.write_checkpoint import GptqLayout
-from optikit.formats.gptq import pack
+from optikit.calibration.write_checkpoint import GridLayout
+from optikit.formats.packing import IntegerPacking
 
 
 class GramKernel(Protocol):
@@ -25,21 +25,20 @@ class GramKernel(Protocol):
         ...
 
 
-DataFreeKernel = Callable[[Tensor, Grid, Tensor | None], Quantized]
-"""Rounds stacked weights (out, in); the mask holds zeros where it is False."""
+DataFreeKernel = Callable[[Tensor, Grid], Quantized]
+"""Rounds weights (out, in)."""
 
 
 @dataclass(frozen=True)
 class DataFreeRounding:
-    """Rounds weights by a kernel that looks at them alone."""
+    """Rounds each output by a kernel that looks at nothing else."""
 
-    layout: GptqLayout
+    layout: GridLayout
     kernel: DataFreeKernel
 
-    def apply(self, group: Group) -> Result:
-        """Round every linear of a group."""
-        quantized = self.kernel(group.target, self.layout.grid, _mask(group.weights))
-        return _packed(group, quantized, self.layout.grid, {})
+    def rows(self, weight: Tensor) -> dict[str, Tensor]:
+        """Round some outputs; zeros stay zero on every grid."""
+        return self.layout.packing.pack(*self.kernel(weight, self.layout.grid))
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class GramRounding:
         correct_damp: See `Method`.
     """
 
-    layout: GptqLayout
+    layout: GridLayout
     kernel: GramKernel
     correct_damp: float | None = None
 
@@ -65,7 +64,7 @@ class GramRounding:
         target, gram, grid = group.target, statistic.mean(), self.layout.grid
         rounded = self.kernel(target, gram, grid, mask=_mask(group.weights))
         loss = relative_loss(target, dequantize(*rounded.quantized), gram)
-        return _packed(group, rounded.quantized, grid, {**rounded.facts, "loss": loss})
+        return _packed(group, rounded.quantized, self.layout.packing, {**rounded.facts, "loss": loss})
 
 
 def _mask(weights: tuple[Tensor, ...]) -> Tensor | None:
@@ -77,13 +76,13 @@ def _mask(weights: tuple[Tensor, ...]) -> Tensor | None:
     return torch.cat(list(alive))
 
 
-def _packed(group: Group, quantized: Quantized, grid: Grid, facts: Mapping[str, Any]) -> Result:
+def _packed(group: Group, quantized: Quantized, packing: IntegerPacking, facts: Mapping[str, Any]) -> Result:
     """Cut the stacked rows of a group into its linears again, packed."""
     parts = [Quantized(*part) for part in zip(*(group.split(tensor) for tensor in quantized), strict=True)]
     tensors = {
         f"{name}.{suffix}": tensor
         for name, part in zip(group.names, parts, strict=True)
-        for suffix, tensor in pack(part.codes, part.scales, part.zeros, grid.bits).items()
+        for suffix, tensor in packing.pack(*part).items()
     }
     aimed = {} if group.corrected is None else aims.kept(group.names, group.split(group.pruned_target))
     weights, rows = tuple(dequantize(*part) for part in parts), dict.fromkeys(group.names, facts)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -22,15 +23,17 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.utils import logging
 
-from optikit import formats, host
+from optikit import host
 from optikit.errors import InputMissingError, IntegrityError, UsageError
-from optikit.formats import dense_model
+from optikit.formats import activations, dense_model
 from optikit.models import architectures
 from optikit.runtime.decoder import Logits, Tokens
 from optikit.runtime.decoders.checks import cache_argument, check_call, check_room
 from optikit.runtime.decoders.transformers_batch import KINDS, TorchBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DOWN = (".down_proj", ".w2")
+"""What experts' down projections are called."""
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -91,15 +94,15 @@ def _unpack(directory: Path, dtype: torch.dtype | str) -> tuple[Any, set[str]]:
 
 def round_activations(model: torch.nn.Module, directory: Path) -> None:
     """Let a model round what its linears are given where a server of the directory does."""
-    rounded = formats.rounds_activations(directory)
-    modules = {_within(name): module for name, module in model.named_modules()}
-    for name in sorted(rounded):
-        if _within(name) in modules:
-            modules[_within(name)].register_forward_pre_hook(_round_input)
-    if any(".experts." in name for name in rounded):
-        for module in modules.values():
-            if hasattr(module, "_apply_gate"):
-                _round_experts(module)
+    rounded = {_within(name): rounding for name, rounding in activations.of(directory).items()}
+    for name, module in model.named_modules():
+        if _within(name) in rounded:
+            module.register_forward_pre_hook(partial(_round_input, rounded[_within(name)]))
+        elif hasattr(module, "_apply_gate"):
+            block = _within(name).split(".")[:2]
+            _round_experts(
+                module, {n: each for n, each in rounded.items() if ".experts." in n and n.split(".")[:2] == block}
+            )
 
 
 def _within(name: str) -> str:
@@ -107,21 +110,22 @@ def _within(name: str) -> str:
     return name[max(name.find("layers."), 0) :]
 
 
-def _round_input(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Round each token's inputs to int8 as an int8 server does, so that quality is that of the served model."""
-    return (_rounded(inputs[0]), *inputs[1:])
+def _round_input(
+    rounding: activations.Rounding, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    """Round inputs as the server does, so that quality is that of the served model."""
+    return (rounding(inputs[0]), *inputs[1:])
 
 
-def _rounded(tokens: torch.Tensor) -> torch.Tensor:
-    step = tokens.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
-    return ((tokens.float() / step).round() * step).to(tokens.dtype)
-
-
-def _round_experts(module: Any) -> None:
-    """Round what stacked experts are given, and what their down projections are given."""
-    gate = module._apply_gate  # noqa: SLF001 - where transformers' experts make the inputs of their down projections
-    module.register_forward_pre_hook(_round_input)
-    module._apply_gate = lambda joined: _rounded(gate(joined))  # noqa: SLF001
+def _round_experts(module: Any, rounded: Mapping[str, activations.Rounding]) -> None:
+    """Round what a block's stacked experts are given, and what their down projections are given."""
+    inner = [each for name, each in rounded.items() if name.endswith(DOWN)]
+    outer = [each for name, each in rounded.items() if not name.endswith(DOWN)]
+    if outer:
+        module.register_forward_pre_hook(partial(_round_input, activations.shared(outer)))
+    if inner:
+        gate, rounding = module._apply_gate, activations.shared(inner)  # noqa: SLF001 - transformers' only seam there
+        module._apply_gate = lambda joined: rounding(gate(joined))  # noqa: SLF001
 
 
 class _AbandonedError(Exception):

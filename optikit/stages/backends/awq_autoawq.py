@@ -20,6 +20,7 @@ from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import DENSE, Estimate, Facts, Job, StageOptions, calibrated, no_objection
 from optikit.stages.quantize import awq as ours
+from optikit.stages.quantize._grid import quantization_config
 from optikit.targets import Target
 
 if TYPE_CHECKING:
@@ -94,24 +95,22 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 
 def run(options: Options, job: Job) -> Facts:
     """Let AutoAWQ quantize, take its tensors byte by byte, and hold them to the promise of any AWQ stage."""
-    import torch
-
     from optikit.calibration.method import Walked
     from optikit.calibration.source_model import SourceModel
     from optikit.calibration.write_checkpoint import ScaledLayout
-    from optikit.formats import awq, gptq
     from optikit.formats.checkpoint import Checkpoint
+    from optikit.formats.packing import AWQ_GEMM
+    from optikit.models.reader import read
 
-    dtypes = {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16}
     made = Checkpoint(_quantized(options, job))
     stored = SourceModel(Checkpoint(job.source))
     groups = [stored.groups(block, _nothing) for block in range(stored.layers)]
     linears = tuple(linear.name for block in groups for group in block for linear in group)
     entries = {name: entry for name, entry in made.entries.items() if name in stored.checkpoint or _packed(name)}
     layout = ScaledLayout(
-        dtypes=dtypes,
-        unpack=lambda tensors: gptq.dequantize(*awq.unpack(tensors)),
-        config=ours.quantization_config(grid_of(options), linears),
+        dtypes=AWQ_GEMM.dtypes,
+        unpack=AWQ_GEMM.dequantize,
+        config=quantization_config(grid_of(options), read(job.source)),
     )
     facts = layout.write(job, Walked(entries=entries, linears=linears, ignore=_nothing))
     written = Checkpoint(job.dest)

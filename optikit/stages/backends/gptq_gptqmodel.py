@@ -102,16 +102,17 @@ def run(options: Options, job: Job) -> Facts:
     from optikit.algorithms.grid import Grid
     from optikit.calibration.method import Walked
     from optikit.calibration.source_model import SourceModel
-    from optikit.calibration.write_checkpoint import GptqLayout
+    from optikit.calibration.write_checkpoint import grid_layout
     from optikit.formats import gptq
     from optikit.formats.checkpoint import Checkpoint
+    from optikit.models.reader import read
 
     stored = SourceModel(Checkpoint(job.source))
     names = [
         linear.name for block in range(stored.layers) for group in stored.groups(block, _nothing) for linear in group
     ]
     linears = tuple(name for name in names if not ignored(name, options.ignore))
-    config = quantization_config(grid_of(options), tuple(names), damp_percent=options.damp)
+    config = quantization_config(grid_of(options), read(job.source), damp_percent=options.damp)
     directory = _quantized(options, job, config)
     made = Checkpoint(directory)
     packed = {f"{name}.{suffix}" for name in linears for suffix in gptq.SUFFIXES}
@@ -120,7 +121,8 @@ def run(options: Options, job: Job) -> Facts:
         raise StageFailedError(f"GPTQModel wrote no {missing[0]}", fix="use backend optikit")
     untouched = {n: entry for n, entry in stored.checkpoint.entries.items() if n.removesuffix(".weight") not in linears}
     entries = {**untouched, **{name: made.entries[name] for name in packed}}
-    layout = GptqLayout(grid=Grid(bits=options.bits, group_size=options.group_size, sym=options.sym), config=config)
+    grid = Grid(bits=options.bits, group_size=options.group_size, sym=options.sym)
+    layout = grid_layout("gptq", grid, config)
     facts = layout.write(job, Walked(entries=entries, linears=linears, ignore=_nothing))
     return {**facts, "reader_mismatches": _reader_mismatches(directory, made, linears, options.bits)}
 

@@ -85,8 +85,9 @@ def run(options: Options, job: Job) -> Facts:
     from optikit.algorithms.grid import Grid
     from optikit.calibration.method import Walked
     from optikit.calibration.source_model import SourceModel
-    from optikit.calibration.write_checkpoint import GptqLayout
+    from optikit.calibration.write_checkpoint import grid_layout
     from optikit.formats.checkpoint import Checkpoint
+    from optikit.models.reader import read
 
     stored = SourceModel(Checkpoint(job.source))
     names = [
@@ -97,10 +98,8 @@ def run(options: Options, job: Job) -> Facts:
     _require_untouched(stored.checkpoint, made, linears)
     packed, differing = _repacked(made, linears, options, job)
     untouched = {n: entry for n, entry in stored.checkpoint.entries.items() if n.removesuffix(".weight") not in linears}
-    layout = GptqLayout(
-        grid=Grid(bits=options.bits, group_size=options.group_size, sym=True),
-        config=quantization_config(grid_of(options), tuple(names), damp_percent=options.damp),
-    )
+    config = quantization_config(grid_of(options), read(job.source), damp_percent=options.damp)
+    layout = grid_layout("gptq", Grid(bits=options.bits, group_size=options.group_size, sym=True), config)
     facts = layout.write(job, Walked(entries={**untouched, **packed}, linears=linears, ignore=_nothing))
     return {**facts, "reader_mismatches": differing}
 

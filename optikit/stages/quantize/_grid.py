@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -27,6 +27,9 @@ class GridOptions(StageOptions):
     sym: bool = True
     """Fix the zero point in the middle of the codes. False stores one per group: slightly better, but vLLM's GPU
     kernels don't load it."""
+    format: Literal["gptq", "pack-quantized"] = "gptq"
+    """How it is written: `gptq`, which most engines read, or `pack-quantized` of compressed-tensors, for vLLM and
+    SGLang, also with zero points and in 8 bits."""
     ignore: tuple[str, ...] = ()
     """Linears to leave dense: ends of names (`mlp.down_proj`) or patterns (`*.layers.0.*`)."""
 
@@ -127,13 +130,29 @@ def _check_packing(options: GridOptions, linears: Mapping[str, tuple[int, int]])
 
 
 def packed_bytes(options: GridOptions, shape: tuple[int, int]) -> int:
-    """Return the bytes of one packed linear (out_features, in_features): codes, scales, zero points, group index."""
+    """Return the bytes of one packed linear (out_features, in_features): codes, scales, and what its format adds.
+
+    That is zero points and a group index in `gptq`, zero points in `awq`, and in `pack-quantized` the shape, and zero
+    points where the grid isn't symmetric.
+    """
     rows, columns = shape
     groups = 1 if options.group_size < 0 else columns // options.group_size
-    return rows * columns * options.bits // 8 + rows * groups * 2 + rows * groups * options.bits // 8 + columns * 4
+    zeros = rows * groups * options.bits // 8
+    more = {"gptq": zeros + columns * 4, "awq": zeros, "pack-quantized": 16 + (0 if options.sym else zeros)}
+    return rows * columns * options.bits // 8 + rows * groups * 2 + more[options.format]
 
 
-def after_grid(options: GridOptions, facts: ModelFacts, trait: Trait) -> ModelFacts:
+TRAITS: Mapping[tuple[str, int], Trait] = {
+    ("gptq", 4): "int4_gptq",
+    ("gptq", 8): "int8_gptq",
+    ("awq", 4): "int4_awq",
+    ("pack-quantized", 4): "int4_packed",
+    ("pack-quantized", 8): "int8_packed",
+}
+"""What a directory becomes, by format and bits."""
+
+
+def after_grid(options: GridOptions, facts: ModelFacts) -> ModelFacts:
     """Return the facts of the quantized model: same shapes, fewer bytes, no longer dense.
 
     Sparsity survives: weights that a mask holds at zero are coded as exactly zero.
@@ -145,25 +164,73 @@ def after_grid(options: GridOptions, facts: ModelFacts, trait: Trait) -> ModelFa
     written = replace(
         facts,
         weight_bytes=facts.weight_bytes - dense + packed,
-        config={**facts.config, "quantization_config": quantization_config(options, tuple(facts.linears), facts.kept)},
+        config={**facts.config, "quantization_config": quantization_config(options, facts)},
     )
-    return written.having(trait, without=frozenset({"dense"}))
+    return written.having(TRAITS[options.format, options.bits], without=frozenset({"dense"}))
 
 
-def quantization_config(
-    options: GridOptions, linears: tuple[str, ...], kept: tuple[str, ...] = (), **more: Any
-) -> dict[str, Any]:
-    """Return config.json's `quantization_config` of a `gptq` checkpoint, as GPTQModel, vLLM and others read it.
+def quantization_config(options: GridOptions, facts: ModelFacts, **more: Any) -> dict[str, Any]:
+    """Return config.json's `quantization_config`, as GPTQModel, AutoAWQ, vLLM and others read it.
 
     Args:
-        options: The grid.
-        linears: Full names of every linear of the blocks.
-        kept: Names of other modules that aren't quantized; see `ModelFacts.kept`.
-        more: Further keys.
+        options: The grid, and the format.
+        facts: The model.
+        more: Further keys, where the format is `gptq`.
     """
-    skipped = [name for name in linears if ignored(name, options.ignore)]
-    dense: dict[str, Any] = {"-:^" + name.replace(".", r"\.") + "$": {} for name in skipped}
-    dense |= {"-:^" + name.replace(".", r"\.") + r"(\.|$)": {} for name in kept}
+    return _CONFIGS[options.format](options, facts) | (more if options.format == "gptq" else {})
+
+
+def _skipped(options: GridOptions, facts: ModelFacts) -> list[str]:
+    return [name for name in facts.linears if ignored(name, options.ignore)]
+
+
+def _awq_config(options: GridOptions, facts: ModelFacts) -> dict[str, Any]:
+    return {
+        "quant_method": "awq",
+        "bits": options.bits,
+        "group_size": options.group_size,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": [*_skipped(options, facts), *facts.kept] or None,
+    }
+
+
+def compressed_ignore(facts: ModelFacts, patterns: tuple[str, ...]) -> list[str]:
+    """Return what compressed-tensors leaves dense: names of linears, and patterns of the parts that are carried.
+
+    Args:
+        facts: The model.
+        patterns: Linears that a recipe leaves dense; see `ignored`.
+    """
+    head = [facts.architecture.head] if facts.architecture else []
+    towers = [rf"re:.*{part.rpartition('.')[2]}\..*" for part in facts.carried]
+    return [*head, *(name for name in facts.linears if ignored(name, patterns)), *facts.routers, *towers]
+
+
+def _compressed_config(options: GridOptions, facts: ModelFacts) -> dict[str, Any]:
+    grouped = options.group_size > 0
+    weights = {
+        "num_bits": options.bits,
+        "type": "int",
+        "symmetric": options.sym,
+        "strategy": "group" if grouped else "channel",
+        "group_size": options.group_size if grouped else None,
+        "dynamic": False,
+    }
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": compressed_ignore(facts, options.ignore),
+        "kv_cache_scheme": None,
+    }
+
+
+def _gptq_config(options: GridOptions, facts: ModelFacts) -> dict[str, Any]:
+    dense: dict[str, Any] = {"-:^" + name.replace(".", r"\.") + "$": {} for name in _skipped(options, facts)}
+    dense |= {"-:^" + name.replace(".", r"\.") + r"(\.|$)": {} for name in facts.kept}
     return {
         "quant_method": "gptq",
         "bits": options.bits,
@@ -173,5 +240,11 @@ def quantization_config(
         "lm_head": False,
         "checkpoint_format": "gptq",
         "dynamic": dense,
-        **more,
     }
+
+
+_CONFIGS: Mapping[str, Callable[[GridOptions, ModelFacts], dict[str, Any]]] = {
+    "gptq": _gptq_config,
+    "awq": _awq_config,
+    "pack-quantized": _compressed_config,
+}

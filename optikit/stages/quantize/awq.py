@@ -14,7 +14,6 @@ Differs scales are searched through Gram matrices over all calibration tokens in
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -25,7 +24,7 @@ from optikit.problems import Problem
 from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, no_objection, split_calibrated
 from optikit.stages import _blockwise_cost
 from optikit.stages._experts import ExpertOptions
-from optikit.stages.quantize._grid import GridOptions, check_grid, chosen, ignored
+from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, ignored, quantization_config
 from optikit.targets import Target
 
 SUMMARY = "AWQ: 4-bit weights, salient channels scaled up before rounding"
@@ -43,6 +42,8 @@ class Options(GridOptions, ExpertOptions):
 
     bits: Literal[4] = 4
     """Bits per weight; the format knows no other."""
+    format: Literal["awq", "pack-quantized"] = "awq"  # type: ignore[assignment]  # a grid of another family of formats
+    """How it is written: `awq`, which most engines read, or `pack-quantized` of compressed-tensors."""
     sym: bool = False
     """Fix the zero point in the middle of the codes instead of storing one per group."""
     steps: int = Field(default=20, ge=1, le=200)
@@ -65,43 +66,9 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
     yield from check_grid(options, facts)
 
 
-def packed_bytes(options: Options, shape: tuple[int, int]) -> int:
-    """Return the bytes of one packed linear (out_features, in_features): codes, scales, zero points."""
-    rows, columns = shape
-    groups = 1 if options.group_size < 0 else columns // options.group_size
-    return rows * columns // 2 + rows * groups * 2 + rows * groups // 2
-
-
-def quantization_config(options: Options, linears: tuple[str, ...], kept: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return config.json's `quantization_config` of an `awq` checkpoint, as AutoAWQ, vLLM and transformers read it.
-
-    Args:
-        options: The grid.
-        linears: Full names of every linear of the blocks.
-        kept: Names of other modules that aren't quantized; see `ModelFacts.kept`.
-    """
-    return {
-        "quant_method": "awq",
-        "bits": options.bits,
-        "group_size": options.group_size,
-        "zero_point": True,
-        "version": "gemm",
-        "modules_to_not_convert": [*(name for name in linears if ignored(name, options.ignore)), *kept] or None,
-    }
-
-
 def after(options: Options, facts: ModelFacts) -> ModelFacts:
     """Return the facts of the quantized model: same shapes, fewer bytes, no longer dense."""
-    linears = chosen(options, facts)
-    element_bytes = 4 if facts.dtype == "F32" else 2
-    dense = sum(rows * columns for rows, columns in linears.values()) * element_bytes
-    packed = sum(packed_bytes(options, shape) for shape in linears.values())
-    written = replace(
-        facts,
-        weight_bytes=facts.weight_bytes - dense + packed,
-        config={**facts.config, "quantization_config": quantization_config(options, tuple(facts.linears), facts.kept)},
-    )
-    return written.having("int4_awq", without=frozenset({"dense"}))
+    return after_grid(options, facts)
 
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
@@ -122,23 +89,18 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 
 def run(options: Options, job: Job) -> Facts:
     """Walk the blocks, quantizing each on the outputs of the quantized ones before it."""
-    import torch
-
-    from optikit.algorithms.grid import Grid, dequantize
+    from optikit.algorithms.grid import Grid
     from optikit.calibration import blockwise
     from optikit.calibration.methods.awq import Awq
-    from optikit.calibration.source_model import linears_of
     from optikit.calibration.write_checkpoint import ScaledLayout
-    from optikit.formats import awq
+    from optikit.formats.packing import integers
     from optikit.models.reader import read
 
-    layout = ScaledLayout(
-        dtypes={"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16},
-        unpack=lambda tensors: dequantize(*awq.unpack(tensors)),
-        config=quantization_config(options, linears_of(job.source), read(job.source).kept),
-    )
+    packing = integers(options.format, options.bits, sym=options.sym)
+    config = quantization_config(options, read(job.source))
     method = Awq(
-        layout,
+        ScaledLayout(dtypes=packing.dtypes, unpack=packing.dequantize, config=config),
+        packing,
         grid=Grid(bits=4, group_size=options.group_size, sym=options.sym, search=options.clip),
         steps=options.steps,
         damp=options.damp if options.rounding == "gptq" else None,

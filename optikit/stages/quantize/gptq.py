@@ -56,7 +56,7 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
 
 def after(options: Options, facts: ModelFacts) -> ModelFacts:
     """Return the facts of the quantized model."""
-    return after_grid(options, facts, "int4_gptq" if options.bits == 4 else "int8_gptq")
+    return after_grid(options, facts)
 
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
@@ -80,14 +80,13 @@ def run(options: Options, job: Job) -> Facts:
     from optikit.algorithms.grid import Grid
     from optikit.calibration import blockwise
     from optikit.calibration.methods.rounding import GramRounding
-    from optikit.calibration.source_model import linears_of
-    from optikit.calibration.write_checkpoint import GptqLayout
+    from optikit.calibration.write_checkpoint import grid_layout
     from optikit.models.reader import read
 
     grid = Grid(bits=options.bits, group_size=options.group_size, sym=options.sym, search=options.mse)
-    config = quantization_config(options, linears_of(job.source), read(job.source).kept, damp_percent=options.damp)
+    config = quantization_config(options, read(job.source), damp_percent=options.damp)
     method = GramRounding(
-        GptqLayout(grid=grid, config=config),
+        grid_layout(options.format, grid, config),
         kernel=partial(gptq.quantize, damp=options.damp, act_order=options.act_order),
         correct_damp=options.correct_damp if options.correct else None,
     )

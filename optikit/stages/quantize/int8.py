@@ -34,8 +34,8 @@ from optikit.stage import (
 )
 from optikit.stages import _blockwise_cost
 from optikit.stages._experts import ExpertOptions
-from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, chosen, ignored
-from optikit.stages.quantize._grid import quantization_config as gptq_config
+from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, chosen, compressed_ignore, ignored
+from optikit.stages.quantize._grid import quantization_config as grid_config
 from optikit.stages.quantize.awq import findings
 from optikit.targets import Target
 
@@ -65,6 +65,10 @@ class Options(ExpertOptions):
     packing, which transformers serves."""
     group_size: Literal[32, 64, 128, -1] = 128
     """w8a16: weights in a row that share a scale; -1 is the whole row."""
+    sym: bool = True
+    """w8a16: fix the zero point in the middle of the codes. False stores one per group."""
+    format: Literal["gptq", "pack-quantized"] = "gptq"
+    """w8a16: how it is written: `gptq`, which most engines read, or `pack-quantized` of compressed-tensors."""
     smooth: Literal["search", "none"] | Annotated[float, Field(gt=0, le=1)] = "search"
     """w8a8: how much of the difficulty moves from activations to weights: the best of ten strengths for every group
     of linears, one fixed strength, or nothing."""
@@ -82,7 +86,7 @@ def needs_row(options: Options) -> str:
 def grid_of(options: Options) -> GridOptions:
     """Return the grid of the weights."""
     size = options.group_size if options.scheme == "w8a16" else -1
-    return GridOptions(bits=8, group_size=size, sym=True, ignore=options.ignore)
+    return GridOptions(bits=8, group_size=size, sym=options.sym, format=options.format, ignore=options.ignore)
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
@@ -105,15 +109,14 @@ def _head(facts: ModelFacts) -> list[str]:
 
 def quantization_config(options: Options, facts: ModelFacts) -> dict[str, Any]:
     """Return config.json's `quantization_config` of an `int-quantized` or `bitsandbytes` checkpoint."""
-    ignored_linears = [*(name for name in facts.linears if ignored(name, options.ignore)), *facts.routers]
-    towers = [rf"re:.*{part.rpartition('.')[2]}\..*" for part in facts.carried]
     if options.scheme == "llm_int8":
+        skipped = [name for name in facts.linears if ignored(name, options.ignore)]
         return {
             "quant_method": "bitsandbytes",
             "load_in_8bit": True,
             "load_in_4bit": False,
             "llm_int8_threshold": options.threshold,
-            "llm_int8_skip_modules": [*_head(facts), *ignored_linears, *facts.carried],
+            "llm_int8_skip_modules": [*_head(facts), *skipped, *facts.kept],
         }
     int8 = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None}
     return {
@@ -128,7 +131,7 @@ def quantization_config(options: Options, facts: ModelFacts) -> dict[str, Any]:
                 "output_activations": None,
             }
         },
-        "ignore": [*_head(facts), *ignored_linears, *towers],
+        "ignore": compressed_ignore(facts, options.ignore),
         "kv_cache_scheme": None,
     }
 
@@ -136,7 +139,7 @@ def quantization_config(options: Options, facts: ModelFacts) -> dict[str, Any]:
 def after(options: Options, facts: ModelFacts) -> ModelFacts:
     """Return the facts of the quantized model."""
     if options.scheme == "w8a16":
-        return after_grid(grid_of(options), facts, "int8_gptq")
+        return after_grid(grid_of(options), facts)
     linears = chosen(grid_of(options), facts)
     element_bytes = 4 if facts.dtype == "F32" else 2
     scale_bytes = 4 if options.scheme == "llm_int8" else element_bytes
@@ -188,12 +191,11 @@ def _weights_only(options: Options, job: Job) -> Method[Any]:
     from optikit.algorithms import gptq
     from optikit.algorithms.grid import Grid
     from optikit.calibration.methods.rounding import GramRounding
-    from optikit.calibration.source_model import linears_of
-    from optikit.calibration.write_checkpoint import GptqLayout
+    from optikit.calibration.write_checkpoint import grid_layout
     from optikit.models.reader import read
 
-    grid = Grid(bits=8, group_size=options.group_size, sym=True)
-    layout = GptqLayout(grid=grid, config=gptq_config(grid_of(options), linears_of(job.source), read(job.source).kept))
+    grid = Grid(bits=8, group_size=options.group_size, sym=options.sym)
+    layout = grid_layout(options.format, grid, grid_config(grid_of(options), read(job.source)))
     return GramRounding(layout, kernel=partial(gptq.quantize, damp=0.01, act_order=True))
 
 

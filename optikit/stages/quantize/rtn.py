@@ -3,7 +3,7 @@
 Paper   none; the trivial baseline that every other method here is judged against
 Helps   first looks, and 8 bits, where it loses next to nothing
 Hurts   4 bits on small models: SmolLM2-135M loses about three times as much as with gptq
-Cost    seconds; memory of one block
+Cost    seconds; the memory of a strip of one linear, however large the model
 Differs the scale is searched by squared error over 80 clipping ratios (`mse: true`), where most tools take the extremes
 """
 
@@ -43,16 +43,16 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
 
 def after(options: Options, facts: ModelFacts) -> ModelFacts:
     """Return the facts of the quantized model."""
-    return after_grid(options, facts, "int4_gptq" if options.bits == 4 else "int8_gptq")
+    return after_grid(options, facts)
 
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
     """Estimate from the count of weights: the grid search reads each about a hundred times."""
-    block = 8 * facts.walked_elements
     written = after(options, facts).weight_bytes
+    largest = max((rows * columns for rows, columns in facts.linears.values()), default=0)
     return Estimate(
         seconds=3 + facts.linear_elements * (4e-8 if options.mse else 1e-9),
-        peak_bytes=400_000_000 + 2 * block,
+        peak_bytes=430_000_000 + max(largest, min(facts.linear_elements // max(facts.layers, 1), 1 << 27)),
         disk_bytes=directory_bytes(written, facts.vocab),
         scratch_bytes=written,
     )
@@ -64,12 +64,11 @@ def run(options: Options, job: Job) -> Facts:
     from optikit.algorithms.grid import Grid
     from optikit.calibration import blockwise
     from optikit.calibration.methods.rounding import DataFreeRounding
-    from optikit.calibration.source_model import linears_of
-    from optikit.calibration.write_checkpoint import GptqLayout
+    from optikit.calibration.write_checkpoint import grid_layout
     from optikit.models.reader import read
 
     grid = Grid(bits=options.bits, group_size=options.group_size, sym=options.sym, search=options.mse)
-    layout = GptqLayout(grid=grid, config=quantization_config(options, linears_of(job.source), read(job.source).kept))
+    layout = grid_layout(options.format, grid, quantization_config(options, read(job.source)))
     method = DataFreeRounding(layout, kernel=rtn.quantize)
     ignore = partial(ignored, patterns=options.ignore)
     return blockwise.run(job, method, identity=f"rtn {options!r}", ignore=ignore).facts
