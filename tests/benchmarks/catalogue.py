@@ -16,6 +16,7 @@ import platform
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -256,7 +257,7 @@ def cells(work: Path, families: list[str]) -> Iterator[tuple[str, str, dict[str,
                 except OptikitError as error:
                     found = {"failed": int(error.code), "why": error.message}
                 print(f"{family} {name} {time.monotonic() - started:.1f} s {found}", file=sys.stderr)
-                kept.write_text(json.dumps(found), encoding="utf-8")
+                kept.write_text(json.dumps(found | {"commit": record.commit()}), encoding="utf-8")
             yield family, name, json.loads(kept.read_text(encoding="utf-8"))
 
 
@@ -316,6 +317,7 @@ def head(by: Cells, families: list[str]) -> list[str]:
     largest = max(found["transformers"] for found in exact if "transformers" in found)
     graphs = [found["onnxruntime"] for found in by.values() if isinstance(found.get("onnxruntime"), float)]
     failed = sum("failed" in each for each in refusing(by))
+    commits = ", ".join(f"{name} ({count})" for name, count in Counter(each["commit"] for each in cells).most_common())
     versions = host.versions(("torch", "transformers", "onnxruntime", "onnxruntime-genai"))
     return [
         "# Families, techniques, engines",
@@ -334,7 +336,8 @@ def head(by: Cells, families: list[str]) -> list[str]:
         "in eager mode, but for falcon-rw: there transformers 5.24 adds ALiBi twice, to the mask and to the products,",
         "and logits are 7e-3 from those with `sdpa`, which adds it once.",
         "",
-        f"Commit {record.commit()}; {host.cpu_model()}, one thread; Python {platform.python_version()}, "
+        f"Commits of the cells, where one may be as it was before a rebase: {commits}.",
+        f"{host.cpu_model()}, one thread; Python {platform.python_version()}, "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + ".",
         "",
