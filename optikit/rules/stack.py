@@ -201,7 +201,6 @@ def _weights(stack: Stack) -> dict[str, Any]:
     known = {word: value for row in traits.of(facts.traits) for word, value in row.words.items()}
     options = next((stage.options for stage in reversed(stack.stages) if stage.verb == "quantize"), {})
     method = known.get("quant_method", stored.get("quant_method"))
-    sparsity = stored.get("sparsity_config")
     return {
         **known,
         **_scheme(stored),
@@ -209,9 +208,6 @@ def _weights(stack: Stack) -> dict[str, Any]:
         **{key: value for key, value in options.items() if value is not None},
         "quant_method": method,
         "quantized": method is not None,
-        "sparsity_targets": (frozenset(sparsity.get("targets") or ()) or None)
-        if isinstance(sparsity, Mapping)
-        else None,
     }
 
 

@@ -63,7 +63,6 @@ WEIGHTS: Mapping[str, str] = MappingProxyType(
         "type": "int or float",
         "strategy": "tensor, channel, group, block",
         "scale_max": "largest value that the scales were made for",
-        "sparsity_targets": "set: sparsity_config.targets, if any",
     }
 )
 FIT: Mapping[str, str] = MappingProxyType(

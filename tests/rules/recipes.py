@@ -180,23 +180,28 @@ def _tensors(facts: Mapping[str, Any], config: Mapping[str, Any], trait: str) ->
     for name, shape in expected.tensors(architecture, facts, settings).items():
         linear = name.removesuffix(".weight")
         if trait and linear.endswith(tuple(architecture.linears)) and name != linear:
-            packed = dict.fromkeys(traits.rows()[trait].suffixes, _zeros("F16", 1)) | _packed(shape, trait)
+            packed = dict.fromkeys(traits.rows()[trait].suffixes, _zeros("F16", 1))
+            packed |= _packed(shape, trait, config["quantization_config"])
             yield from ((f"{linear}.{suffix}", tensor) for suffix, tensor in packed.items())
         else:
             yield name, _zeros(dtype, *shape)
 
 
-def _packed(shape: tuple[int, ...], trait: str) -> dict[str, Tensor]:
+def _packed(shape: tuple[int, ...], trait: str, settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a packed linear, by the settings of its format."""
     rows, columns = shape
-    if trait in {"int4_gptq", "int8_gptq"}:
-        return {"qweight": _zeros("I32", columns // (8 if "4" in trait[:4] else 4), rows)}
-    if trait == "int4_awq":
-        return {"qweight": _zeros("I32", columns, rows // 8)}
     if trait == "nf4":
         state = json.dumps({"shape": list(shape)}).encode()
         packed = {"weight": _zeros("U8", rows * columns // 2, 1)}
         return packed | {"weight.quant_state.bitsandbytes__nf4": ("U8", (len(state),), state)}
-    return {"weight": _zeros("I8", rows, columns)}
+    if trait == "int8_w8a8":
+        return {"weight": _zeros("I8", rows, columns), "weight_scale": _zeros("F16", rows, 1)}
+    codes = 32 // settings["bits"]
+    groups = columns // settings["group_size"]
+    grid = {"qzeros": _zeros("I32", groups, rows // codes), "scales": _zeros("F16", groups, rows)}
+    if trait == "int4_awq":
+        return grid | {"qweight": _zeros("I32", columns, rows // codes)}
+    return grid | {"qweight": _zeros("I32", columns // codes, rows), "g_idx": _zeros("I32", columns)}
 
 
 def _zeros(dtype: str, *shape: int) -> Tensor:
