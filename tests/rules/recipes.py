@@ -26,7 +26,7 @@ from optikit.stages import load as load_stage
 from optikit.store.store import Store
 from tests.conftest import byte_tokenizer
 
-LARGE = {"hidden": 256, "intermediate": 704, "layers": 2, "heads": 32, "kv_heads": 8, "head_dim": 8, "vocab": 320}
+LARGE = {"hidden": 256, "intermediate": 704, "layers": 2, "heads": 32, "kv_heads": 8, "head_dim": 16, "vocab": 320}
 SMALL = {**LARGE, "hidden": 128, "intermediate": 256, "layers": 1, "heads": 16, "kv_heads": 4}
 KEYS = {
     "hidden": "hidden_size",
