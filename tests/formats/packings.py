@@ -284,7 +284,10 @@ PACKINGS: dict[str, Packing] = {
     ),
     "bitsandbytes int8": Packing(llm_int8, {"quant_method": "bitsandbytes", "load_in_8bit": True}, dtype="float16"),
 }
-TRAITS = {"gptq 4 bits", "gptq 4 bits, desc_act", "gptq 8 bits", "awq gemm", "bitsandbytes NF4", "bitsandbytes int8"}
+TRAITS = {
+    *("gptq 4 bits", "gptq 4 bits, desc_act", "gptq 8 bits", "awq gemm", "bitsandbytes NF4", "bitsandbytes int8"),
+    *("W4A16", "W4A16, zero points", "W8A16", "ModelOpt FP8"),
+}
 """Those that stages read as they are."""
 
 
