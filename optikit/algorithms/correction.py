@@ -21,7 +21,7 @@ tried on the rest, where W + fΔ loses a parabola in f,
 
 whose minimum in [0, 1] is the factor f of each layer; 0 leaves W as it is. Random models of 64 channels, calibrated on
 128 to 1024 tokens of prose: with f = 1 GPTQ and AWQ lose 0.91 to 1.18 times the divergence that they lose without
-correction, with this f 0.74 to 0.99 times.
+correction, with this f 0.74 to 0.99 times. With two windows of 60 tokens, of which one alone chooses f, up to 1.17.
 """
 
 from __future__ import annotations

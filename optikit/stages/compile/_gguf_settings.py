@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from optikit.errors import StageFailedError
@@ -73,8 +72,6 @@ def rope(facts: ModelFacts) -> Mapping[str, Any]:
 
 
 def _rope(writer: GGUFWriter, facts: ModelFacts) -> None:
-    from gguf import RopeScalingType
-
     told = rope(facts)
     share = told.get("partial_rotary_factor", facts.config.get("partial_rotary_factor", 1.0))
     writer.add_rope_dimension_count(int(facts.head_dim * share))
@@ -84,19 +81,6 @@ def _rope(writer: GGUFWriter, facts: ModelFacts) -> None:
         writer.add_rope_freq_base_swa(float(both["sliding_attention"]["rope_theta"]))
     elif facts.config.get("rope_local_base_freq"):
         writer.add_rope_freq_base_swa(float(facts.config["rope_local_base_freq"]))
-    if told["rope_type"] == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(told["factor"]))
-    if told["rope_type"] == "yarn":
-        writer.add_rope_scaling_type(RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(float(told["factor"]))
-        writer.add_rope_scaling_orig_ctx_len(int(told["original_max_position_embeddings"]))
-    if told["rope_type"] == "longrope":
-        original = int(told["original_max_position_embeddings"])
-        scale = facts.max_positions / original
-        writer.add_rope_scaling_orig_ctx_len(original)
-        factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
-        writer.add_rope_scaling_attn_factors(float(told.get("attention_factor") or factor))
 
 
 def tables(facts: ModelFacts) -> dict[str, list[float]]:
@@ -109,6 +93,4 @@ def tables(facts: ModelFacts) -> dict[str, list[float]]:
             float(told["rope_theta"]), facts.head_dim, float(told["factor"]), context, low=low, high=high
         )
         return {"rope_freqs.weight": factors}
-    if told["rope_type"] == "longrope":
-        return {f"rope_factors_{each}.weight": list(told[f"{each}_factor"]) for each in ("long", "short")}
     return {}
