@@ -131,31 +131,3 @@ def compare(
         verdict = speed_change(value, interval, floor)
         found[what] = Ratio(value=value, ci95=interval, noise_floor=floor, verdict=verdict)
     return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a request must keep to be good, ms; None is no limit."""
-
-    ttft_ms: float | None = None
-    tpot_ms: float | None = None
-    e2e_ms: float | None = None
-
-    def kept_by(self, trace: Trace) -> bool:
-        """Tell whether a request stayed within every limit."""
-        pairs = ((trace.ttft_ms, self.ttft_ms), (trace.tpot_ms, self.tpot_ms), (trace.e2e_ms, self.e2e_ms))
-        return all(limit is None or value <= limit for value, limit in pairs)
-
-
-def goodput(traces: Sequence[Trace], limits: Limits) -> float:
-    """Return requests per second that kept every limit, from the first call to the last token of all of them."""
-    first = min(trace.start_ns for trace in traces)
-    last = max(trace.token_ns[-1] for trace in traces)
-    return sum(limits.kept_by(trace) for trace in traces) / ((last - first) / 1e9)
-
-
-def throughput(traces: Sequence[Trace]) -> float:
-    """Return output tokens per second over all requests, from the first call to the last token."""
-    first = min(trace.start_ns for trace in traces)
-    last = max(trace.token_ns[-1] for trace in traces)
-    return sum(len(trace.token_ns) for trace in traces) / ((last - first) / 1e9)

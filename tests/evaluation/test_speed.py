@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from optikit.evaluation.speed import Limits, Trace, goodput, summarize, tail, throughput
+from optikit.evaluation.bench_results import Level, Limits, Reply, row
+from optikit.evaluation.speed import Trace, summarize, tail
+from optikit.runtime.completions_client import Streamed
 
 
 def trace(start_ms, *token_ms, prompt_tokens=100):
@@ -58,13 +60,26 @@ def test_bad_traces_are_refused():
         summarize([trace(0, 1, 2)])
 
 
+NO_LIMITS = Limits()
+
+
+def under_load(traces, limits=NO_LIMITS):
+    """Return the figures of requests as a load test has them."""
+    replies = []
+    for each in traces:
+        pieces = tuple(each.token_ns)
+        came = Streamed(start_ns=each.start_ns, piece_ns=pieces, prompt_tokens=None, output_tokens=len(pieces))
+        replies.append(Reply(prompt=0, due_ns=each.start_ns, streamed=came))
+    return row(Level("a", "clients", 1), replies, limits, usd_per_hour=None)
+
+
 def test_goodput_counts_requests_within_every_limit():
     requests = [trace(0, 100, 200, 300), trace(0, 400, 450, 500), trace(500, 600, 900, 1000)]
-    assert goodput(requests, Limits()) == pytest.approx(3)
-    assert goodput(requests, Limits(ttft_ms=100)) == pytest.approx(2)
-    assert goodput(requests, Limits(ttft_ms=100, tpot_ms=100)) == pytest.approx(1)
-    assert goodput(requests, Limits(e2e_ms=10)) == 0
+    assert under_load(requests, Limits(e2e_ms=1e9)).goodput_per_s == pytest.approx(3)
+    assert under_load(requests, Limits(ttft_ms=100)).goodput_per_s == pytest.approx(2)
+    assert under_load(requests, Limits(ttft_ms=100, tpot_ms=100)).goodput_per_s == pytest.approx(1)
+    assert under_load(requests, Limits(e2e_ms=10)).goodput_per_s == 0
 
 
 def test_throughput_spans_first_call_to_last_token():
-    assert throughput([trace(0, 100, 200), trace(50, 150, 500)]) == pytest.approx(8)
+    assert under_load([trace(0, 100, 200), trace(50, 150, 500)]).output_tokens_per_s == pytest.approx(8)
