@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from optikit import text
 from optikit.evaluation.bench_results import Bench, Row, Sample
-from optikit.report import html, markdown, svg
+from optikit.report import html, load_curves, markdown
 from optikit.report.values import listed
 from optikit.report.write import put
 
@@ -161,8 +161,10 @@ def _pictures(bench: Bench) -> Iterator[Markup]:
                 )
                 points = tuple((row.load, found, ci95(row)) for row in rows if (found := value(row)) is not None)
                 if len(points) > 1:
-                    lines.append(svg.Curve(name=variant.name, points=points))
+                    lines.append(load_curves.Curve(name=variant.name, points=points))
             if lines:
                 words = f"{title} over {across}, a line for each variant; the table has the numbers."
                 ident = f"{title}-{kind}".lower().replace(" ", "-")
-                yield svg.curves(lines, ident=ident, title=title, across=across, up=f"{title}, {up}", description=words)
+                yield load_curves.curves(
+                    lines, ident=ident, title=title, across=across, up=f"{title}, {up}", description=words
+                )

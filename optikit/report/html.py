@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from optikit import text
 from optikit.evaluation.results import GateResult, Measurement, Report, StepReport
-from optikit.report import figures, gates, server_table, svg, task_table, wording
+from optikit.report import drawing, figures, gates, server_table, svg, task_table, wording
 from optikit.report import speculation_table as speculating
 from optikit.report.definitions import DEFINITIONS, needed
 from optikit.report.headline import headline
@@ -220,7 +220,7 @@ def _tradeoff(report: Report) -> tuple[Markup, tuple[tuple[str, str, str], ...]]
     limit = slowest * before if slowest is not None and before is not None else None
     rows = tuple(
         (
-            svg.shortened(p.label, 40),
+            drawing.shortened(p.label, 40),
             f"{text.number(p.speed)} tok/s",
             text.UNMEASURED if p.ratio is None else text.ratio(p.ratio, p.ratio_ci95),
         )

@@ -1,26 +1,22 @@
-"""Pictures as hand-written SVG: plain values in, escaped markup out, colours left to the page's style sheet.
+"""The pictures of a run's report: plain values in, escaped markup out.
 
-Every picture is an image with a title and a description for those who can't see it. Sizes are in user units; the page
-scales them. Labels are placed where they cover nothing, on the first of a few positions that is free.
+Labels are placed where they cover nothing, on the first of a few positions that is free.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from optikit import text
 from optikit.evaluation.results import Interval
+from optikit.report.drawing import FONT, GLYPH, Axis, Box, element, label, line, picture, rect, shortened, ticks
 
 Bounds = tuple[float | None, float | None]
 """Lower and upper limit; None is no limit."""
-
-FONT = 13.0
-GLYPH = 0.56 * FONT * 1.15
-"""Width that a letter may take; the rest allows for fonts wider than usual."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,107 +39,12 @@ class Point:
     kind: str = "step"
 
 
-@dataclass(frozen=True)
-class _Box:
-    left: float
-    top: float
-    right: float
-    bottom: float
-
-    def meets(self, other: _Box) -> bool:
-        return (
-            self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
-        )
-
-    def inside(self, other: _Box) -> bool:
-        return (
-            self.left >= other.left
-            and self.right <= other.right
-            and self.top >= other.top
-            and self.bottom <= other.bottom
-        )
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """Maps values linearly to user units."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def __call__(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
-        return self.start + share * (self.end - self.start)
-
-    def clamp(self, value: float) -> float:
-        return self(min(max(value, self.low), self.high))
-
-
-def element(tag: str, /, *children: str, **attributes: str | float | None) -> Markup:
-    """Return one element: attribute values and text are escaped, `Markup` children are kept; `_` becomes `-`."""
-    written = Markup("").join(
-        Markup(' {}="{}"').format(name.rstrip("_").replace("_", "-"), _attribute(value))
-        for name, value in attributes.items()
-        if value is not None
-    )
-    inner = Markup("").join(child if isinstance(child, Markup) else escape(text.clean(child)) for child in children)
-    return Markup("<{0}{1}>{2}</{0}>").format(Markup(tag), written, inner)  # noqa: S704 - tag names are ours
-
-
-def _attribute(value: str | float) -> str:
-    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, int | float) else text.clean(value)
-
-
-def picture(  # one place that gives every picture its name and description
-    children: Iterable[Markup], *, ident: str, title: str, description: str, width: float, height: float, **more: str
-) -> Markup:
-    """Return an `<svg>` that a screen reader announces by title and description."""
-    return element(
-        "svg",
-        element("title", title, id=f"{ident}-title"),
-        element("desc", description, id=f"{ident}-desc"),
-        *children,
-        viewBox=f"0 0 {width:g} {height:g}",
-        role="img",
-        aria_labelledby=f"{ident}-title {ident}-desc",
-        **more,
-    )
-
-
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Return round values between `low` and `high`, about as many as asked for.
-
-    >>> ticks(0, 203), ticks(0.98, 1.16, 4)
-    ([0.0, 50.0, 100.0, 150.0, 200.0], [1.0, 1.05, 1.1, 1.15])
-    """
-    raw = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> Markup:
-    return element("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=style)
-
-
-def _rect(box: _Box, style: str) -> Markup:
-    width, height = max(0.0, box.right - box.left), max(0.0, box.bottom - box.top)
-    return element("rect", x=box.left, y=box.top, width=width, height=height, class_=style)
-
-
-def _text(words: str, x: float, y: float, style: str = "", anchor: str = "start") -> Markup:
-    return element("text", words, x=x, y=y, class_=style or None, text_anchor=anchor)
-
-
 def tradeoff(points: Sequence[Point], *, speed_limit: Bounds, ratio_limit: Bounds, description: str) -> Markup:
     """Draw quality against speed: right is faster, up is better; limits shade what gates refuse.
 
     Points without a perplexity are drawn on the speed axis alone. At least one point needs a perplexity.
     """
-    frame = _Box(58, 26, 544, 336)
+    frame = Box(58, 26, 544, 336)
     x, y = _tradeoff_axes(points, speed_limit, ratio_limit, frame)
     drawn = [*_refused(x, y, speed_limit, ratio_limit, frame), *_grid(x, y, frame)]
     placed = [p for p in points if p.ratio is not None]
@@ -165,92 +66,90 @@ def tradeoff(points: Sequence[Point], *, speed_limit: Bounds, ratio_limit: Bound
     )
 
 
-def _tradeoff_axes(
-    points: Sequence[Point], speed_limit: Bounds, ratio_limit: Bounds, frame: _Box
-) -> tuple[_Axis, _Axis]:
+def _tradeoff_axes(points: Sequence[Point], speed_limit: Bounds, ratio_limit: Bounds, frame: Box) -> tuple[Axis, Axis]:
     speeds = [v for p in points for v in (p.speed, *(p.speed_ci95 or ()))] + [v for v in speed_limit if v is not None]
     ratios = [v for p in points for v in (p.ratio, *(p.ratio_ci95 or ())) if v is not None]
     ratios += [1.0, *(v for v in ratio_limit if v is not None)]
     margin = max(0.02, 0.16 * (max(ratios) - min(ratios)))
     return (
-        _Axis(0.0, 1.12 * max(speeds), frame.left, frame.right),
-        _Axis(min(ratios) - margin, max(ratios) + margin, frame.top, frame.bottom),
+        Axis(0.0, 1.12 * max(speeds), frame.left, frame.right),
+        Axis(min(ratios) - margin, max(ratios) + margin, frame.top, frame.bottom),
     )
 
 
-def _refused(x: _Axis, y: _Axis, speed_limit: Bounds, ratio_limit: Bounds, frame: _Box) -> list[Markup]:
+def _refused(x: Axis, y: Axis, speed_limit: Bounds, ratio_limit: Bounds, frame: Box) -> list[Markup]:
     drawn = []
     if speed_limit[0] is not None:
         at = x.clamp(speed_limit[0])
         drawn += [
-            _rect(_Box(frame.left, frame.top, at, frame.bottom), "refused"),
-            _line(at, frame.top, at, frame.bottom, "limit"),
+            rect(Box(frame.left, frame.top, at, frame.bottom), "refused"),
+            line(at, frame.top, at, frame.bottom, "limit"),
         ]
-        drawn.append(_text("gate", at + 4, frame.top + 12, "limit-label"))
+        drawn.append(label("gate", at + 4, frame.top + 12, "limit-label"))
     if ratio_limit[1] is not None:
         at = y.clamp(ratio_limit[1])
         drawn += [
-            _rect(_Box(frame.left, at, frame.right, frame.bottom), "refused"),
-            _line(frame.left, at, frame.right, at, "limit"),
+            rect(Box(frame.left, at, frame.right, frame.bottom), "refused"),
+            line(frame.left, at, frame.right, at, "limit"),
         ]
-        drawn.append(_text("gate", frame.right - 4, at - 5, "limit-label", "end"))
+        drawn.append(label("gate", frame.right - 4, at - 5, "limit-label", "end"))
     return drawn
 
 
-def _grid(x: _Axis, y: _Axis, frame: _Box) -> list[Markup]:
+def _grid(x: Axis, y: Axis, frame: Box) -> list[Markup]:
     drawn = []
     for value in ticks(x.low, x.high):
         drawn += [
-            _line(x(value), frame.bottom, x(value), frame.bottom + 5, "tick"),
-            _text(f"{value:,.10g}", x(value), frame.bottom + 20, "axis", "middle"),
+            line(x(value), frame.bottom, x(value), frame.bottom + 5, "tick"),
+            label(f"{value:,.10g}", x(value), frame.bottom + 20, "axis", "middle"),
         ]
     for value in ticks(y.low, y.high, 4):
         style = "one" if value == 1 else "grid"
         drawn += [
-            _line(frame.left, y(value), frame.right, y(value), style),
-            _text(f"{value:.2f}×", frame.left - 8, y(value) + 4.5, "axis", "end"),
+            line(frame.left, y(value), frame.right, y(value), style),
+            label(f"{value:.2f}×", frame.left - 8, y(value) + 4.5, "axis", "end"),
         ]
     return [
         *drawn,
-        _line(frame.left, frame.bottom, frame.right, frame.bottom, "axis-line"),
-        _text("↑ better: perplexity, × baseline", 2, 14, "axis-title"),
-        _text("Decode speed, tokens/s: faster →", frame.right, frame.bottom + 42, "axis-title", "end"),
+        line(frame.left, frame.bottom, frame.right, frame.bottom, "axis-line"),
+        label("↑ better: perplexity, × baseline", 2, 14, "axis-title"),
+        label("Decode speed, tokens/s: faster →", frame.right, frame.bottom + 42, "axis-title", "end"),
     ]
 
 
-def _around(x: float, y: float, reach: float) -> _Box:
-    return _Box(x - reach, y - reach, x + reach, y + reach)
+def _around(x: float, y: float, reach: float) -> Box:
+    return Box(x - reach, y - reach, x + reach, y + reach)
 
 
-def _mark(point: Point, x: _Axis, y: _Axis, frame: _Box) -> list[Markup]:
+def _mark(point: Point, x: Axis, y: Axis, frame: Box) -> list[Markup]:
     at = x(point.speed)
     if point.ratio is None:
         return [element("path", d=f"M{at:.1f} {frame.bottom - 8:.1f}l5 8h-10z", class_=f"mark {point.kind}")]
     height = y(point.ratio)
     drawn = []
     if point.speed_ci95:
-        drawn.append(_line(x(point.speed_ci95[0]), height, x(point.speed_ci95[1]), height, f"ci {point.kind}"))
+        drawn.append(line(x(point.speed_ci95[0]), height, x(point.speed_ci95[1]), height, f"ci {point.kind}"))
     if point.ratio_ci95:
-        drawn.append(_line(at, y(point.ratio_ci95[0]), at, y(point.ratio_ci95[1]), f"ci {point.kind}"))
+        drawn.append(line(at, y(point.ratio_ci95[0]), at, y(point.ratio_ci95[1]), f"ci {point.kind}"))
     radius = 6 if point.kind == "result" else 4.5
     return [*drawn, element("circle", cx=at, cy=height, r=radius, class_=f"mark {point.kind}")]
 
 
-def _label(point: Point, x: _Axis, y: _Axis, frame: _Box, taken: list[_Box]) -> Markup:
+def _label(point: Point, x: Axis, y: Axis, frame: Box, taken: list[Box]) -> Markup:
     """Write a point's name on the first of eight positions that covers nothing, and take that place."""
     words = shortened(point.label)
     wide, high = GLYPH * len(words), FONT + 2
-    room = _Box(frame.left, frame.top - 8, frame.right + 14, frame.bottom)
+    room = Box(frame.left, frame.top - 8, frame.right + 14, frame.bottom)
     spots = _spots(point, x, y, frame)
     boxes = [_text_box(anchor, left, base, wide, high) for anchor, left, base in spots]
     free = (i for i, box in enumerate(boxes) if box.inside(room) and not any(box.meets(other) for other in taken))
     best = next(free, 0)
     taken.append(boxes[best])
     anchor, left, base = spots[best]
-    return _text(words, left, base, f"name {point.kind}", anchor)
+    return label(words, left, base, f"name {point.kind}", anchor)
 
 
-def _spots(point: Point, x: _Axis, y: _Axis, frame: _Box) -> list[tuple[str, float, float]]:
+def _spots(point: Point, x: Axis, y: Axis, frame: Box) -> list[tuple[str, float, float]]:
     """Return (anchor, x, y) of the positions for a point's name, the best first."""
     at = x(point.speed)
     if point.ratio is None:
@@ -273,15 +172,9 @@ def _spots(point: Point, x: _Axis, y: _Axis, frame: _Box) -> list[tuple[str, flo
     return spots
 
 
-def _text_box(anchor: str, x: float, y: float, wide: float, high: float) -> _Box:
+def _text_box(anchor: str, x: float, y: float, wide: float, high: float) -> Box:
     left = {"start": x, "middle": x - wide / 2, "end": x - wide}[anchor]
-    return _Box(left, y - high + 3, left + wide, y + 3)
-
-
-def shortened(words: str, most: int = 26) -> str:
-    """Return `words` cut to `most` characters, with an ellipsis where something is missing."""
-    shown = text.clean(words)
-    return shown if len(shown) <= most else f"{shown[: most - 1]}…"
+    return Box(left, y - high + 3, left + wide, y + 3)
 
 
 def interval(
@@ -294,10 +187,10 @@ def interval(
     axis = _padded(known, 2, 158)
     low, high = limit
     ends = (axis.start if low is None else axis(low), axis.end if high is None else axis(high))
-    drawn = [_line(axis.start, 14, axis.end, 14, "axis-line"), _rect(_Box(ends[0], 4, ends[1], 24), "allowed")]
-    drawn += [_line(at, 2, at, 26, "limit") for at, bound in zip(ends, limit, strict=True) if bound is not None]
+    drawn = [line(axis.start, 14, axis.end, 14, "axis-line"), rect(Box(ends[0], 4, ends[1], 24), "allowed")]
+    drawn += [line(at, 2, at, 26, "limit") for at, bound in zip(ends, limit, strict=True) if bound is not None]
     if ci95:
-        drawn.append(_line(axis(ci95[0]), 14, axis(ci95[1]), 14, f"ci {verdict}"))
+        drawn.append(line(axis(ci95[0]), 14, axis(ci95[1]), 14, f"ci {verdict}"))
     if value is not None:
         drawn.append(element("circle", cx=axis(value), cy=14, r=4.5, class_=f"mark {verdict}"))
     description = "The band is what the gate allows; the dot is the measured value, the line its 95 % interval."
@@ -306,10 +199,10 @@ def interval(
     )
 
 
-def _padded(known: Sequence[float], start: float, end: float) -> _Axis:
+def _padded(known: Sequence[float], start: float, end: float) -> Axis:
     """Return an axis with all values on it and room on both sides."""
     spread = (max(known) - min(known)) or abs(known[0]) or 1.0
-    return _Axis(min(known) - 0.35 * spread, max(known) + 0.35 * spread, start, end)
+    return Axis(min(known) - 0.35 * spread, max(known) + 0.35 * spread, start, end)
 
 
 def bar(start: float, length: float, total: float, *, ident: str, title: str, style: str = "") -> Markup:
@@ -344,17 +237,17 @@ def histogram(
     total = sum(count for _, _, count in usable)
     if not total:
         return Markup("")
-    frame = _Box(8, 56, 552, 250)
-    x = _Axis(math.log10(usable[0][0]), math.log10(max(high for _, high, _ in usable)), frame.left, frame.right)
-    y = _Axis(0, max(count for _, _, count in usable), frame.bottom, frame.top)
+    frame = Box(8, 56, 552, 250)
+    x = Axis(math.log10(usable[0][0]), math.log10(max(high for _, high, _ in usable)), frame.left, frame.right)
+    y = Axis(0, max(count for _, _, count in usable), frame.bottom, frame.top)
     drawn = [
-        _rect(_Box(x(math.log10(low)) + 1, y(count), x(math.log10(high)) - 1, frame.bottom), "bar")
+        rect(Box(x(math.log10(low)) + 1, y(count), x(math.log10(high)) - 1, frame.bottom), "bar")
         for low, high, count in usable
     ]
-    drawn.append(_line(frame.left, frame.bottom, frame.right, frame.bottom, "axis-line"))
+    drawn.append(line(frame.left, frame.bottom, frame.right, frame.bottom, "axis-line"))
     drawn += _powers(x, frame)
     drawn += _marked(_placed(marks, x), frame)
-    drawn.append(_text("nats per token, logarithmic →", frame.right, frame.bottom + 42, "axis-title", "end"))
+    drawn.append(label("nats per token, logarithmic →", frame.right, frame.bottom + 42, "axis-title", "end"))
     return picture(
         drawn,
         ident="kl",
@@ -366,22 +259,22 @@ def histogram(
     )
 
 
-def _placed(marks: Sequence[tuple[str, float]], x: _Axis) -> list[tuple[str, float]]:
+def _placed(marks: Sequence[tuple[str, float]], x: Axis) -> list[tuple[str, float]]:
     """Return (name with its value, where it lies) of the marks that lie on a logarithmic axis."""
     shown = [(name, value) for name, value in marks if value > 0 and x.low <= math.log10(value) <= x.high]
     return [(f"{name} {text.number(value)}", x(math.log10(value))) for name, value in shown]
 
 
-def _powers(x: _Axis, frame: _Box) -> Iterator[Markup]:
+def _powers(x: Axis, frame: Box) -> Iterator[Markup]:
     """Draw a tick at every power of ten, and name about eight of them."""
     for power in range(math.ceil(x.low - 1e-9), math.floor(x.high + 1e-9) + 1):
         at = x(power)
-        yield _line(at, frame.bottom, at, frame.bottom + 5, "tick")
+        yield line(at, frame.bottom, at, frame.bottom + 5, "tick")
         if (power - math.ceil(x.low)) % max(1, round((x.high - x.low) / 8)) == 0:
-            yield _text(_power(power), at, frame.bottom + 21, "axis", "middle")
+            yield label(_power(power), at, frame.bottom + 21, "axis", "middle")
 
 
-def _marked(marks: Sequence[tuple[str, float]], frame: _Box) -> Iterator[Markup]:
+def _marked(marks: Sequence[tuple[str, float]], frame: Box) -> Iterator[Markup]:
     """Draw named vertical lines, each name on a row of its own, ordered so that no line crosses a name.
 
     A line begins at its own row. Names run left with the rightmost on top; where the leftmost has no room for that,
@@ -390,8 +283,8 @@ def _marked(marks: Sequence[tuple[str, float]], frame: _Box) -> Iterator[Markup]
     leftward = all(at - GLYPH * len(name) > frame.left for name, at in marks)
     for row, (name, at) in enumerate(sorted(marks, key=lambda mark: mark[1], reverse=leftward)):
         height = 12.0 + 16 * row
-        yield _line(at, height - 9, at, frame.bottom, "mark-line")
-        yield _text(name, at + (-5 if leftward else 5), height, "name", "end" if leftward else "start")
+        yield line(at, height - 9, at, frame.bottom, "mark-line")
+        yield label(name, at + (-5 if leftward else 5), height, "name", "end" if leftward else "start")
 
 
 def _power(exponent: int) -> str:
@@ -402,27 +295,27 @@ def _power(exponent: int) -> str:
 
 def columns(shares: Sequence[float], *, ident: str, title: str, description: str) -> Markup:
     """Draw shares between 0 and 1 as columns, one per position from 1, each with its value on top."""
-    frame = _Box(8, 26, 552, 170)
+    frame = Box(8, 26, 552, 170)
     pitch = (frame.right - frame.left) / max(4, len(shares))
     drawn = []
     for i, share in enumerate(shares):
         left, top = frame.left + i * pitch, frame.bottom - max(0.0, min(1.0, share)) * (frame.bottom - frame.top)
         middle = left + pitch / 2
         drawn += [
-            _rect(_Box(left + pitch * 0.16, top, left + pitch * 0.84, frame.bottom), "bar"),
-            _text(text.percent(share), middle, top - 7, "name", "middle"),
-            _text(str(i + 1), middle, frame.bottom + 20, "axis", "middle"),
+            rect(Box(left + pitch * 0.16, top, left + pitch * 0.84, frame.bottom), "bar"),
+            label(text.percent(share), middle, top - 7, "name", "middle"),
+            label(str(i + 1), middle, frame.bottom + 20, "axis", "middle"),
         ]
     drawn += [
-        _line(frame.left, frame.bottom, frame.right, frame.bottom, "axis-line"),
-        _text("position of the draft token →", frame.right, frame.bottom + 40, "axis-title", "end"),
+        line(frame.left, frame.bottom, frame.right, frame.bottom, "axis-line"),
+        label("position of the draft token →", frame.right, frame.bottom + 40, "axis-title", "end"),
     ]
     return picture(drawn, ident=ident, title=title, description=description, width=560, height=216, class_="chart")
 
 
 def windows(times: Sequence[tuple[int, float]], *, description: str) -> Markup:
     """Draw the time of a forward of m tokens as columns, each with its multiple of the first on top."""
-    frame = _Box(8, 26, 552, 170)
+    frame = Box(8, 26, 552, 170)
     pitch = (frame.right - frame.left) / max(4, len(times))
     longest, first = max(ms for _, ms in times), times[0][1]
     drawn = []
@@ -430,13 +323,13 @@ def windows(times: Sequence[tuple[int, float]], *, description: str) -> Markup:
         left, top = frame.left + i * pitch, frame.bottom - ms / longest * (frame.bottom - frame.top)
         middle = left + pitch / 2
         drawn += [
-            _rect(_Box(left + pitch * 0.16, top, left + pitch * 0.84, frame.bottom), "bar"),
-            _text(f"{ms / first:.1f}", middle, top - 7, "name", "middle"),
-            _text(str(m), middle, frame.bottom + 20, "axis", "middle"),
+            rect(Box(left + pitch * 0.16, top, left + pitch * 0.84, frame.bottom), "bar"),
+            label(f"{ms / first:.1f}", middle, top - 7, "name", "middle"),
+            label(str(m), middle, frame.bottom + 20, "axis", "middle"),
         ]
     drawn += [
-        _line(frame.left, frame.bottom, frame.right, frame.bottom, "axis-line"),
-        _text("tokens run at once →", frame.right, frame.bottom + 40, "axis-title", "end"),
+        line(frame.left, frame.bottom, frame.right, frame.bottom, "axis-line"),
+        label("tokens run at once →", frame.right, frame.bottom + 40, "axis-title", "end"),
     ]
     title = "Time of a forward, in multiples of one token's"
     return picture(drawn, ident="windows", title=title, description=description, width=560, height=216, class_="chart")
@@ -444,84 +337,29 @@ def windows(times: Sequence[tuple[int, float]], *, description: str) -> Markup:
 
 def gains(points: Sequence[tuple[float, float, float]], *, description: str) -> Markup:
     """Draw speed-up against acceptance length: (tokens per pass, measured, predicted) of each prompt, ascending."""
-    frame = _Box(58, 30, 544, 230)
+    frame = Box(58, 30, 544, 230)
     speedups = [value for _, *both in points for value in both]
     low, high = min(1.0, *speedups), max(1.0, *speedups)
     margin = max(0.05, 0.1 * (high - low))
-    x = _Axis(1.0, max(2.0, 1.05 * points[-1][0]), frame.left, frame.right)
-    y = _Axis(low - margin, high + margin, frame.bottom, frame.top)
+    x = Axis(1.0, max(2.0, 1.05 * points[-1][0]), frame.left, frame.right)
+    y = Axis(low - margin, high + margin, frame.bottom, frame.top)
     at = ticks(x.low, x.high)
-    drawn = [_text(f"{value:,.10g}", x(value), frame.bottom + 20, "axis", "middle") for value in at]
+    drawn = [label(f"{value:,.10g}", x(value), frame.bottom + 20, "axis", "middle") for value in at]
     for value in ticks(y.low, y.high, 4):
         drawn += [
-            _line(frame.left, y(value), frame.right, y(value), "one" if value == 1 else "grid"),
-            _text(f"{value:.10g}×", frame.left - 8, y(value) + 4.5, "axis", "end"),
+            line(frame.left, y(value), frame.right, y(value), "one" if value == 1 else "grid"),
+            label(f"{value:.10g}×", frame.left - 8, y(value) + 4.5, "axis", "end"),
         ]
     for length, measured, predicted in points:
         drawn += [
-            _line(x(length), y(predicted), x(length), y(measured), "path"),
+            line(x(length), y(predicted), x(length), y(measured), "path"),
             element("circle", cx=x(length), cy=y(predicted), r=3.5, class_="mark baseline"),
             element("circle", cx=x(length), cy=y(measured), r=4.5, class_="mark result"),
         ]
     drawn += [
-        _line(frame.left, frame.bottom, frame.right, frame.bottom, "axis-line"),
-        _text("↑ speed-up; filled: measured, hollow: predicted", 2, 14, "axis-title"),
-        _text("tokens per forward pass →", frame.right, frame.bottom + 40, "axis-title", "end"),
+        line(frame.left, frame.bottom, frame.right, frame.bottom, "axis-line"),
+        label("↑ speed-up; filled: measured, hollow: predicted", 2, 14, "axis-title"),
+        label("tokens per forward pass →", frame.right, frame.bottom + 40, "axis-title", "end"),
     ]
     title = "Speed-up by acceptance length"
     return picture(drawn, ident="gains", title=title, description=description, width=560, height=276, class_="chart")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curve:
-    """One line of a picture of curves: its name, and (x, y, interval of y or None) of each point, by x."""
-
-    name: str
-    points: tuple[tuple[float, float, Interval | None], ...]
-
-
-def curves(lines: Sequence[Curve], *, ident: str, title: str, across: str, up: str, description: str) -> Markup:
-    """Draw up to a handful of curves, named at their ends.
-
-    Args:
-        lines: At least one, each with a point.
-        ident: Of the picture on its page.
-        title: Its name.
-        across: What the axis across shows.
-        up: What the other one shows.
-        description: What it shows, in words.
-    """
-    frame = _Box(62, 30, 452, 230)
-    xs = [x for line in lines for x, _, _ in line.points]
-    ys = [y for line in lines for _, mean, ci95 in line.points for y in (mean, *(ci95 or ()))]
-    x = _Axis(0, 1.04 * max(xs), frame.left, frame.right)
-    y = _Axis(0, 1.08 * max(*ys, 1e-9), frame.bottom, frame.top)
-    drawn = [_text(f"{value:,.10g}", x(value), frame.bottom + 20, "axis", "middle") for value in ticks(0, x.high)]
-    for value in ticks(0, y.high, 4):
-        drawn += [
-            _line(frame.left, y(value), frame.right, y(value), "grid"),
-            _text(f"{value:,.10g}", frame.left - 8, y(value) + 4.5, "axis", "end"),
-        ]
-    taken: list[float] = []
-    for number, line in enumerate(lines):
-        drawn += _curve(line, x, y, f"line{number % 4}")
-        at = y(line.points[-1][1]) + 4.5
-        while any(abs(at - other) < FONT for other in taken):
-            at -= FONT
-        taken.append(at)
-        drawn.append(_text(shortened(line.name, 16), frame.right + 6, at, f"name line{number % 4}"))
-    drawn += [
-        _line(frame.left, frame.bottom, frame.right, frame.bottom, "axis-line"),
-        _text(f"↑ {up}", 2, 14, "axis-title"),
-        _text(f"{across} →", frame.right, frame.bottom + 40, "axis-title", "end"),
-    ]
-    return picture(drawn, ident=ident, title=title, description=description, width=560, height=276, class_="chart")
-
-
-def _curve(line: Curve, x: _Axis, y: _Axis, style: str) -> Iterator[Markup]:
-    places = " ".join(f"{x(at):.1f},{y(mean):.1f}" for at, mean, _ in line.points)
-    yield element("polyline", points=places, class_=f"curve {style}")
-    for at, mean, ci95 in line.points:
-        if ci95 is not None:
-            yield _line(x(at), y(ci95[0]), x(at), y(ci95[1]), f"curve {style}")
-        yield element("circle", cx=x(at), cy=y(mean), r=3.5, class_=f"dot {style}")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optikit.report import svg
+from optikit.report import drawing, svg
 
 finite = st.floats(min_value=1e-3, max_value=1e6)
 
@@ -23,7 +23,7 @@ def numbers(root, name):
 
 
 def test_words_are_escaped_in_text_and_attributes():
-    drawn = svg.element("text", '<b a="1">&', class_='x" onload="y')
+    drawn = drawing.element("text", '<b a="1">&', class_='x" onload="y')
     assert drawn == '<text class="x&#34; onload=&#34;y">&lt;b a=&#34;1&#34;&gt;&amp;</text>'
 
 
@@ -109,7 +109,7 @@ def test_names_in_the_histogram_stand_on_rows_of_their_own():
 
 @pytest.mark.parametrize(("low", "high"), [(0, 203), (0.98, 1.16), (0, 0.003), (0, 1e6)])
 def test_ticks_are_few_round_and_inside(low, high):
-    found = svg.ticks(low, high)
+    found = drawing.ticks(low, high)
     assert 3 <= len(found) <= 7
     assert all(low <= value <= high for value in found)
     assert all(re.fullmatch(r"[\d.]+", f"{value:.10g}") and len(f"{value:.10g}") <= 7 for value in found)
