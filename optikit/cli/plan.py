@@ -38,10 +38,11 @@ def plan(
         Path | None, typer.Option(metavar="FILE", help="Also write it, for `optikit run FILE`: .json.")
     ] = None,
 ) -> None:
-    """Check a recipe and print its steps with estimates of time, memory and disk. No weight is loaded.
+    """Check a recipe and print its steps with estimates of time, memory and disk. No weight is read.
 
     Of a recipe that can't work, problems come first, then the smallest change that takes them away and means the same,
     as a diff; --fix makes it. What would change the meaning is told, and done with --unsafe-fixes only.
+    Which steps are cached is known where the weights were read before: by `run`, or for --out, which reads them.
     What --out wrote runs only while recipe, model, texts, target, code and libraries are what they were. Where a source
     isn't what optikit.lock beside the recipe says, the plan is printed and the command fails, as `run` would.
     """
@@ -59,7 +60,8 @@ def plan(
 
     def planned(source: str | bytes, note: Callable[[str], None] = lambda _: None) -> Plan:
         loaded = loads(source, recipe, overrides=tuple(set_ or ()), known_targets=names(targets))
-        return make_plan(loaded, store, offline=offline, extra_targets=targets, note=note, weights=False)
+        how: dict[str, Any] = {"offline": offline, "extra_targets": targets, "note": note}
+        return make_plan(loaded, store, **how, weights=False, digests=out is not None)
 
     started = time.monotonic()
     try:

@@ -74,6 +74,7 @@ def _facts(model: str, *, offline: bool) -> ModelFacts:
         offline=offline,
         note=lambda text: typer.echo(text, err=True),
         weights=False,
+        digests=False,
     )
     return facts_of(source)
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 KEY_SCHEMA = 2
 """Raised when the meaning of a cache key changes."""
+UNREAD = "unread"
+"""In the place of a model's digest where a plan didn't read its weights: no artifact has a key made with it."""
 BYTES_PER_TOKEN = 4
 """Of prose, by tokenizers of 32,000 to 150,000 words."""
 
@@ -45,7 +47,7 @@ class Found:
 
 def given(source: TextSource | ModelSource) -> Found:
     """Return a resolved source as an input."""
-    return Found(digest=source.digest, path=str(source.path))
+    return Found(digest=source.digest or UNREAD, path=str(source.path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,11 +139,15 @@ class Context:
             options=options.model_dump(mode="json"),
             seed=self.recipe.seed,
             device=self.device,
-            parent=source or self.model.digest,
-            inputs={role: one.key or one.digest or self.model.digest for role, one in inputs.items()},
+            parent=source or self._original,
+            inputs={role: one.key or one.digest or self._original for role, one in inputs.items()},
             **_installed(stage),
             **self._surroundings(stage, stage.inputs(options)),
         )
+
+    @property
+    def _original(self) -> str:
+        return self.model.digest or UNREAD
 
     def _surroundings(self, stage: Stage, declared: Mapping[str, Input]) -> dict[str, Any]:
         """Return what else decides a result: the target, this machine, the instructions that its arithmetic has."""
@@ -209,11 +215,11 @@ def resolve_texts(
 
 
 def resolve_models(
-    recipe: Recipe, store: Store, *, base: Path, offline: bool, note: Callable[[str], None], weights: bool = True
+    recipe: Recipe, store: Store, *, base: Path, offline: bool, note: Callable[[str], None], **how: bool
 ) -> dict[str, ModelSource]:
     """Fetch every model that a recipe's stages name besides its own; return them by role."""
     return {
-        at(index, role): resolve_model(wanted.spec, store, base=base, offline=offline, note=note, weights=weights)
+        at(index, role): resolve_model(wanted.spec, store, base=base, offline=offline, note=note, **how)
         for index, _, role, wanted in stage_inputs(recipe)
         if wanted.of == "model" and wanted.spec
     }

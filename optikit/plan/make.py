@@ -42,6 +42,7 @@ def make_plan(
     extra_targets: Path | None = None,
     note: Callable[[str], None] = lambda _: None,
     weights: bool = True,
+    digests: bool = True,
 ) -> Plan:
     """Resolve, check, estimate and freeze a recipe.
 
@@ -53,13 +54,16 @@ def make_plan(
         extra_targets: A TOML file with more rows of targets.
         note: Told about downloads.
         weights: Fetch them; for a plan that isn't run, config.json or headers will do.
+        digests: Read all of them for their sha256; a plan that isn't run knows without which of them are cached, where
+            they were read before.
 
     Raises:
         RecipeError: With every problem at once, each at its place in the file.
         OptikitError: When a source can't be had (66, 69, 76, 77).
     """
     target = _target(loaded, extra_targets)
-    context = _resolve(loaded, target, store, device=device, offline=offline, note=note, weights=weights)
+    how = {"offline": offline, "note": note, "weights": weights, "digests": digests}
+    context = _resolve(loaded, target, store, device=device, **how)
     recipe = context.recipe
     limit = parse_size(recipe.max_memory) if recipe.max_memory else None
     steps, problems = _steps(context)

@@ -121,6 +121,22 @@ class Plan:
         return (self.model, *self.texts.values(), *self.models.values())
 
     @property
+    def unread(self) -> tuple[ModelSource, ...]:
+        """Models whose weights were not read: nobody knows yet which keys their steps have."""
+        return tuple(model for model in (self.model, *self.models.values()) if not model.digest)
+
+    @property
+    def keyless(self) -> frozenset[str]:
+        """Keys that are none: of the steps that read a model which wasn't read, and of what is made of theirs."""
+        paths, found = {str(model.path) for model in self.unread}, set[str]()
+        for step in (*self.steps, *self.measures):
+            keys = {step.source, *step.inputs.values()}
+            original = not self.model.digest and "" in keys
+            if original or keys & found or paths & set(step.files.values()):
+                found.add(step.key)
+        return frozenset(found)
+
+    @property
     def baseline_key(self) -> str:
         """Key of the untouched model's directory, "" where the source is that directory."""
         return original_key(self.steps)

@@ -61,6 +61,9 @@ def _beside(plan: Plan) -> Iterator[str]:
     """Yield what else is to be known of a model: what isn't here yet, and how its weights are packed."""
     if plan.model.absent:
         yield f"        {plan.model.absent}: its weights are asked for when it is run"
+    elif plan.unread:
+        names = ", ".join(dict.fromkeys(model.spec for model in plan.unread))
+        yield f"        not read yet: {names}; steps count as to run"
     if plan.facts.packing:
         yield f"        {plan.facts.packing}: {plan.steps[0].after.dtype} weights are made of it first"
 
@@ -105,20 +108,20 @@ def as_json(plan: Plan, store: Store) -> dict[str, Any]:
         "model": {"spec": plan.model.spec, "resolved": plan.model.resolved, "digest": plan.model.digest},
         "packing": plan.facts.packing,
         "target": plan.target.name,
-        "steps": [_step(step, store) for step in plan.steps],
-        "measures": [_step(step, store) for step in plan.measures],
+        "steps": [_step(step, store, plan.keyless) for step in plan.steps],
+        "measures": [_step(step, store, plan.keyless) for step in plan.measures],
         "warnings": [warning.message for warning in plan.warnings],
     }
 
 
-def _step(step: Step, store: Store) -> dict[str, Any]:
+def _step(step: Step, store: Store, keyless: frozenset[str]) -> dict[str, Any]:
     return {
         "name": step.name,
         "verb": step.verb,
         "method": step.method,
         "backend": step.backend,
         "options": step.options.model_dump(mode="json"),
-        "key": step.key,
+        "key": "" if step.key in keyless else step.key,
         "cached": store.find(step.key) is not None,
         "estimate_seconds": step.estimate.seconds,
         "estimate_peak_bytes": step.estimate.peak_bytes,

