@@ -158,7 +158,9 @@ def _tensor(name: str, row: Any) -> tuple[int, int, TensorFacts]:
 def _are_sizes(values: Any, most: int) -> bool:
     if not isinstance(values, list) or len(values) > most:
         return False
-    return all(type(value) is int and 0 <= value < 2**63 for value in values)
+    if not values:
+        return True
+    return set(map(type, values)) == {int} and min(values) >= 0 and max(values) < 2**63
 
 
 def _check_spans(spans: list[tuple[int, int, str]], data_bytes: int) -> None:
