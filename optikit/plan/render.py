@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from optikit.plan import serve_section
 from optikit.plan.model import Plan, Step
 from optikit.targets.estimate import floors, told
 
@@ -39,6 +40,7 @@ def render(plan: Plan, store: Store) -> str:
         *(f"        carried as it is: {name} ({count} tensors)" for name, count in model.carried.items()),
         *_beside(plan),
         f"target  {plan.target.name}",
+        *serve_section.lines(plan),
         "",
         *_table(rows),
         "",
@@ -110,6 +112,7 @@ def as_json(plan: Plan, store: Store) -> dict[str, Any]:
         "target": plan.target.name,
         "steps": [_step(step, store, plan.keyless) for step in plan.steps],
         "measures": [_step(step, store, plan.keyless) for step in plan.measures],
+        "serve": serve_section.as_json(plan),
         "warnings": [warning.message for warning in plan.warnings],
     }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from optikit import stages
+from optikit.deploy.servers import SERVERS
 from optikit.recipe.schema import GATE_METRICS, Recipe
 
 Schema = dict[str, Any]
@@ -25,13 +26,14 @@ _SHOWN = frozenset({"description", "default"})
 def export() -> Schema:
     """Return the JSON Schema of recipes with every stage that is installed."""
     recipe, definitions = _parts(Recipe.model_json_schema(ref_template="#/definitions/{model}"), "")
-    for name in ("StageEntry", "StageOptions"):
+    for name in ("StageEntry", "StageOptions", "ServeEntry", "Shared"):
         definitions.pop(name, None)
     definitions["Gate"]["anyOf"] = [{"required": [limit]} for limit in ("min", "max", "steps")]
     needs = _requirements(recipe, definitions)
     for schema in (recipe, *definitions.values()):
         schema.pop("required", None)
     stage, stage_definitions = _stage()
+    server, server_definitions = _server()
     properties = {
         "extends": {
             "type": "string",
@@ -46,6 +48,7 @@ def export() -> Schema:
         },
         **recipe["properties"],
         "stages": {"type": "array", "items": stage, "description": recipe["properties"]["stages"]["description"]},
+        "serve": {"type": "array", "items": server, "description": recipe["properties"]["serve"]["description"]},
         "gates": {**recipe["properties"]["gates"], "properties": _gates(), "additionalProperties": False},
     }
     return {
@@ -57,7 +60,7 @@ def export() -> Schema:
         "additionalProperties": False,
         "if": {"required": ["extends"]},
         "else": needs,
-        "definitions": {"variable": _VARIABLE, **definitions, **stage_definitions},
+        "definitions": {"variable": _VARIABLE, **definitions, **stage_definitions, **server_definitions},
     }
 
 
@@ -71,6 +74,18 @@ _VARIABLE: Schema = {
 def _gates() -> Schema:
     reference = [{"$ref": "#/definitions/Gate"}]
     return {name: {"allOf": reference, "description": meaning} for name, meaning in GATE_METRICS.items()}
+
+
+def _server() -> tuple[Schema, dict[str, Schema]]:
+    """Return the schema of one entry of `serve`, and those of every server that it refers to."""
+    definitions: dict[str, Schema] = {}
+    for name, row in SERVERS.items():
+        template = f"#/definitions/serve-{name}-{{model}}"
+        options, inner = _parts(row.Options.model_json_schema(ref_template=template), f"serve-{name}-")
+        properties = {"server": {"const": name}, **options.get("properties", {})}
+        definitions |= inner | {f"serve-{name}": {**options, "properties": properties, "required": ["server"]}}
+    branches = [{"$ref": f"#/definitions/serve-{name}"} for name in SERVERS]
+    return {"oneOf": [{"enum": list(SERVERS)}, *branches]}, definitions
 
 
 def _stage() -> tuple[Schema, dict[str, Schema]]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from optikit import records, stages
+from optikit.deploy.servers import SERVERS, Server, Shared
 from optikit.stage import Stage, StageOptions
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -237,6 +238,24 @@ class StageEntry(_Frozen):
         return stages.load(self.verb, self.method, self.backend)
 
 
+class ServeEntry(_Frozen):
+    """One server that will load what the recipe leaves: `- vllm`, or `- {server: tgi, version: '3.3'}`."""
+
+    server: str
+    options: Shared
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """What was said of it, in the words that rules use."""
+        told = self.options.model_dump(mode="json", exclude_none=True)
+        return {**told, "engine": self.row.engine}
+
+    @property
+    def row(self) -> Server:
+        """What it loads, and what it is called elsewhere."""
+        return SERVERS[self.server]
+
+
 class Recipe(_Frozen):
     """A recipe, loaded: model, target, stages, evaluate, gates."""
 
@@ -250,6 +269,8 @@ class Recipe(_Frozen):
     """Text for calibrated stages."""
     stages: tuple[StageEntry, ...] = ()
     """What to do, in order."""
+    serve: tuple[ServeEntry, ...] = ()
+    """Servers that will load the result: a name, or {server: NAME, version: '…', …}. Each is checked against it."""
     evaluate: Evaluate = Evaluate()
     """What to measure."""
     gates: Mapping[str, Gate] = Field(default_factory=dict)

@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from optikit import stages
+from optikit.deploy.servers import SERVERS
 from optikit.problems import Hint, Loc, Problem, did_you_mean, misspelt
 from optikit.recipe.node import Marks, Node, plain
-from optikit.recipe.schema import GATE_METRICS, Recipe, StageEntry
+from optikit.recipe.schema import GATE_METRICS, Recipe, ServeEntry, StageEntry
 from optikit.recipe.validation_messages import complaints, rename, shown
 from optikit.rules import foreign_words
 from optikit.stages import REFUSED
@@ -41,14 +42,17 @@ def check(root: Node) -> tuple[Recipe | None, tuple[Problem, ...]]:
     marks = Marks(root)
     data: dict[str, Any] = plain(root)
     written = root.child("stages")
+    servers = root.child("serve")
     data.pop("stages", None)
+    data.pop("serve", None)
     problems: list[Problem] = []
     recipe = _validated(Recipe, data, marks, (), problems)
     problems += _gates(marks)
     entries = _stages(written, marks, problems) if written is not None else ()
+    serve = _serve(servers, marks, problems) if servers is not None else ()
     if recipe is None or problems:
         return None, tuple(problems)
-    return recipe.model_copy(update={"stages": entries}), ()
+    return recipe.model_copy(update={"stages": entries, "serve": serve}), ()
 
 
 def _validated(
@@ -104,6 +108,47 @@ def _stages(written: Node, marks: Marks, problems: list[Problem]) -> tuple[Stage
         else:
             entries += [entry] if entry else []
     return tuple(entries)
+
+
+def _serve(written: Node, marks: Marks, problems: list[Problem]) -> tuple[ServeEntry, ...]:
+    if not isinstance(written.value, tuple):
+        message = f"serve must be a list of servers, {_not(plain(written))}"
+        fix = "write for example `serve: [vllm]`"
+        mark = marks.mark(("serve",))
+        problems.append(Problem(code="wrong-type", message=message, fix=fix, loc=("serve",), mark=mark))
+        return ()
+    entries: list[ServeEntry] = []
+    for index, item in enumerate(written.value):
+        at: Loc = ("serve", index)
+        try:
+            name, data = _server(item, at)
+        except _Bad as bad:
+            problems.append(bad.problem.at(marks.mark(bad.problem.loc)))
+            continue
+        options = _validated(SERVERS[name].Options, data, marks, at, problems)
+        entries += [ServeEntry(server=name, options=options)] if options else []
+    return tuple(entries)
+
+
+def _server(item: Node, at: Loc) -> tuple[str, dict[str, Any]]:
+    """Return the server that an entry names, and what it says of it."""
+    data = plain(item)
+    if isinstance(data, dict):
+        if "server" not in data:
+            fix = f"write `server: NAME` in it; choose from {', '.join(SERVERS)}"
+            raise _Bad("missing-key", "an entry of serve has no 'server'", fix, at)
+        name, at = data.pop("server"), (*at, "server")
+    else:
+        name, data = data, {}
+    if not isinstance(name, str):
+        fix = "write a name, or {server: NAME, …}"
+        raise _Bad("wrong-type", f"an entry of serve must name a server, {_not(name)}", fix, at)
+    if name not in SERVERS:
+        message = f"unknown server {shown(name)} (known: {', '.join(SERVERS)})"
+        meant = misspelt(name, SERVERS)
+        hint = Hint(edit="write", text=meant, told=f"write {meant} instead of {name}") if meant else None
+        raise _Bad("unknown-server", message, did_you_mean(name, SERVERS), at, hint)
+    return name, data
 
 
 def _not(value: Any) -> str:

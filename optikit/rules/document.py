@@ -23,13 +23,11 @@ FAMILIES = {
     "lmi": "SageMaker LMI",
     "tgi": "Text Generation Inference",
     "llamacpp": "llama.cpp",
-    "gguf": "llama.cpp",
     "openvino": "OpenVINO",
     "onnxruntime": "ONNX Runtime",
     "draft": "Draft models",
     "speculate": "Speculation",
     "medusa": "Medusa",
-    "eagle": "EAGLE",
 }
 """Headings by what a rule's id begins with."""
 

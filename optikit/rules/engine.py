@@ -135,10 +135,10 @@ def _place(rule: Rule, loc: Loc, stack: Stack) -> Loc:
     if loc:
         return (*loc, rule.at) if rule.at else loc
     if rule.at.startswith("serve"):
-        if stack.compiled is None:
-            return ("evaluate", "runtime")
-        index, stage = stack.compiled
         option = rule.at.partition(".")[2]
+        if stack.compiled is None or not stack.loads_compiled or (stack.server and option in stack.serve):
+            return (*stack.server, option) if option in stack.serve and option != "engine" else stack.server
+        index, stage = stack.compiled
         return ("stages", index, "compile", option) if option in stage.options else ("stages", index, "compile")
     return tuple(rule.at.split(".")) if rule.at else ()
 

@@ -56,6 +56,8 @@ class Stack:
         packages: Versions of the main environment's packages: {"transformers": "5.23.0"}; None where nobody looked.
         host: `optikit.host.describe()` of the machine that runs the recipe, plus `cuda` (a GPU is present).
         gates: Names of the recipe's gates.
+        server: Path in the recipe of what names the server; () where a compile stage does.
+        loads_compiled: What serves the artifact loads what the compile stage writes, and not the directory before it.
     """
 
     stages: tuple[Placed, ...]
@@ -66,6 +68,8 @@ class Stack:
     packages: Mapping[str, str] | None = None
     host: Mapping[str, Any] = field(default_factory=dict)
     gates: Iterable[str] = ()
+    server: Loc = ()
+    loads_compiled: bool = True
 
     @property
     def final(self) -> ModelFacts | None:
@@ -229,7 +233,7 @@ _SHORT: Mapping[str, str] = {"nxd-inference": "nxdi", "llama-cpp": "llama.cpp"}
 def _serve(stack: Stack) -> dict[str, Any]:
     """Merge the compile stage's options with what the recipe says of serving; the latter wins."""
     values: dict[str, Any] = {}
-    if stack.compiled is not None:
+    if stack.compiled is not None and stack.loads_compiled:
         _, stage = stack.compiled
         engine = stage.method if stage.backend == "optikit" else stage.backend
         values = {**stage.options, "engine": _SHORT.get(engine, engine)}

@@ -58,7 +58,6 @@ WEIGHTS: Mapping[str, str] = MappingProxyType(
         "group_size": "weights that share a scale; -1 is a row",
         "sym": "symmetric",
         "desc_act": "columns were reordered",
-        "rotation": "weights were rotated before rounding",
         "format": "compressed-tensors format",
         "type": "int or float",
         "strategy": "tensor, channel, group, block",
@@ -94,7 +93,8 @@ SERVE: Mapping[str, str] = MappingProxyType(
         "vllm": "vLLM version inside another server",
         "plugins": "set: plugins installed in the server",
         "dtype": "dtype of the arithmetic, if chosen",
-        "tensor_parallel": "accelerators or cores that share the model",
+        "tensor_parallel": "accelerators or cores that share every layer",
+        "pipeline_parallel": "groups of accelerators that share the layers among them",
         "draft_tensor_parallel": "the same for the draft",
         "batch_size": "sequences at once",
         "sequence_length": "tokens of a sequence, prompt included",
@@ -124,7 +124,6 @@ SERVE: Mapping[str, str] = MappingProxyType(
         "group_size_fallback": "what the compiler does where a group doesn't fit",
         "num_assistant_tokens": "OpenVINO's option of that name",
         "assistant_confidence_threshold": "OpenVINO's option of that name",
-        "gguf_type": "type of a gguf file's weights",
     }
 )
 

@@ -137,7 +137,7 @@ GOLDEN: dict[str, tuple[str, tuple[str, ...], str]] = {
         recipe.yaml:2:1: error: unknown key 'x' [unknown-key]
           2 | x: &x {a: 1}
             | ^
-            = fix: choose from model, target, seed, calibration, stages, evaluate, gates, max_memory, timeout
+            = fix: choose from model, target, seed, calibration, stages, serve, evaluate, gates, max_memory, timeout
 
         recipe.yaml:4:3: error: merge keys ('<<') are not part of YAML 1.2 [merge-key]
           4 |   <<: *x

@@ -1,8 +1,7 @@
 """Recipes out of cases.toml: the stack of a case as an author would write it, with a model that is only headers.
 
-A case names facts, stages and words of serving; a recipe has a model directory, options and a target. What a case says
-in words that no option sets (`serve.temperature`) is left out here: then the rule doesn't fire, and has to be listed as
-out of reach in test_every_rule_fires.py.
+A case names facts, stages and words of serving; a recipe has a model directory, options, a target and servers. Words of
+serving are options of the case's compile stage where it has them, and of an entry of `serve:` where not.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from optikit.deploy.servers import SERVERS
 from optikit.errors import RecipeError
 from optikit.models import architectures, expected, traits
 from optikit.plan.make import make_plan
@@ -25,6 +25,7 @@ from optikit.rules import rules
 from optikit.stages import load as load_stage
 from optikit.store.store import Store
 from tests.conftest import byte_tokenizer
+from tests.rules import stacks
 
 LARGE = {"hidden": 256, "intermediate": 704, "layers": 2, "heads": 32, "kv_heads": 8, "head_dim": 16, "vocab": 320}
 SMALL = {**LARGE, "hidden": 128, "intermediate": 256, "layers": 1, "heads": 16, "kv_heads": 4}
@@ -65,6 +66,10 @@ COMPILED = {
 """Engine of a case without a compile stage → the stage that it comes from."""
 
 NEURON = ("inf", "trn")
+MADE_FOR = {"neuron": "optimum-neuron", "onnxruntime": "onnxruntime-genai"}
+"""Engine of a compile stage → the server that loads what it writes, where it has another name."""
+MACHINE = {"neuronx-cc": "2.21.33363.0", "gptqmodel": "7.1.0"}
+"""Packages of the machine that plans, where a case doesn't say: rules about missing ones are cases of their own."""
 TEXT = "The river runs under the old green window, and nobody counts the stones. " * 200
 SELF = Path(__file__).parent
 CASES = tomllib.loads((SELF / "cases.toml").read_text(encoding="utf-8"))
@@ -77,20 +82,33 @@ Tensor = tuple[str, tuple[int, ...], bytes]
 
 def case_of(name: str) -> Case:
     """Return what a rule's recipe is made of: the row by hand, or else its case."""
-    return BY_HAND.get(name) or {key: value for key, value in CASES[name].items() if key != "near"}
+    return {key: value for key, value in _row(name).items() if key != "near"}
 
 
-def fired(case: Case, directory: Path) -> set[str]:
+def near_miss(name: str) -> Case:
+    """Return the same with the changes that keep the rule from firing."""
+    return stacks.near(dict(_row(name)))
+
+
+def _row(name: str) -> Case:
+    return BY_HAND.get(name) or CASES[name]
+
+
+def fired(case: Case, directory: Path, *, device: str = "cuda") -> set[str]:
     """Write a case as a recipe, plan it, and return the ids of the rules that it breaks."""
-    path, extra = directory / "recipe.yaml", directory / "targets.toml"
+    directory.mkdir(exist_ok=True)
+    path, rows = directory / "recipe.yaml", targets(case)
     write_model(directory / "model", case.get("model", {}))
     if "draft" in case:
         write_model(directory / "draft", case["draft"], SMALL)
     (directory / "prose.txt").write_text(TEXT, encoding="utf-8")
     path.write_text(recipe(case), encoding="utf-8")
-    extra.write_text(targets(case), encoding="utf-8")
+    extra = directory / "targets.toml" if rows else None
+    if extra is not None:
+        extra.write_text(rows, encoding="utf-8")
     try:
-        found: Sequence[Problem] = make_plan(load(path), Store(directory / "store"), extra_targets=extra).warnings
+        plan = make_plan(load(path), Store(directory / "store"), extra_targets=extra, device=device)
+        found: Sequence[Problem] = plan.warnings
     except RecipeError as error:
         found = error.problems
     return {each.code for each in found if each.code in rules() and each.source == rules()[each.code].source}
@@ -104,11 +122,36 @@ def recipe(case: Case) -> str:
     if case.get("calibrated", True) and any({"prune", "finetune", "quantize"} & stage.keys() for stage in stages):
         written["calibration"] = {"text": "prose.txt", "samples": 4, "length": 32}
     gates = {name: {"max": 2.0} for name in case.get("gates", ())}
-    is_served = serve.get("engine") == "vllm"
-    measured = {"perplexity": {"text": "prose.txt"}} if gates or is_served else {}
-    evaluate = measured | ({"runtime": "vllm"} if is_served else {})
-    found = written | {"stages": stages, "evaluate": evaluate, "gates": gates}
+    evaluate = {"perplexity": {"text": "prose.txt"}} if gates else {}
+    served = case.get("served") or _servers(case, stages)
+    found = written | {"stages": stages, "serve": served, "evaluate": evaluate, "gates": gates}
     return yaml.safe_dump({key: value for key, value in found.items() if value}, sort_keys=False, width=110)
+
+
+def _servers(case: Case, stages: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return the entry of `serve` that a case needs for words that its compile stage has no options for, if any."""
+    compiled = next((stage["compile"] for stage in stages if "compile" in stage), {})
+    told = {name: value for name, value in _told(case).items() if compiled.get(name) != value}
+    engine = told.pop("engine", "")
+    if compiled and not told and (engine == "" or engine in COMPILED):
+        return []
+    own = compiled.get("backend") or MADE_FOR.get(compiled.get("engine", ""), compiled.get("engine", ""))
+    name = next((name for name, row in SERVERS.items() if row.engine == engine), own)
+    if not name:
+        return []
+    return [{"server": name, **told} if told else name]
+
+
+def _told(case: Case) -> dict[str, Any]:
+    """Return a case's words of serving, with those of a compile stage for a backend that is a server here."""
+    words = dict(case.get("serve", {}))
+    for line in case.get("stages", []):
+        name, *options = line.split()
+        if name == "compile.onnxruntime" and "backend=onnxruntime-genai" in options:
+            found = (word.partition("=") for word in options)
+            words |= {key: _value(key, value) for key, _, value in found if key != "backend"}
+            words["engine"] = "onnxruntime-genai"
+    return words
 
 
 def targets(case: Case) -> str:
@@ -128,14 +171,20 @@ def _stages(case: Case, target: str, serve: Case) -> Iterator[dict[str, Any]]:
         written |= {key: _value(key, value) for key, _, value in (word.partition("=") for word in words)}
         if verb == "compile":
             written |= _words(method, serve)
+        if written.get("backend") == "onnxruntime-genai":
+            written = {"engine": "onnxruntime"}
         if "backend" in written:
             written["backend"] = COMPILED.get(written["backend"], written)["backend"]
         if verb == "speculate":
             written |= {"prompts": "prose.txt"} | ({"model": "draft"} if method == "draft" and "draft" in case else {})
         yield {verb: written}
-    engine = COMPILED.get(serve.get("engine", ""), {"engine": "neuron"} if target.startswith(NEURON) and serve else {})
+    engine = COMPILED.get(serve.get("engine", ""), {"engine": "neuron"} if _on_neuron(target, serve) else {})
     if engine and not any(name.startswith("compile.") for name, *_ in lines):
         yield {"compile": engine | _words(engine["engine"], serve)}
+
+
+def _on_neuron(target: str, serve: Case) -> bool:
+    return target.startswith(NEURON) and bool(serve) and serve.get("engine", "neuron") == "neuron"
 
 
 def _value(key: str, text: str) -> Any:

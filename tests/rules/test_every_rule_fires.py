@@ -1,4 +1,4 @@
-"""For every rule a recipe that fires it, through `load` and `make_plan`, or the reason why none can yet.
+"""For every rule a recipe that fires it and nothing else, and one that nearly does, through `load` and `make_plan`.
 
 The page examples/rules_fired.md shows the recipes: python tests/benchmarks/rules_fired.py
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from optikit import host, stages
-from optikit.recipe.schema import Recipe
+from optikit.plan import serve_section
 from optikit.rules import rules
 
 spec = importlib.util.spec_from_file_location("recipes", Path(__file__).with_name("recipes.py"))
@@ -25,73 +25,43 @@ def _speculate_options() -> set[str]:
     return {name for options in loaded for name in options.model_fields}
 
 
-SERVE = "needs a `serve:` section, which says what serves the artifact and how"
 EAGLE = "needs `speculate: {method: eagle3}`"
 ACCEPTOR = "needs `acceptor` as an option of speculate stages"
-FLOATS = "needs fp4 weights: no stage writes them, and those of a source are dequantized"
 COME: dict[str, Callable[[], bool]] = {
-    SERVE: lambda: "serve" in Recipe.model_fields,
     EAGLE: lambda: "eagle3" in stages.methods("speculate"),
     ACCEPTOR: lambda: "acceptor" in _speculate_options(),
-    FLOATS: lambda: bool({"nvfp4", "mxfp4"} & set(stages.methods("quantize"))),
 }
 """Whether what a reason waits for is there; then its rules have to fire, or go."""
 
 OUT_OF_REACH = {
-    **dict.fromkeys(
-        (
-            "vllm-neuron-quantization-flag",
-            "neuron-serve-shapes",
-            "optimum-neuron-speculation-chunked-prefill",
-            "neuron-draft-tensor-parallel",
-            "nxdi-nki-kernels",
-            "optimum-neuron-vllm-trn2",
-            "vllm-shard-group",
-            "vllm-heads",
-            "vllm-quantization-flag",
-            "vllm-medusa-removed",
-            "vllm-draft-gap",
-            "vllm-draft-tensor-parallel",
-            "vllm-draft-tensor-parallel-equal",
-            "vllm-speculative-key",
-            "vllm-speculative-tokens",
-            "lmi-medusa-removed",
-            "lmi-neuron",
-            "lmi-draft-key",
-            "tgi-maintenance",
-            "tgi-draft-model",
-            "tgi-medusa-heads",
-            "tgi-medusa-shared-layers",
-            "tgi-medusa-shared-head",
-            "openvino-assistant-both",
-            "llamacpp-quantized-greedy",
-            "gguf-k-quants",
-            "onnxruntime-genai-medusa",
-            "onnxruntime-genai-batch",
-            "onnxruntime-genai-draft-provider",
-            "onnxruntime-genai-lookup-range",
-        ),
-        SERVE,
-    ),
-    **dict.fromkeys(("vllm-neuron-speculation-sampling", "vllm-neuron-speculation-async", "eagle-rotated"), EAGLE),
-    **dict.fromkeys(("vllm-neuron-mxfp4", "trtllm-fp4-blackwell"), FLOATS),
+    **dict.fromkeys(("vllm-neuron-speculation-sampling", "vllm-neuron-speculation-async"), EAGLE),
     "speculate-lossy": ACCEPTOR,
 }
 """Rules that no recipe can fire yet, with what they wait for. It only ever shrinks."""
 
 
+def _fired(case: recipes.Case, directory: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Plan a case's recipe on the machine that it names: the machine is an input, too."""
+    here, packages = host.describe(), case.get("packages", recipes.MACHINE)
+    monkeypatch.setattr(host, "describe", lambda: here | case.get("host", {}))
+    monkeypatch.setattr(serve_section, "versions", lambda names: {name: packages.get(name) for name in names})
+    device = "cuda" if case.get("host", {}).get("cuda", True) else "cpu"
+    return recipes.fired(case, directory, device=device)
+
+
 @pytest.mark.parametrize("name", rules())
-def test_a_recipe_fires_every_rule_that_is_not_out_of_reach(
+def test_a_recipe_fires_every_rule_alone_and_a_near_miss_does_not(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = recipes.case_of(name)
-    here = host.describe()
-    monkeypatch.setattr(host, "describe", lambda: here | case.get("host", {}))  # the machine is an input, too
-    found = recipes.fired(case, tmp_path)
     if name in OUT_OF_REACH:
-        assert name not in found, f"a recipe fires {name} now: take it off the list"
-    else:
-        assert name in found, f"no recipe fires {name}: {sorted(found)}\n{recipes.recipe(case)}"
+        return
+    case, near = recipes.case_of(name), recipes.near_miss(name)
+    with monkeypatch.context() as machine:
+        found = _fired(case, tmp_path / "fires", machine)
+    assert found == {name, *case.get("with", ())}, f"{sorted(found)}\n{recipes.recipe(case)}"
+    with monkeypatch.context() as machine:
+        found = _fired(near, tmp_path / "near", machine)
+    assert name not in found, f"the near miss fires it, too:\n{recipes.recipe(near)}"
 
 
 @pytest.mark.parametrize("reason", COME)

@@ -23,8 +23,6 @@ REPORTS = {
     "vllm-project/vllm#25883": "vllm-draft-quantization",
     "vllm ... #26411": "vllm-draft-quantization",
     "vllm ... #26590": "vllm-draft-quantization",
-    "vllm-project/vllm-ascend#5974": "eagle-rotated",
-    "vllm-ascend ... #6914": "eagle-rotated",
     "ggml-org/llama.cpp#25618": "llamacpp-quantized-greedy",
     "FasterDecoding/Medusa#65": "order-quantize-after-speculate",
     "FasterDecoding/Medusa ... #3": "order-quantize-after-speculate",
