@@ -305,8 +305,14 @@ class _Calibrated:
         self.state.hidden_path(layers).unlink(missing_ok=True)
         self.state.dense_path(layers).unlink(missing_ok=True)
 
-    def _states(self, path: Path) -> HiddenStates:
-        return HiddenStates(path, self._shape, self.dtype, self._batch)
+    def _states(self, path: Path, times: int = 1) -> HiddenStates:
+        windows, length, width = self._shape
+        return HiddenStates(path, (windows * times, length, width), self.dtype, self._batch * times)
+
+    def _given(self) -> int:
+        """Return how often experts are given a token: where a router scales, once for each that it chooses."""
+        experts = self._source.row.experts
+        return int(str(self._source.config[experts.chosen])) if experts and experts.scaled else 1
 
     def _begin(self) -> None:
         calibration, length = self._calibration, self._calibration.length
@@ -368,6 +374,8 @@ class _Calibrated:
             for module, path in zip(modules, self._paths(index), strict=True):
                 stack.enter_context(capture_hooks(module, points, residuals))
                 stack.enter_context(answered(module, experts))
+                if experts and self._source.row.experts:
+                    stack.enter_context(expert_walk.chosen(module, self._source.row.experts))
                 call, hidden, keep = self._calls[index], self._states(path), self._kept(groups)
                 each = ForwardPasses(module, call, hidden, keep=keep, device=self._job.device)
                 passes.append(stack.enter_context(closing(each)))
@@ -412,7 +420,7 @@ class _Calibrated:
         (point,) = self._experts_module(index)
         paths = [expert_walk.hidden_path(self._job.scratch, which) for which in range(len(passes))]
         streams = [
-            expert_walk.listen(each, point, self._states(path), self._shape[1])
+            expert_walk.listen(each, point, self._states(path, self._given()), self._shape[1])
             for each, path in zip(passes, paths, strict=True)
         ]
         self._experts = expert_walk.ExpertWalk(

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from optikit.calibration.source_model import DOWN, GATE, UP, Linear, SourceModel
 from optikit.errors import StageFailedError
-from optikit.formats import language_config
+from optikit.formats import language_config, stacked
+from optikit.models.architectures import Experts
 from optikit.models.expected import looks_arithmetic
 
 OLDER = frozenset({"rope_scaling", "rope_theta", "partial_rotary_factor", "rotary_pct", "rotary_emb_base"})
@@ -145,16 +146,23 @@ class EmptyModel:
         block, routed = self.blocks[index], self._row.experts if self._source.is_sparse(index) else None
         self._fill(block, f"{self._row.block(index)}.", f"{routed.module}." if routed else "")
         if routed and experts:
-            module = block.get_submodule(routed.module)
+            module, every = block.get_submodule(routed.module), range(self._source.experts)
             for leaf, parts in (("gate_up_proj", (GATE, UP)), ("down_proj", (DOWN,))):
-                stacked = torch.stack([self._expert(index, each, parts) for each in range(self._source.experts)])
-                setattr(module, leaf, nn.Parameter(stacked, requires_grad=False))
+                whole = torch.stack([self._expert(index, each, parts, routed) for each in every])
+                setattr(module, leaf, nn.Parameter(whole, requires_grad=False))
+                if routed.biased:
+                    whole = torch.stack([self._expert(index, each, parts, routed, biases=True) for each in every])
+                    setattr(module, f"{leaf}_bias", nn.Parameter(whole, requires_grad=False))
         return block
 
-    def _expert(self, index: int, expert: int, parts: tuple[int, ...]) -> Tensor:
-        """Return projections of an expert, one below the other, as transformers' modules have them."""
+    def _expert(
+        self, index: int, expert: int, parts: tuple[int, ...], routed: Experts, *, biases: bool = False
+    ) -> Tensor:
+        """Return projections of an expert, or their biases, together as transformers' modules have them."""
         linears = self._source.expert(index, expert, lambda _: False, parts)
-        return torch.cat([self._source.weight(linear).to(self.device, self.dtype) for linear in linears])
+        read = self._source.bias if biases else self._source.weight
+        each = [tensor.to(self.device, self.dtype) for linear in linears if (tensor := read(linear)) is not None]
+        return stacked.weave(routed)(each)
 
     def empty_block(self, index: int) -> None:
         """Drop the parameters of a block."""

@@ -14,13 +14,14 @@ nearest or goes by size alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from optikit.calibration import distributed
@@ -29,6 +30,8 @@ from optikit.calibration.method import Batch, Group, Method, PreviousOp, Result,
 from optikit.calibration.resume import HiddenStates
 from optikit.calibration.source_model import DOWN, GATE, UP, Linears, SourceModel
 from optikit.errors import StageFailedError
+from optikit.formats import stacked
+from optikit.models.architectures import Experts
 
 Seen = Literal["all", "routed"]
 """Which tokens an expert is calibrated on."""
@@ -72,6 +75,37 @@ class Stream:
     def inputs(self, index: int, device: str) -> Tensor:
         """Return batch `index`, (tokens, width)."""
         return self.hidden.read(index).flatten(0, 1).to(device)
+
+
+@contextmanager
+def chosen(block: nn.Module, experts: Experts) -> Iterator[None]:
+    """Let experts that are given inputs which the router has scaled be called as others are.
+
+    Such a module is given every token once for each of its experts, scaled by 0 where it isn't theirs, and the block
+    adds up what it returns. Inside this it is given each token as often as it chooses experts, with the choice, and
+    weights of 1: choice c of token t in row c · tokens + t.
+    """
+    if not experts.scaled:
+        yield
+        return
+    router: Any = block.get_submodule(experts.router)
+    module, last = block.get_submodule(experts.module), list[Tensor]()
+
+    def choose(_: nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        scores, indices = output[0].topk(router.top_k, dim=-1)
+        last[:] = [indices]
+        return scores, output[1]
+
+    def tell(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        index = last.pop().T.reshape(-1, 1)
+        return args[0], index, torch.ones_like(index, dtype=args[0].dtype)
+
+    handles = [router.register_forward_hook(choose), module.register_forward_pre_hook(tell)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def listen(passes: ForwardPasses, point: str, hidden: HiddenStates, length: int) -> Stream:
@@ -124,6 +158,7 @@ class ExpertWalk:
     device: str
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     _weights: dict[int, Tensor] = field(default_factory=dict)
+    _biases: dict[int, Tensor] = field(default_factory=dict)
     _shared: Statistic | None = None
 
     def take(self, linears: Linears, weights: Sequence[Tensor]) -> None:
@@ -144,6 +179,11 @@ class ExpertWalk:
             whole = self.source.expert(self.block, expert, lambda _: False)
             dense = {linear.part: self.source.weight(linear).to(self.device) for linear in whole}
             self._weights = {part: weight.to(self.dtype) for part, weight in dense.items()}
+            self._biases = {
+                linear.part: bias.to(self.device, self.dtype)
+                for linear in whole
+                if (bias := self.source.bias(linear)) is not None
+            }
             kept = dict(self._weights)
             for parts in ((GATE, UP), (DOWN,)):
                 linears = self.source.expert(self.block, expert, self.ignore, parts)
@@ -193,16 +233,27 @@ class ExpertWalk:
 
     def _inner(self, inputs: Tensor, weights: dict[int, Tensor]) -> Tensor:
         """Return what an expert's down projection is given, (tokens, width)."""
-        joined = functional.linear(inputs.to(self.dtype), torch.cat([weights[GATE], weights[UP]]))
+        biases = self._order([self._biases[GATE], self._biases[UP]]) if self._biases else None
+        joined = functional.linear(inputs.to(self.dtype), self._order([weights[GATE], weights[UP]]), biases)
+        if not hasattr(self.module, "_apply_gate"):  # of llama4's experts
+            gate, up = joined.chunk(2, dim=-1)
+            return torch.as_tensor(up * self.module.act_fn(gate))
         inner: Tensor = self.module._apply_gate(joined)  # noqa: SLF001 - how a family joins them, in its own words
         return inner
+
+    @property
+    def _order(self) -> stacked.Weave:
+        """What brings outputs of gate and up into the order in which their family has them."""
+        experts = self.source.row.experts
+        return stacked.Weave(across=False, interleaved=experts is not None and experts.interleaved)
 
     def _add(self, stream: Stream, expert: int, weights: dict[int, Tensor]) -> None:
         """Add an expert's outputs for the tokens that it is chosen for."""
         for index, choice in enumerate(stream.choices):
             token, weight = choice.of(expert)
             if len(token):
-                given = functional.linear(self._inner(stream.inputs(index, self.device)[token], weights), weights[DOWN])
+                inner = self._inner(stream.inputs(index, self.device)[token], weights)
+                given = functional.linear(inner, weights[DOWN], self._biases.get(DOWN))
                 stream.outputs[index].index_add_(0, token, (given * weight).float())
 
 

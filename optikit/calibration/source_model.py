@@ -12,7 +12,7 @@ from torch import Tensor
 from optikit.calibration.method import PreviousOp
 from optikit.errors import RecipeError, StageFailedError
 from optikit.formats import stacked
-from optikit.formats.checkpoint import Checkpoint, Entry, finite, joined, read_rows
+from optikit.formats.checkpoint import Checkpoint, Entry, finite, joined, made_of, read_rows
 from optikit.formats.packing import STRIP_ROWS
 from optikit.models import language_part, stacked_experts
 from optikit.models.architectures import Architecture
@@ -106,14 +106,17 @@ class SourceModel:
         found = dict(entries)
         if experts is None or not experts.stacked:
             return found
+        sizes, weave = stacked.sizes_of(self.row, self.config), stacked.weave(experts)
+        figures = (sizes["experts"], sizes["expert_width"], sizes["hidden"])
+        wholes = dict(zip(experts.stacked, stacked_experts.shapes(experts, *figures), strict=True))
         for block in sorted(self._sparse):
-            for whole, parts in zip(experts.stacked, ((GATE, UP), (DOWN,)), strict=True):
-                prefix = self.row.block(block)
-                each = [f"{prefix}.{experts.linear(e, part)}.weight" for e in range(self.experts) for part in parts]
-                taken = [found.pop(self._stored[name]) for name in each]
-                rows, columns = taken[0].shape
-                shape = (self.experts, len(parts) * rows, columns)
-                found[self._part.place(f"{prefix}.{whole}.weight")] = joined(taken, shape)
+            for inside, shape in wholes.items():
+                whole = f"{self.row.block(block)}.{inside}"
+                each = [
+                    made_of([found.pop(self._stored[name]) for name in names], shape[1:], weave)
+                    for names in stacked.grouped(self.row, sizes, whole)
+                ]
+                found[self._part.place(whole)] = joined(each, shape)
         return found
 
     def tensor_name(self, name: str) -> str:
@@ -258,7 +261,8 @@ class SourceModel:
     def _previous_of_expert(
         self, block: int, linear: Linear, ignore: Callable[[str], bool], changed: Mapping[str, Tensor]
     ) -> PreviousOp | None:
-        if linear.part != DOWN or linear.expert is None:
+        experts = self.row.experts
+        if linear.part != DOWN or linear.expert is None or experts is None or not experts.folds:
             return None
         up = self.expert(block, linear.expert, ignore, (UP,))
         return self._previous_linear(up[0], changed) if up else None
@@ -269,7 +273,9 @@ class SourceModel:
 
     def absorbs(self, linear: Linear) -> bool:
         """Return whether a scale of what reads a linear's outputs can be folded into it."""
-        return linear.part == UP if linear.expert is not None else linear.inside in self.row.previous_ops
+        if linear.expert is None:
+            return linear.inside in self.row.previous_ops
+        return linear.part == UP and self.row.experts is not None and self.row.experts.folds
 
     def _stored_of(self, name: str, *, linear: bool) -> dict[str, Tensor]:
         """Return a previous op's tensors as the checkpoint has them, but for a linear's weight: the walk makes it."""
@@ -306,6 +312,11 @@ class SourceModel:
         tensor = self.read(f"{linear.name}.weight").float()
         return tensor.T.contiguous() if self.row.transposed else tensor
 
+    def bias(self, linear: Linear) -> Tensor | None:
+        """Read a linear's bias, (out_features,), or None where it has none."""
+        name = f"{linear.name}.bias"
+        return self.read(name) if name in self.checkpoint else None
+
     def rows(self, linear: Linear) -> int:
         """Return the output features of a linear."""
         return self.checkpoint.entries[f"{linear.name}.weight"].shape[1 if self.row.transposed else 0]
@@ -313,7 +324,7 @@ class SourceModel:
     def strips(self, linear: Linear) -> Iterator[tuple[int, Tensor]]:
         """Read a linear's weight a strip of outputs at a time: the first output, and (rows, in_features) float32.
 
-        Only a weight that is stored the other way round is read whole.
+        Only a weight that is stored the other way round, or between others, is read whole.
 
         Raises:
             IntegrityError: It holds NaN or infinity.
@@ -321,10 +332,12 @@ class SourceModel:
         name, rows = f"{linear.name}.weight", self.rows(linear)
         step = max(1, STRIP_ELEMENTS // self.width(linear) // STRIP_ROWS) * STRIP_ROWS
         whole = self.weight(linear) if self.row.transposed else None
+        if whole is None and self.checkpoint.entries[name].made is not None:
+            whole = self.read(name)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             if whole is not None:
-                yield start, whole[start:stop]
+                yield start, whole[start:stop].float()
                 continue
             part = read_rows(self.checkpoint.entries[name], start, stop)
             yield start, finite(name, part, self.checkpoint.directory).float()

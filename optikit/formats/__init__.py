@@ -17,7 +17,7 @@ from torch import Tensor
 
 from optikit.errors import IntegrityError
 from optikit.formats import awq, compressed_tensors, fp4, fp8, gptq, llm_int8, nf4
-from optikit.formats.checkpoint import Checkpoint, finite
+from optikit.formats.checkpoint import Checkpoint, finite, read_rows
 from optikit.models import architectures, language_part, quantization
 from optikit.models.architectures import Architecture
 from optikit.models.facts import TensorFacts
@@ -123,6 +123,21 @@ class AsFloats(Mapping[str, Tensor]):
             return finite(name, self.checkpoint.read(self._stored[name]), self.checkpoint.directory)
         return finite(name, self._dequantized(layer), self.checkpoint.directory)
 
+    def comes_whole(self, name: str) -> bool:
+        """Return whether a tensor isn't one that holds packed experts, which `pieces` reads one at a time."""
+        return name not in self.packed or self.storage.joint == "."
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor in parts that lie one after the other: of packed stacked experts one at a time."""
+        if self.comes_whole(name):
+            yield self[name]
+            return
+        layer, storage = self.packed[name], self.storage
+        entries = {suffix: self.checkpoint.entries[storage.tensor(layer, suffix)] for suffix in storage.suffixes}
+        for expert in range(entries[self.storage.codes].shape[0]):
+            tensors = {suffix: read_rows(entry, expert, expert + 1) for suffix, entry in entries.items()}
+            yield finite(name, self._unpacked(layer, tensors), self.checkpoint.directory)
+
     def facts(self, name: str, dtype: str) -> TensorFacts:
         """Return the shape of a tensor, and its dtype: the one it is stored in, or `dtype` where it is packed."""
         layer = self.packed.get(name)
@@ -148,6 +163,10 @@ class AsFloats(Mapping[str, Tensor]):
         storage, checkpoint = self.storage, self.checkpoint
         there = [*storage.suffixes, *(s for s in storage.optional if storage.tensor(layer, s) in checkpoint)]
         tensors = {suffix: checkpoint.read(storage.tensor(layer, suffix)) for suffix in there}
+        return self._unpacked(layer, tensors)
+
+    def _unpacked(self, layer: str, tensors: Tensors) -> Tensor:
+        storage, checkpoint = self.storage, self.checkpoint
         again, where = "get the checkpoint again, or quantize the model anew", f"{checkpoint.directory}: {layer}"
         try:
             weight = UNPACK[storage.name](tensors, storage)

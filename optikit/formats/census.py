@@ -126,7 +126,7 @@ def _pair(source: Path, dest: Path, changes: Changes, found: Mapping[str, Any]) 
         new=_renumbered(new, row, found["blocks_kept"]) if changes == "blocks" else new,
         packed=frozenset(_packed(new, storage)),
         codes=storage.codes,
-        may_change=frozenset(_changing(before, row, changes)),
+        may_change=frozenset(_changing(before, row, changes)) - {f"{name}.weight" for name in after.left_dense},
         tied=after.tied,
     )
 

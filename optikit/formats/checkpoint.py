@@ -52,7 +52,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class Entry:
     """Where a tensor lies: bytes `start` to `stop` of `file`; or in several parts, one after the other.
 
-    `parts` have the tensor's elements in order; `start` and `stop` are then 0 and the bytes of all of them.
+    `parts` have the tensor's elements in order, or `made` makes it of them; `start` and `stop` are then 0 and its size.
     """
 
     file: Path
@@ -61,6 +61,7 @@ class Entry:
     start: int
     stop: int
     parts: tuple[Entry, ...] = ()
+    made: Callable[[Sequence[Tensor]], Tensor] | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -89,6 +90,8 @@ def same_bytes(one: Entry, other: Entry) -> bool:
     """Return whether two tensors are equal bit by bit."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
+    if one.parts or other.parts:
+        return torch.equal(*(read_entry(entry).reshape(-1).view(torch.uint8) for entry in (one, other)))
     left = one.stop - one.start
     with one.file.open("rb") as a, other.file.open("rb") as b:
         a.seek(one.start)
@@ -113,6 +116,12 @@ def joined(parts: Sequence[Entry], shape: tuple[int, ...]) -> Entry:
     return Entry(parts[0].file, parts[0].dtype, shape, 0, size, tuple(parts))
 
 
+def made_of(parts: Sequence[Entry], shape: tuple[int, ...], made: Callable[[Sequence[Tensor]], Tensor]) -> Entry:
+    """Return the tensor that is made of others when it is read."""
+    size = math.prod(shape) * parts[0].torch_dtype.itemsize
+    return Entry(parts[0].file, parts[0].dtype, shape, 0, size, tuple(parts), made)
+
+
 def read_rows(entry: Entry, start: int, stop: int) -> Tensor:
     """Read rows `start` to `stop` of one tensor into memory of their own; of one in several parts all are read."""
     if entry.parts:
@@ -124,6 +133,9 @@ def read_rows(entry: Entry, start: int, stop: int) -> Tensor:
 
 def read_flat(entry: Entry, elements: int) -> Iterator[Tensor]:
     """Read the values of a tensor in order, so many at a time: (n,) each, and fewer at the end of a part."""
+    if entry.made is not None:
+        yield from torch.split(read_entry(entry).reshape(-1), elements)
+        return
     for part in entry.parts:
         yield from read_flat(part, elements)
     if entry.parts:
@@ -136,6 +148,8 @@ def read_flat(entry: Entry, elements: int) -> Iterator[Tensor]:
 
 def read_entry(entry: Entry) -> Tensor:
     """Read one tensor into memory of its own."""
+    if entry.made is not None:
+        return entry.made([read_entry(part) for part in entry.parts]).reshape(entry.shape)
     if entry.parts:
         return torch.cat([read_entry(part).reshape(-1) for part in entry.parts]).reshape(entry.shape)
     tensor = torch.empty(entry.shape, dtype=entry.torch_dtype)
@@ -332,6 +346,10 @@ def _write_shard(path: Path, names: Iterable[str], entries: Mapping[str, Entry])
 
 def _copy(name: str, entry: Entry, out: BinaryIO) -> None:
     """Append a tensor's bytes; floats among them have to be finite."""
+    if entry.made is not None:
+        tensor = finite(name, read_entry(entry), entry.file.parent)
+        out.write(memoryview(cast("Buffer", tensor.reshape(-1).view(torch.uint8).numpy())))
+        return
     for part in entry.parts:
         _copy(name, part, out)
     if entry.parts:

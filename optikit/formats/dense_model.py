@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from optikit.formats import language_config, load_state
-from optikit.models import architectures, language_part, stacked_experts
+from optikit.formats import language_config, load_state, stacked
+from optikit.models import architectures, language_part
 
 
 def load(directory: Path, dtype: torch.dtype | str, **options: Any) -> tuple[Any, set[str], set[str]]:
@@ -48,12 +48,11 @@ def _alone(told: Mapping[str, Any], state: dict[str, Tensor]) -> dict[str, Tenso
     found = {name: state[stored] for name, stored in part.stored.items()}
     if row.experts is None or not row.experts.stacked:
         return found
-    sizes = {"experts": settings[row.experts.count], "expert_width": settings[row.experts.width]}
-    sizes["hidden"] = settings[row.keys["hidden"]]
+    sizes, weave = stacked.sizes_of(row, settings), stacked.weave(row.experts)
     for block in row.experts.sparse(layers, settings):
         for whole in row.experts.stacked:
-            name = f"{row.block(block)}.{whole}.weight"
+            name = f"{row.block(block)}.{whole}"
             if name not in found:
-                parts = [found.pop(each) for each, _, _ in stacked_experts.slices(row, sizes, name)]
-                found[name] = torch.cat(parts).reshape(sizes["experts"], -1, parts[0].shape[1])
+                each = stacked.grouped(row, sizes, name)
+                found[name] = torch.stack([weave([found.pop(part) for part in names]) for names in each])
     return found

@@ -7,9 +7,9 @@ write them, and each tensor goes straight to its place.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -56,18 +56,38 @@ class ShardWriter:
             IntegrityError: It holds NaN or infinity.
             StageFailedError: It isn't what was promised, or came before.
         """
-        place = self._places.get(name)
+        self.write_pieces(name, [tensor])
+
+    def write_pieces(self, name: str, pieces: Iterable[Tensor]) -> None:
+        """Bring a tensor to its place that comes in parts, one after the other along its first dimension.
+
+        Raises:
+            IntegrityError: It holds NaN or infinity.
+            StageFailedError: It isn't what was promised, or came before.
+        """
+        place, rows = self._places.get(name), 0
         if place is None or name in self._written:
             raise StageFailedError(f"{name} {'came twice' if place else 'was not promised'}", fix=FIX)
-        if tensor.dtype != place.torch_dtype or tuple(tensor.shape) != place.shape:
-            message = f"{name} is {tensor.dtype} {tuple(tensor.shape)}, and {place.dtype} {place.shape} was promised"
-            raise StageFailedError(message, fix=FIX)
-        finite(name, tensor, self._directory)
-        if tensor.numel():
-            with place.file.open("r+b") as file:
-                file.seek(place.start)
-                file.write(cast("Buffer", tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        with place.file.open("r+b") as file:
+            file.seek(place.start)
+            for piece in pieces:
+                rows += len(piece) if piece.dim() else 1
+                self._check(name, piece, rows, place)
+                if piece.numel():
+                    file.write(cast("Buffer", piece.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        if rows != _rows(place):
+            self._refuse(name, f"{(rows, *place.shape[1:])}", place)
         self._written.add(name)
+
+    def _check(self, name: str, piece: Tensor, rows: int, place: Entry) -> None:
+        """Hold a part of a tensor, up to a row, to what was promised."""
+        fits = piece.dtype == place.torch_dtype and piece.dim() == len(place.shape) and rows <= _rows(place)
+        if not fits or piece.shape[1:] != place.shape[1:]:
+            self._refuse(name, f"{piece.dtype} {tuple(piece.shape)}", place)
+        finite(name, piece, self._directory)
+
+    def _refuse(self, name: str, found: str, place: Entry) -> NoReturn:
+        raise StageFailedError(f"{name} is {found}, and {place.dtype} {place.shape} was promised", fix=FIX)
 
     def finish(self) -> int:
         """Write the index where there are several shards.
@@ -85,3 +105,7 @@ class ShardWriter:
             with file.open("r+b") as opened:
                 os.fsync(opened.fileno())
         return write_index(self._directory, self._places, self._files)
+
+
+def _rows(place: Entry) -> int:
+    return place.shape[0] if place.shape else 1

@@ -38,8 +38,13 @@ class Experts:
         module: transformers' module that holds them stacked, relative to the block.
         name: What their checkpoint names begin with, relative to the block; `.N.` and a linear follow.
         linears: Gate, up and down projection of an expert, as the checkpoint calls them.
-        stacked: Where the checkpoint holds all experts in two tensors: that of gate and up, one below the other, and
-            that of down, relative to the block, without `.weight`.
+        stacked: Where the checkpoint holds all experts in few tensors: that of gate and up, that of down, and where
+            there are some those of their biases, in this order, relative to the block.
+        across: transformers' module, and what is stacked, has the weights as (in, out).
+        interleaved: The outputs of gate and up alternate there; else those of gate come first.
+        scaled: The router scales what experts are given, and what they return is added up.
+        router: Module that chooses experts, where it scales.
+        folds: A scale of what down reads can be divided out of up.
         count, chosen, width: Keys of config.json: experts, experts per token, their inner width.
         before: The linear that is called after them, "" where they are the last.
         blocks: Which blocks have them, by keys of config.json: `from` the first, `every` so many-th, `not` those, or
@@ -50,11 +55,21 @@ class Experts:
     name: str
     linears: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     stacked: tuple[str, ...] = ()
+    across: bool = False
+    interleaved: bool = False
+    scaled: bool = False
+    router: str = ""
+    folds: bool = True
     count: str
     chosen: str = "num_experts_per_tok"
     width: str = "moe_intermediate_size"
     before: str = ""
     blocks: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def biased(self) -> bool:
+        """Whether projections of experts have biases."""
+        return len(self.stacked) > 2
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ TRUTHS = frozenset(
     | {"scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"}
     | {"use_parallel_residual", "parallel_attn", "apply_residual_connection_post_layernorm"}
     | {"attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"}
-    | {"lm_head_bias", "norm_topk_prob", "qkv_bias", "rope_interleave"}
+    | {"lm_head_bias", "norm_topk_prob", "qkv_bias", "rope_interleave", "attn_temperature_tuning"}
 )
 """Keys that are true or false."""
 ROPES: Mapping[str, tuple[str, ...]] = MappingProxyType(

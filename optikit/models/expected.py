@@ -22,7 +22,7 @@ from optikit.models.traits import Storage
 FIX = "the checkpoint is incomplete or isn't what config.json describes: get it again"
 _ARITHMETIC = re.compile(
     r"bias|norm|scal|multiplier|softcap|rotary|rope|window|layer_types|attn|attention|expert|moe|alibi|residual|clip"
-    r"|_act$|activation|(?:^|_)eps(?:ilon)?$|theta|logit|proj"
+    r"|_act$|activation|(?:^|_)eps(?:ilon)?$|theta|logit|proj|swiglu"
 )
 _NOT_ARITHMETIC = re.compile(r"drop|^_?attn_implementation|^num_attention_heads$|^output_|^_experts_impl")
 

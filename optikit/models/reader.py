@@ -100,6 +100,10 @@ def _held(
     scheme = quantization.scheme(language_part.settings_of(told), directory / "config.json", tensors)
     part = _language(architecture, told, tensors, sizes["layers"], directory)
     named = {name: tensors[stored] for name, stored in part.stored.items()}
+    dtype = config.dtype(told)
+    told_packing, floats = scheme, stacked_experts.unpacked(architecture, scheme, named, dtype, directory)
+    if floats is not None:
+        named, scheme = floats, traits.rows()[traits.DENSE]
     named = stacked_experts.apart(architecture, sizes, named, directory)
     names = tuple(expected.linears(architecture, sizes, meant))
     quantization.require_agreement(scheme, names, named, directory)
@@ -114,8 +118,8 @@ def _held(
         architecture,
         sizes,
         linears,
-        **_described(architecture, scheme, sizes, meant, told, directory),
-        dtype=_main_dtype(tensors) if scheme.trait else config.dtype(told),
+        **_described(architecture, told_packing, sizes, meant, told, directory),
+        dtype=_main_dtype(tensors) if told_packing.trait else dtype,
         weight_bytes=sum(tensor.bytes for tensor in tensors.values()),
         left_dense=left_dense,
         carried=language_part.kinds(part.carried),
@@ -310,15 +314,6 @@ def read_gguf(path: Path) -> ModelFacts:
     return facts
 
 
-REFUSED: Mapping[str, str] = MappingProxyType(
-    {
-        "gpt_oss": "its experts interleave gate and up projections and have biases, which no stage here writes",
-        "llama4_text": "its experts are given inputs that its router has scaled, and lie across in checkpoints",
-    }
-)
-"""Families that are known not to go through here, and why."""
-
-
 def architecture_of(directory: Path, settings: Mapping[str, Any]) -> Architecture:
     """Return the row of a model directory; where its family has none, what its headers show.
 
@@ -342,9 +337,6 @@ def _architecture(
     scheme: Storage | None = None,
 ) -> Architecture:
     model_type = settings.get("model_type")
-    if isinstance(model_type, str) and model_type in REFUSED:
-        message = f"{where}: {model_type} can't be optimized here: {REFUSED[model_type]}"
-        raise RecipeError(message, fix="serve it as it is published, or start from another family")
     found = architectures.find(model_type, settings) if isinstance(model_type, str) else None
     why = ""
     if found is None and tensors is not None and scheme is not None:

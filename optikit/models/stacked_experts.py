@@ -1,21 +1,60 @@
-"""Checkpoints that hold all experts of a block in two tensors, seen as if each expert had its own.
+"""Checkpoints that hold all experts of a block in few tensors, seen as if each expert had its own.
 
     gate and up   (experts, 2 * width, hidden)    an expert's gate projection above its up projection
     down          (experts, hidden, width)
 
-Every part of an expert is one run of bytes of them, so that it can be read, and compared, on its own.
+Some lie across, (experts, hidden, 2 * width) and (experts, width, hidden); in some the outputs of gate and up
+alternate; some have biases, (experts, 2 * width) and (experts, hidden). Every expert is one run of elements of them, so
+that it can be read, and compared, on its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from optikit.errors import IntegrityError
-from optikit.models.architectures import Architecture
+from optikit.models.architectures import Architecture, Experts
 from optikit.models.facts import TensorFacts
+from optikit.models.traits import Storage
 
 FIX = "the checkpoint is damaged or of another version: get it again, or save it with transformers"
+NIBBLES = 32
+"""4-bit codes that share a scale in stacked MXFP4 experts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A projection of one expert inside a tensor that holds all of them.
+
+    Attributes:
+        name: What it is called on its own.
+        elements: Where its expert's run begins and ends.
+        run: Shape of that run.
+        across: The run is (in, out).
+        rows: Outputs of the run that are this projection's: first, last and one more, step.
+        shape: Of the projection: (out, in), or (out,) of a bias.
+    """
+
+    name: str
+    elements: tuple[int, int]
+    run: tuple[int, ...]
+    across: bool = False
+    rows: tuple[int, int, int]
+    shape: tuple[int, ...]
+
+    @property
+    def in_one_piece(self) -> bool:
+        """Whether its elements lie one after the other, in order."""
+        return not self.across and self.rows[2] == 1
+
+
+def shapes(experts: Experts, count: int, wide: int, hidden: int) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of what holds gate and up, down, and where there are some their biases, of all experts."""
+    pairs = ((2 * wide, hidden), (hidden, wide))
+    whole = tuple((count, *(pair[::-1] if experts.across else pair)) for pair in pairs)
+    return (*whole, (count, 2 * wide), (count, hidden)) if experts.biased else whole
 
 
 def apart(
@@ -35,20 +74,21 @@ def apart(
     experts = architecture.experts
     if experts is None or not experts.stacked:
         return dict(tensors)
-    wide, hidden, count = sizes["expert_width"], sizes["hidden"], sizes["experts"]
-    wanted = dict(zip(experts.stacked, ((count, 2 * wide, hidden), (count, hidden, wide)), strict=True))
+    all_shapes = shapes(experts, sizes["experts"], sizes["expert_width"], sizes["hidden"])
+    wanted = dict(zip(experts.stacked, all_shapes, strict=True))
     found = {}
     for name, tensor in tensors.items():
-        inside = inside_block(architecture, name).removesuffix(".weight")
+        inside = inside_block(architecture, name)
         if inside not in wanted:
             found[name] = tensor
             continue
         if tensor.shape != wanted[inside]:
-            across = " lies across: it" if tensor.shape == (count, *wanted[inside][:0:-1]) else ""
+            across = " lies across: it" if tensor.shape == (tensor.shape[0], *wanted[inside][:0:-1]) else ""
             message = f"{where}: {name}{across} has shape {tensor.shape}, and {wanted[inside]} is promised"
             raise IntegrityError(message, fix=FIX)
-        for part, _, shape in slices(architecture, sizes, name):
-            found[part] = TensorFacts(dtype=tensor.dtype, shape=shape)
+        found |= {
+            part.name: TensorFacts(dtype=tensor.dtype, shape=part.shape) for part in parts(architecture, sizes, name)
+        }
     return found
 
 
@@ -58,29 +98,89 @@ def inside_block(architecture: Architecture, name: str) -> str:
     return rest.partition(".")[2] if rest != name else ""
 
 
-def slices(
-    architecture: Architecture, sizes: Mapping[str, int], name: str
-) -> Iterator[tuple[str, tuple[int, int], tuple[int, int]]]:
-    """Yield the parts of a stacked tensor in the order in which they lie.
+def parts(architecture: Architecture, sizes: Mapping[str, int], name: str) -> Iterator[Part]:
+    """Yield the projections inside a stacked tensor, expert by expert.
 
     Args:
         architecture: A family with stacked experts.
         sizes: Figures, with those of experts.
         name: The stacked tensor, in the language model on its own.
-
-    Yields:
-        A part's name with `.weight`, the elements at which it begins and ends, and its shape.
     """
     experts = architecture.experts
     if experts is None:
         return
     inside = inside_block(architecture, name)
-    block = name.removesuffix(inside)
-    rows, columns, parts = sizes["expert_width"], sizes["hidden"], [0, 1]
-    if inside.removesuffix(".weight") == experts.stacked[1]:
-        rows, columns, parts = columns, rows, [2]
-    at = 0
+    block, which = name.removesuffix(inside), experts.stacked.index(inside)
+    _, *run = shapes(experts, sizes["experts"], sizes["expert_width"], sizes["hidden"])[which]
+    leaf, across = ("weight", experts.across) if which < 2 else ("bias", False)
+    held = (0, 1) if which % 2 == 0 else (2,)
+    outputs, size = run[-1 if across else 0], 1
+    for side in run:
+        size *= side
     for expert in range(sizes["experts"]):
-        for part in parts:
-            yield f"{block}{experts.linear(expert, part)}.weight", (at, at + rows * columns), (rows, columns)
-            at += rows * columns
+        for place, part in enumerate(held):
+            each = outputs // len(held)
+            alternate = experts.interleaved and len(held) > 1
+            rows = (place, outputs, 2) if alternate else (place * each, place * each + each, 1)
+            inputs = tuple(run[:-1] if across else run[1:])
+            found = Part(
+                name=f"{block}{experts.linear(expert, part)}.{leaf}",
+                elements=(expert * size, expert * size + size),
+                run=tuple(run),
+                across=across,
+                rows=rows,
+                shape=(each, *inputs),
+            )
+            yield _alone(found) if found.in_one_piece else found
+
+
+def _alone(part: Part) -> Part:
+    """Return a projection that lies in one piece as a run of its own."""
+    (first, last, _), size = part.rows, 1
+    for side in part.shape[1:]:
+        size *= side
+    start = part.elements[0]
+    elements = (start + first * size, start + last * size)
+    return Part(name=part.name, elements=elements, run=part.shape, rows=(0, part.shape[0], 1), shape=part.shape)
+
+
+def unpacked(
+    architecture: Architecture, storage: Storage, tensors: Mapping[str, TensorFacts], dtype: str, where: Path
+) -> dict[str, TensorFacts] | None:
+    """Return the headers that a checkpoint has once its stacked experts are floats; None where they aren't packed.
+
+    Args:
+        architecture: Its family.
+        storage: How its weights are stored.
+        tensors: Headers, under the names of the language model on its own.
+        dtype: Of the floats.
+        where: The directory, for messages.
+
+    Raises:
+        IntegrityError: Codes and scales don't go together, or aren't there.
+    """
+    experts = architecture.experts
+    if experts is None or not experts.stacked or storage.joint != "_":
+        return None
+    found = dict(tensors)
+    wholes = [name for name in tensors if storage.split(name)[1] == storage.codes]
+    if not wholes:
+        message = f"{where}: config.json promises weights that are {storage.told}, and not one is packed"
+        raise IntegrityError(message, fix="take quantization_config out of config.json, if the weights are dense")
+    for name in wholes:
+        whole, _ = storage.split(name)
+        codes, scales = found.pop(name), found.pop(storage.tensor(whole, "scales"), None)
+        if scales is None:
+            raise IntegrityError(f"{where}: {name} has no scales beside it", fix=FIX)
+        _check_codes(codes, scales, f"{where}: {name}", storage)
+        count, rows, groups, _ = codes.shape
+        found[whole] = TensorFacts(dtype=dtype, shape=(count, groups * NIBBLES, rows))
+    return found
+
+
+def _check_codes(codes: TensorFacts, scales: TensorFacts, where: str, storage: Storage) -> None:
+    fits = len(codes.shape) == 4 and codes.shape[-1] * 2 == NIBBLES and scales.shape == codes.shape[:3]
+    if not fits or {codes.dtype, scales.dtype} != {"U8"}:
+        told = f"{codes.dtype} {codes.shape} and scales of {scales.dtype} {scales.shape}"
+        message = f"{where} is {told}; {storage.told} is U8 (experts, out, groups, 16), a scale a group"
+        raise IntegrityError(message, fix=FIX)

@@ -7,6 +7,7 @@ on with (the router's mixture, not every expert's), and what a rare expert is ca
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,11 +55,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4_moe": SHARED | {"head_dim": 16, "use_qk_norm": True},
     "deepseek_v2": SHARED | LATENT | {"q_lora_rank": None},
     "deepseek_v3": SHARED | LATENT | {"n_group": 1, "topk_group": 1},
+    "gpt_oss": {"num_local_experts": 4, "intermediate_size": 32, "head_dim": 16, "sliding_window": 16},
+    "llama4_text": {
+        "num_local_experts": 4, "intermediate_size": 32, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 2,
+        "head_dim": 16, "attention_chunk_size": 16, "no_rope_layers": [1, 0], "floor_scale": 4,
+    },
 }  # fmt: skip
 CASES = [
     *(("quantize", "gptq", {"group_size": 32}, name) for name in FAMILIES),
-    *(("quantize", "int8", {"scheme": "w8a8"}, name) for name in ("phimoe", "granitemoe", "qwen2_moe", "deepseek_v2")),
-    *(("prune", "wanda", {"sparsity": 0.2}, name) for name in ("granitemoe", "deepseek_v3")),
+    *(
+        ("quantize", "int8", {"scheme": "w8a8"}, name)
+        for name in ("phimoe", "granitemoe", "qwen2_moe", "deepseek_v2", "gpt_oss", "llama4_text")
+    ),
+    *(("prune", "wanda", {"sparsity": 0.2}, name) for name in ("granitemoe", "deepseek_v3", "gpt_oss", "llama4_text")),
+    *(("quantize", "awq", {"group_size": 32, "steps": 4}, name) for name in ("gpt_oss", "llama4_text")),
     ("prune", "magnitude", {"sparsity": 0.2}, "mixtral"),
     ("quantize", "rtn", {"group_size": 32}, "granitemoe"),
     ("quantize", "int8", {"group_size": 32}, "qwen3_moe"),
@@ -66,6 +76,9 @@ CASES = [
     ("quantize", "awq", {"group_size": 32, "steps": 4}, "qwen2_moe"),
     ("quantize", "nf4", {"ignore": ["*self_attn*", "down_proj"]}, "qwen3_moe"),
 ]
+
+
+ROUTED = re.compile(r"\.gate\.|router|experts")
 
 
 def save(name: str, directory: Path) -> Path:
@@ -76,7 +89,7 @@ def save(name: str, directory: Path) -> Path:
     config = AutoConfig.for_model(name, **(COMMON | FAMILIES[name]))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for key, parameter in model.named_parameters():
-        scale = 0.3 if "norm" in key or key.endswith("bias") else 0.1 if ".gate." in key or "experts" in key else 0
+        scale = 0.3 if "norm" in key or key.endswith(("bias", "sinks")) else 0.1 if ROUTED.search(key) else 0
         parameter.data += scale * torch.randn_like(parameter)
     for key, buffer in model.named_buffers():
         if key.endswith("e_score_correction_bias"):
@@ -239,15 +252,15 @@ def test_a_row_with_gate_and_up_swapped_is_noticed(name, mixture, prose, tmp_pat
     gate, up, down = row.experts.linears
     wrong = replace(row, experts=replace(row.experts, linears=(up, gate, down)))
     monkeypatch.setattr(architectures, "find", lambda *_: wrong)
-    slices = stacked_experts.slices
+    parts = stacked_experts.parts
 
     def exchanged(*args: Any) -> Any:
-        for part, elements, shape in slices(*args):
-            other = {gate: up, up: gate}.get(part.split(".")[-2], "")
-            yield (part.replace(part.split(".")[-2], other) if other else part), elements, shape
+        for part in parts(*args):
+            projection = part.name.split(".")[-2]
+            yield replace(part, name=part.name.replace(projection, {gate: up, up: gate}.get(projection, projection)))
 
-    monkeypatch.setattr(stacked_experts, "slices", exchanged if row.experts.stacked else slices)
     if row.experts.stacked:
+        monkeypatch.setattr(stacked_experts, "parts", exchanged)
         monkeypatch.setattr(architectures, "find", lambda *_: row)
     ours, theirs, _ = followed(mixture(name), prose, tmp_path)
     monkeypatch.undo()

@@ -98,7 +98,7 @@ def round_activations(model: torch.nn.Module, directory: Path) -> None:
     for name, module in model.named_modules():
         if _within(name) in rounded:
             module.register_forward_pre_hook(partial(_round_input, rounded[_within(name)]))
-        elif hasattr(module, "_apply_gate"):
+        elif hasattr(module, "_apply_gate") or _is_llama4(module):
             block = _within(name).split(".")[:2]
             _round_experts(
                 module, {n: each for n, each in rounded.items() if ".experts." in n and n.split(".")[:2] == block}
@@ -123,9 +123,25 @@ def _round_experts(module: Any, rounded: Mapping[str, activations.Rounding]) -> 
     outer = [each for name, each in rounded.items() if not name.endswith(DOWN)]
     if outer:
         module.register_forward_pre_hook(partial(_round_input, activations.shared(outer)))
-    if inner:
-        gate, rounding = module._apply_gate, activations.shared(inner)  # noqa: SLF001 - transformers' only seam there
-        module._apply_gate = lambda joined: rounding(gate(joined))  # noqa: SLF001
+    if not inner:
+        return
+    rounding = activations.shared(inner)
+    if _is_llama4(module):
+        module.forward = lambda hidden: _llama4_experts(module, hidden, rounding)
+        return
+    gate = module._apply_gate  # noqa: SLF001 - transformers' only seam there
+    module._apply_gate = lambda joined: rounding(gate(joined))  # noqa: SLF001
+
+
+def _is_llama4(module: torch.nn.Module) -> bool:
+    return type(module).__name__ == "Llama4TextExperts"
+
+
+def _llama4_experts(module: Any, hidden: torch.Tensor, rounding: activations.Rounding) -> torch.Tensor:
+    """Compute what Llama 4's experts do, with rounded inputs of their down projections."""
+    each = hidden.view(len(module.gate_up_proj), -1, module.hidden_size)
+    gate, up = torch.bmm(each, module.gate_up_proj).chunk(2, dim=-1)
+    return torch.bmm(rounding(up * module.act_fn(gate)), module.down_proj).view(-1, module.hidden_size)
 
 
 class _AbandonedError(Exception):

@@ -95,7 +95,8 @@ def write_floats(
     Args:
         source: A model directory, packed or not.
         job: Where to, and who is told of progress.
-        changed: Makes of a tensor, by its name, what is written; it is brought to the dtype that it had.
+        changed: Makes of a tensor, by its name, what is written; it is brought to the dtype that it had. Packed experts
+            that lie in one tensor stay as they are: they come one at a time.
 
     Raises:
         IntegrityError: A weight isn't finite, or tensors don't go together.
@@ -113,7 +114,11 @@ def write_floats(
     writer = ShardWriter(job.dest, promised)
     for done, (name, wanted) in enumerate(promised.items()):
         job.progress(done, len(promised), name)
-        writer.write(name, changed(name, found[name].to(DTYPES[wanted.dtype])).to(DTYPES[wanted.dtype]))
+        kind = DTYPES[wanted.dtype]
+        if found.comes_whole(name):
+            writer.write(name, changed(name, found[name].to(kind)).to(kind))
+        else:
+            writer.write_pieces(name, (piece.to(kind) for piece in found.pieces(name)))
     words = {value: key for key, value in config.DTYPES.items()}
     write_config(source, job.dest, changes={"dtype": words[dtype]}, without=("quantization_config", "torch_dtype"))
     left_out = Counter(name.rpartition(".")[2] for name in found.left_out)
