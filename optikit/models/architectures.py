@@ -116,6 +116,8 @@ class Architecture:
         free_heads: Loaders read a head's width from config.json; else it is the hidden size over the heads.
         gguf: `general.architecture` of a gguf file that becomes this family, or "".
         gguf_as: `general.architecture` of the gguf file that is written of it, or "".
+        gguf_keys: Key of config.json → key of a gguf file, below its architecture's name.
+        gguf_means: What llama.cpp computes of such a file, in keys of config.json that the file doesn't have.
         tensors: Name of every tensor → its shape in words; see architectures.toml.
         leftovers: Ends of names of tensors that no model reads.
         settings: Keys of config.json that change what is computed, and are obeyed.
@@ -152,6 +154,8 @@ class Architecture:
     free_heads: bool = False
     gguf: str = ""
     gguf_as: str = ""
+    gguf_keys: Mapping[str, str] = field(default_factory=dict)
+    gguf_means: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, str] = field(default_factory=dict, repr=False)
     leftovers: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
@@ -244,7 +248,7 @@ def _same(found: Any, wanted: Any) -> bool:
 
 
 _LISTS = ("previous_ops", "residual_sources", "engines", "windowless", "leftovers", "settings", "unread", "wide")
-_MAPS = ("requires", "when", "defaults", "aliases", "fixed", "stored_as", "block_names")
+_MAPS = ("gguf_keys", "gguf_means", "requires", "when", "defaults", "aliases", "fixed", "stored_as", "block_names")
 _OWN = frozenset({"engines", "gguf", "gguf_as", "of", "when"})
 """Columns that never come from the row that another is like: engines are proven for each."""
 
@@ -303,11 +307,12 @@ def known_to(engine: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(row.model_type for row in _rows().values() if engine in row.engines))
 
 
-def of_gguf(name: str) -> Architecture | None:
-    """Return what a gguf file of that `general.architecture` becomes, or None."""
-    return next((row for row in _rows().values() if row.gguf == name), None)
+def of_gguf(name: str, *, experts: bool = False) -> Architecture | None:
+    """Return what a gguf file of that `general.architecture` becomes, a mixture if it has experts, or None."""
+    found = [row for row in _rows().values() if row.gguf == name]
+    return next((row for row in found if (row.experts is not None) is experts), next(iter(found), None))
 
 
 def gguf_names() -> tuple[str, ...]:
     """Return every `general.architecture` that is known."""
-    return tuple(row.gguf for row in _rows().values() if row.gguf)
+    return tuple(dict.fromkeys(row.gguf for row in _rows().values() if row.gguf))

@@ -6,6 +6,7 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 an
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections.abc import Mapping
@@ -40,6 +41,7 @@ BLOCKS: Mapping[int, tuple[str, int, int]] = MappingProxyType(
         12: ("Q4_K", 256, 144),
         13: ("Q5_K", 256, 176),
         14: ("Q6_K", 256, 210),
+        15: ("Q8_K", 256, 292),
         16: ("IQ2_XXS", 256, 66),
         17: ("IQ2_XS", 256, 74),
         18: ("IQ3_XXS", 256, 98),
@@ -50,6 +52,9 @@ BLOCKS: Mapping[int, tuple[str, int, int]] = MappingProxyType(
         23: ("IQ4_XS", 256, 136),
         29: ("IQ1_M", 256, 56),
         30: ("BF16", 1, 2),
+        34: ("TQ1_0", 256, 54),
+        35: ("TQ2_0", 256, 66),
+        39: ("MXFP4", 32, 17),
     }
 )
 """Tensor type by number: name, elements per block, bytes per block. Types that aren't listed are refused."""
@@ -62,12 +67,18 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass(frozen=True, kw_only=True)
 class GgufTensor:
-    """One tensor: type name, shape as a matrix in PyTorch's order (out, in), bytes in the file, and the first one."""
+    """One tensor: type name, shape in PyTorch's order (out, in), bytes, and where the first one is in which file."""
 
     type: str
     shape: tuple[int, ...]
     bytes: int
     start: int = 0
+    file: Path = Path()
+
+    @property
+    def rows(self) -> int:
+        """How many rows it is stored as: one where it is a vector, those of all experts where it stacks them."""
+        return math.prod(self.shape[:-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,20 +89,25 @@ class GgufHeader:
     tensors: Mapping[str, GgufTensor]
 
 
-def read_header(path: Path) -> GgufHeader:
+def read_header(path: Path, *, keep: int = MOST_KEPT) -> GgufHeader:
     """Read and check the header of a gguf file.
+
+    Args:
+        path: The file.
+        keep: Elements that an array may have if it is to be returned; longer ones are ().
 
     Raises:
         IntegrityError: Naming the file and what is wrong with it.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _Reader(content).header()
+            header = _Reader(content, keep).header()
     except (ValueError, struct.error) as error:
         raise IntegrityError(f"{path}: {error}", fix=FIX) from error
+    return replace(header, tensors={name: replace(each, file=path) for name, each in header.tensors.items()})
 
 
-def read_values(path: Path, header: GgufHeader, name: str) -> bytes:
+def read_values(header: GgufHeader, name: str) -> bytes:
     """Return the bytes of a small tensor of a file whose header was read.
 
     Raises:
@@ -99,8 +115,9 @@ def read_values(path: Path, header: GgufHeader, name: str) -> bytes:
     """
     tensor = header.tensors[name]
     if tensor.bytes > MOST_VALUE_BYTES:
-        raise IntegrityError(f"{path}: {name} has {tensor.bytes} bytes, more than {MOST_VALUE_BYTES}", fix=FIX)
-    with path.open("rb") as file:
+        message = f"{tensor.file}: {name} has {tensor.bytes} bytes, more than {MOST_VALUE_BYTES}"
+        raise IntegrityError(message, fix=FIX)
+    with tensor.file.open("rb") as file:
         file.seek(tensor.start)
         return file.read(tensor.bytes)
 
@@ -108,8 +125,9 @@ def read_values(path: Path, header: GgufHeader, name: str) -> bytes:
 class _Reader:
     """A cursor over a mapped file; every step checks that it stays inside."""
 
-    def __init__(self, content: mmap.mmap) -> None:
+    def __init__(self, content: mmap.mmap, keep: int) -> None:
         self._content = content
+        self._keep = keep
         self._size = len(content)
         self._at = 0
 
@@ -169,14 +187,14 @@ class _Reader:
     def _array(self, key: str) -> tuple[Any, ...]:
         kind, count = self._number("I"), self._number("Q")
         if kind in _SCALARS:
-            code = f"<{min(count, MOST_KEPT)}{_SCALARS[kind]}"
+            code = f"<{min(count, self._keep)}{_SCALARS[kind]}"
             width = struct.calcsize("<" + _SCALARS[kind])
             values = struct.unpack(code, self._take(count * width)[: struct.calcsize(code)])
-            return values if count <= MOST_KEPT else ()
+            return values if count <= self._keep else ()
         if kind != _STRING:
             msg = f"metadata {key!r} is an array of type {kind}"
             raise ValueError(msg)
-        if count <= MOST_KEPT:
+        if count <= self._keep:
             return tuple(self._string() for _ in range(count))
         self._skip_strings(count)
         return ()

@@ -7,10 +7,10 @@ ties them. Taken for two matrices, such a model doubles what is the largest part
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from optikit.models.gguf_header import BLOCKS, GgufHeader, GgufTensor
+from optikit.models.gguf_header import GgufHeader
+from optikit.models.gguf_rows import read_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,14 +43,13 @@ def explained(header: GgufHeader) -> float:
     return max(LEAST if found is None else 2.0 ** (1 - int(found[1])) for found in kinds)
 
 
-def tied(path: Path, header: GgufHeader) -> bool:
+def tied(header: GgufHeader) -> bool:
     """Return whether the head of a file is its embedding: not there, or as near as rounding explains.
 
     Rows are sampled; whoever reads the file compares them all.
 
     Args:
-        path: The file.
-        header: Its header, which has a matrix `token_embd.weight`.
+        header: Of the file, which has a matrix `token_embd.weight`.
     """
     if HEAD not in header.tensors:
         return True
@@ -62,7 +61,7 @@ def tied(path: Path, header: GgufHeader) -> bool:
     count = shape[0]
     rows = sorted({count * index // SAMPLED for index in range(SAMPLED)} | {count - 1})
     pair = (header.tensors[EMBEDDING], header.tensors[HEAD])
-    one, other = (np.concatenate([read_rows(path, each, row, 1) for row in rows]) for each in pair)
+    one, other = (np.concatenate([read_rows(each, row, 1) for row in rows]) for each in pair)
     return bool(np.median(distance(one, other)) <= explained(header))
 
 
@@ -73,22 +72,3 @@ def distance(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np
     length = np.linalg.norm(one, axis=1) + np.linalg.norm(other, axis=1)
     found: NDArray[np.float32] = 2 * np.linalg.norm(one - other, axis=1) / np.maximum(length, 1e-30)
     return found
-
-
-def read_rows(path: Path, tensor: GgufTensor, start: int, count: int) -> NDArray[np.float32]:
-    """Return rows of a matrix, or the one of a vector, dequantized by the `gguf` package, (count, columns) float32.
-
-    Raises:
-        NotImplementedError: It has no dequantizer for that type.
-    """
-    import numpy as np
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    kind = next(number for number, (name, _, _) in BLOCKS.items() if name == tensor.type)
-    size = tensor.bytes // (tensor.shape[0] if len(tensor.shape) > 1 else 1)
-    with path.open("rb") as file:
-        file.seek(tensor.start + start * size)
-        raw = np.frombuffer(file.read(count * size), np.uint8).reshape(count, size)
-    found: NDArray[Any] = dequantize(raw, GGMLQuantizationType(kind))
-    return found.astype(np.float32, copy=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -18,6 +19,8 @@ from optikit.models import (
     expected,
     generic,
     gguf_header,
+    gguf_names,
+    gguf_parts,
     gguf_settings,
     gguf_tied,
     headers,
@@ -36,23 +39,6 @@ from optikit.models.traits import Storage
 from optikit.problems import did_you_mean
 
 _INCOMPLETE = "the checkpoint is incomplete or isn't what config.json describes: get it again"
-
-GGUF_NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        "input_layernorm": "attn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "self_attn.q_norm": "attn_q_norm",
-        "self_attn.k_norm": "attn_k_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
-)
-"""Module of a block → its name in a gguf file, for the families that have a gguf name."""
 
 
 def read(directory: Path, *, promised: bool = False) -> ModelFacts:
@@ -263,55 +249,107 @@ def tensor_shapes(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
 
 
 def read_gguf(path: Path) -> ModelFacts:
-    """Read the facts of a gguf file from its header.
+    """Read the facts of a gguf model, in one file or in parts, from its headers.
 
-    `dtype` is BF16, what its weights become when they are read; `weight_bytes` are the file's own; it has no traits,
-    because no stage reads it before it is a model directory. `config` has the figures under their usual names.
+    `dtype` is what its weights become when they are read, see `gguf_dtype`; `weight_bytes` are the file's own; it has
+    no traits, because no stage reads it before it is a model directory. `config` has the figures under their usual
+    names.
 
     Raises:
+        InputMissingError: A part isn't there.
         IntegrityError: The file is damaged, or lacks a tensor.
         RecipeError: An architecture or figure that can't be worked with.
     """
-    header = gguf_header.read_header(path)
-    family = header.metadata.get("general.architecture")
-    architecture = architectures.of_gguf(family) if isinstance(family, str) and family else None
-    if architecture is None:
-        fix = did_you_mean(str(family), architectures.gguf_names())
-        raise RecipeError(f"{path}: gguf architecture {family!r} isn't known here", fix=fix)
-    if header.metadata.get("split.count", 0) not in (0, 1):
-        raise RecipeError(f"{path} is one part of several", fix="join them with llama-gguf-split --merge")
-    embedding = header.tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise IntegrityError(f"{path} has no token_embd.weight", fix=_INCOMPLETE)
-    keys = {name: f"{family}.{key}" for name, key in gguf_settings.FIGURES.items()}
-    known = {**header.metadata, "vocab": embedding.shape[0]}
-    figures = _figures(replace(architecture, keys={**keys, "vocab": "vocab"}), known, path)
-    tied = gguf_tied.tied(path, header)
-    tensors = _gguf_tensors(architecture, header, path, tied=tied)
-    settings: dict[str, Any] = {key: figures[name] for name, key in USUAL_KEYS.items() if name in figures}
-    settings |= {"model_type": architecture.model_type, "tie_word_embeddings": tied}
+    header = gguf_parts.read(path)
+    architecture = gguf_architecture(header, path)
+    figures = _gguf_figures(architecture, header, path)
+    settings = {
+        "model_type": architecture.model_type,
+        **_gguf_sizes(architecture, figures),
+        "tie_word_embeddings": gguf_tied.tied(header),
+        **gguf_settings.settings(path, header, architecture, figures),
+    }
+    figures |= _expert_figures(architecture, settings, path)
+    linears = figures["layers"] * max(1, figures.get("experts", 0))
+    if figures["layers"] > len(header.tensors) or linears > gguf_header.MOST_ENTRIES:
+        message = f"{path}: {figures['layers']} blocks with {figures.get('experts', 0)} experts, and "
+        raise IntegrityError(f"{message}{len(header.tensors)} tensors", fix=_INCOMPLETE)
+    tensors = _gguf_tensors(architecture, header, figures, path)
+    if settings["tie_word_embeddings"]:
+        tensors.pop(f"{architecture.head}.weight", None)
     settings |= dict.fromkeys(expected.conditions(architecture, tensors), True)
-    settings["rope_parameters"] = gguf_settings.rope(path, header, figures)
-    names = expected.linears(architecture, figures, settings)
-    linears = _linears(architecture, traits.rows()[traits.DENSE], tensors, names, path)
+    names = tuple(expected.linears(architecture, figures, settings))
+    dense = traits.rows()[traits.DENSE]
     facts = _facts(
         architecture,
         figures,
-        linears,
-        tied=tied,
-        dtype="BF16",
+        _linears(architecture, dense, tensors, names, path),
+        tied=settings["tie_word_embeddings"],
+        dtype=gguf_dtype(header),
         weight_bytes=sum(tensor.bytes for tensor in header.tensors.values()),
         traits=frozenset(),
+        sliding_window=_window(settings),
         config=settings,
     )
     try:
-        _check_tensors(architecture, traits.rows()[traits.DENSE], facts, tensors, path)
+        _check_tensors(architecture, dense, facts, tensors, path)
     except IntegrityError as error:
         fix = (
             "get it again, or start from the model's safetensors directory: the file may hold what isn't computed here"
         )
         raise IntegrityError(error.message, fix=fix) from error
-    return facts
+    return replace(facts, routers=tuple(_routers(architecture, facts)))
+
+
+def gguf_dtype(header: GgufHeader) -> str:
+    """Return the dtype that the weights of a gguf file become: F32, F16 or BF16, by what most matrices are.
+
+    Blocks of integers are no floats of two bytes exactly: they become BF16, or F16 where the matrices that aren't
+    quantized are.
+    """
+    kinds: Counter[str] = Counter()
+    for tensor in header.tensors.values():
+        if len(tensor.shape) > 1:
+            kinds[tensor.type] += math.prod(tensor.shape)
+    most = max(kinds, key=lambda kind: kinds[kind], default="F32")
+    if kinds.keys() <= {"F32", "F16", "BF16"}:
+        return most
+    return "F16" if kinds["F16"] > kinds["BF16"] else "BF16"
+
+
+def gguf_architecture(header: GgufHeader, path: Path) -> Architecture:
+    """Return the row of a gguf file's family.
+
+    Raises:
+        RecipeError: There is none.
+    """
+    family = header.metadata.get("general.architecture")
+    experts = isinstance(family, str) and bool(header.metadata.get(f"{family}.expert_count"))
+    architecture = architectures.of_gguf(family, experts=experts) if isinstance(family, str) and family else None
+    if architecture is None:
+        fix = did_you_mean(str(family), architectures.gguf_names())
+        raise RecipeError(f"{path}: gguf architecture {family!r} isn't known here", fix=fix)
+    return architecture
+
+
+def _gguf_figures(architecture: Architecture, header: GgufHeader, path: Path) -> dict[str, int]:
+    embedding = header.tensors.get(gguf_tied.EMBEDDING)
+    if embedding is None or len(embedding.shape) != 2:
+        raise IntegrityError(f"{path} has no {gguf_tied.EMBEDDING}", fix=_INCOMPLETE)
+    keys = {name: f"{architecture.gguf}.{key}" for name, key in gguf_settings.FIGURES.items()}
+    known = {**header.metadata, "vocab": embedding.shape[0]}
+    return _figures(replace(architecture, keys={**keys, "vocab": "vocab"}), known, path)
+
+
+def _gguf_sizes(architecture: Architecture, figures: Mapping[str, int]) -> dict[str, int]:
+    """Return the figures in words of config.json; shared heads and their width only where the family has such keys."""
+    derived = {"kv_heads": figures["heads"], "head_dim": figures["hidden"] // figures["heads"]}
+    own = any(word in words for words in architecture.tensors.values() for word in ("keys", "all_heads"))
+    return {
+        key: figures[name]
+        for name, key in architecture.keys.items()
+        if name in figures and (own or figures[name] != derived.get(name))
+    }
 
 
 def architecture_of(directory: Path, settings: Mapping[str, Any]) -> Architecture:
@@ -452,34 +490,41 @@ def _window(settings: Mapping[str, Any]) -> int | None:
     return window
 
 
-def _gguf_tensors(architecture: Architecture, header: GgufHeader, path: Path, *, tied: bool) -> dict[str, TensorFacts]:
+def _gguf_tensors(
+    architecture: Architecture, header: GgufHeader, figures: Mapping[str, int], path: Path
+) -> dict[str, TensorFacts]:
     """Return the tensors of a gguf file under their names in the model directory that it becomes.
-
-    Of a head that is the embedding once more nothing is left.
 
     Raises:
         RecipeError: Naming one that is no part of it.
+        IntegrityError: A tensor stacks another number of experts.
     """
-    names = {
-        "token_embd": architecture.embedding,
-        "output_norm": architecture.norm,
-        "output": architecture.head,
-    }
-    short = {gguf: module for module, gguf in GGUF_NAMES.items()}
+    experts, dtype = figures.get("experts", 0), gguf_dtype(header)
+    places = gguf_names.places(architecture, header.tensors, experts)
     found = {}
-    for name, tensor in header.tensors.items():
-        stem, _, leaf = name.rpartition(".")  # blk.7.attn_q.weight
-        if stem.startswith("blk."):
-            index, _, inside = stem.removeprefix("blk.").partition(".")
-            module, place = f"{architecture.blocks}.{index}.{short.get(inside)}", f"*.{short.get(inside)}.{leaf}"
-        else:
-            module = names.get(stem, "")
-            place = f"{module}.{leaf}"
-        if place in architecture.tensors:
-            found[f"{module}.{leaf}"] = TensorFacts(dtype="BF16", shape=tensor.shape)
-        elif name != gguf_settings.ROPE_FACTORS:
-            message = f"{path}: tensor {name} isn't understood: {architecture.model_type} has no place for it here"
+    for stored, tensor in header.tensors.items():
+        names = places.get(stored, ())
+        if not names and stored not in gguf_settings.TABLES:
+            message = f"{path}: tensor {stored} isn't understood: {architecture.model_type} has no place for it here"
             raise RecipeError(message, fix="start from the model's safetensors directory")
-    if tied:
-        found.pop(f"{architecture.head}.weight", None)
+        shape = tensor.shape
+        if architecture.experts is not None and names and f".{architecture.experts.name}." in names[0]:
+            shape = tensor.shape[1:]
+            if tensor.shape[0] != experts:
+                message = f"{path}: tensor {stored} stacks {tensor.shape[0]} experts, and there are {experts}"
+                raise IntegrityError(message, fix=_INCOMPLETE)
+        turned = architecture.transposed and _is_turned(architecture, names)
+        facts = TensorFacts(dtype=dtype, shape=shape[::-1] if turned else _row(architecture, names, shape))
+        found |= dict.fromkeys(names, facts)
     return found
+
+
+def _is_turned(architecture: Architecture, names: Iterable[str]) -> bool:
+    """Return whether a tensor is a linear's weight, which GPT-2 stores across."""
+    return any(f".{linear}.weight" in name for name in names for linear in architecture.linears)
+
+
+def _row(architecture: Architecture, names: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a vector's shape as the matrix of one row that the family has there."""
+    one = any(architecture.tensors.get(f"*.{name.split('.', 3)[-1]}", "").startswith("1 ") for name in names)
+    return (1, *shape) if one and len(shape) == 1 else shape

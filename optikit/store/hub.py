@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optikit.errors import InputMissingError, OptikitError, RecipeError, RefusedError, UnavailableError
+from optikit.models import gguf_parts
 from optikit.models.intake import MODEL_FILES, OTHER_FILES, PAPERS, is_model_file
 from optikit.store import downloads, files, hub_headers
 from optikit.store.keys import cache_key
@@ -156,9 +157,16 @@ def _whole(wanted: Repository, commit: str, file: str, names: Iterable[str]) -> 
     from huggingface_hub import hf_hub_download, snapshot_download
 
     if file:
-        return hf_hub_download(wanted.repo, file, repo_type=wanted.kind, revision=commit)
+        whole = [hf_hub_download(wanted.repo, part, repo_type=wanted.kind, revision=commit) for part in _parts(file)]
+        return whole[[*_parts(file)].index(file)]
     patterns = list(filter(is_model_file, names))
     return snapshot_download(wanted.repo, repo_type=wanted.kind, revision=commit, allow_patterns=patterns)
+
+
+def _parts(file: str) -> list[str]:
+    """Return the files of a model that is in several, of which one is named; else that one."""
+    folder, slash, name = file.rpartition("/")
+    return [f"{folder}{slash}{part}" for part in gguf_parts.names(name)]
 
 
 def _is_there(wanted: Repository, commit: str, store: Store) -> bool:
@@ -172,7 +180,7 @@ def _cached(wanted: Repository) -> Fetched:
     from huggingface_hub import snapshot_download
 
     kind = "dataset" if wanted.dataset else "model"
-    patterns = [wanted.file] if wanted.file else [*MODEL_FILES, *PAPERS, "*.gguf"]
+    patterns = _parts(wanted.file) if wanted.file else [*MODEL_FILES, *PAPERS, "*.gguf"]
     found = snapshot_download(
         wanted.repo,
         repo_type=kind,
@@ -203,7 +211,7 @@ def choose(where: str, names: Iterable[str], *, weights: bool = True) -> str:
         return ""
     ggufs = [name for name in names if name.endswith(".gguf") and "/" not in name]
     if ggufs:
-        return _only(where, ggufs)
+        return _only(where, gguf_parts.whole(ggufs) or ggufs)
     if weights or "config.json" not in names or any(map(_is_pickle, names)):
         raise _no_weights(where, names)
     return ""

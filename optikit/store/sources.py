@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from optikit import records
 from optikit.errors import InputMissingError, IntegrityError, RecipeError, RefusedError
 from optikit.fileio import file_sha256
-from optikit.models import adapter, headers, intake, strict_json
+from optikit.models import adapter, gguf_parts, headers, intake, strict_json
 from optikit.store import downloads, files, hub, pypi
 from optikit.store.keys import cache_key
 from optikit.store.store import directory_digest
@@ -243,7 +243,7 @@ def require_unchanged(source: ModelSource, store: Store) -> None:
     if source.base is not None:
         require_unchanged(source.base, store)
     if source.format == "gguf":
-        found = file_sha256(source.path)
+        found = _gguf_digest(source.path, file_sha256)
     else:
         found = store.digest_directory(source.path, source.names, anew=True)
     found = found if source.base is None else cache_key(adapter=found, base=source.base.digest)
@@ -321,8 +321,20 @@ def _local_model(spec: str, path: Path, store: Store, *, weights: bool, digests:
         raise RecipeError(f"{spec} is neither a model directory nor a gguf file", fix=f"try {path.parent}")
     if not path.is_file():
         raise InputMissingError(f"{spec} is not a regular file", fix="name a gguf file or a model directory")
-    digest = _digest(store, path, digests=digests)
+    digest = _gguf_digest(path, lambda part: _digest(store, part, digests=digests))
     return ModelSource(spec=spec, kind="path", format="gguf", path=path, digest=digest, resolved=spec)
+
+
+def _gguf_digest(path: Path, digest: Callable[[Path], str]) -> str:
+    """Return the digest of a gguf model: of its file, or of all its parts; "" where one of these isn't known.
+
+    Raises:
+        InputMissingError: A part isn't there.
+    """
+    found = [digest(part) for part in gguf_parts.files(path)]
+    if len(found) == 1 or not all(found):
+        return min(found)
+    return directory_digest({f"{index:05}": each for index, each in enumerate(found)})
 
 
 def _adapter(spec: str, path: Path, store: Store, **how: Any) -> ModelSource:
@@ -385,7 +397,7 @@ def _hub_model(spec: str, store: Store, *, offline: bool, note: Note, weights: b
         return ModelSource(spec=spec, kind="hf", format="safetensors", absent="only headers were fetched", **told)
     if not found.file:
         return _directory(spec, "hf", found.path, store, resolved, digests=digests)
-    digest = _digest(store, found.path, digests=digests)
+    digest = _gguf_digest(found.path, lambda part: _digest(store, part, digests=digests))
     return ModelSource(spec=spec, kind="hf", format="gguf", path=found.path, digest=digest, resolved=resolved)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,3 +111,130 @@ def write(
     writer.write_tensors_to_file()
     writer.close()
     return held
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what llama.cpp's converter (conversion/base.py and those of families) writes of a config.json."""
+    rope = config.get("rope_parameters") or {}
+    rope = {**rope.get("full_attention", rope)}
+    head = config.get("head_dim") or config.get("hidden_size", 0) // config.get("num_attention_heads", 1)
+    named = {
+        "context_length": ("max_position_embeddings", "n_positions"),
+        "embedding_length": ("hidden_size", "n_embd"),
+        "block_count": ("num_hidden_layers", "n_layer"),
+        "feed_forward_length": ("intermediate_size", "n_inner"),
+        "attention.head_count": ("num_attention_heads", "n_head"),
+        "attention.head_count_kv": ("num_key_value_heads", "n_head"),
+        "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
+        "attention.layer_norm_epsilon": ("layer_norm_epsilon",),
+        "attn_logit_softcapping": ("attn_logit_softcapping",),
+        "final_logit_softcapping": ("final_logit_softcapping",),
+        "expert_count": ("num_local_experts", "num_experts"),
+        "expert_used_count": ("num_experts_per_tok",),
+        "expert_feed_forward_length": ("moe_intermediate_size",),
+        "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
+    }
+    found = {key: next((config[n] for n in names if config.get(n) is not None), None) for key, names in named.items()}
+    if rope:
+        found["rope.freq_base"] = float(rope["rope_theta"])
+        found["rope.dimension_count"] = int(head * rope.get("partial_rotary_factor", 1.0))
+        found |= {"attention.key_length": head, "attention.value_length": head}
+    if config["model_type"] in ("gemma2", "gemma3_text", "phi3"):
+        found["attention.sliding_window"] = config["sliding_window"] or 0
+    if local := (config.get("rope_parameters") or {}).get("sliding_attention"):
+        found["rope.freq_base_swa"] = float(local["rope_theta"])
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def of_directory(
+    source: Path, path: Path, gguf_name: str, kind: str = "BF16", tables: Mapping[str, Any] = {}, **more: Any
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Write a model directory as llama.cpp's converter does, with gguf-py's own table of names.
+
+    Args:
+        source: Model directory.
+        path: Of the file.
+        gguf_name: `general.architecture`.
+        kind: Type of matrices; vectors are F32. What gguf-py can't quantize gets random blocks.
+        tables: Further tensors in float32.
+        more: Further keys below the architecture's name, with `__` for a dot.
+
+    Returns:
+        The weights that the file has, under its names, dequantized by the gguf package.
+    """
+    import gguf
+    import torch
+    from safetensors.torch import load_file
+
+    config = json.loads((source / "config.json").read_text())
+    tensors = {name: tensor.float() for name, tensor in load_file(source / "model.safetensors").items()}
+    arch = next(each for each, called in gguf.MODEL_ARCH_NAMES.items() if called == gguf_name)
+    names = gguf.get_tensor_name_map(arch, 8)
+    stacks: dict[str, list[torch.Tensor]] = {}
+    for name in sorted(tensors, key=lambda name: [int(part) if part.isdigit() else 0 for part in name.split(".")]):
+        if not name.endswith(".attn.bias"):
+            merged = re.sub(r"experts\.\d+", "experts", name)
+            merged = (
+                merged.replace("model.layers.", "layers.").replace("block_sparse_moe.e", "feed_forward.e")
+                if ("block_sparse_moe.experts" in merged)
+                else merged
+            )
+            stacks.setdefault(names.get_name(merged, (".weight", ".bias")), []).append(
+                _turned(name, tensors[name], config)
+            )
+    writer = gguf.GGUFWriter(path, gguf_name)
+    _tokenizer(writer, config["vocab_size"])
+    for key, value in {**settings_of(config), **{key.replace("__", "."): value for key, value in more.items()}}.items():
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        add(f"{gguf_name}.{key}", value)
+    held = {}
+    for name, parts in [*stacks.items(), *((name, [torch.tensor(table)]) for name, table in tables.items())]:
+        weight = (torch.stack(parts) if len(parts) > 1 else parts[0]).float().numpy()
+        vector = weight.ndim == 1 or name in tables or ".ffn_gate_inp" in name
+        quant = gguf.GGMLQuantizationType["F32" if vector else kind]
+        packed = _packed(weight, quant)
+        writer.add_tensor(name, packed, raw_dtype=quant)
+        held[name] = gguf.quants.dequantize(packed, quant)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return held
+
+
+def _packed(weight: np.ndarray[Any, Any], quant: Any) -> np.ndarray[Any, Any]:
+    import gguf
+
+    try:
+        return np.asarray(gguf.quants.quantize(weight, quant))
+    except NotImplementedError:
+        block, size = gguf.GGML_QUANT_SIZES[quant]
+        draw = np.random.default_rng(weight.size)
+        shape = (*weight.shape[:-1], weight.shape[-1] // block * size)
+        return draw.integers(0, 256, shape, np.uint8) & np.uint8(0xBB)  # no scale is infinite then
+
+
+def _turned(name: str, tensor: Any, config: Mapping[str, Any]) -> Any:
+    """Return a tensor as the converter lays it out."""
+    if config["model_type"] in ("llama", "mixtral", "mistral") and name.split(".")[-2] in ("q_proj", "k_proj"):
+        heads = config["num_attention_heads" if ".q_proj" in name else "num_key_value_heads"]
+        return (
+            tensor.reshape(heads, 2, len(tensor) // heads // 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+        )
+    if config["model_type"].startswith("gemma") and name.endswith("norm.weight"):
+        return tensor + 1
+    if config["model_type"] == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
+        return tensor.T.contiguous()
+    return tensor[0] if name.endswith("shared_expert_gate.weight") else tensor
+
+
+def _tokenizer(writer: Any, vocab: int) -> None:
+    tokens = vocabulary()
+    tokens = [*tokens, *(f"[PAD{index}]" for index in range(len(tokens), vocab))][:vocab]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, *[1] * (len(tokens) - 2)])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)

@@ -7,13 +7,13 @@ import struct
 from pathlib import Path
 
 import pytest
-from gguf import MODEL_ARCH, GGUFReader, get_tensor_name_map
+from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from optikit.errors import IntegrityError, RecipeError
-from optikit.models import architectures, reader
+from optikit.models import architectures, gguf_names, reader
 from optikit.models.gguf_header import BLOCKS, read_header
 from tests.models import gguf_files
 
@@ -32,15 +32,33 @@ def test_types_are_those_of_the_format() -> None:
         assert GGML_QUANT_SIZES[kind] == (per_block, size)
 
 
-@pytest.mark.parametrize("family", architectures.gguf_names())
-def test_names_are_those_of_the_format(family: str) -> None:
-    names = get_tensor_name_map(MODEL_ARCH[family.upper()], 1)
-    row = architectures.of_gguf(family)
-    assert row is not None
-    for pattern in row.tensors:
-        module = pattern.removeprefix("*.").rpartition(".")[0]
-        if pattern.startswith("*."):
-            assert names.get_name(f"model.layers.0.{module}") == f"blk.0.{reader.GGUF_NAMES[module]}"
+@pytest.mark.parametrize("name", [name for name, row in architectures.rows().items() if row.gguf or row.gguf_as])
+def test_names_are_those_of_the_format(name: str) -> None:
+    """Every tensor's, by gguf-py's own table of the architecture."""
+    row = architectures.rows()[name]
+    gguf = row.gguf or row.gguf_as
+    arch = next(each for each, called in MODEL_ARCH_NAMES.items() if called == gguf)
+    names = get_tensor_name_map(arch, 2)
+    compared = 0
+    for pattern, words in row.tensors.items():
+        full = pattern.replace("*", row.block(1), 1)
+        theirs = names.get_name(full.replace(".#", ""), (".weight", ".bias"))
+        mine = gguf_names.of_tensor(row, gguf, full.replace("#", "3"))
+        assert mine == theirs or not words or theirs is None, pattern
+        compared += theirs is not None
+    assert compared >= 10
+
+
+@pytest.mark.parametrize("name", [name for name, row in architectures.rows().items() if row.gguf])
+def test_places_are_the_way_back(name: str) -> None:
+    row = architectures.rows()[name]
+    for pattern, words in row.tensors.items():
+        full = pattern.replace("*", row.block(7), 1)
+        stored = gguf_names.of_tensor(row, row.gguf, full.replace("#", "0"))
+        if words and stored is not None:
+            found = gguf_names.places(row, [stored], 3)
+            assert found[stored] == tuple(full.replace("#", str(each)) for each in range(3 if "#" in full else 1))
+    assert gguf_names.places(row, ["blk.01.ffn_up.weight", "blk.0.other.weight", "v.weight"], 3) == {}
 
 
 def test_it_reads_what_the_packages_own_reader_reads(llama: Path) -> None:
@@ -83,7 +101,7 @@ def test_what_is_missing_or_unknown_is_named(tmp_path: Path) -> None:
         reader.read_gguf(path)
     assert "llama" in raised.value.fix
     gguf_files.write(path, split__count=3)
-    with pytest.raises(RecipeError, match="one part of several"):
+    with pytest.raises(IntegrityError, match="says that it is one of 3 parts, and by its name it is one of 1"):
         reader.read_gguf(path)
 
 

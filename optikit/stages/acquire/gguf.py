@@ -1,11 +1,14 @@
-"""Turn a gguf file into a model directory: weights dequantized to bf16 safetensors, tokenizer and chat template kept.
+"""Turn a gguf model into a model directory: float weights in safetensors, tokenizer and chat template kept.
 
 Paper   none; the block formats are those of ggml (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)
 Helps   starting a stack from the only copy of a model that can be had
 Hurts   the weights keep the rounding of the file: never call them the original ones
-Cost    20 to 40 s for 135M parameters, most of it reading the token lists; memory of the model, twice
+Cost    one pass over the weights, a few million of which are in memory at a time; 1 s for 20M weights
+Note    float types are kept, F16 as F16; integer blocks are rounded to bf16 (f16 where dense matrices are), and how far
+        that is from what they stand for is told; what only float32 holds is float32
 Note    a file with embedding and head of one matrix, rounded twice, becomes a tied model with the finer of the two
-Differs transformers' reader does the work, with `dequantize`; its notes about where a model came from are left out
+Note    of a model in parts (`-00001-of-00003.gguf`) any is named
+Differs names, order of rows and settings are translated here by rows of families, blocks by the `gguf` package
 """
 
 from __future__ import annotations
@@ -13,23 +16,23 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from optikit.errors import IntegrityError, StageFailedError
-from optikit.models import gguf_tied
-from optikit.models.facts import ModelFacts, Trait
+from optikit.errors import StageFailedError
+from optikit.models.facts import DTYPE_BYTES, ModelFacts, Trait
 from optikit.problems import Problem
 from optikit.stage import ANY, MAIN, Estimate, Facts, Job, StageOptions, directory_bytes, no_objection, nothing
 from optikit.targets import Target
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from pathlib import Path
 
-    from optikit.models.gguf_header import GgufHeader
+    from torch import Tensor, dtype
 
-SUMMARY = "dequantize a gguf file to a bf16 model directory"
+    from optikit.formats.gguf_weights import GgufWeights
+
+SUMMARY = "dequantize a gguf file to a model directory of floats"
 NEEDS = ANY
 WRITES = "source"
 USES_TARGET = False
@@ -38,10 +41,9 @@ ENVIRONMENT = MAIN
 inputs = nothing
 fits = no_objection
 
-ROWS = 4096
-"""Rows of an embedding compared at a time: bounds the memory."""
-OUTLYING = 4
-"""How much coarser than usual a row is rounded whose blocks have one large weight each: 1.63 / 0.58, and some."""
+OVERHEAD_BYTES = 420_000_000
+"""Memory of the libraries, and of a piece with what it is made of."""
+SECONDS_PER_WEIGHT = 5e-8
 
 
 class Options(StageOptions):
@@ -54,17 +56,17 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
 
 
 def after(options: Options, facts: ModelFacts) -> ModelFacts:
-    """Return the facts of the model directory: dense, two bytes a weight."""
-    return replace(facts, dtype="BF16", weight_bytes=2 * facts.parameters, traits=frozenset[Trait]({"dense"}))
+    """Return the facts of the model directory: dense, in the dtype that `read_gguf` told."""
+    written = int(DTYPE_BYTES[facts.dtype] * facts.parameters)
+    return replace(facts, weight_bytes=written, traits=frozenset[Trait]({"dense"}))
 
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
-    """Estimate from the count of weights and the size of the vocabulary (SmolLM2-135M: 31 s, 891 MiB)."""
-    written = 2 * facts.parameters
+    """Estimate from the count of weights and the size of the vocabulary."""
     return Estimate(
-        seconds=8 + 6e-8 * facts.parameters + 2e-4 * facts.vocab,
-        peak_bytes=350_000_000 + 23 * written // 10,
-        disk_bytes=directory_bytes(written, facts.vocab),
+        seconds=8 + SECONDS_PER_WEIGHT * facts.parameters + 1e-4 * facts.vocab,
+        peak_bytes=OVERHEAD_BYTES + 1000 * facts.vocab,
+        disk_bytes=directory_bytes(after(options, facts).weight_bytes, facts.vocab),
     )
 
 
@@ -72,90 +74,95 @@ def run(options: Options, job: Job) -> Facts:
     """Read the file `job.source`, write a model directory to `job.dest`.
 
     Returns:
-        `tensor_types`: how many tensors the file has of each type; `parameters`: weights written.
+        `tensor_types`: how many tensors the file has of each type; `parameters`: weights written; `dtype`: of most;
+        `exact`: tensors whose values are the file's; `rounded`: the others; `largest_rounding`: how far the worst of
+        them is from the file's, relative to its length.
 
     Raises:
-        IntegrityError: If a weight isn't finite.
+        IntegrityError: A weight isn't finite, or the tokenizer's parts don't go together.
+        RecipeError: A tokenizer that isn't read here.
         StageFailedError: If what was written isn't what the header promises.
     """
-    from optikit.models.gguf_header import read_header
-    from optikit.models.reader import read_gguf
+    from optikit.formats.gguf_weights import GgufWeights
+    from optikit.stages.acquire import _tokenizer_from_gguf
 
-    header, wanted = read_header(job.source), read_gguf(job.source)
-    job.progress(0, 3, "weights")
-    parameters = _write_weights(job, wanted)
-    job.progress(2, 3, "tokenizer")
-    _write_tokenizer(job, header.metadata)
-    _check(job, wanted)
-    job.progress(3, 3, "checked")
-    types = Counter(tensor.type for tensor in header.tensors.values())
-    found = {"tensor_types": dict(sorted(types.items())), "parameters": parameters}
-    return found | ({"one_matrix_twice": True} if wanted.tied and gguf_tied.HEAD in header.tensors else {})
+    weights = GgufWeights(job.source)
+    metadata = weights.header.metadata
+    _tokenizer_from_gguf.require_known(metadata, job.source)
+    written = _write_weights(job, weights)
+    job.progress(len(weights.shapes), len(weights.shapes), "tokenizer")
+    _tokenizer_from_gguf.write(job.source, job.dest, weights.facts.vocab)
+    _write_config(job, weights.facts, _tokenizer_from_gguf.special_ids(metadata, weights.facts.vocab, job.source))
+    _check(job, weights.facts)
+    types = Counter(tensor.type for tensor in weights.header.tensors.values())
+    found = {"tensor_types": dict(sorted(types.items())), **written.told(), "dtype": _WORDS[weights.facts.dtype]}
+    return found | ({"one_matrix_twice": True} if weights.twice else {})
 
 
-def _write_weights(job: Job, wanted: ModelFacts) -> int:
-    """Read the weights into a model of the settings that the header's every key was read for; save it.
+_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
-    transformers' own reading of the header knows neither scaled rotary embeddings nor biases.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
-    from optikit.formats.checkpoint import finite
-    from optikit.models.gguf_header import read_header
+@dataclass
+class _Written:
+    """What was written: weights, tensors that have the file's values, others, and how far the worst of these is off."""
 
-    config = AutoConfig.from_pretrained(job.source.parent, gguf_file=job.source.name, local_files_only=True)
-    for key, value in wanted.config.items():
-        if key != "model_type":
-            setattr(config, key, value)
-    model = AutoModelForCausalLM.from_pretrained(
-        job.source.parent,
-        config=config,
-        gguf_file=job.source.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
-        local_files_only=True,
-    )
-    header = read_header(job.source)
-    if wanted.tied and gguf_tied.HEAD in header.tensors:
-        _keep_finer(job.source, header, model.get_input_embeddings().weight)
-        model.tie_weights()
-    for name, weight in model.named_parameters():
-        finite(name, weight, job.source)
-    job.progress(1, 3, "weights")
-    model.save_pretrained(job.dest)
+    parameters: int = 0
+    exact: int = 0
+    rounded: int = 0
+    largest: float = 0.0
+
+    def told(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        rounding = {"largest_rounding": float(f"{self.largest:.3g}")} if self.rounded else {}
+        return {"parameters": self.parameters, "exact": self.exact, "rounded": self.rounded, **rounding}
+
+
+def _write_weights(job: Job, weights: GgufWeights) -> _Written:
+    """Write every tensor, piece by piece."""
+    from optikit.formats.checkpoint import DTYPES
+    from optikit.formats.stream import ShardWriter
+
+    promised, written = weights.dtypes(), _Written()
+    writer = ShardWriter(job.dest, promised)
+    for done, (name, wanted) in enumerate(promised.items()):
+        job.progress(done, len(promised), name)
+        apart = [0.0, 0.0]
+        writer.write_pieces(name, _rounded(weights.pieces(name), DTYPES[wanted.dtype], apart))
+        rounding = (apart[0] / apart[1]) ** 0.5 if apart[0] else 0.0
+        written.parameters += wanted.elements
+        written.exact += not rounding
+        written.rounded += bool(rounding)
+        written.largest = max(written.largest, rounding)
+    writer.finish()
+    return written
+
+
+def _rounded(pieces: Iterator[Tensor], wanted: dtype, apart: list[float]) -> Iterator[Tensor]:
+    """Yield pieces in a dtype; add up the squares of what that changes, and of the values."""
+    for piece in pieces:
+        found = piece.to(wanted)
+        apart[0] += float((found.float() - piece).double().square().sum())
+        apart[1] += float(piece.double().square().sum())
+        yield found
+
+
+def _write_config(job: Job, facts: ModelFacts, ids: dict[str, int]) -> None:
+    """Write config.json as transformers' class of the family does, and what generation takes from it."""
+    from transformers import AutoConfig, GenerationConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    tokens = {
+        name.replace("_token", "_token_id"): ids[name]
+        for name in ("bos_token", "eos_token", "pad_token")
+        if name in ids
+    }
+    settings = {key: value for key, value in facts.config.items() if key != "model_type"}
+    config = AutoConfig.for_model(facts.model_type, **settings, **tokens)
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[facts.model_type]]
+    config.dtype = _WORDS[facts.dtype]
+    config.save_pretrained(job.dest)
+    GenerationConfig.from_model_config(config).save_pretrained(job.dest)
     _strip(job.dest / "config.json", ("_model_name_or_path", "_name_or_path"))
-    return sum(weight.numel() for weight in model.parameters())
-
-
-def _keep_finer(path: Path, header: GgufHeader, embedding: Tensor) -> None:
-    """Fill the embedding (vocabulary, hidden), in place, with the better rounded one of a matrix that is there twice.
-
-    Raises:
-        IntegrityError: The two aren't the same in all rows.
-    """
-    import torch
-
-    pair = [header.tensors[name] for name in (gguf_tied.finer(header), gguf_tied.coarser(header))]
-    for start in range(0, len(embedding), ROWS):
-        count = min(ROWS, len(embedding) - start)
-        kept, other = (gguf_tied.read_rows(path, each, start, count) for each in pair)
-        wrong = ~(gguf_tied.distance(kept, other) <= OUTLYING * gguf_tied.explained(header))
-        if wrong.any():
-            row = start + int(wrong.argmax())
-            message = f"{path.name}: embedding and head are one matrix, but for row {row}, where they are apart"
-            raise IntegrityError(message, fix="get the file again, or start from the model's safetensors directory")
-        embedding.data[start : start + count] = torch.from_numpy(kept.copy())
-
-
-def _write_tokenizer(job: Job, metadata: Any) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(job.source.parent, gguf_file=job.source.name, local_files_only=True)
-    if metadata.get("tokenizer.chat_template") and not tokenizer.chat_template:
-        raise StageFailedError(f"{job.source.name}: its chat template was lost", fix="report this with the file's name")
-    tokenizer.save_pretrained(job.dest)
-    _strip(job.dest / "tokenizer_config.json", ("is_local", "local_files_only", "name_or_path"))
 
 
 def _strip(path: Path, keys: tuple[str, ...]) -> None:

@@ -17,15 +17,8 @@ if TYPE_CHECKING:
 
 ENGINE = "llama.cpp"
 """Its name in rows of families."""
-PAIRED = frozenset({"llama"})
-"""Architectures whose rotary embeddings turn neighbouring channels."""
-KEYS: Mapping[str, str] = {
-    "rms_norm_eps": "add_layer_norm_rms_eps",
-    "layer_norm_epsilon": "add_layer_norm_eps",
-    "attn_logit_softcapping": "add_attn_logit_softcapping",
-    "final_logit_softcapping": "add_final_logit_softcapping",
-}
-"""Key of config.json → what writes it."""
+WHOLE = frozenset({"sliding_window"})
+"""Keys of config.json whose values are whole numbers."""
 
 
 def architecture(facts: ModelFacts) -> str:
@@ -49,16 +42,16 @@ def add(writer: GGUFWriter, facts: ModelFacts) -> None:
     writer.add_head_count(facts.heads)
     writer.add_head_count_kv(facts.kv_heads)
     writer.add_vocab_size(facts.vocab)
-    for key, name in KEYS.items():
-        if facts.config.get(key):
-            getattr(writer, name)(float(facts.config[key]))
-    if facts.model_type == "gpt2":
+    row = facts.architecture
+    for key, name in row.gguf_keys.items() if row is not None else ():
+        value = facts.sliding_window if key == "sliding_window" else facts.config.get(key)
+        if value:
+            add = writer.add_uint32 if key in WHOLE else writer.add_float32
+            add(f"{writer.arch}.{name}", value)
+    if row is None or "rope_parameters" not in row.settings:
         return
     writer.add_key_length(facts.head_dim)
     writer.add_value_length(facts.head_dim)
-    row = facts.architecture
-    if facts.sliding_window and row is not None and ENGINE not in row.windowless:
-        writer.add_sliding_window(facts.sliding_window)
     _rope(writer, facts)
 
 

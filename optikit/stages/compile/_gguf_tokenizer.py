@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optikit.errors import StageFailedError
+from optikit.models import gguf_cuts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,23 +21,6 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-CUTS: Mapping[tuple[str, ...], str] = {
-    ("bytes, cut",): "gpt-2",
-    ("digits", "bytes, cut"): "smollm",
-    (QWEN2, "bytes"): "qwen2",
-    (LLAMA3, "bytes"): "llama-bpe",
-    (TEKKEN, "bytes"): "tekken",
-}
-"""How text is cut → llama.cpp's name for it."""
 BYTES = re.compile(r"<0x[0-9A-F]{2}>")
 """A token that stands for a byte that no other token has."""
 SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unk": "unk_token", "pad": "pad_token"}
@@ -125,9 +109,9 @@ def cuts(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...]:
     if kind == "Sequence":
         return tuple(each for part in pre_tokenizer["pretokenizers"] for each in cuts(part))
     if kind == "ByteLevel":
-        return ("bytes, cut" if pre_tokenizer.get("use_regex", True) else "bytes",)
+        return (gguf_cuts.BYTES_CUT if pre_tokenizer.get("use_regex", True) else gguf_cuts.BYTES,)
     if kind == "Digits" and pre_tokenizer.get("individual_digits"):
-        return ("digits",)
+        return (gguf_cuts.DIGITS,)
     if kind == "Split" and pre_tokenizer.get("behavior") == "Isolated":
         return (str(pre_tokenizer["pattern"].get("Regex", pre_tokenizer["pattern"])),)
     return (json.dumps(pre_tokenizer),)
@@ -135,11 +119,11 @@ def cuts(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...]:
 
 def _pre(pre_tokenizer: Mapping[str, Any] | None, directory: Path) -> str:
     found = cuts(pre_tokenizer)
-    if found not in CUTS:
+    if found not in gguf_cuts.NAMES:
         message = f"{directory.name}/tokenizer.json cuts text by {', '.join(found) or 'nothing'}"
         fix = "say what llama.cpp calls that: pre_tokenizer: NAME"
         raise StageFailedError(f"{message}, which has no name here", fix=fix)
-    return CUTS[found]
+    return gguf_cuts.NAMES[found]
 
 
 def _special(writer: GGUFWriter, tokenizer: Any, vocab: int) -> None:

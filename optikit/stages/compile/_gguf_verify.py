@@ -34,7 +34,7 @@ def compare(source: Path, path: Path, written: Sequence[Written]) -> dict[str, A
     import torch
 
     from optikit.models.gguf_header import read_header
-    from optikit.models.gguf_tied import read_rows
+    from optikit.models.gguf_rows import read_rows
 
     header = read_header(path)
     names = {each.name for each in written}
@@ -44,7 +44,7 @@ def compare(source: Path, path: Path, written: Sequence[Written]) -> dict[str, A
     equal, largest = 0, 0.0
     for each in written:
         tensor = header.tensors[each.name]
-        found = torch.from_numpy(read_rows(path, tensor, 0, tensor.shape[0] if len(tensor.shape) > 1 else 1).copy())
+        found = torch.from_numpy(read_rows(tensor, 0, tensor.rows).copy())
         if not each.source:
             continue
         meant = wanted.read(each.source)
@@ -83,10 +83,11 @@ class _Source:
 
     def back(self, name: str, found: Tensor) -> Tensor:
         """Return rows of queries and keys in transformers' order: undone head by head, not by the writer's table."""
+        from optikit.models import gguf_names
         from optikit.stages.compile import _gguf_settings
 
         heads = {"q_proj": self.facts.heads, "k_proj": self.facts.kv_heads}.get(name.split(".")[-2])
-        if heads is None or _gguf_settings.architecture(self.facts) not in _gguf_settings.PAIRED:
+        if heads is None or _gguf_settings.architecture(self.facts) not in gguf_names.PAIRED:
             return found
         width = self.facts.head_dim
         rows = [
@@ -106,32 +107,28 @@ def file_weights(source: Path, dest: Path) -> Weights:
     """
     from functools import partial
 
-    import gguf
-
+    from optikit.models import gguf_names
     from optikit.models.gguf_header import read_header
     from optikit.models.reader import tensor_shapes
     from optikit.stages.compile import _gguf_settings
     from optikit.stages.compile._gguf_write import NAME
 
     wanted, header = _Source(source), read_header(dest / NAME)
-    family = _gguf_settings.architecture(wanted.facts)
-    arch = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
-    names = gguf.get_tensor_name_map(arch, wanted.facts.layers)
+    family, row = _gguf_settings.architecture(wanted.facts), wanted.facts.architecture
+    names = {name: gguf_names.of_tensor(row, family, name) for name in tensor_shapes(wanted.facts)} if row else {}
     return {
-        name: partial(
-            _file_weight, wanted, dest / NAME, header.tensors[names.get_name(name, (".weight", ".bias"))], name
-        )
-        for name, shape in tensor_shapes(wanted.facts).items()
-        if len(shape) > 1
+        name: partial(_file_weight, wanted, header.tensors[written], name)
+        for name, written in names.items()
+        if written is not None and len(header.tensors[written].shape) > 1
     }
 
 
 def _file_weight(wanted: _Source, path: Path, tensor: GgufTensor, name: str) -> Tensor:
     import torch
 
-    from optikit.models.gguf_tied import read_rows
+    from optikit.models.gguf_rows import read_rows
 
-    found = wanted.back(name, torch.from_numpy(read_rows(path, tensor, 0, tensor.shape[0]).copy()))
+    found = wanted.back(name, torch.from_numpy(read_rows(tensor, 0, tensor.rows).copy()))
     row = wanted.facts.architecture
     turned = row is not None and row.transposed and name.removesuffix(".weight") in wanted.facts.linears
     return found.T.contiguous() if turned else found

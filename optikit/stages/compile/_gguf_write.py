@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optikit.errors import StageFailedError
+from optikit.models import gguf_names
 from optikit.models.reader import read, tensor_shapes
 from optikit.stages.compile import _gguf_settings, _gguf_tokenizer
 from optikit.stages.compile._llama_cpp_options import Kind, Options, dense_kind, fitting, table_kind
@@ -100,18 +101,15 @@ def _most(tensors: tuple[Written, ...]) -> str:
 
 
 def _tensors(options: Options, source: Path, facts: ModelFacts) -> Iterator[Written]:
-    import gguf
     import torch
 
     from optikit.models import quantization
 
     checkpoint = opened(source, facts)
     storage = quantization.scheme(checkpoint.config(), source / "config.json")
-    family = _gguf_settings.architecture(facts)
-    arch = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
-    names = gguf.get_tensor_name_map(arch, facts.layers)
+    family, row = _gguf_settings.architecture(facts), facts.architecture
     for name, shape in tensor_shapes(facts).items():
-        written = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        written = gguf_names.of_tensor(row, family, name) if row is not None else None
         if written is None:
             raise StageFailedError(f"gguf has no name for {name}", fix="use another engine for this model")
         yield _Maker(options, checkpoint, storage, facts).make(name, written, shape)
@@ -187,7 +185,7 @@ class _Maker:
         from optikit.formats import ggml
 
         facts = self.facts
-        if _gguf_settings.architecture(facts) not in _gguf_settings.PAIRED:
+        if _gguf_settings.architecture(facts) not in gguf_names.PAIRED:
             return None
         heads = {"q_proj": facts.heads, "k_proj": facts.kv_heads}
         module = name.rpartition(".")[0].rpartition(".")[2]

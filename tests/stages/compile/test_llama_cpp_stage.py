@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from optikit import targets
 from optikit.errors import IntegrityError, StageFailedError
-from optikit.models import architectures
+from optikit.models import architectures, gguf_cuts
 from optikit.models.gguf_header import read_header
 from optikit.models.reader import read, read_gguf
 from optikit.stage import Job
@@ -219,9 +219,9 @@ def test_scales_and_rows_that_no_block_can_have(tiny, tmp_path):
 
 def test_tokenizers(tiny_llama, tiny, tmp_path):
     assert _gguf_tokenizer.cuts(None) == ()
-    split = {"type": "Split", "pattern": {"Regex": _gguf_tokenizer.LLAMA3}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": gguf_cuts.LLAMA3}, "behavior": "Isolated", "invert": False}
     both = {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel", "use_regex": False}]}
-    assert _gguf_tokenizer.CUTS[_gguf_tokenizer.cuts(both)] == "llama-bpe"
+    assert gguf_cuts.NAMES[_gguf_tokenizer.cuts(both)] == "llama-bpe"
     with pytest.raises(StageFailedError, match="has no merges"):
         written(tiny_llama, tmp_path / "merges")
     shutil.copytree(tiny, odd := tmp_path / "odd")
