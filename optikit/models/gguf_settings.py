@@ -144,6 +144,9 @@ def _rope(
         found = base | _longrope(path, header, scaling, figures, base.get("partial_rotary_factor", 1.0))
     else:
         found = base | _scaled(path, kind, scaling | {"family": family}, figures)
+    if long:  # Phi 3 has it in both places, and the outer one counts
+        context = found["original_max_position_embeddings"]
+        return {"rope_parameters": found, "original_max_position_embeddings": context}, used
     if LOCAL not in row.settings:
         return {"rope_parameters": found}, used
     local = {"rope_theta": _told(float(keys.get("rope.freq_base_swa", LOCAL_THETA))), "rope_type": "default"}

@@ -501,7 +501,7 @@ def _gguf_tensors(
     """
     experts, dtype = figures.get("experts", 0), gguf_dtype(header)
     places = gguf_names.places(architecture, header.tensors, experts)
-    found = {}
+    found: dict[str, TensorFacts] = {}
     for stored, tensor in header.tensors.items():
         names = places.get(stored, ())
         if not names and stored not in gguf_settings.TABLES:

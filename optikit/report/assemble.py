@@ -30,6 +30,7 @@ from optikit.evaluation.results import (
     StepReport,
     Timing,
 )
+from optikit.models import gguf_parts
 from optikit.plan import check_gates
 from optikit.plan.measurements import SCORING
 from optikit.plan.model import BASELINE
@@ -490,7 +491,8 @@ def _recipe(plan: Plan) -> dict[str, Any]:
 
 def _model(plan: Plan) -> dict[str, Any]:
     facts: ModelFacts = plan.facts
-    packed = {"source_bytes": plan.model.path.stat().st_size} if plan.model.path.is_file() else {}
+    whole = gguf_parts.files(plan.model.path) if plan.model.path.is_file() else ()
+    packed = {"source_bytes": sum(part.stat().st_size for part in whole)} if whole else {}
     return packed | {
         "source": plan.model.resolved,
         "digest": plan.model.digest,

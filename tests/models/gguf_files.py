@@ -147,7 +147,14 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_directory(
-    source: Path, path: Path, gguf_name: str, kind: str = "BF16", tables: Mapping[str, Any] = {}, **more: Any
+    source: Path,
+    path: Path,
+    gguf_name: str,
+    kind: str = "BF16",
+    *,
+    tables: Mapping[str, Any] = {},
+    split: int = 0,
+    **more: Any,
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Write a model directory as llama.cpp's converter does, with gguf-py's own table of names.
 
@@ -157,6 +164,7 @@ def of_directory(
         gguf_name: `general.architecture`.
         kind: Type of matrices; vectors are F32. What gguf-py can't quantize gets random blocks.
         tables: Further tensors in float32.
+        split: Tensors of a part, if it is to be in several.
         more: Further keys below the architecture's name, with `__` for a dot.
 
     Returns:
@@ -174,15 +182,10 @@ def of_directory(
     for name in sorted(tensors, key=lambda name: [int(part) if part.isdigit() else 0 for part in name.split(".")]):
         if not name.endswith(".attn.bias"):
             merged = re.sub(r"experts\.\d+", "experts", name)
-            merged = (
-                merged.replace("model.layers.", "layers.").replace("block_sparse_moe.e", "feed_forward.e")
-                if ("block_sparse_moe.experts" in merged)
-                else merged
-            )
             stacks.setdefault(names.get_name(merged, (".weight", ".bias")), []).append(
                 _turned(name, tensors[name], config)
             )
-    writer = gguf.GGUFWriter(path, gguf_name)
+    writer = gguf.GGUFWriter(path, gguf_name, split_max_tensors=split)
     _tokenizer(writer, config["vocab_size"])
     for key, value in {**settings_of(config), **{key.replace("__", "."): value for key, value in more.items()}}.items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]

@@ -46,7 +46,7 @@ def test_names_are_those_of_the_format(name: str) -> None:
         mine = gguf_names.of_tensor(row, gguf, full.replace("#", "3"))
         assert mine == theirs or not words or theirs is None, pattern
         compared += theirs is not None
-    assert compared >= 10
+    assert compared >= 9
 
 
 @pytest.mark.parametrize("name", [name for name, row in architectures.rows().items() if row.gguf])

@@ -151,11 +151,7 @@ def _write_config(job: Job, facts: ModelFacts, ids: dict[str, int]) -> None:
     from transformers import AutoConfig, GenerationConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    tokens = {
-        name.replace("_token", "_token_id"): ids[name]
-        for name in ("bos_token", "eos_token", "pad_token")
-        if name in ids
-    }
+    tokens = {f"{name}_id": ids.get(name) for name in ("bos_token", "eos_token", "pad_token")}
     settings = {key: value for key, value in facts.config.items() if key != "model_type"}
     config = AutoConfig.for_model(facts.model_type, **settings, **tokens)
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[facts.model_type]]
@@ -181,7 +177,8 @@ def _check(job: Job, wanted: ModelFacts) -> None:
         (name, getattr(wanted, name), getattr(found, name))
         for name in ("linears", "vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "tied", "dtype")
     ]
-    pairs += [(key, value, found.config.get(key)) for key, value in wanted.config.items()]
+    meant = found.config if found.architecture is None else found.architecture.meant(found.config)
+    pairs += [(key, value, meant.get(key)) for key, value in wanted.config.items()]
     for name, promised, written in pairs:
         if written != promised:
             message = f"{job.source.name}: wrote {name} {written!r}, the file has {promised!r}"

@@ -123,7 +123,7 @@ def file_weights(source: Path, dest: Path) -> Weights:
     }
 
 
-def _file_weight(wanted: _Source, path: Path, tensor: GgufTensor, name: str) -> Tensor:
+def _file_weight(wanted: _Source, tensor: GgufTensor, name: str) -> Tensor:
     import torch
 
     from optikit.models.gguf_rows import read_rows

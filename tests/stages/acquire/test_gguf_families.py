@@ -22,7 +22,7 @@ from tests.stages import test_mixtures
 
 READ = tuple(name for name, row in architectures.rows().items() if row.gguf)
 CHANGES: dict[str, dict[str, Any]] = {
-    "gemma3_text": {"num_hidden_layers": 6, "final_logit_softcapping": 20.0},
+    "gemma3_text": {"num_hidden_layers": 6, "sliding_window_pattern": 6, "final_logit_softcapping": 20.0},
     "phi3": {"sliding_window": 24},
     "gpt2": {"layer_norm_epsilon": 1e-4},
     "qwen2_moe": {"mlp_only_layers": []},
@@ -103,7 +103,13 @@ def test_what_two_bytes_do_not_hold_stays_float32(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_blocks_are_what_the_gguf_package_makes_of_them(kind: str, tmp_path: Path) -> None:
     """In float32 as they are read, bit by bit; and rounded once where they are written."""
-    wide = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "tie_word_embeddings": True}
+    wide = {
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    }
     source = save("qwen2", tmp_path / "source", **wide)
     held = gguf_files.of_directory(source, tmp_path / "tiny.gguf", "qwen2", kind)
     weights = GgufWeights(tmp_path / "tiny.gguf")
