@@ -86,22 +86,30 @@ def settings(path: Path, header: GgufHeader, row: Architecture, figures: Mapping
         RecipeError: Naming a key or tensor, and its value.
     """
     family = header.metadata["general.architecture"]
-    keys = _below(f"{family}.", header.metadata)
-    known = dict(row.gguf_keys)
-    if row.experts is not None:
-        known |= {getattr(row.experts, name): key for name, key in EXPERTS.items()}
-    found = {name: _told(keys[key]) for name, key in known.items() if key in keys}
-    found |= {name: _meant(value, family, figures) for name, value in row.gguf_means.items() if name not in found}
-    if "sliding_window" in row.gguf_keys and not found.get("sliding_window"):
-        found["sliding_window"] = None  # phi3 writes 0
-        found |= {"layer_types": ["full_attention"] * figures["layers"]} if "layer_types" in row.settings else {}
+    keys, known = _below(f"{family}.", header.metadata), _known(row)
     turned = "rope_parameters" in row.settings
     told, used = _rope(path, header, row, figures) if turned else ({}, frozenset[str]())
-    plain = _PLAIN if turned else frozenset(FIGURES.values())
+    used |= {*(_PLAIN if turned else FIGURES.values()), *known.values()}
     for key, value in keys.items():
-        if key not in {*plain, *used, *known.values()} and not _changes_nothing(key, value, figures):
+        if key not in used and not _changes_nothing(key, value, figures):
             raise _unknown(path, f"{family}.{key}", value)
-    return found | told
+    found = {name: _told(keys[key]) for name, key in known.items() if key in keys}
+    meant = {name: _meant(value, family, figures) for name, value in row.gguf_means.items()}
+    return _windowless(row, meant | found, figures["layers"]) | told
+
+
+def _known(row: Architecture) -> dict[str, str]:
+    """Return keys of config.json → keys of a family's gguf files."""
+    experts = {} if row.experts is None else {getattr(row.experts, name): key for name, key in EXPERTS.items()}
+    return {**row.gguf_keys, **experts}
+
+
+def _windowless(row: Architecture, found: dict[str, Any], layers: int) -> dict[str, Any]:
+    """Return settings of which those of a family with windows say so where there is none; phi3 writes 0 then."""
+    if "sliding_window" not in row.gguf_keys or found.get("sliding_window"):
+        return found
+    everywhere = {"layer_types": ["full_attention"] * layers} if "layer_types" in row.settings else {}
+    return {**found, "sliding_window": None, **everywhere}
 
 
 def _meant(value: Any, family: str, figures: Mapping[str, int]) -> Any:

@@ -46,6 +46,7 @@ def write(
     spoil: float | None = None,
     leave_out: str = "",
     intermediate: bool = True,
+    blocks: int = LAYERS,
     tensors: Mapping[str, np.ndarray[Any, Any]] = {},
     kinds: Mapping[str, str] = {},
     **metadata: float | str,
@@ -58,6 +59,7 @@ def write(
         spoil: Becomes a weight of the last norm.
         leave_out: A tensor that isn't written.
         intermediate: Tell the width of the MLP.
+        blocks: How many it says that it has.
         tensors: Further ones, in float32, and values of those that are there anyway.
         kinds: Types of tensors that have others.
         metadata: Further keys, with `__` for a dot.
@@ -71,7 +73,7 @@ def write(
     writer.add_embedding_length(HIDDEN)
     if intermediate:
         writer.add_feed_forward_length(INTERMEDIATE)
-    writer.add_block_count(LAYERS)
+    writer.add_block_count(blocks)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
     writer.add_rope_dimension_count(HIDDEN // HEADS)

@@ -204,13 +204,14 @@ def _add_ends(found: Tokenizer, metadata: Mapping[str, Any], tokens: Sequence[st
 
     kind, cut = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre", "default")
     begins = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or cut in gguf_cuts.BEGIN)
-    first = [tokens[ids["bos_token"]]] if begins and "bos_token" in ids else []
-    last = [tokens[ids["eos_token"]]] if metadata.get("tokenizer.ggml.add_eos_token") and "eos_token" in ids else []
-    if not first and not last:
+    ends = metadata.get("tokenizer.ggml.add_eos_token", False)
+    chosen = {name: ids[name] for name, added in (("bos_token", begins), ("eos_token", ends)) if added and name in ids}
+    if not chosen:
         return
-    single, second = [*first, "$A", *last], [*(f"{each}:1" for each in first), "$B:1", *(f"{each}:1" for each in last)]
-    used = [name for name, there in (("bos_token", first), ("eos_token", last)) if there]
-    numbers = {tokens[ids[name]]: ids[name] for name in used}
+    first, last = ([tokens[chosen[name]]] if name in chosen else [] for name in ("bos_token", "eos_token"))
+    second = [f"{token}:1" for token in (*first, "$B", *last)]
     found.post_processor = TemplateProcessing(
-        single=single, pair=[*single, *second], special_tokens=sorted(numbers.items())
+        single=[*first, "$A", *last],
+        pair=[*first, "$A", *last, *second],
+        special_tokens=[(tokens[index], index) for index in sorted(set(chosen.values()))],
     )

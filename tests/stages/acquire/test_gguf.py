@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from optikit.errors import IntegrityError, RecipeError
+from optikit.models.gguf_header import read_header
 from optikit.models.reader import read, read_gguf
 from optikit.stage import Job
 from optikit.stages.acquire import gguf as stage
@@ -202,6 +203,38 @@ def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -
     gguf_files.write(tmp_path / "tiny.gguf", spoil=value)
     with pytest.raises(IntegrityError, match=r"model\.norm\.weight holds NaN or infinity"):
         acquire(tmp_path / "tiny.gguf", tmp_path / "model")
+
+
+@pytest.mark.parametrize("scale", [b"\x00\x7e", b"\x00\x7c", b"\xff\xff"])
+def test_scales_that_are_not_finite_are_refused(scale: bytes, tmp_path: Path) -> None:
+    """In the middle of a tensor, as a damaged disk or a quantizer without calibration leaves them."""
+    path = tmp_path / "tiny.gguf"
+    gguf_files.write(path)
+    tensor = read_header(path).tensors["blk.1.ffn_down.weight"]
+    with path.open("r+b") as file:
+        file.seek(tensor.start + 20 * 37)  # of a Q4_1 block
+        file.write(scale)
+    with pytest.raises(IntegrityError, match=r"layers\.1\.mlp\.down_proj\.weight holds NaN or infinity") as raised:
+        acquire(path, tmp_path / "model")
+    assert raised.value.code == 76
+
+
+CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "another width": ({"tensors": {"blk.0.ffn_up.weight": np.ones((64, 64))}}, "has shape"),
+    "more blocks": ({"blocks": 3}, "model.layers.2"),
+    "absurd blocks": ({"blocks": 4000}, "4000 blocks with 0 experts, and 20 tensors"),
+    "a vector for a matrix": ({"tensors": {"blk.0.attn_v.weight": np.ones(64)}}, "attn_v|v_proj"),
+    "another head": ({"tensors": {"output.weight": np.ones((250, 64))}}, "lm_head"),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_a_file_that_contradicts_itself_is_refused(name: str, tmp_path: Path) -> None:
+    told, message = CONTRADICTIONS[name]
+    gguf_files.write(tmp_path / "tiny.gguf", **told)
+    with pytest.raises((IntegrityError, RecipeError), match=message) as raised:
+        read_gguf(tmp_path / "tiny.gguf")
+    assert raised.value.code in (65, 76)
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0"])
