@@ -12,7 +12,7 @@ The module docstring is the method card: what, Paper, Helps, Hurts, Cost, Differ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -294,6 +294,24 @@ class Speculating(Protocol):
 
     def measured(self, options: Any) -> dict[str, Any]:
         """Return how `measure speculation` chooses and judges what these options ask for, as options of its own."""
+        ...
+
+
+@runtime_checkable
+class Drafting(Protocol):
+    """A stage module that brings a draft model, which has to lie beside the model where both run."""
+
+    def drafts(self, options: Any, facts: ModelFacts, models: Mapping[str, ModelFacts]) -> ModelFacts | None:
+        """Return the facts of the draft, named or to be made; None where there is none. Pure."""
+        ...
+
+
+@runtime_checkable
+class Placing(Protocol):
+    """A stage module that knows how a model lies on the target, and can say so before anything runs."""
+
+    def placed(self, options: Any, target: Target, models: Sequence[ModelFacts], medusa_heads: int) -> list[str]:
+        """Return lines for people: of the model, the first, and of the drafts that lie beside it. Pure."""
         ...
 
 

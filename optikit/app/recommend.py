@@ -29,7 +29,7 @@ from optikit.stages import load, method_key, methods
 from optikit.stages.acquire import dequantize, gguf
 from optikit.stages.compile import _neuron_options
 from optikit.store.sources import ModelSource
-from optikit.targets import Target
+from optikit.targets import Target, neuron
 from optikit.targets.estimate import PRICED_BATCH, Floors, floors, price_words
 from optikit.text import clean
 
@@ -161,7 +161,7 @@ def _engine_presets(engine: str, target: Target) -> list[Mapping[str, Any]]:
     if engine != "neuron":
         return [{}]
     backend = _neuron_options.backend_for(target)
-    return [{"backend": backend, "tensor_parallel": degree} for degree in _neuron_options.degrees(target)]
+    return [{"backend": backend, "tensor_parallel": degree} for degree in neuron.degrees(target)]
 
 
 def _first_legal(alike: Sequence[Candidate]) -> Candidate:

@@ -206,8 +206,3 @@ def _target_lines(target: Target) -> Iterator[str]:
         if value not in (None, "", ()):
             shown = ", ".join(map(str, value)) if isinstance(value, tuple) else value
             yield f"{name:22} {shown}"
-    if target.device == "neuron" and target.core_memory_gb and target.tensor_parallel:
-        from optikit.targets.neuron import worked_example
-
-        yield ""
-        yield worked_example(target.name)

@@ -21,7 +21,7 @@ from optikit.plan.measurements import scored_steps
 from optikit.plan.model import Plan, Step, original_key
 from optikit.problems import Problem
 from optikit.recipe.schema import parse_size, step_name
-from optikit.stage import Input, row_problems
+from optikit.stage import Drafting, Input, row_problems
 from optikit.store.sources import ModelSource, resolve_model
 from optikit.targets import Target
 
@@ -301,7 +301,8 @@ def _fitting_drafts(context: Context, steps: Sequence[Step]) -> Iterator[ModelFa
         step, models = planned.get(step_name(index, entry)), dict(_model_facts(context, index))
         if step is None or any(entry.stage.fits(entry.options, step.before, models)):
             continue
-        yield from models.values()
+        if isinstance(entry.stage, Drafting) and (draft := entry.stage.drafts(entry.options, step.before, models)):
+            yield draft
 
 
 def _unjudged(loaded: LoadedRecipe, context: Context, measures: Sequence[Step]) -> Iterator[Problem]:

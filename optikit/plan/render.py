@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from optikit.plan import serve_section
+from optikit.plan import placement, serve_section
 from optikit.plan.model import Plan, Step
 from optikit.targets.estimate import floors, told
 
@@ -47,6 +47,7 @@ def render(plan: Plan, store: Store) -> str:
         f"to do   {len(todo)} of {len(steps)} steps, {expected}",
         "",
         *told(floors(final, plan.target, length=_length(plan)), plan.target),
+        *placement.lines(plan),
         *(line for warning in plan.warnings for line in _warning(warning)),
     ]
     return "\n".join(lines)

@@ -7,13 +7,14 @@ isn't known is None, and a rule never fires on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from optikit.models import traits
 from optikit.problems import Loc
+from optikit.targets import neuron
 
 if TYPE_CHECKING:
     from optikit.models.facts import ModelFacts
@@ -247,17 +248,49 @@ def _fit(stack: Stack, serve: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     degree = serve.get("tensor_parallel")
     degree = degree if isinstance(degree, int) and degree > 0 else None
-    batch, length = serve.get("batch_size"), serve.get("sequence_length")
-    tokens = batch * length if isinstance(batch, int) and isinstance(length, int) else 0
-    need = sum(facts.weight_bytes + facts.kv_cache_bytes(tokens) for facts in models)
-    memory = _memory(stack.target, degree)
     final = models[0]
     sharded = gcd(final.heads * final.head_dim, final.intermediate)
     return {
-        "need_gb": need / 1e9,
-        "memory_gb": memory,
+        **(_on_neuron(stack, serve, models, degree) if stack.target.device == "neuron" else _need(models, serve)),
+        "memory_gb": _memory(stack.target, degree),
         "shard_width": sharded // degree if degree and sharded % degree == 0 else None,
     }
+
+
+def _need(models: Sequence[ModelFacts], serve: Mapping[str, Any]) -> dict[str, Any]:
+    batch, length = serve.get("batch_size"), serve.get("sequence_length")
+    tokens = batch * length if isinstance(batch, int) and isinstance(length, int) else 0
+    return {"need_gb": sum(facts.weight_bytes + facts.kv_cache_bytes(tokens) for facts in models) / 1e9}
+
+
+def _on_neuron(
+    stack: Stack, serve: Mapping[str, Any], models: Sequence[ModelFacts], degree: int | None
+) -> dict[str, Any]:
+    """Return what models take on Neuron cores, as they are compiled: in one dtype, heads padded and replicated."""
+    shapes = neuron.Shapes(
+        dtype=str(serve.get("dtype") or "bfloat16"),
+        quantized=serve.get("quantization_dtype") is not None,
+        batch=serve.get("batch_size") or 1,
+        length=serve.get("sequence_length") or 0,
+    )
+    placed = neuron.place(degree or 1, models, shapes, medusa_heads=_medusa_heads(stack))
+    found = placed.residents[0].sharding
+    host = stack.target.host_memory_gib
+    return {
+        "need_gb": placed.need_bytes / 1e9,
+        "host_gb": placed.host_bytes / 1e9,
+        "host_memory_gb": None if host is None else host * 2**30 / 1e9,
+        "padded_heads": found.heads if degree else None,
+        "padded_kv_heads": found.kv_heads if degree else None,
+        "cache_gb": sum(each.cache_bytes for each in placed.residents) / 1e9,
+        "padding_gb": sum(each.padding_bytes for each in placed.residents) / 1e9,
+    }
+
+
+def _medusa_heads(stack: Stack) -> int:
+    """Return how many Medusa heads lie beside the model."""
+    found = [placed.options.get("heads") for placed in stack.stages if placed.method == "medusa"]
+    return next((heads for heads in found if isinstance(heads, int)), 0)
 
 
 def _memory(target: Target, degree: int | None) -> float | None:

@@ -67,6 +67,12 @@ WEIGHTS: Mapping[str, str] = MappingProxyType(
 FIT: Mapping[str, str] = MappingProxyType(
     {
         "need_gb": "weights and caches of model and draft, 10⁹ bytes",
+        "host_gb": "the instance's own memory that loading takes, 10⁹ bytes (Neuron)",
+        "host_memory_gb": "the instance's own memory, 10⁹ bytes (Neuron)",
+        "padded_heads": "attention heads after padding (Neuron)",
+        "padded_kv_heads": "key-value heads after padding and replication (Neuron)",
+        "padding_gb": "what that adds to the weights, 10⁹ bytes (Neuron)",
+        "cache_gb": "caches of model and draft, 10⁹ bytes (Neuron)",
         "memory_gb": "memory of the cores or accelerators used, 10⁹ bytes",
         "shard_width": "width of a row-parallel linear on one of tensor_parallel accelerators",
     }

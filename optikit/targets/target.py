@@ -34,6 +34,7 @@ class Target:
         compute_capability: CUDA compute capability times ten: 86 for 8.6.
         cores: Neuron cores in all, as the SDK counts them by default (on Trainium2 two physical cores are one).
         core_memory_gb: Memory of one such core, 10⁹ bytes.
+        host_memory_gib: Memory of the instance's processors, through which models are loaded.
         tensor_parallel: Degrees that the hardware allows; empty where not documented.
         older_tensor_parallel: Degrees that only older texts allow: warned about.
         engines: Compile engines and servers that run here.
@@ -54,6 +55,7 @@ class Target:
     compute_capability: int | None = None
     cores: int | None = None
     core_memory_gb: float | None = None
+    host_memory_gib: float | None = None
     tensor_parallel: tuple[int, ...] = ()
     older_tensor_parallel: tuple[int, ...] = ()
     engines: tuple[str, ...] = ()
@@ -79,6 +81,7 @@ _TYPES: Mapping[str, type | tuple[type, ...]] = {
             "fp16_tflops",
             "int8_tops",
             "core_memory_gb",
+            "host_memory_gib",
             "usd_per_hour",
         ),
         (int, float),
@@ -178,6 +181,7 @@ _BELONGS: Mapping[str, str] = {
     "compute_capability": "cuda",
     "cores": "neuron",
     "core_memory_gb": "neuron",
+    "host_memory_gib": "neuron",
     "older_tensor_parallel": "neuron",
 }
 

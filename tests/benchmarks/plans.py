@@ -1,4 +1,4 @@
-"""Captures of `optikit plan`: five stacks for five targets, and one broken recipe per family of rules with its repair.
+"""Captures of `optikit plan`: stacks for several targets, and one broken recipe per family of rules with its repair.
 
     python tests/benchmarks/plans.py            # writes examples/plans/*.txt, examples/broken/*.txt and *.fixed.yaml
     python tests/benchmarks/plans.py --models D # only writes the models that these recipes name, into D

@@ -95,7 +95,7 @@ def test_engine_is_explained_with_its_key():
 
 def test_target_is_explained():
     text = run("explain", "trn1.32xlarge").stdout
-    assert "tensor_parallel 16 or 32" in text
+    assert "host_memory_gib        512" in text
     assert "price_source" in text
 
 

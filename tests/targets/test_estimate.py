@@ -20,7 +20,7 @@ from optikit.targets.estimate import (
     price_words,
     told,
 )
-from optikit.targets.neuron import llama2_7b
+from tests.shapes import llama2_7b
 
 MODEL = llama2_7b()
 BARE = Target(name="bare", device="cpu")

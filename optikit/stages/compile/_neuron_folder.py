@@ -14,7 +14,7 @@ from optikit.models.facts import ModelFacts
 from optikit.models.reader import read
 from optikit.stage import EMITTED, Facts, Job
 from optikit.stages.compile import _neuron_job, _neuron_readme
-from optikit.stages.compile._neuron_options import PLATFORMS, Options, instance_family, need_bytes
+from optikit.stages.compile._neuron_options import PLATFORMS, Options, instance_family, placement
 from optikit.stages.compile._overlay import overlay
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def description(options: Options, facts: ModelFacts, target: Target, source: Pat
         "draft_config": neuron_config(options, family) | {"speculation_length": 0, "on_device_sampling": False},
         "key": chosen
         | {"platform": PLATFORMS.get(family, family), "config_sha256": file_sha256(source / "config.json")},
-        "need_bytes": need_bytes(options, facts),
+        "need_bytes": placement(options, facts, ()).need_bytes,
         "files": dict(_records(source)),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -9,6 +10,7 @@ from pydantic import Field
 from optikit.models.facts import ModelFacts
 from optikit.stage import StageOptions
 from optikit.targets import Target
+from optikit.targets.neuron import Placement, Shapes, place
 
 Backend = Literal["optimum-neuron", "nxd-inference", "vllm-neuron"]
 
@@ -60,13 +62,16 @@ def backend_for(target: Target) -> Backend:
     return "optimum-neuron" if instance_family(target) in PLATFORMS else "nxd-inference"
 
 
-def degrees(target: Target) -> tuple[int, ...]:
-    """Return degrees of tensor parallelism to try, the smallest first: the documented ones, else powers of two."""
-    return target.tensor_parallel or tuple(2**power for power in range((target.cores or 1).bit_length()))
+def placement(options: Options, facts: ModelFacts, drafts: Sequence[ModelFacts], medusa_heads: int = 0) -> Placement:
+    """Return where the model, its drafts and its Medusa heads lie, in the shapes and dtype that are compiled in."""
+    return place(options.tensor_parallel, (facts, *drafts), shapes(options), medusa_heads=medusa_heads)
 
 
-def need_bytes(options: Options, facts: ModelFacts) -> int:
-    """Return bytes of weights and cache on all cores together; int8 and fp8 of NxD Inference take one per weight."""
-    size = 4 if options.dtype == "float32" else 2
-    weights = facts.parameters * (1 if options.quantization_dtype else size)
-    return weights + facts.kv_cache_bytes(options.sequence_length, batch=options.batch_size, element_bytes=size)
+def shapes(options: Options) -> Shapes:
+    """Return what is compiled in."""
+    return Shapes(
+        dtype=options.dtype,
+        quantized=options.quantization_dtype is not None,
+        batch=options.batch_size,
+        length=options.sequence_length,
+    )

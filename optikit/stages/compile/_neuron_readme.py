@@ -53,14 +53,14 @@ def _parts(options: Options, facts: ModelFacts, target: Target, files: list[str]
 
 
 def _table(options: Options, facts: ModelFacts, target: Target) -> str:
-    from optikit.stages.compile._neuron_options import need_bytes
+    from optikit.stages.compile._neuron_options import placement
 
     rows = {
         "batch size": options.batch_size,
         "longest sequence, tokens": options.sequence_length,
         "Neuron cores (tensor parallel)": f"{options.tensor_parallel} of {target.cores}",
         "dtype": options.dtype + (f", weights {options.quantization_dtype}" if options.quantization_dtype else ""),
-        "weights and cache, estimated": f"{need_bytes(options, facts) / 1e9:.2f} GB",
+        "weights and cache, estimated": f"{placement(options, facts, ()).need_bytes / 1e9:.2f} GB",
     }
     if target.core_memory_gb:
         rows["memory of those cores"] = f"{target.core_memory_gb * options.tensor_parallel:g} GB"

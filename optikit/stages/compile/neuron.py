@@ -14,14 +14,15 @@ Note    `optimum-neuron` compiles Llama-like models and serves them through its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from optikit.models import architectures
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import ANY, MAIN, Estimate, Facts, Job, no_objection, nothing
-from optikit.stages.compile._neuron_options import PLATFORMS, Options, instance_family
+from optikit.stages.compile._neuron_options import PLATFORMS, Options, instance_family, placement, shapes
 from optikit.targets import Target
+from optikit.targets.neuron import fitting, told
 
 SUMMARY = "job folder for AWS Inferentia and Trainium: scripts and configuration, compiled on the instance"
 NEEDS = ANY
@@ -84,6 +85,13 @@ def _check_speculation(options: Options) -> Iterator[Problem]:
     elif options.speculation_length and options.batch_size > 1:
         message = f"a draft is checked for one sequence at a time, and batch_size is {options.batch_size}"
         yield Problem(code="speculation-batch", message=message, fix="set batch_size: 1", loc=("batch_size",))
+
+
+def placed(options: Options, target: Target, models: Sequence[ModelFacts], medusa_heads: int) -> list[str]:
+    """Say what lies on which cores, what padding costs, and at which degrees it would fit."""
+    fit = fitting(target, models, shapes(options), medusa_heads=medusa_heads)
+    names = ("model", *("draft" for _ in models[1:]))
+    return told(placement(options, models[0], models[1:], medusa_heads), target, models, names, fit)
 
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:

@@ -191,6 +191,19 @@ def _draft_bytes(options: Options, body: int, embedding: int) -> int:
     return int((2 + blocks) * body + (2 + table) * embedding)
 
 
+def drafts(options: Options, facts: ModelFacts, models: Mapping[str, ModelFacts]) -> ModelFacts | None:
+    """Return the facts of the draft that is named, or of the one that will be made, in bfloat16."""
+    making, row = options.making, facts.architecture
+    if making is None:
+        return models.get("draft")
+    if row is None or making.layers >= facts.layers:
+        return None
+    kept = set(row.names(making.layers))
+    linears = {name: shape for name, shape in facts.linears.items() if name in kept}
+    made = replace(facts, layers=making.layers, linears=linears, traits=DENSE)
+    return replace(made, weight_bytes=2 * made.parameters)
+
+
 def after(options: Options, facts: ModelFacts) -> ModelFacts:
     """Return the facts of the same model with a draft beside it."""
     return facts.having("draft_model")

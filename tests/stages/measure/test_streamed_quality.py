@@ -20,8 +20,8 @@ from optikit.models.reader import read
 from optikit.runtime.decoders.transformers import TorchDecoder, load_model
 from optikit.stage import Calibration, Job
 from optikit.stages.measure import _streaming, quality, tasks
-from optikit.targets import neuron
 from tests.families import CONFIGS, save
+from tests.shapes import llama2_70b
 
 CPU = targets.find("cpu")
 assert CPU is not None
@@ -219,7 +219,7 @@ def test_what_fits_is_not_streamed_and_compiled_models_never_are(
 
 
 def test_the_memory_of_70_b_is_a_block_and_not_the_model() -> None:
-    facts = neuron.llama2_70b()
+    facts = llama2_70b()
     whole = quality.estimate(quality.Options.model_validate(OPTIONS), facts, CPU, 0)
     assert whole.streamed is not None
     assert whole.peak_bytes > 256 * 2**30
