@@ -163,9 +163,8 @@ def compile_onnx(source: Path, work: Path, **options: Any) -> Path:
     return dest
 
 
-@pytest.fixture(scope="session")
-def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A UTF-8 text of about 40 kB with some structure, for calibration and perplexity."""
+def write_prose(path: Path) -> Path:
+    """Write a UTF-8 text of about 40 kB with some structure."""
     import random
 
     draw = random.Random(0)
@@ -190,9 +189,14 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "cold",
     ]
     lines = [" ".join(draw.choice(words) for _ in range(draw.randint(5, 14))).capitalize() + "." for _ in range(700)]
-    path = tmp_path_factory.mktemp("prose") / "prose.txt"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A UTF-8 text of about 40 kB with some structure, for calibration and perplexity."""
+    return write_prose(tmp_path_factory.mktemp("prose") / "prose.txt")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ Every check is a function that yields findings; none of them imports a heavy lib
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import json
 import platform
@@ -16,17 +15,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from optikit import host
+from optikit.environments import cuda
 from optikit.errors import OptikitError, UnavailableError
 from optikit.process import env_variables, program
+from optikit.targets import nvidia
 
 if TYPE_CHECKING:
     from optikit.targets.probe import Probe
 
 Status = Literal["ok", "warn", "fail"]
 GIB = 2**30
+SAME_MEMORY = 0.1
+"""How far the memory that a driver tells may be from that of the catalogue: error correction takes its share."""
 CALIBRATION_S = 120
 """How long the measurement of this machine may take, seconds: it takes some ten where nothing else runs."""
 
@@ -47,7 +50,7 @@ def examine(*, online: bool = False) -> Iterator[Finding]:
     yield processor()
     yield memory()
     yield from store()
-    yield gpus()
+    yield from gpus()
     yield neuron_devices()
     yield from libraries()
     yield from environments()
@@ -116,29 +119,80 @@ def disk(free: int, root: Path) -> Finding:
     )
 
 
-def gpus() -> Finding:
-    """Look for NVIDIA GPUs through nvidia-ml-py."""
-    if not Path("/dev/nvidiactl").exists() and shutil.which("nvidia-smi") is None:
-        return Finding(what="nvidia gpu", status="ok", detail="none; CPU stages and emitted GPU recipes still work")
-    try:
-        nvml: Any = importlib.import_module("pynvml")
-    except ImportError:
-        fix = "pip install nvidia-ml-py"
-        return Finding(what="nvidia gpu", status="warn", detail="a driver is here, nvidia-ml-py isn't", fix=fix)
-    try:
-        nvml.nvmlInit()
-        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-        found = ", ".join(_gpu(nvml, handle) for handle in handles)
-    except nvml.NVMLError as error:
+def gpus() -> Iterator[Finding]:
+    """Look for NVIDIA GPUs through `nvidia-smi`, which comes with the driver, and for what runs on them."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None and not Path("/dev/nvidiactl").exists():
+        yield Finding(what="nvidia gpu", status="ok", detail="none; CPU stages and emitted GPU recipes still work")
+        return
+    driver = cuda.driver()
+    if smi is None or driver is None:
         fix = "check that the driver is loaded: nvidia-smi"
-        return Finding(what="nvidia gpu", status="warn", detail=f"the driver doesn't answer: {error}", fix=fix)
-    return Finding(what="nvidia gpu", status="ok", detail=found or "none visible")
+        yield Finding(what="nvidia gpu", status="warn", detail="a driver is here that doesn't answer", fix=fix)
+        return
+    query = [smi, f"--query-gpu={','.join(nvidia.QUERY)}", "--format=csv,noheader,nounits"]
+    listing = (program.run(command, seconds=cuda.SECONDS).output for command in (query, [smi, "-L"]))
+    yield gpus_told(driver, *listing)
+    yield from cuda_environments(cuda.offers(driver))
 
 
-def _gpu(nvml: Any, handle: Any) -> str:
-    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    total = nvml.nvmlDeviceGetMemoryInfo(handle).total
-    return f"{nvml.nvmlDeviceGetName(handle)} ({total / GIB:.0f} GiB, compute capability {major}.{minor})"
+def gpus_told(driver: nvidia.Driver, rows: str, listing: str) -> Finding:
+    """Judge what `nvidia-smi` says.
+
+    Args:
+        driver: Its driver.
+        rows: Its answer to a query for `nvidia.QUERY`.
+        listing: Its answer to `-L`.
+    """
+    found = nvidia.gpus(rows)
+    runs = f"driver {driver.version}, CUDA {driver.cuda[0]}.{driver.cuda[1]}"
+    if not found:
+        fix = "check which GPUs this process may see: CUDA_VISIBLE_DEVICES, `--gpus all` of a container"
+        return Finding(what="nvidia gpu", status="warn", detail=f"{runs}, no GPU", fix=fix)
+    named = ", ".join(_gpu(gpu) for gpu in found)
+    targets = nvidia_targets(found)
+    detail = f"{named}; {runs}; {f'target {targets[0]}' if targets else 'no target of the catalogue'}"
+    if any(gpu.mig for gpu in found):
+        detail += f"; MIG instances: {', '.join(nvidia.mig_profiles(listing)) or 'none'}"
+        fix = "a process gets one instance; a target of your own says its memory: --targets FILE"
+        return Finding(what="nvidia gpu", status="warn", detail=detail, fix=fix)
+    return Finding(what="nvidia gpu", status="ok", detail=detail)
+
+
+def _gpu(gpu: nvidia.Gpu) -> str:
+    major, minor = gpu.capability
+    capability = f", compute capability {major}.{minor}" if major else ""
+    return f"{gpu.name} ({gpu.memory_mib / 1024:.0f} GiB{capability})"
+
+
+def nvidia_targets(found: tuple[nvidia.Gpu, ...]) -> tuple[str, ...]:
+    """Return the rows of the catalogue that this many of these GPUs are, the one named most shortly first."""
+    from optikit.targets import rows
+
+    first = found[0]
+    words = set(first.name.replace("-", " ").split())
+    near = [
+        target
+        for target in rows().values()
+        if target.device == "cuda"
+        and target.accelerator.split(" ")[0] in words
+        and target.compute_capability == 10 * first.capability[0] + first.capability[1]
+        and abs((target.memory_gib or 0) / (first.memory_mib / 1024) - 1) < SAME_MEMORY
+    ]
+    same = [target.name for target in near if target.count == len(found)]
+    return tuple(sorted(same or [target.name for target in near], key=len))
+
+
+def cuda_environments(offers: tuple[cuda.Offer, ...]) -> Iterator[Finding]:
+    """Say which environments for GPUs this machine gets, and why it doesn't get the others."""
+    got = {offer.instead for offer in offers if offer.python}
+    for offer in offers:
+        what = f"env {offer.name}"
+        if offer.python:
+            yield Finding(what=what, status="ok", detail=f"for steps on --device cuda, python {offer.python}")
+        else:
+            instead = "" if offer.instead in got else f"; {offer.instead} computes on the CPU"
+            yield Finding(what=what, status="ok", detail=f"not offered: {offer.why}{instead}")
 
 
 def neuron_devices() -> Finding:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optikit import runtime, targets
-from optikit.app import door
+from optikit.app import device, door
 from optikit.app.output_dir import require_no_seal
 from optikit.errors import InputMissingError, UsageError
 from optikit.execution.execute import Settings, execute
@@ -65,6 +65,7 @@ class Request:
     base: Path = Path()
     offline: bool = False
     progress: str = "auto"
+    device: str = "cpu"
 
 
 def find(directory: Path) -> Subject:
@@ -169,7 +170,7 @@ def make(subject: Subject, request: Request, store: Store, *, note: Callable[[st
     )
     context = Context(
         recipe=recipe,
-        device="cpu",
+        device=device.choose(request.device),
         target=target,
         model=source,
         facts=subject.facts,
@@ -184,7 +185,7 @@ def make(subject: Subject, request: Request, store: Store, *, note: Callable[[st
         steps=(),
         measures=room.fitted(_steps(subject, context), None),
         max_memory_bytes=None,
-        device="cpu",
+        device=context.device,
         warnings=(),
     )
 

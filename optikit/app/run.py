@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optikit import targets
-from optikit.app import output_dir
+from optikit.app import device, output_dir
 from optikit.errors import DiskError, GateFailedError, UsageError
 from optikit.execution.execute import Settings, execute, until
 from optikit.plan import Plan, make_plan, room
@@ -72,7 +72,7 @@ def run_recipe(request: Request) -> Report | None:
             loaded,
             store,
             offline=request.settings.offline,
-            device=_device(request.device),
+            device=device.choose(request.device),
             extra_targets=request.targets,
             note=progress.note,
         )
@@ -109,8 +109,8 @@ def _as_planned(request: Request, frozen: Frozen) -> Request:
     if request.overrides or request.targets:
         fix = f"plan again: `optikit plan {frozen.recipe} --set … --out {frozen.path}`"
         raise UsageError("--set and --targets are part of a plan; they can't be given when it is run", fix=fix)
-    device = frozen.device if request.device == "auto" else request.device
-    return replace(request, recipe=frozen.recipe, overrides=frozen.overrides, targets=frozen.targets, device=device)
+    planned = frozen.device if request.device == "auto" else request.device
+    return replace(request, recipe=frozen.recipe, overrides=frozen.overrides, targets=frozen.targets, device=planned)
 
 
 def _tell(report: Report, request: Request) -> None:
@@ -133,13 +133,6 @@ def _require_lock(plan: Plan, request: Request) -> None:
         return
     for directory in (request.recipe.parent, request.out):
         check_lock(read_lock(directory / LOCK), plan.sources)
-
-
-def _device(wanted: str) -> str:
-    """Return the torch device that calibrated stages will use; `auto` takes a GPU where its driver is present."""
-    if wanted != "auto":
-        return wanted
-    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
 
 
 def _require_step(plan: Plan, name: str | None) -> None:

@@ -39,6 +39,7 @@ class Settings:
         most_bytes: Longest body of a request.
         max_tokens: Longest text, prompt and answer together; None is the model's context.
         threads: CPU threads; None is all.
+        device: Where a model for transformers computes.
     """
 
     directory: Path
@@ -51,6 +52,7 @@ class Settings:
     most_bytes: int = 2**20
     max_tokens: int | None = None
     threads: int | None = None
+    device: str = "cpu"
 
 
 def serve(settings: Settings, ready: Callable[[str], None]) -> None:
@@ -66,6 +68,7 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> None:
     """
     from optikit import runtime
     from optikit.app import door
+    from optikit.app.device import choose
     from optikit.runtime.generate import TextGenerator
 
     try:
@@ -78,7 +81,8 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> None:
     _, place = door.enter(settings.directory)
     limits = Limits(api_key=settings.api_key, most_bytes=settings.most_bytes)
     with _bound(settings.host, settings.port) as listening:
-        decoder = runtime.load(settings.directory, threads=settings.threads, max_tokens=settings.max_tokens)
+        how: dict[str, Any] = {"threads": settings.threads, "max_tokens": settings.max_tokens}
+        decoder = runtime.load(settings.directory, device=choose(settings.device), **how)
         generator = TextGenerator(decoder, place)
         name = settings.name or settings.directory.resolve().name
         sys.setswitchinterval(SWITCH_SECONDS)

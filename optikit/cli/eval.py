@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from optikit.app.device import DeviceChoice
+
 if TYPE_CHECKING:
     from optikit.evaluation.results import Report
     from optikit.recipe.schema import Evaluate, Gate
@@ -36,6 +38,7 @@ def eval_(
     key_from: Annotated[
         str | None, typer.Option(metavar="VARIABLE", help="URL: environment variable that holds its API key.")
     ] = None,
+    device: Annotated[DeviceChoice, typer.Option(help="DIR: where it computes.")] = DeviceChoice.CPU,
     offline: Annotated[bool, typer.Option("--offline", help="Use only what is on this machine.")] = False,
     progress: Annotated[str, typer.Option(envvar="OPTIKIT_PROGRESS", help="auto, plain, json or none.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print report.json to stdout.")] = False,
@@ -68,7 +71,7 @@ def eval_(
     else:
         from optikit.app import eval_model
 
-        report = eval_model.measure(eval_model.Request(subject=Path(subject), **asked))
+        report = eval_model.measure(eval_model.Request(subject=Path(subject), device=device, **asked))
     if json:
         typer.echo(dump_json(report.model_dump(mode="json"), indent=1))
     raise typer.Exit(code_of(report.verdict, strict=False))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from optikit.app.device import DeviceChoice
 from optikit.progress import reader_gone
 from optikit.text import dump_json
 
@@ -67,11 +68,13 @@ def generate(
     acceptor: AcceptorName = "",
     allow_lossy: Lossy = False,
     draft_tokens: Drafted = None,
+    device: Annotated[DeviceChoice, typer.Option(help="Where a model for transformers computes.")] = DeviceChoice.CPU,
     stats: Annotated[bool, typer.Option("--stats", help="Print the speed to stderr.")] = False,
 ) -> None:
     """Generate text from what a run wrote: the compiled artifact where there is one, with its speculator."""
     from optikit import runtime
     from optikit.app import door
+    from optikit.app.device import choose
     from optikit.errors import UsageError
 
     if (prompt is None) == (prompts is None):
@@ -83,7 +86,7 @@ def generate(
     asked = _read_prompts(prompts) if prompts is not None else []
     drawing = _drawing(temperature, top_p, top_k, seed=seed, acceptor=acceptor, allow_lossy=allow_lossy)
     _, place = door.enter(directory)
-    decoder = runtime.load(directory)
+    decoder = runtime.load(directory, device=choose(device))
     if draft_tokens is not None:
         decoder = _drafting(decoder, draft_tokens)
     from optikit.runtime.generate import TextGenerator

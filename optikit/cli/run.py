@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from optikit.app.device import DeviceChoice
+
 
 class ProgressMode(StrEnum):
     """How progress is shown on stderr."""
@@ -16,14 +18,6 @@ class ProgressMode(StrEnum):
     PLAIN = "plain"
     JSON = "json"
     NONE = "none"
-
-
-class DeviceChoice(StrEnum):
-    """Where calibrated stages compute."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
 
 
 def run(
@@ -43,7 +37,9 @@ def run(
     progress: Annotated[
         ProgressMode, typer.Option(envvar="OPTIKIT_PROGRESS", help="auto is live on a terminal, else plain lines.")
     ] = ProgressMode.AUTO,
-    device: Annotated[DeviceChoice, typer.Option(help="Where calibrated stages compute.")] = DeviceChoice.AUTO,
+    device: Annotated[
+        DeviceChoice, typer.Option(help="Where stages, training and measuring compute.")
+    ] = DeviceChoice.AUTO,
     ranks: Annotated[
         int, typer.Option(min=1, help="Processes that share a calibration, one GPU each, or their part of the cores.")
     ] = 1,

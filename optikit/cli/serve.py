@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from optikit.app.device import DeviceChoice
+
 
 def serve(
     directory: Annotated[
@@ -28,6 +30,7 @@ def serve(
         typer.Option(min=2, help="Longest text, prompt and answer; by default the context.", show_default=False),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default all.", show_default=False)] = None,
+    device: Annotated[DeviceChoice, typer.Option(help="Where a model for transformers computes.")] = DeviceChoice.CPU,
 ) -> None:
     """Serve what a run wrote behind OpenAI's API: completions, chats, streams, log-probabilities, metrics.
 
@@ -47,5 +50,6 @@ def serve(
         most_bytes=max_body,
         max_tokens=max_length,
         threads=threads,
+        device=device,
     )
     run(settings, lambda address: typer.echo(f"{address}/v1", err=True))

@@ -144,6 +144,10 @@ class Speed(_Frozen):
     first_call_ms: float
     load_s: float
     peak_memory_mib: float
+    device: str = "cpu"
+    """torch device that it ran on."""
+    device_memory_mib: float | None = None
+    """Most memory of the GPU that tensors took; null on a CPU, and where a server holds the model."""
     joules_per_output_token: float | None = None
     """Energy of the machine while it read prompts and wrote answers, by output tokens."""
     energy_source: str = ""

@@ -37,7 +37,8 @@ def load(request: dict[str, Any]) -> tuple[Decoder | ServedDecoder, dict[str, An
     decoder: Decoder | ServedDecoder = _served(request) if request["runtime"] == "vllm" else _loaded(request)
     seconds = time.perf_counter() - started
     read_back = ("runtime", "dtype", "threads", "max_tokens")
-    return decoder, {"load_s": seconds} | {name: getattr(decoder, name) for name in read_back}
+    found = {name: getattr(decoder, name) for name in read_back}
+    return decoder, {"load_s": seconds, "device": getattr(decoder, "device", "cpu")} | found
 
 
 def _loaded(request: dict[str, Any]) -> Decoder:
@@ -61,9 +62,17 @@ def _served(request: dict[str, Any]) -> ServedDecoder:
 
 
 def peak(decoder: Decoder | ServedDecoder | None) -> dict[str, Any]:
-    """Return the highest resident memory of whatever holds the model."""
+    """Return the highest resident memory of whatever holds the model, and that of the GPU where it holds it."""
     served = getattr(decoder, "peak_mib", None)
-    return {"peak_memory_mib": served() if served else memory.peak_mib()}
+    found: dict[str, Any] = {"peak_memory_mib": served() if served else memory.peak_mib()}
+    device = getattr(decoder, "device", "cpu")
+    return found | {"device_memory_mib": _device_mib(device) if device.startswith("cuda") else None}
+
+
+def _device_mib(device: str) -> float:
+    import torch
+
+    return torch.cuda.max_memory_allocated(device) / 2**20
 
 
 def decode(decoder: Decoder | ServedDecoder, request: dict[str, Any]) -> dict[str, Any]:

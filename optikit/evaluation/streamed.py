@@ -74,6 +74,7 @@ class Streamed:
         directory: The model.
         dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`.
         threads: CPU threads.
+        device: torch device that holds the block at hand; hidden states wait on disk.
 
     Attributes:
         runtime, dtype, vocab, threads: As a `Decoder`'s.
@@ -81,7 +82,7 @@ class Streamed:
 
     runtime = "transformers"
 
-    def __init__(self, directory: Path, *, dtype: str, threads: int) -> None:
+    def __init__(self, directory: Path, *, dtype: str, threads: int, device: str = "cpu") -> None:
         torch.set_num_threads(threads)
         one_arena(bounded=True)
         self._source = SourceModel(formats.dense(directory))
@@ -89,7 +90,7 @@ class Streamed:
         self.vocab = int(str(self._source.config[self._source.row.keys["vocab"]]))
         self._dtype = self._own_dtype if dtype == "auto" else transformers.DTYPES[dtype]
         self.dtype = str(self._dtype).removeprefix("torch.")
-        self._model = EmptyModel(self._source, dtype=self._dtype, device="cpu")
+        self._model = EmptyModel(self._source, dtype=self._dtype, device=device)
         transformers.round_activations(self._model.model, directory)
         settle()
 
@@ -129,10 +130,10 @@ class Streamed:
     def _logits(self, window: Window, states: HiddenStates, batch: int, row: int) -> Iterator[Logits]:
         """Yield the logits of a window's scored positions, a chunk at a time."""
         tokens = torch.from_numpy(_read(window))[None]
-        hidden = states.read(batch)[row : row + 1]
+        hidden = states.read(batch)[row : row + 1].to(self._model.device)
         for start in range(tokens.shape[1] - window.scored, tokens.shape[1], CHUNK):
             part = slice(start, min(start + CHUNK, tokens.shape[1]))
-            logits: Logits = self._model.logits(tokens[:, part], hidden[:, part])[0].float().numpy()
+            logits: Logits = self._model.logits(tokens[:, part], hidden[:, part])[0].float().cpu().numpy()
             yield logits
 
 
@@ -188,7 +189,7 @@ class _Passes:
         block = self._model.fill_block(index)
         before, after = (self._states(state, place) for place in (index, index + 1))
         digests = [
-            new.write(_outputs(block, equal.calls[index], old))
+            new.write(_outputs(block, equal.calls[index], old, self._model.device))
             for equal, old, new in zip(self._equal, before, after, strict=True)
         ]
         self._model.empty_block(index)
@@ -201,7 +202,7 @@ class _Passes:
                 yield place, (states, row // equal.batch, row % equal.batch)
 
 
-def _outputs(block: nn.Module, call: Call, hidden: HiddenStates) -> Iterator[Tensor]:
+def _outputs(block: nn.Module, call: Call, hidden: HiddenStates, device: str) -> Iterator[Tensor]:
     for index in range(hidden.batches):
-        output = block(hidden.read(index), *call.args, **call.kwargs)
-        yield output[0] if isinstance(output, tuple) else output
+        output = block(hidden.read(index).to(device), *call.args, **call.kwargs)
+        yield (output[0] if isinstance(output, tuple) else output).cpu()

@@ -212,6 +212,10 @@ class _Executor:
         offline, note = self.settings.offline, self.progress.note
         return environments.use(step.environment, self.store, offline=offline, note=note, progress=observe)
 
+    def _device(self, step: Step) -> str:
+        """Return where a step computes: on the CPU where its environment can't do otherwise."""
+        return self.plan.device if step.environment is None else environments.find(step.environment).device
+
     def _path(self, key: str) -> str:
         """Return where an artifact lies; "" is the model that the recipe names."""
         return str(self.artifacts[key].path if key else self.plan.model.path)
@@ -231,7 +235,7 @@ class _Executor:
             "finish": emitted is not None,
             "calibration": step.calibration,
             "seed": self.plan.recipe.seed,
-            "device": self.plan.device,
+            "device": self._device(step),
             "threads": max(1, self.settings.threads // ranks),
             "ranks": ranks,
             "max_memory_bytes": self.plan.max_memory_bytes,

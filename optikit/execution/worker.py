@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from optikit.errors import UnavailableError
 from optikit.fileio import write_json
 from optikit.host import versions
 from optikit.process import failure, launch, memory
@@ -44,8 +45,18 @@ def rank() -> int:
 
 def _device(wanted: str) -> str:
     """Return the torch device of this process: each of several has a GPU of its own."""
+    if wanted != "cuda":
+        return wanted
+    import torch
+
+    if not torch.cuda.is_available():
+        message = f"torch {torch.__version__} finds no GPU that it can use"
+        raise UnavailableError(message, fix="use --device cpu; `optikit doctor` says what is here")
     own = os.environ.get("LOCAL_RANK")
-    return f"cuda:{own}" if wanted == "cuda" and own else wanted
+    if own is None:
+        return wanted
+    torch.cuda.set_device(int(own))  # or sums over processes would begin on the first GPU
+    return f"cuda:{own}"
 
 
 def _reporter(path: Path) -> Callable[[int, int, str], None]:

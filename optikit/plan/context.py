@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from optikit import environments, host, stages
+from optikit.environments import cuda
 from optikit.host import versions
 from optikit.models.facts import ModelFacts
 from optikit.plan.model import Step
@@ -119,7 +120,7 @@ class Context:
             files={role: one.path for role, one in inputs.items() if one.path and declared[role].of != "calibration"},
             calibration=self.calibration if "calibration" in inputs else None,
             split=any(one.split for one in declared.values()),
-            environment=stage.ENVIRONMENT,
+            environment=self.environment(stage)[0],
             estimate=stage.estimate(options, facts, self.target, tokens),
             before=facts,
             after=stage.after(options, facts),
@@ -138,16 +139,27 @@ class Context:
             code=source_digest(stages.module(*what, backend)),
             options=options.model_dump(mode="json"),
             seed=self.recipe.seed,
-            device=self.device,
+            device=self.device_of(stage),
             parent=source or self._original,
             inputs={role: one.key or one.digest or self._original for role, one in inputs.items()},
-            **_installed(stage),
+            **_installed(stage, self.environment(stage)[0]),
             **self._surroundings(stage, stage.inputs(options)),
         )
 
     @property
     def _original(self) -> str:
         return self.model.digest or UNREAD
+
+    def environment(self, stage: Stage) -> tuple[str | None, str]:
+        """Return the environment that a stage runs in on this device, and why it is none for the GPU."""
+        if stage.ENVIRONMENT is None:
+            return None, ""
+        return cuda.choose(stage.ENVIRONMENT, self.device)
+
+    def device_of(self, stage: Stage) -> str:
+        """Return where a stage computes: on the CPU where its environment can't do otherwise."""
+        name, _ = self.environment(stage)
+        return self.device if name is None else environments.find(name).device
 
     def _surroundings(self, stage: Stage, declared: Mapping[str, Input]) -> dict[str, Any]:
         """Return what else decides a result: the target, this machine, the instructions that its arithmetic has."""
@@ -177,11 +189,11 @@ def at(index: int, role: str) -> str:
     return f"stages[{index}].{role}"
 
 
-def _installed(stage: Stage) -> dict[str, Any]:
+def _installed(stage: Stage, environment: str | None) -> dict[str, Any]:
     """Return what decides which libraries do the work: their versions here, or the environment's lock."""
-    if stage.ENVIRONMENT is None:
+    if environment is None:
         return {"versions": versions(stage.LIBRARIES)}
-    return {"environment": environments.find(stage.ENVIRONMENT).digest}
+    return {"environment": environments.find(environment).digest}
 
 
 def stage_inputs(recipe: Recipe) -> Iterator[tuple[int, StageEntry, str, Input]]:

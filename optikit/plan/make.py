@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optikit import stages, targets
+from optikit.environments import cuda
 from optikit.errors import RecipeError
 from optikit.models import adapter, traits
 from optikit.models.facts import ModelFacts
@@ -73,6 +74,7 @@ def make_plan(
         *runtime_problems(steps, measures),
     ]
     problems += serve_section.problems(context, steps, tuple(_fitting_drafts(context, steps)))
+    problems += _on_the_cpu(context, (*steps, *measures))
     problems += room.problems(recipe, (*steps, *measures), limit, store)
     warnings = _refuse(loaded, problems)
     return Plan(
@@ -292,6 +294,17 @@ def _found(context: Context, index: int, before: Sequence[Step]) -> Iterator[tup
         else:
             source = context.stage_text(index, role) if wanted.of == "prompts" else context.models.get(at(index, role))
             yield from ((role, given(one)) for one in (source,) if one is not None)
+
+
+def _on_the_cpu(context: Context, steps: Sequence[Step]) -> Iterator[Problem]:
+    """Yield which environments compute on the CPU although a GPU is asked for, and why."""
+    named = {stages.load(step.verb, step.method, step.backend).ENVIRONMENT for step in steps} - {None}
+    for name in sorted(each for each in named if each):
+        _, why = cuda.choose(name, context.device)
+        if why:
+            message = f"what runs in the environment {name} computes on the CPU: {why}"
+            fix = "use backend optikit, which computes on the GPU, or leave it so"
+            yield Problem(code="environment-for-cpu", message=message, fix=fix, level="warning")
 
 
 def _fitting_drafts(context: Context, steps: Sequence[Step]) -> Iterator[ModelFacts]:

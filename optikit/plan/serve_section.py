@@ -11,6 +11,7 @@ from packaging.specifiers import SpecifierSet
 from optikit import environments, host, rules
 from optikit.deploy import support
 from optikit.deploy.servers import DIRECTORY
+from optikit.environments import cuda
 from optikit.host import versions
 from optikit.models.facts import ModelFacts
 from optikit.plan.context import Context
@@ -81,7 +82,8 @@ def _stacks(context: Context, alone: Stack) -> Iterator[Stack]:
     """Yield the stack as each of its servers has it: who measures it, its own engine, and the entries of `serve`."""
     recipe = context.recipe
     if recipe.evaluate.runtime == "vllm":
-        words = {**alone.serve, "engine": "vllm", "version": environments.find(VLLM).pins[VLLM]}
+        pins = environments.find(cuda.choose(VLLM, context.device)[0]).pins
+        words = {**alone.serve, "engine": "vllm", "version": pins.get(VLLM) or pins["vllm"]}
         yield replace(alone, serve=words, server=("evaluate", "runtime"))
     elif alone.compiled is not None or not recipe.serve:
         yield alone

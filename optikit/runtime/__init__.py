@@ -64,6 +64,7 @@ def load(
     threads: int | None = None,
     max_tokens: int | None = None,
     speculator: Path | Literal["auto"] | None = "auto",
+    device: str = "cpu",
 ) -> Decoder:
     """Load a model.
 
@@ -75,6 +76,8 @@ def load(
         max_tokens: Longest sequence that the cache will hold; None is the model's context.
         speculator: Directory of a speculator; `auto` takes the one that a run left beside the model, None none. The
             decoder's greedy texts then are the same, sooner.
+        device: torch device of what transformers loads; compiled directories run on the processor, for which they
+            were compiled.
 
     Raises:
         InputMissingError: Nothing there can be loaded.
@@ -87,7 +90,7 @@ def load(
     if speculator == "auto":
         beside = directory / SPECULATOR
         speculator = beside if place != directory and beside.is_dir() else None
-    decoder = _load(name, place, dtype=dtype, threads=threads, max_tokens=max_tokens)
+    decoder = _load(name, place, device, dtype=dtype, threads=threads, max_tokens=max_tokens)
     if speculator is None:
         return decoder
     from optikit.runtime.speculation.speculator import read, speculating
@@ -100,7 +103,7 @@ def _weights(directory: Path, place: Path) -> Path | None:
     return next((each for each in (directory / "model", place) if any(each.glob("*.safetensors"))), None)
 
 
-def _load(name: str, place: Path, *, dtype: str, threads: int | None, max_tokens: int | None) -> Decoder:
+def _load(name: str, place: Path, device: str, *, dtype: str, threads: int | None, max_tokens: int | None) -> Decoder:
     if name == "onnxruntime":
         from optikit.runtime.decoders.onnxruntime import OnnxDecoder
 
@@ -115,4 +118,4 @@ def _load(name: str, place: Path, *, dtype: str, threads: int | None, max_tokens
         return LlamaCppDecoder(place, dtype=dtype, threads=threads, max_tokens=max_tokens)
     from optikit.runtime.decoders.transformers import TorchDecoder
 
-    return TorchDecoder(place, dtype=dtype, threads=threads, max_tokens=max_tokens)
+    return TorchDecoder(place, dtype=dtype, threads=threads, max_tokens=max_tokens, device=device)

@@ -44,7 +44,8 @@ class Serving:
         max_tokens: Longest sequence, prompt and answer together.
         requests: Most requests at a time.
         threads: CPU threads.
-        cache_gib: Memory for keys and values, GiB, a whole number.
+        cache_gib: Memory for keys and values, GiB, a whole number; on a GPU vLLM takes what the weights leave.
+        device: torch device of its build of vLLM.
         speculation: vLLM's `speculative_config`, or None.
     """
 
@@ -53,12 +54,14 @@ class Serving:
     requests: int
     threads: int
     cache_gib: int = 1
+    device: str = "cpu"
     speculation: Mapping[str, Any] | None = None
 
     def arguments(self, port: int) -> list[str]:
         """Return the command line of the server's module."""
         found = ["--model", str(self.directory), "--served-model-name", NAME, "--host", HOST, "--port", str(port)]
-        found += ["--max-model-len", str(self.max_tokens), "--max-num-seqs", str(self.requests), "--enforce-eager"]
+        found += ["--max-model-len", str(self.max_tokens), "--max-num-seqs", str(self.requests)]
+        found += ["--enforce-eager"] if self.device == "cpu" else []  # no compiler there; a GPU records its graphs
         found += ["--no-enable-prefix-caching"]  # every prompt is read, also one that was seen before
         found += ["--generation-config", "vllm", "--seed", "0"]  # the model's own sampling settings would change both
         if self.speculation is not None:

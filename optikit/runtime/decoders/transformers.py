@@ -175,6 +175,7 @@ class TorchDecoder:
         dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`.
         threads: CPU threads; None is all that this process may use. torch has one setting per process.
         max_tokens: Longest sequence; None is what the model was made for.
+        device: torch device of weights and cache; tokens and logits are the caller's, on the CPU.
 
     Raises:
         InputMissingError: config.json or the weights are missing.
@@ -185,14 +186,21 @@ class TorchDecoder:
     runtime = "transformers"
 
     def __init__(
-        self, directory: Path, *, dtype: str = "auto", threads: int | None = None, max_tokens: int | None = None
+        self,
+        directory: Path,
+        *,
+        dtype: str = "auto",
+        threads: int | None = None,
+        max_tokens: int | None = None,
+        device: str = "cpu",
     ) -> None:
         if dtype not in ("auto", *DTYPES):
             raise UsageError(f"transformers can't run in {dtype}", fix=f"use auto, {', '.join(DTYPES)}")
         self.threads = threads or host.threads()
         torch.set_num_threads(self.threads)
         with _quiet():
-            self._model = load_model(directory, dtype)
+            self._model = load_model(directory, dtype).to(device)
+        self.device = device
         config = self._model.config
         told = architectures.context(json.loads((directory / "config.json").read_text(encoding="utf-8")))
         context = told or int(config.max_position_embeddings)
@@ -225,6 +233,9 @@ class TorchDecoder:
         """The transformers model."""
         return self._model
 
+    def _given(self, tokens: Tokens) -> torch.Tensor:
+        return torch.from_numpy(tokens)[None].to(self.device)
+
     @torch.inference_mode()
     def forward(self, tokens: Tokens, position: int, rows: int | None = None) -> Logits:
         """Run `tokens` (m,) at `position`; see `decoder.Decoder.forward`."""
@@ -235,18 +246,17 @@ class TorchDecoder:
             if position < filled:
                 self._forget()
                 if position:
-                    self._model(torch.from_numpy(before)[None], **self._cached, use_cache=True, logits_to_keep=1)
+                    self._model(self._given(before), **self._cached, use_cache=True, logits_to_keep=1)
         elif position < filled:
             self._cache.crop(position - filled)
-        inputs = torch.from_numpy(tokens)[None]
-        output = self._model(inputs, **self._cached, use_cache=True, logits_to_keep=rows or 0)
+        output = self._model(self._given(tokens), **self._cached, use_cache=True, logits_to_keep=rows or 0)
         self._states = self._seen[0]
-        logits: Logits = output.logits[0].float().numpy()
+        logits: Logits = output.logits[0].float().cpu().numpy()
         return logits
 
     def hidden(self, row: int) -> NDArray[np.float32]:
         """Return what the output head read for a row of the last `forward`; see `decoding_loop.HiddenDecoder`."""
-        state: NDArray[np.float32] = self._states[row].float().numpy()
+        state: NDArray[np.float32] = self._states[row].float().cpu().numpy()
         return state
 
     def batched(self, places: int) -> TorchBatch:
@@ -278,7 +288,7 @@ class TorchDecoder:
     def _generate(
         self, prompt: Tokens, settings: GenerationConfig, streamer: _Streamer, queue: SimpleQueue[Any]
     ) -> None:
-        tokens = torch.from_numpy(np.ascontiguousarray(prompt))[None]
+        tokens = self._given(np.ascontiguousarray(prompt))
         try:
             self._model.generate(
                 tokens, attention_mask=torch.ones_like(tokens), generation_config=settings, streamer=streamer

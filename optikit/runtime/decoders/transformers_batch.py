@@ -152,7 +152,7 @@ class TorchBatch:
         for place, ran, position, _ in windows:
             self._filled[place] = position + len(ran)
         self._rows = [each.rows for each in windows]
-        logits = output.logits.float().numpy()
+        logits = output.logits.float().cpu().numpy()
         return [logits[i, -each.rows :] for i, each in enumerate(windows)]
 
     def _lay_out(self, windows: Sequence[Window], longest: int) -> tuple[Tensor, Tensor]:
@@ -160,10 +160,11 @@ class TorchBatch:
         tokens = np.zeros((len(windows), longest), np.int64)
         for row, each in zip(tokens, windows, strict=True):
             row[longest - len(each.tokens) :] = each.tokens
-        starts = torch.tensor([each.position for each in windows])
-        ends = starts + torch.tensor([len(each.tokens) for each in windows])
-        positions = ends[:, None] - longest + torch.arange(longest)
-        places = torch.tensor([each.place for each in windows])
+        device = self._model.device
+        starts = torch.tensor([each.position for each in windows], device=device)
+        ends = starts + torch.tensor([len(each.tokens) for each in windows], device=device)
+        positions = ends[:, None] - longest + torch.arange(longest, device=device)
+        places = torch.tensor([each.place for each in windows], device=device)
         first, last = windows[0].place, windows[-1].place
         together = [each.place for each in windows] == list(range(first, last + 1))
         valid = positions >= starts[:, None]
@@ -172,15 +173,15 @@ class TorchBatch:
             valid=valid,
             rows=places[:, None].expand_as(positions)[valid],
             columns=positions[valid],
-            length=int(ends.max()),
+            length=max(each.position + len(each.tokens) for each in windows),
         )
         for layer in self._layers:
             layer.now = now
-        return torch.from_numpy(tokens), positions
+        return torch.from_numpy(tokens).to(device), positions
 
     def _masks(self, positions: Tensor, length: int) -> Tensor | dict[str, Tensor]:
         """Return what is added to the scores (b, 1, m, length): of all layers, or of each kind where there are two."""
-        keys = torch.arange(length)
+        keys = torch.arange(length, device=positions.device)
         seen = keys <= positions[:, :, None]
         near = seen & (keys > positions[:, :, None] - self._window) if self._window else seen
         if self._mixed:
@@ -189,11 +190,13 @@ class TorchBatch:
 
     def _additive(self, seen: Tensor) -> Tensor:
         dtype: torch.dtype = self._model.dtype
-        return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[
+            :, None
+        ]
 
     def hidden(self, window: int, row: int) -> NDArray[np.float32]:
         """Return what the output head read for a row of a window's logits; see `batch_loop.HiddenBatchDecoder`."""
-        state: NDArray[np.float32] = self._states[window, row - self._rows[window]].float().numpy()
+        state: NDArray[np.float32] = self._states[window, row - self._rows[window]].float().cpu().numpy()
         return state
 
     @torch.inference_mode()

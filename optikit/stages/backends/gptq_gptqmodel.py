@@ -157,7 +157,7 @@ def _quantized(options: Options, job: Job, config: dict[str, Any]) -> Path:
         mse=options.mse,
         dynamic=config["dynamic"] or None,
         offload_to_disk=False,
-        device="cpu",
+        device=job.device,
     )
     model = GPTQModel.load(str(job.source), asked, dtype="auto")
     job.progress(0, 1, "quantize")

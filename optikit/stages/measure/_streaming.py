@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from optikit import host
 from optikit.evaluation.windows import BATCH_TOKENS
@@ -77,7 +77,8 @@ def opened(
 
         need = f"{expected.peak_bytes / GIB:.1f} GiB, and there are {room / GIB:.1f}"
         job.note(f"the whole model would take {need}: it is read block by block")
-        return Streamed(job.source, dtype=dtype, threads=job.threads)
+        return Streamed(job.source, dtype=dtype, threads=job.threads, device=job.device)
     from optikit.runtime import load
 
-    return load(job.source, runtime=runtime, dtype=dtype, threads=job.threads, max_tokens=max_tokens)
+    given: dict[str, Any] = {"dtype": dtype, "threads": job.threads, "max_tokens": max_tokens}
+    return load(job.source, runtime=runtime, device=job.device, **given)

@@ -144,6 +144,7 @@ def run(options: Options, job: Job) -> Facts:
         requests=requests,
         threads=job.threads,
         cache_gib=vllm_server.cache_gib(facts, requests * most),
+        device=job.device,
         speculation=vllm_server.speculation(job.inputs["speculator"]) if "speculator" in job.inputs else None,
     )
     found: dict[str, Any] = {"runtime": "vllm"}

@@ -117,7 +117,7 @@ def run(options: Options, job: Job) -> Facts:
     from optikit.runtime.speculation import speculator, tuning
     from optikit.runtime.speculation.cost_model import measure_drafting, measure_windows
 
-    decoder = load(job.source, runtime=options.runtime, threads=job.threads)
+    decoder = load(job.source, runtime=options.runtime, threads=job.threads, device=job.device)
     generator = TextGenerator(decoder, job.inputs["tokenizer"])
     writer = Writer(decoder, options.new_tokens, generator.ends)
     used, spare = _prompts(options, job, generator, decoder)

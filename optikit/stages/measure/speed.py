@@ -89,6 +89,8 @@ COSTS: Mapping[str, _Costs] = {
     "llama-cpp": _Costs(7e9, 4, 200 * 2**20),
     "vllm": _Costs(5e9, 45, 3_500_000_000),
 }
+COMPILED = {"onnxruntime", "openvino", "llama-cpp"}
+"""Runtimes that compute on the processor, whatever the step's device: who is compared with them has to, too."""
 PREFILL_FLOPS = 60e9
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -244,6 +246,11 @@ def _for_a_server(arm: ArmOptions, options: Options, job: Job) -> dict[str, Any]
     return {"log": str(job.scratch / f"{arm.name}.server.log"), "hang_s": options.hang_s}
 
 
+def device_of(options: Options, device: str) -> str:
+    """Return where all arms run: on the step's device, unless one of them was compiled for the processor."""
+    return "cpu" if any(arm.runtime in COMPILED for arm in options.arms) else device
+
+
 def _load(process: Arm, arm: ArmOptions, options: Options, job: Job) -> dict[str, Any]:
     """Load an arm's model; return what was really loaded, and how long that took."""
     loaded = process.ask(
@@ -254,6 +261,7 @@ def _load(process: Arm, arm: ArmOptions, options: Options, job: Job) -> dict[str
         threads=job.threads,
         max_tokens=options.prompt_tokens + options.new_tokens,
         speculator=str(_speculator(job, arm)) if arm.speculator else None,
+        device=device_of(options, job.device),
         **_for_a_server(arm, options, job),
     )
     if arm.dtype not in ("auto", loaded["dtype"]):
@@ -305,7 +313,16 @@ def _timing(
 
 
 def _speed(summary: Summary, options: Options, about: Mapping[str, Any]) -> Speed:
-    read_back = ["runtime", "dtype", "threads", "first_call_ms", "load_s", "peak_memory_mib"]
+    read_back = [
+        "runtime",
+        "dtype",
+        "threads",
+        "first_call_ms",
+        "load_s",
+        "peak_memory_mib",
+        "device",
+        "device_memory_mib",
+    ]
     read_back += ["joules_per_output_token", "energy_source", "energy_reason"]
     found = ("ttft_ms_p50", "ttft_ms_p95", "tpot_ms_p50", "tpot_ms_p95", "prefill_tokens_per_s", "decode_tokens_per_s")
     return Speed(

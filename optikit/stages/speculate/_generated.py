@@ -35,8 +35,7 @@ def written(options: PromptOptions, job: Job, tokens: int) -> tuple[Any, list[li
     from optikit.training import self_generated
 
     dtype = str(compute_dtype(job.device)).removeprefix("torch.")
-    decoder = TorchDecoder(job.source, dtype=dtype, threads=job.threads)
-    decoder.model.to(job.device)
+    decoder = TorchDecoder(job.source, dtype=dtype, threads=job.threads, device=job.device)
     generator = TextGenerator(decoder, job.source)
     path = job.inputs["prompts"]
     found = texts.divided(
