@@ -93,7 +93,7 @@ def tie(size: Tensor, ties: Tensor | None) -> Tensor:
     """
     if ties is None:
         return size
-    count = int(ties.max()) + 1
+    count, ties = int(ties.max()) + 1, ties.to(size.device)
     total = torch.zeros(count, dtype=size.dtype, device=size.device).index_add_(0, ties, size.square())
     times = torch.bincount(ties, minlength=count).clamp_min(1)
     return (total / times).sqrt()[ties]

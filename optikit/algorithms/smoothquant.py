@@ -81,7 +81,8 @@ def tie(absmax: Tensor, ties: Tensor | None) -> Tensor:
     """
     if ties is None:
         return absmax
-    largest = torch.zeros(int(ties.max()) + 1, dtype=absmax.dtype, device=absmax.device)
+    largest = absmax.new_zeros(int(ties.max()) + 1)
+    ties = ties.to(absmax.device)
     return largest.scatter_reduce_(0, ties, absmax, "amax")[ties]
 
 

@@ -60,7 +60,8 @@ def _begun(facts: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, Any]
     return {**found, "losses": [round(each, 3) for each in facts["losses"][:2]], "files": sorted(files)}
 
 
-def _job(place: Path, device: str, source: Path, **inputs: Path) -> Job:
+def job_of(place: Path, device: str, source: Path, **inputs: Path) -> Job:
+    """Return a job with places of its own below a directory."""
     for name in ("dest", "scratch"):
         (place / name).mkdir(parents=True, exist_ok=True)
     places = {"dest": place / "dest", "scratch": place / "scratch"}
@@ -72,7 +73,7 @@ def _medusa(world: World, place: Path, device: str, *, sequential: bool = False)
     from optikit.stages.speculate import medusa
 
     small = {"heads": 2, "tokens": 400, "new_tokens": 12, "eval_prompts": 8, "epochs": 2, "draft_vocab": 64}
-    job = _job(place, device, world.source, prompts=world.prompts)
+    job = job_of(place, device, world.source, prompts=world.prompts)
     facts = medusa.run(medusa.Options(**small, sequential=sequential), job)
     return {**_written(facts), "losses": [round(each, 3) for each in facts["training"]["losses"][:2]]}
 
@@ -83,7 +84,7 @@ def _draft(world: World, place: Path, device: str) -> dict[str, Any]:
 
     make = {"layers": 2, "tokens": 400, "epochs": 2, "learning_rate": 0.005}
     options = draft.Options(new_tokens=12, eval_prompts=8, make=make, precision="fp32")
-    facts = draft.run(options, _job(place, device, world.source, prompts=world.prompts))
+    facts = draft.run(options, job_of(place, device, world.source, prompts=world.prompts))
     return {"blocks": facts["blocks_kept"], "losses": [round(each, 3) for each in facts["training"]["losses"][:2]]}
 
 
@@ -99,7 +100,7 @@ def _quality(world: World, place: Path, device: str, *, streamed: bool = False) 
     from optikit.stages.measure import quality
 
     options = quality.Options(dtype="float32", window=64, windows=8)
-    job = _job(place, device, world.source, text=world.prose, tokenizer=world.source)
+    job = job_of(place, device, world.source, text=world.prose, tokenizer=world.source)
     return _timeless(quality.run(options, replace(job, max_memory_bytes=1) if streamed else job))
 
 
@@ -110,7 +111,7 @@ def _tasks(world: World, place: Path, device: str) -> dict[str, Any]:
     wanted = [{"name": "choice", "max_tokens": 6, "stop": []}]
     options = tasks.Options.model_validate({"dtype": "float32", "tasks": wanted})
     inputs = {"tokenizer": world.source, tasks.role("choice"): world.items}
-    return _timeless(tasks.run(options, _job(place, device, world.source, **inputs)))
+    return _timeless(tasks.run(options, job_of(place, device, world.source, **inputs)))
 
 
 def _speculation(world: World, place: Path, device: str) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def _speculation(world: World, place: Path, device: str) -> dict[str, Any]:
     made.mkdir(parents=True)
     lookup.run(lookup.Options(), Job(source=world.source, dest=made, scratch=place))
     options = speculation.Options(runtime="transformers", prompts=8, new_tokens=16, tune=False)
-    job = _job(place, device, world.source, speculator=made, tokenizer=world.source, prompts=world.prompts)
+    job = job_of(place, device, world.source, speculator=made, tokenizer=world.source, prompts=world.prompts)
     found = speculation.run(options, job)["speculation"]
     return {name: found[name] for name in ("exact_match", "unexplained", "prompts", "acceptance_length")}
 
@@ -155,7 +156,7 @@ def _speed(world: World, place: Path, device: str) -> dict[str, Any]:
     arm = {"name": "baseline", "role": "model", "runtime": "transformers", "dtype": "float32"}
     options = speed.Options(arms=[arm], prompt_tokens=8, new_tokens=4, repetitions=2, warmup=1)
     inputs = {"model": world.source, "prompts": world.prose, "tokenizer": world.source}
-    found = speed.run(options, _job(place, device, world.source, **inputs))["arms"]["baseline"]
+    found = speed.run(options, job_of(place, device, world.source, **inputs))["arms"]["baseline"]
     return {name: found[name] for name in ("runtime", "dtype")}
 
 
