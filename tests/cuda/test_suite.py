@@ -1,4 +1,4 @@
-"""The suite for a GPU: on one, all of it as a table; here, that a part that fails leaves the others, and what is told."""
+"""The suite for a GPU: on one, all of it as a table; here, that a part that fails leaves the others."""
 
 from __future__ import annotations
 
