@@ -56,10 +56,12 @@ def section(name: str, directory: Path, device: str, seconds: float) -> tuple[di
         return {"status": "no time", "seconds": 0.0, "error": ""}, []
     began, log = time.monotonic(), directory / f"{name}.log"
     command = [sys.executable, "-m", "tests.cuda.sections", name, str(directory / name), device]
-    with log.open("w", encoding="utf-8") as errors:
-        child = subprocess.Popen(
+    with (
+        log.open("w", encoding="utf-8") as errors,
+        subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, start_new_session=True
-        )
+        ) as child,
+    ):
         timer = Timer(seconds, lambda: os.killpg(child.pid, signal.SIGKILL))
         timer.start()
         rows = list(_rows(child, name))
