@@ -17,5 +17,6 @@ if compgen -G ".whl/*.whl" >/dev/null; then
   "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" .whl/*.whl || exit 2
   export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
+[ "${DEVICE:-cuda}" = cpu ] && export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # small shapes
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 exec "$python" -m tests.cuda.suite "$out" --device "${DEVICE:-cuda}" --seconds "${SECONDS_MAX:-460}"

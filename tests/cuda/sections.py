@@ -150,7 +150,8 @@ def windows(bench: Bench) -> Found:
     from optikit import runtime
     from optikit.runtime.speculation.cost_model import measure_windows
 
-    decoder = runtime.load(bench.source, dtype="bfloat16", max_tokens=512, device=bench.device)
+    threads = torch.get_num_threads()
+    decoder = runtime.load(bench.source, dtype="bfloat16", max_tokens=512, device=bench.device, threads=threads)
     context = np.random.default_rng(0).integers(3, 250, 200)
     costs = measure_windows(decoder, context)
     weights = sum(path.stat().st_size for path in bench.source.glob("*.safetensors"))
