@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from optikit.app.catalogue import Family
 
 
+WIDTHS = (22, 27, 27)
+"""Of the columns of the table, 80 together."""
+
+
 def models(
     json: Annotated[bool, typer.Option("--json", help="Print as JSON, with why what is refused.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a table in Markdown.")] = False,
@@ -30,10 +34,17 @@ def models(
         lines = ["| " + " | ".join(row) + " |" for row in cells]
         typer.echo("\n".join([lines[0], "|" + "---|" * len(heading), *lines[1:]]))
         return
-    from optikit.cli._table import table
+    from optikit.cli._table import wrapped
 
-    typer.echo("\n".join(table(cells)))
+    short = [("family", "all but", "engines and libraries"), *(_short(family) for family in found)]
+    typer.echo("\n".join(wrapped(short, WIDTHS)))
     typer.echo("any other causal LM of transformers: rtn, gptq, int8 w8a16, wanda, sparsegpt, magnitude", err=True)
+
+
+def _short(family: Family) -> tuple[str, ...]:
+    """Return a row that is broken to fit 80 columns."""
+    refused = "; ".join(f"{verb} {', '.join(each)}" for verb, each in family.refused.items() if verb != "compile")
+    return family.name, refused, ", ".join([*family.engines, *(["from gguf"] if family.gguf else [])])
 
 
 def _row(family: Family) -> tuple[str, ...]:

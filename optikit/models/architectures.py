@@ -131,6 +131,8 @@ class Architecture:
         residual_scale: Key of config.json that the outputs of residual branches are multiplied by, or "".
         generic: Made of a checkpoint's headers, see generic.py.
         alone: What a block gets besides hidden states has the batch in it, so that windows go through one by one.
+        computed_as: `model_type` of the class that computes it, where it has none of its own: inside a wrapper only.
+        flat_in: `model_type` of a wrapper whose config.json may hold its settings beside the wrapper's own, or "".
         experts: Its routed experts, where it is a mixture.
         block_names: Beginning of a module's name inside a block → the same in checkpoints, where they differ.
         cached: What a token leaves in a block's cache, in the words of a shape; "" for keys and values of every head.
@@ -169,6 +171,8 @@ class Architecture:
     residual_scale: str = ""
     alone: bool = False
     generic: bool = False
+    computed_as: str = ""
+    flat_in: str = ""
     experts: Experts | None = None
     block_names: Mapping[str, str] = field(default_factory=dict)
     cached: str = ""
@@ -249,7 +253,7 @@ def _same(found: Any, wanted: Any) -> bool:
 
 _LISTS = ("previous_ops", "residual_sources", "engines", "windowless", "leftovers", "settings", "unread", "wide")
 _MAPS = ("gguf_keys", "gguf_means", "requires", "when", "defaults", "aliases", "fixed", "stored_as", "block_names")
-_OWN = frozenset({"engines", "gguf", "gguf_as", "of", "when"})
+_OWN = frozenset({"engines", "flat_in", "gguf", "gguf_as", "of", "when"})
 """Columns that never come from the row that another is like: engines are proven for each."""
 
 
@@ -294,6 +298,11 @@ def find(model_type: str, config: Mapping[str, Any] = MappingProxyType({})) -> A
     """Return the architecture of a `model_type`, or None; of several rows the first that its config.json chooses."""
     fitting = [row for row in _rows().values() if row.model_type == model_type]
     return next((row for row in fitting if row.chosen_by(config)), fitting[0] if fitting else None)
+
+
+def flat_inside(wrapper: str) -> str:
+    """Return the `model_type` of the language model whose settings a wrapper's may be, in one level; "" for others."""
+    return next((row.model_type for row in _rows().values() if row.flat_in and row.flat_in == wrapper), "")
 
 
 def context(config: Mapping[str, Any]) -> int | None:

@@ -14,12 +14,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from optikit.models import architectures
 from optikit.models.architectures import Architecture
 
-PREFIXES = ("model.language_model.model.", "model.language_model.", "language_model.model.", "language_model.")
+PREFIXES = (
+    *("model.language_model.model.", "model.language_model.", "language_model.model.", "language_model."),
+    "model.",
+)
 """What stands for the first part of a language model's names in a wrapper."""
 HEADS = ("language_model.", "model.language_model.", "")
 """What stands before its head there."""
+
+
+def is_wrapped(config: Mapping[str, Any]) -> bool:
+    """Return whether config.json is a wrapper's."""
+    return "text_config" in config or bool(architectures.flat_inside(str(config.get("model_type"))))
 
 
 def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -28,10 +37,23 @@ def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     How weights are stored, and whether head and embedding are the same, is said outside, where it is said at all.
     """
     inner = config.get("text_config")
-    if not isinstance(inner, dict):
-        return config
-    outside = {key: config[key] for key in ("tie_word_embeddings", "quantization_config") if key in config}
-    return inner | outside
+    if isinstance(inner, dict):
+        outside = {key: config[key] for key in ("tie_word_embeddings", "quantization_config") if key in config}
+        return in_text(inner | outside)
+    flat = architectures.flat_inside(str(config.get("model_type")))
+    return in_text({**config, "model_type": flat}) if flat else config
+
+
+def in_text(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings of a language model without how images are rotated: in text, all positions of a token are one."""
+    found = dict(settings)
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = settings.get(key)
+        if isinstance(rope, dict) and "mrope_section" in rope:
+            kept = {name: value for name, value in rope.items() if not name.startswith("mrope_")}
+            kept |= {name: "default" for name in ("type", "rope_type") if kept.get(name) == "mrope"}
+            found[key] = kept
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +93,7 @@ def find(architecture: Architecture, config: Mapping[str, Any], names: Iterable[
     """
     all_names = list(names)
     first = architecture.blocks.partition(".")[0] + "."
-    part = (_wrapped if "text_config" in config else _plain)(architecture, first, all_names)
+    part = (_wrapped if is_wrapped(config) else _plain)(architecture, first, all_names)
     drafts = _draft_blocks(architecture, settings_of(config), layers)
     extra = {name for name in part.stored if drafts and name.startswith(drafts)}
     return replace(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
+from optikit.models import language_part
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import StageOptions
@@ -20,7 +21,7 @@ class ExpertOptions(StageOptions):
 
 def refuse_wrapped(facts: ModelFacts, what: str) -> Iterator[Problem]:
     """Yield that a language model inside a wrapper can't go through something here."""
-    if "text_config" in facts.config:
+    if language_part.is_wrapped(facts.config):
         message = f"{facts.model_type} is the language model of a larger one, which {what}"
         yield Problem(code="wrapped-model", message=message, fix="leave this stage out, or start from the text model")
 

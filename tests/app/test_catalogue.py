@@ -36,7 +36,9 @@ def test_what_a_row_rules_out_is_refused_with_the_reason() -> None:
 
 def test_it_prints_a_table_json_and_markdown() -> None:
     say = CliRunner()
-    assert "qwen3_5_text" in say.invoke(app, ["models"]).stdout
+    table = say.invoke(app, ["models"]).stdout
+    assert "qwen3_5_text" in table
+    assert max(map(len, table.splitlines())) <= 80
     told = json.loads(say.invoke(app, ["models", "--json"]).stdout)
     assert [each["name"] for each in told] == list(architectures.rows())
     assert say.invoke(app, ["models", "--markdown"]).stdout.startswith("| family | prune |")

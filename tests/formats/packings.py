@@ -298,8 +298,20 @@ def _made(name: str, rows: int, columns: int) -> Any:
     return packing.make(rows, columns, random.Random(f"{name} {rows} {columns}"), **packing.how)
 
 
-def write(source: Path, dest: Path, name: str) -> dict[str, torch.Tensor]:
+def _is_projection(linear: str) -> bool:
+    return "_proj" in linear
+
+
+def write(
+    source: Path, dest: Path, name: str, packs: Callable[[str], bool] = _is_projection
+) -> dict[str, torch.Tensor]:
     """Write a model directory with every linear of its blocks in a packing.
+
+    Args:
+        source: A dense directory.
+        dest: Where to.
+        name: Of the packing.
+        packs: Whether a linear is packed, by its name in the files.
 
     Returns:
         The dense state dict that it stands for, in the dtype that its config.json names.
@@ -310,7 +322,7 @@ def write(source: Path, dest: Path, name: str) -> dict[str, torch.Tensor]:
     stored, meant = {}, {}
     for tensor_name, tensor in load_file(source / "model.safetensors").items():
         linear = tensor_name.removesuffix(".weight")
-        if "_proj" not in linear:
+        if not packs(linear):
             stored[tensor_name] = meant[tensor_name] = tensor
             continue
         tensors, weight = _made(name, *tensor.shape)

@@ -23,6 +23,7 @@ TEXT = {
     "pad_token_id": 2,
 }  # fmt: skip
 SIGHT = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+QWEN = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 WRAPPERS: dict[str, dict[str, Any]] = {
     "gemma3": {
         "text_config": TEXT | {"model_type": "gemma3_text", "sliding_window": 16, "query_pre_attn_scalar": 16},
@@ -50,6 +51,27 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         },
         "image_token_index": 3,
     },
+    "qwen2_vl": {
+        "text_config": TEXT | QWEN,
+        "vision_config": {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 64, "mlp_ratio": 2},
+        "image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6,
+    },
+    "qwen2_5_vl": {
+        "text_config": TEXT | QWEN,
+        "vision_config": {
+            "depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64,
+            "fullatt_block_indexes": [0],
+        },
+        "image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6,
+    },
+    "qwen3_vl": {
+        "text_config": TEXT | QWEN,
+        "vision_config": {
+            "depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64,
+            "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+        },
+        "image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6,
+    },
     "qwen3_5": {
         "text_config": TEXT | {
             "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 16,
@@ -64,23 +86,28 @@ WRAPPERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def saved(name: str, directory: Path) -> Path:
+    """Write a seeded tiny wrapper, in bf16."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **WRAPPERS[name])
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(directory)
+    byte_tokenizer(directory)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def wrapped(tmp_path_factory: pytest.TempPathFactory):
     """Return what makes a saved tiny wrapper, once."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:
         if name not in made:
-            torch.manual_seed(0)
-            config = AutoConfig.for_model(name, **WRAPPERS[name])
-            made[name] = tmp_path_factory.mktemp(name)
-            model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-            for parameter in model.parameters():
-                parameter.data += 0.05 * torch.randn_like(parameter)
-            model.save_pretrained(made[name])
-            byte_tokenizer(made[name])
+            made[name] = saved(name, tmp_path_factory.mktemp(name))
         return made[name]
 
     return make
@@ -153,3 +180,28 @@ def test_a_wrapper_is_neither_trained_nor_taken_apart(wrapped):
         stage = stages.load(verb, method)
         problems = {problem.code for problem in stage.check(stage.Options(), facts, targets.find("cpu"))}
         assert "wrapped-model" in problems
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_wrapper_as_it_was_published_is_the_same_model(name, wrapped, tmp_path):
+    """One config.json for all of it, names without a language model, sections of the rotary embedding as a type."""
+    source = wrapped(name)
+    told, tensors = json.loads((source / "config.json").read_text()), load_file(source / "model.safetensors")
+    inner = told.pop("text_config")
+    rope = inner.pop("rope_parameters")
+    inner |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+    config = {key: value for key, value in inner.items() if key not in ("model_type", "layer_types")} | told
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    old = {
+        key.replace("model.language_model.", "model.").replace("model.visual.", "visual."): t
+        for key, t in tensors.items()
+    }
+    save_file(old, tmp_path / "model.safetensors", {"format": "pt"})
+    assert any(key.startswith("visual.") for key in old)
+    facts = read(tmp_path)
+    assert facts.carried == {"visual": sum(key.startswith("visual.") for key in old)}
+    tokens = torch.randint(10, 260, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        one, other = (dense_model.load(each, torch.float32)[0].eval()(tokens).logits for each in (source, tmp_path))
+    assert torch.equal(one, other)
+    loadable.require(tmp_path)

@@ -26,7 +26,7 @@ from transformers.utils import logging
 from optikit import host
 from optikit.errors import InputMissingError, IntegrityError, UsageError
 from optikit.formats import activations, dense_model
-from optikit.models import architectures
+from optikit.models import architectures, language_part
 from optikit.runtime.decoder import Logits, Tokens
 from optikit.runtime.decoders.checks import cache_argument, check_call, check_room
 from optikit.runtime.decoders.transformers_batch import KINDS, TorchBatch
@@ -62,7 +62,9 @@ def load_model(directory: Path, dtype: str = "auto") -> Any:
     wanted = "auto" if dtype == "auto" else DTYPES[dtype]
     try:
         told = json.loads(config_file.read_text(encoding="utf-8"))
-        ours = "quantization_config" in told or "text_config" in told  # transformers' wrappers want images, too
+        ours = "quantization_config" in told or language_part.is_wrapped(
+            told
+        )  # transformers' wrappers want images, too
         model, missing = _unpack(directory, wanted) if ours else _read(directory, wanted)
     except (ValueError, OSError, SafetensorError) as error:
         raise IntegrityError(
