@@ -1,0 +1,155 @@
+"""What SageMaker is asked for: a model whose files lie under a prefix in S3, an endpoint's configuration, an endpoint."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from optikit.deploy.bundle import Bundle, Served
+
+ROLE, BUCKET = "arn:aws:iam::123456789012:role/CHANGE-ME", "CHANGE-ME"
+"""Places that deploy.py fills in: well formed, so that the requests can be checked as they are."""
+START_SECONDS = 1800
+"""Longest time for the download and for the start; an hour is SageMaker's own limit."""
+LARGEST_NAME = 63
+
+
+def files(server: str, bundle: Bundle, served: Served, instances: int) -> dict[str, str]:
+    """Return the three requests, and deploy.py, which uploads and sends them."""
+    found = {
+        name: json.dumps(value, indent=2) + "\n" for name, value in requests(server, bundle, served, instances).items()
+    }
+    if bundle.sagemaker is not None and bundle.sagemaker.base:
+        found["base.txt"] = bundle.sagemaker.base + "\n"
+    return {**found, "deploy.py": DEPLOY}
+
+
+def requests(server: str, bundle: Bundle, served: Served, instances: int) -> dict[str, Any]:
+    """Return the requests by file name: CreateModel, CreateEndpointConfig, CreateEndpoint, and what is uploaded where.
+
+    Args:
+        server: What the recipe calls it.
+        bundle: How it is started, with a `sagemaker`.
+        served: What it serves; its target is an instance type, or a GPU, for which `instance_type` stays to be chosen.
+        instances: Instances behind the endpoint.
+    """
+    told = bundle.sagemaker
+    if told is None:
+        raise LookupError(f"{server} has nothing to tell SageMaker")
+    prefix = f"s3://{BUCKET}/{bundle.model}/"
+    source = {"S3DataSource": {"S3Uri": prefix, "S3DataType": "S3Prefix", "CompressionType": "None"}}
+    container = {"Image": bundle.image, "ModelDataSource": source, "Environment": dict(told.environment)}
+    variant = {
+        "VariantName": "all",
+        "ModelName": bundle.model,
+        "InstanceType": instance_type(served),
+        "InitialInstanceCount": instances,
+        "ModelDataDownloadTimeoutInSeconds": START_SECONDS,
+        "ContainerStartupHealthCheckTimeoutInSeconds": START_SECONDS,
+    }
+    return {
+        "create_model.json": {"ModelName": bundle.model, "ExecutionRoleArn": ROLE, "PrimaryContainer": container},
+        "create_endpoint_config.json": {"EndpointConfigName": bundle.model, "ProductionVariants": [variant]},
+        "create_endpoint.json": {"EndpointName": bundle.model, "EndpointConfigName": bundle.model},
+        "uploads.json": [list(pair) for pair in told.uploads],
+    }
+
+
+def instance_type(served: Served) -> str:
+    """Return the instance type that the target's row names; of a bare GPU, the smallest instance that has it."""
+    name = served.target.name
+    if name.startswith("ml."):
+        return name
+    return f"ml.{name}" if "." in name else SMALLEST.get(name, "ml.g5.2xlarge")
+
+
+SMALLEST = {"t4": "ml.g4dn.xlarge", "a10g": "ml.g5.xlarge", "l4": "ml.g6.xlarge", "l40s": "ml.g6e.xlarge",
+            "a100-40": "ml.p4d.24xlarge", "a100-80": "ml.p4de.24xlarge", "h100": "ml.p5.48xlarge",
+            "h200": "ml.p5en.48xlarge"}  # fmt: skip
+
+DEPLOY = '''"""Upload the artifact and create the endpoint: python deploy.py --bucket NAME --role ARN. It needs boto3.
+
+--dry-run prints every upload and request instead. Each can be sent again: what is there already is left alone.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+OUT = HERE.parents[1]
+
+
+def uploads(prefix):
+    """Yield (file, key, text or None): where each file of the artifact goes; text replaces what is in the file."""
+    for name, place in json.loads((HERE / "uploads.json").read_text()):
+        source = OUT / name
+        paths = [source] if source.is_file() else sorted(each for each in source.rglob("*") if each.is_file())
+        for path in paths:
+            inner = "" if source.is_file() else path.relative_to(source).as_posix()
+            key = "/".join(part for part in (prefix, place, inner) if part)
+            yield path, key, heads_config(path) if key == f"{prefix}/config.json" else None
+
+
+def heads_config(path):
+    """Return the configuration of heads with the place of their model; None where there are none."""
+    base = HERE / "base.txt"
+    if not base.is_file():
+        return None
+    found = json.loads(path.read_text())
+    return json.dumps({**found, "base_model_name_or_path": base.read_text().strip()}, indent=2)
+
+
+def requests(bucket, role):
+    """Return the requests with bucket and role filled in."""
+    found = {}
+    for name in ("create_model", "create_endpoint_config", "create_endpoint"):
+        text = (HERE / f"{name}.json").read_text().replace("s3://CHANGE-ME/", f"s3://{bucket}/")
+        found[name] = json.loads(text)
+    found["create_model"]["ExecutionRoleArn"] = role
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\\n")[0])
+    parser.add_argument("--bucket", required=True)
+    parser.add_argument("--role", required=True, help="ARN of a role that may read the bucket")
+    parser.add_argument("--region")
+    parser.add_argument("--dry-run", action="store_true")
+    given = parser.parse_args()
+    if not re.fullmatch(r"arn:aws[a-z-]*:iam::\\d{12}:role/.+", given.role):
+        sys.exit(f"--role {given.role} is no role's ARN: arn:aws:iam::ACCOUNT:role/NAME")
+    asked = requests(given.bucket, given.role)
+    prefix = asked["create_model"]["ModelName"]
+    if given.dry_run:
+        for path, key, text in uploads(prefix):
+            print(f"upload {path.relative_to(OUT)} -> s3://{given.bucket}/{key}" + (" (edited)" if text else ""))
+        print(json.dumps(asked, indent=2))
+        return
+    import boto3
+
+    store = boto3.client("s3", region_name=given.region)
+    for path, key, text in uploads(prefix):
+        print(f"upload {key}")
+        if text is None:
+            store.upload_file(str(path), given.bucket, key)
+        else:
+            store.put_object(Bucket=given.bucket, Key=key, Body=text.encode())
+    client = boto3.client("sagemaker", region_name=given.region)
+    for name, values in asked.items():
+        try:
+            getattr(client, name)(**values)
+            print(f"{name}: {prefix}")
+        except client.exceptions.ClientError as error:
+            if "already exist" not in str(error):
+                raise
+            print(f"{name}: {prefix} is there already")
+    client.get_waiter("endpoint_in_service").wait(EndpointName=prefix)
+    print(f"in service: {prefix}")
+
+
+if __name__ == "__main__":
+    main()
+'''
