@@ -1,4 +1,4 @@
-"""What SageMaker is asked for: a model whose files lie under a prefix in S3, an endpoint's configuration, an endpoint."""
+"""What SageMaker is asked for: a model under a prefix in S3, the configuration of an endpoint, and the endpoint."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ ROLE, BUCKET = "arn:aws:iam::123456789012:role/CHANGE-ME", "CHANGE-ME"
 """Places that deploy.py fills in: well formed, so that the requests can be checked as they are."""
 START_SECONDS = 1800
 """Longest time for the download and for the start; an hour is SageMaker's own limit."""
-LARGEST_NAME = 63
 
 
 def files(server: str, bundle: Bundle, served: Served, instances: int) -> dict[str, str]:
     """Return the three requests, and deploy.py, which uploads and sends them."""
-    found = {
-        name: json.dumps(value, indent=2) + "\n" for name, value in requests(server, bundle, served, instances).items()
-    }
+    asked = requests(server, bundle, served, instances)
+    found = {name: json.dumps(value, indent=2) + "
+" for name, value in asked.items()}
     if bundle.sagemaker is not None and bundle.sagemaker.base:
         found["base.txt"] = bundle.sagemaker.base + "\n"
     return {**found, "deploy.py": DEPLOY}

@@ -27,7 +27,7 @@ def bundle(options: Any, served: Served) -> Bundle:
 
 
 CHECK = f"cd {ROOT}/serve/onnxruntime-genai && pip install -q -r requirements.txt && python generate.py --check"
-PROGRAM = '''"""Answer a prompt with the compiled graph: python generate.py "Once upon a time"; --check answers in short."""
+PROGRAM = '''"""Answer a prompt with the compiled graph: python generate.py "Once upon"; --check answers in short."""
 
 import sys
 from pathlib import Path

@@ -29,7 +29,7 @@ def bundle(options: Any, served: Served) -> Bundle:
     environment["SM_NUM_GPUS"] = environment.pop("NUM_SHARD")
     if heads:
         environment["MAX_BATCH_SIZE"] = "1"
-    uploads = (("model", "base-model"), (place, ""), ("serve/sagemaker-tgi/config.json", "config.json"))
+    uploads = (("model", "base-model"), (place, ""))
     return Bundle(
         image=options.image or f"{REPOSITORY.format(region=options.region)}:{TAG}",
         port=8080,
