@@ -16,8 +16,7 @@ START_SECONDS = 1800
 def files(server: str, bundle: Bundle, served: Served, instances: int) -> dict[str, str]:
     """Return the three requests, and deploy.py, which uploads and sends them."""
     asked = requests(server, bundle, served, instances)
-    found = {name: json.dumps(value, indent=2) + "
-" for name, value in asked.items()}
+    found = {name: json.dumps(value, indent=2) + "\n" for name, value in asked.items()}
     if bundle.sagemaker is not None and bundle.sagemaker.base:
         found["base.txt"] = bundle.sagemaker.base + "\n"
     return {**found, "deploy.py": DEPLOY}
