@@ -1,6 +1,6 @@
 """The output directory: copies of the artifacts in the layout that users and servers expect, sealed with its report.
 
-DIR/  artifact.json  recipe.yaml  optikit.lock  report.*  model/  speculator/  compiled/<engine>/
+DIR/  artifact.json  recipe.yaml  optikit.lock  report.*  model/  speculator/  compiled/<engine>/  serve/<server>/
 
 It is built in a directory of its own, beside DIR where a rename from there works and else inside it, and put in its
 place entry by entry, the seal last; DIR itself stays, so it may be a mount point, the working directory or a link's
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optikit import __version__
-from optikit.app import verify
+from optikit.app import serve_folders, verify
 from optikit.errors import CannotCreateError, DiskError, IntegrityError, LockedError, RefusedError
 from optikit.fileio import file_sha256
 from optikit.store import files, manifest
@@ -95,6 +95,7 @@ def write(
                 _require_source(plan, artifacts, partial)
                 (partial / RECIPE).write_text(loaded.text, encoding="utf-8")
                 (partial / LOCK).write_text(json.dumps(lock_entries(plan.sources), indent=1), encoding="utf-8")
+                serve_folders.write(partial, loaded, plan)
                 if report is not None:
                     _write_reports(report, partial, out)
                 _seal(partial, _said(plan, loaded))

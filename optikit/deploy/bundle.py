@@ -90,10 +90,12 @@ class Bundle:
         health: Path that answers 200 once it is ready; "" where there is no HTTP.
         api: What clients speak there.
         prefix: Where OpenAI's API lies.
+        name: What manifests, images and endpoints are called.
         model: What a request calls the model.
         files: Further files of the folder: name → text.
         mounts: What the container sees elsewhere, too: (path in the output, path in the container).
         needs: Folders of the output that are read.
+        writes: It also writes there: links to weights, what is compiled at the first start.
         shared_memory: Size of /dev/shm, 2³⁰ bytes; 0 leaves Docker's 64 MiB.
         sagemaker: How SageMaker runs it; None where it doesn't.
         limits: What is known not to work, a sentence each.
@@ -109,10 +111,12 @@ class Bundle:
     health: str
     api: Api
     prefix: str = "/v1"
+    name: str
     model: str
     files: Mapping[str, str] = field(default_factory=dict)
     mounts: tuple[tuple[str, str], ...] = ()
     needs: tuple[str, ...]
+    writes: bool = False
     shared_memory: int = 0
     sagemaker: SageMaker | None = None
     limits: tuple[str, ...] = ()
@@ -130,6 +134,15 @@ class Bundled(Protocol):
     def bundle(self, options: Any, served: Served) -> Bundle:
         """Return how to start it; `options` are those of its row in `deploy.servers`."""
         ...
+
+
+def release(asked: str | None, usual: str) -> str:
+    """Return the release to take: the one asked for, filled up by the usual one where that is meant.
+
+    >>> release("3.3", "3.3.7"), release("3.2", "3.3.7"), release(None, "3.3.7")
+    ('3.3.7', '3.2', '3.3.7')
+    """
+    return usual if asked is None or f"{usual}.".startswith(f"{asked}.") else asked
 
 
 def speculation(server: str, served: Served) -> tuple[str, str]:

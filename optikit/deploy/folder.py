@@ -42,7 +42,7 @@ def files(server: str, bundle: Bundle, served: Served, *, replicas: int = 1, che
 def dockerfile(server: str, bundle: Bundle) -> str:
     """Return a Dockerfile that puts the artifact into the image; its build context is the output directory."""
     needs = (*bundle.needs, *([f"serve/{server}"] if bundle.files else []))
-    lines = [f"# docker build -f serve/{server}/Dockerfile -t {bundle.model} .", f"FROM {bundle.image}"]
+    lines = [f"# docker build -f serve/{server}/Dockerfile -t {bundle.name} .", f"FROM {bundle.image}"]
     lines += [bundle.build] if bundle.build else []
     lines += [f"COPY {name} {ROOT}/{name}" for name in dict.fromkeys(needs)]
     lines += [f"COPY {name} {place}" for name, place in bundle.mounts]
@@ -64,7 +64,10 @@ def compose(server: str, bundle: Bundle, served: Served) -> str:
         service["command"] = list(bundle.arguments)
     if bundle.environment:
         service["environment"] = dict(bundle.environment)
-    service["volumes"] = [f"../..:{ROOT}:ro", *(f"../../{name}:{place}:ro" for name, place in bundle.mounts)]
+    service["volumes"] = [
+        f"../..:{ROOT}" + ("" if bundle.writes else ":ro"),
+        *(f"../../{name}:{place}:ro" for name, place in bundle.mounts),
+    ]
     if bundle.port:
         service["ports"] = [f"127.0.0.1:{bundle.port}:{bundle.port}"]
     if bundle.shared_memory:
@@ -73,7 +76,7 @@ def compose(server: str, bundle: Bundle, served: Served) -> str:
         service["healthcheck"] = _healthcheck(bundle)
     service |= dict(_devices(served))
     head = f"# docker compose -f serve/{server}/compose.yaml up\n"
-    return head + kubernetes.dumped({"services": {bundle.model: service}})
+    return head + kubernetes.dumped({"services": {bundle.name: service}})
 
 
 def _healthcheck(bundle: Bundle) -> dict[str, Any]:
@@ -141,7 +144,7 @@ def _commands(server: str, bundle: Bundle, names: list[str]) -> Iterator[str]:
     yield f"docker compose -f serve/{server}/compose.yaml up"
     if "check.sh" in names:
         yield f"sh serve/{server}/check.sh"
-    yield f"docker build -f serve/{server}/Dockerfile -t {bundle.model} .   # an image with the artifact in it"
+    yield f"docker build -f serve/{server}/Dockerfile -t {bundle.name} .   # an image with the artifact in it"
     if "kubernetes.yaml" in names:
         claim = kubernetes.claim(bundle)
         yield f"kubectl apply -f serve/{server}/kubernetes.yaml   # the output directory on the volume claim {claim}"

@@ -25,13 +25,13 @@ def dumped(*documents: Mapping[str, Any]) -> str:
 
 def claim(bundle: Bundle) -> str:
     """Return the name of the volume claim that holds the output directory."""
-    return f"{bundle.model}-artifact"
+    return f"{bundle.name}-artifact"
 
 
 def deployment(server: str, bundle: Bundle, served: Served, replicas: int) -> str:
     """Return a volume claim, a deployment with probes, and a service."""
-    labels = {"app.kubernetes.io/name": bundle.model, "app.kubernetes.io/component": server}
-    pod = {"containers": [_container(bundle, served, bundle.model)], "volumes": _volumes(bundle)}
+    labels = {"app.kubernetes.io/name": bundle.name, "app.kubernetes.io/component": server}
+    pod = {"containers": [_container(bundle, served, bundle.name)], "volumes": _volumes(bundle)}
     spec = {
         "replicas": replicas,
         "selector": {"matchLabels": labels},
@@ -66,7 +66,7 @@ def inference_service(server: str, bundle: Bundle, served: Served, replicas: int
 
 
 def _named(bundle: Bundle, labels: Mapping[str, str]) -> dict[str, Any]:
-    return {"name": bundle.model, "labels": dict(labels)}
+    return {"name": bundle.name, "labels": dict(labels)}
 
 
 def _claim(bundle: Bundle, served: Served) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def _claim(bundle: Bundle, served: Served) -> dict[str, Any]:
 
 def _volumes(bundle: Bundle) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [
-        {"name": "artifact", "persistentVolumeClaim": {"claimName": claim(bundle), "readOnly": True}}
+        {"name": "artifact", "persistentVolumeClaim": {"claimName": claim(bundle), "readOnly": not bundle.writes}}
     ]
     if bundle.shared_memory:
         found.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{bundle.shared_memory}Gi"}})
@@ -85,13 +85,13 @@ def _volumes(bundle: Bundle) -> list[dict[str, Any]]:
 
 
 def _container(bundle: Bundle, served: Served, name: str) -> dict[str, Any]:
-    mounts = [{"name": "artifact", "mountPath": ROOT, "readOnly": True}]
+    mounts: list[dict[str, Any]] = [{"name": "artifact", "mountPath": ROOT, "readOnly": not bundle.writes}]
     mounts += [
         {"name": "artifact", "mountPath": place, "subPath": path, "readOnly": True} for path, place in bundle.mounts
     ]
     if bundle.shared_memory:
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108
-    found: dict[str, Any] = {"name": name, "image": bundle.model if bundle.build else bundle.image}
+    found: dict[str, Any] = {"name": name, "image": bundle.name if bundle.build else bundle.image}
     if bundle.command:
         found["command"] = list(bundle.command)
     if bundle.arguments:

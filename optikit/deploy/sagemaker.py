@@ -34,21 +34,21 @@ def requests(server: str, bundle: Bundle, served: Served, instances: int) -> dic
     told = bundle.sagemaker
     if told is None:
         raise LookupError(f"{server} has nothing to tell SageMaker")
-    prefix = f"s3://{BUCKET}/{bundle.model}/"
+    prefix = f"s3://{BUCKET}/{bundle.name}/"
     source = {"S3DataSource": {"S3Uri": prefix, "S3DataType": "S3Prefix", "CompressionType": "None"}}
     container = {"Image": bundle.image, "ModelDataSource": source, "Environment": dict(told.environment)}
     variant = {
         "VariantName": "all",
-        "ModelName": bundle.model,
+        "ModelName": bundle.name,
         "InstanceType": instance_type(served),
         "InitialInstanceCount": instances,
         "ModelDataDownloadTimeoutInSeconds": START_SECONDS,
         "ContainerStartupHealthCheckTimeoutInSeconds": START_SECONDS,
     }
     return {
-        "create_model.json": {"ModelName": bundle.model, "ExecutionRoleArn": ROLE, "PrimaryContainer": container},
-        "create_endpoint_config.json": {"EndpointConfigName": bundle.model, "ProductionVariants": [variant]},
-        "create_endpoint.json": {"EndpointName": bundle.model, "EndpointConfigName": bundle.model},
+        "create_model.json": {"ModelName": bundle.name, "ExecutionRoleArn": ROLE, "PrimaryContainer": container},
+        "create_endpoint_config.json": {"EndpointConfigName": bundle.name, "ProductionVariants": [variant]},
+        "create_endpoint.json": {"EndpointName": bundle.name, "EndpointConfigName": bundle.name},
         "uploads.json": [list(pair) for pair in told.uploads],
     }
 

@@ -21,6 +21,12 @@ DIRECTORY = "directory"
 class Shared(StageOptions):
     """What every server can be told."""
 
+    name: str = Field(default="", max_length=40, pattern=r"^([a-z]([-a-z0-9]*[a-z0-9])?)?$")
+    """What clients and manifests call the model; by default as the recipe's file."""
+    image: str = Field(default="", pattern=r"^\S*$")
+    """Container image in the place of the server's usual one, best with its digest."""
+    replicas: int = Field(default=1, ge=1, le=1000)
+    """Copies in Kubernetes, or instances behind a SageMaker endpoint."""
     version: str | None = Field(default=None, pattern=r"^\d+(\.\d+)*([.+-]?[a-z0-9]+)*$")
     """Its release, quoted: '0.32.0'. Rules about versions say nothing where none is named."""
     batch_size: int | None = Field(default=None, ge=1, le=65536)
@@ -42,9 +48,14 @@ class Parallel(Shared):
     """Groups of accelerators that share the layers among them."""
 
 
+REGION = Field(default="us-east-1", pattern=r"^[a-z]{2}(-[a-z]+)+-\d$")
+
+
 class Vllm(Parallel):
     """Options of vLLM."""
 
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
+    """Share of a GPU's memory for weights and cache."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = None
     """`--dtype`; left out, it is the checkpoint's own."""
     quantization: str | None = None
@@ -66,6 +77,8 @@ class Lmi(Vllm):
     """vLLM's release inside the container, quoted."""
     speculative_draft_model: str | None = None
     """`option.speculative_draft_model`, of containers before v15."""
+    region: str = REGION
+    """AWS region whose registry the image comes from."""
 
 
 class Tgi(Parallel):
@@ -75,6 +88,13 @@ class Tgi(Parallel):
     """`--dtype`; left out, it is the checkpoint's own."""
     quantization: str | None = None
     """`--quantize`; left out, TGI reads it from config.json."""
+
+
+class SagemakerTgi(Tgi):
+    """Options of a SageMaker endpoint on Hugging Face's TGI container."""
+
+    region: str = REGION
+    """AWS region of image and endpoint."""
 
 
 class TensorrtLlm(Parallel):
@@ -173,6 +193,9 @@ SERVERS: Mapping[str, Server] = MappingProxyType(
         "vllm": _row(Vllm, "vllm", DIRECTORY),
         "tgi": _row(Tgi, "tgi", DIRECTORY),
         "lmi": _row(Lmi, "lmi", DIRECTORY),
+        "sagemaker-tgi": _row(SagemakerTgi, "tgi", DIRECTORY, runs_as="tgi", speculates="sagemaker-tgi"),
+        "sagemaker-lmi": _row(Lmi, "lmi", DIRECTORY, runs_as="lmi", speculates="lmi"),
+        "triton": _row(Vllm, "vllm", DIRECTORY, runs_as="triton", speculates="vllm"),
         "tensorrt-llm": _row(TensorrtLlm, "tensorrt-llm", "tensorrt-llm", DIRECTORY),
         "optimum-neuron": _row(OptimumNeuron, "optimum-neuron", "neuron", DIRECTORY),
         "nxd-inference": _row(NxdInference, "nxdi", "neuron", DIRECTORY, speculates="neuronx-distributed-inference"),
@@ -180,6 +203,7 @@ SERVERS: Mapping[str, Server] = MappingProxyType(
         "onnxruntime-genai": _row(OnnxruntimeGenai, "onnxruntime-genai", "onnxruntime", runs_as="onnxruntime"),
         "openvino": _row(Openvino, "openvino", "openvino"),
         "llama-cpp": _row(Shared, "llama.cpp", "llama-cpp"),
+        "ollama": _row(Shared, "llama.cpp", "llama-cpp", runs_as="llama.cpp"),
         "transformers": _row(Shared, "transformers", DIRECTORY),
         "optikit": _row(Shared, "optikit", "onnxruntime", "openvino", "llama-cpp", DIRECTORY, runs_as=""),
     }

@@ -9,6 +9,7 @@ from typing import Any
 from optikit.deploy.bundle import BATCH, EVERYWHERE, ROOT, Bundle, Served
 
 SUMMARY = "llama.cpp's llama-server"
+CHECKED = "gguf file loaded and decoded by llama.cpp; command emitted only"
 IMAGES: Mapping[str, str] = MappingProxyType(
     {"cpu": "ghcr.io/ggml-org/llama.cpp:server", "cuda": "ghcr.io/ggml-org/llama.cpp:server-cuda"}
 )
@@ -35,6 +36,7 @@ def bundle(options: Any, served: Served) -> Bundle:
         port=8080,
         health="/health",
         api="openai",
+        name=options.name or served.name,
         model=name,
         needs=("compiled/llama-cpp",),
         limits=LIMITS,

@@ -9,6 +9,7 @@ from optikit.deploy.bundle import Bundle, Served, speculation
 from optikit.deploy.bundles import vllm
 
 SUMMARY = "AWS Large Model Inference container (DJL Serving on vLLM)"
+CHECKED = "emitted only; keys read in its documentation"
 REPOSITORY = "763104351884.dkr.ecr.{region}.amazonaws.com/djl-inference"
 TAG = "0.36.0-lmi20.0.0-cu128-v1.0"
 """vLLM 0.15.1 (djl-serving docs, lmi/release_notes.md)."""
@@ -39,6 +40,7 @@ def bundle(options: Any, served: Served) -> Bundle:
         port=8080,
         health="/ping",
         api="openai",
+        name=options.name or served.name,
         model=options.name or served.name,
         files={"serving.properties": text},
         mounts=(*mounts, *([(place, f"{MODEL}/{place}")] if place else [])),

@@ -8,6 +8,7 @@ from optikit.deploy.bundle import BATCH, ROOT, Bundle, Served
 from optikit.deploy.bundles.llama_cpp import gguf
 
 SUMMARY = "Ollama"
+CHECKED = "gguf file loaded and decoded by llama.cpp; Modelfile emitted only"
 HERE = f"{ROOT}/serve/ollama"
 
 
@@ -22,6 +23,7 @@ def bundle(options: Any, served: Served) -> Bundle:
         port=11434,
         health="/api/version",
         api="openai",
+        name=options.name or served.name,
         model=name,
         files={"Modelfile": modelfile, "start.sh": START % (HERE, name)},
         needs=("compiled/llama-cpp",),

@@ -7,6 +7,7 @@ from typing import Any
 from optikit.deploy.bundle import ROOT, Bundle, Served
 
 SUMMARY = "ONNX Runtime GenAI in a program of one's own"
+CHECKED = "its program run on the graph"
 REQUIREMENTS = "onnxruntime-genai>=0.18,<0.19\n"
 
 
@@ -18,6 +19,7 @@ def bundle(options: Any, served: Served) -> Bundle:
         port=0,
         health="",
         api="none",
+        name=options.name or served.name,
         model=options.name or served.name,
         files={"generate.py": PROGRAM, "requirements.txt": REQUIREMENTS},
         needs=("compiled/onnxruntime",),

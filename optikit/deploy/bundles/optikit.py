@@ -8,6 +8,7 @@ from optikit import __version__
 from optikit.deploy.bundle import BATCH, EVERYWHERE, ROOT, Bundle, Served, speculation
 
 SUMMARY = "optikit serve"
+CHECKED = "served, and asked for tokens"
 
 
 def bundle(options: Any, served: Served) -> Bundle:
@@ -25,6 +26,7 @@ def bundle(options: Any, served: Served) -> Bundle:
         port=8000,
         health="/health",
         api="openai",
+        name=options.name or served.name,
         model=name,
         needs=(
             "compiled/onnxruntime" if "compiled/onnxruntime" in served.folders else "model",

@@ -8,18 +8,20 @@ from optikit.deploy.bundle import Bundle, SageMaker, Served, speculation
 from optikit.deploy.bundles import lmi
 
 SUMMARY = "SageMaker endpoint on AWS' Large Model Inference container"
+CHECKED = "requests validated by SageMaker's own service model"
 
 
 def bundle(options: Any, served: Served) -> Bundle:
     """Return what SageMaker is asked for."""
-    _, place = speculation("sagemaker-lmi", served)
-    text = lmi.properties("sagemaker-lmi", options, served)
+    _, place = speculation("lmi", served)
+    text = lmi.properties("lmi", options, served)
     uploads = (("serve/sagemaker-lmi/serving.properties", "serving.properties"), ("model", "model"))
     return Bundle(
         image=options.image or f"{lmi.REPOSITORY.format(region=options.region)}:{lmi.TAG}",
         port=8080,
         health="/ping",
         api="openai",
+        name=options.name or served.name,
         model=options.name or served.name,
         files={"serving.properties": text},
         needs=("model", *([place] if place else [])),

@@ -11,6 +11,7 @@ from optikit.deploy.bundle import BATCH, Bundle, SageMaker, Served, speculation
 from optikit.deploy.bundles import tgi
 
 SUMMARY = "SageMaker endpoint on Hugging Face's TGI 3.3 container"
+CHECKED = "requests validated by SageMaker's own service model; layout of the published sample"
 REPOSITORY = "763104351884.dkr.ecr.{region}.amazonaws.com/huggingface-pytorch-tgi-inference"
 TAG = "2.7.0-tgi3.3.6-gpu-py311-cu124-ubuntu22.04"
 MODEL = "/opt/ml/model"
@@ -35,6 +36,7 @@ def bundle(options: Any, served: Served) -> Bundle:
         port=8080,
         health="/ping",
         api="openai",
+        name=options.name or served.name,
         model=options.name or served.name,
         needs=("model", *([place] if place else [])),
         sagemaker=SageMaker(

@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from optikit.deploy.bundle import BATCH, ROOT, Bundle, Served, speculation
+from optikit.deploy.bundle import BATCH, ROOT, Bundle, Served, release, speculation
 
 SUMMARY = "Text Generation Inference 3.3 (maintained for faults only)"
+CHECKED = "emitted only; flags read in its launcher's source"
 VERSION = "3.3.7"
 HEADS = "/data/heads"
 """Where TGI is given the heads as its model: their configuration names the base model."""
@@ -39,7 +40,7 @@ def bundle(options: Any, served: Served) -> Bundle:
     method, place = speculation("tgi", served)
     heads = method == "medusa"
     return Bundle(
-        image=options.image or f"ghcr.io/huggingface/text-generation-inference:{VERSION}",
+        image=options.image or f"ghcr.io/huggingface/text-generation-inference:{release(options.version, VERSION)}",
         command=("sh", f"{ROOT}/serve/tgi/start.sh") if heads else (),
         arguments=() if heads else ("--model-id", f"{ROOT}/model", "--port", "8080"),
         environment=environment(
@@ -51,6 +52,7 @@ def bundle(options: Any, served: Served) -> Bundle:
         port=8080,
         health="/health",
         api="openai",
+        name=options.name or served.name,
         model=name,
         files={"start.sh": START} if heads else {},
         needs=("model", *([place] if place else [])),

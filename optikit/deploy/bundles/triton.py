@@ -9,31 +9,33 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from optikit.deploy.bundle import ROOT, Bundle, Served, speculation
+from optikit.deploy.bundle import ROOT, Bundle, Served, release, speculation
 from optikit.deploy.bundles import vllm
 
 SUMMARY = "Triton Inference Server with vLLM's backend"
+CHECKED = "config.pbtxt read as Triton's own message"
 VERSION = "26.05"
 
 
 def bundle(options: Any, served: Served) -> Bundle:
     """Return a model repository of one model: config.pbtxt, and vLLM's engine arguments in 1/model.json."""
     name = options.name or served.name
-    arguments = vllm.engine_arguments("triton", options, served)
-    _, place = speculation("triton", served)
+    arguments = vllm.engine_arguments("vllm", options, served)
+    _, place = speculation("vllm", served)
     return Bundle(
-        image=options.image or f"nvcr.io/nvidia/tritonserver:{VERSION}-vllm-python-py3",
+        image=options.image or f"nvcr.io/nvidia/tritonserver:{release(options.version, VERSION)}-vllm-python-py3",
         command=("tritonserver",),
         arguments=("--model-repository", f"{ROOT}/serve/triton/models"),
         environment={"HF_HUB_OFFLINE": "1"},
         port=8000,
         health="/v2/health/ready",
         api="triton",
+        name=options.name or served.name,
         model=name,
         files={
             f"models/{name}/config.pbtxt": CONFIG,
             f"models/{name}/1/model.json": json.dumps(
-                arguments | {"gpu_memory_utilization": options.memory_share}, indent=1
+                arguments | {"gpu_memory_utilization": options.gpu_memory_utilization or 0.9}, indent=1
             )
             + "\n",
         },

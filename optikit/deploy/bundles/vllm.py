@@ -7,14 +7,17 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from optikit.deploy.bundle import BATCH, EVERYWHERE, ROOT, Bundle, Served, speculation
+from optikit.deploy.bundle import BATCH, EVERYWHERE, ROOT, Bundle, Served, release, speculation
 
 SUMMARY = "vLLM's OpenAI server"
+CHECKED = "arguments read by vLLM 0.32's own parser"
 VERSION = "0.32.0"
 """0.33 has no Medusa; see support.toml."""
 IMAGES: Mapping[str, str] = MappingProxyType(
-    {"cuda": f"vllm/vllm-openai:v{VERSION}", "cpu": f"public.ecr.aws/q9t5s3a7/vllm-cpu-release-repo:v{VERSION}"}
+    {"cuda": "vllm/vllm-openai:v", "cpu": "public.ecr.aws/q9t5s3a7/vllm-cpu-release-repo:v"}
 )
+CACHE_GIB = 4
+"""Memory for the cache on a CPU."""
 
 
 def engine_arguments(server: str, options: Any, served: Served, root: str = ROOT) -> dict[str, Any]:
@@ -74,17 +77,18 @@ def bundle(options: Any, served: Served) -> Bundle:
     arguments = engine_arguments("vllm", options, served)
     environment = {"HF_HUB_OFFLINE": "1"}
     if served.gpus:
-        arguments["gpu_memory_utilization"] = options.memory_share
+        arguments["gpu_memory_utilization"] = options.gpu_memory_utilization or 0.9
     else:
-        environment["VLLM_CPU_KVCACHE_SPACE"] = str(options.cache_gib)
+        environment["VLLM_CPU_KVCACHE_SPACE"] = str(CACHE_GIB)
     _, place = speculation("vllm", served)
     return Bundle(
-        image=options.image or IMAGES[served.target.device],
+        image=options.image or IMAGES[served.target.device] + release(options.version, VERSION),
         arguments=(*flags(arguments), "--served-model-name", name, "--host", EVERYWHERE, "--port", "8000"),
         environment=environment,
         port=8000,
         health="/health",
         api="openai",
+        name=options.name or served.name,
         model=name,
         needs=("model", *([place] if place else [])),
         shared_memory=4,

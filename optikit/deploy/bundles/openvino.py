@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from optikit.deploy.bundle import BATCH, ROOT, Bundle, Served
+from optikit.deploy.bundle import BATCH, ROOT, Bundle, Served, release
 
 SUMMARY = "OpenVINO Model Server"
+CHECKED = "IR and tokenizer loaded by OpenVINO GenAI, which the server is built on; graph emitted only"
 VERSION = "2026.4"
-HERE = f"{ROOT}/serve/openvino-model-server"
+HERE = f"{ROOT}/serve/openvino"
 
 
 def bundle(options: Any, served: Served) -> Bundle:
@@ -17,16 +18,17 @@ def bundle(options: Any, served: Served) -> Bundle:
     name = options.name or served.name
     models = {"mediapipe_config_list": [{"name": name, "base_path": f"{HERE}/{name}"}], "model_config_list": []}
     return Bundle(
-        image=options.image or f"openvino/model_server:{VERSION}",
+        image=options.image or f"openvino/model_server:{release(options.version, VERSION)}",
         arguments=("--config_path", f"{HERE}/config.json", "--rest_port", "8000"),
         port=8000,
         health="/v2/health/ready",
         api="openai",
         prefix="/v3",
+        name=options.name or served.name,
         model=name,
         files={
             "config.json": json.dumps(models, indent=1) + "\n",
-            f"{name}/graph.pbtxt": GRAPH % (options.cache_gib, (options.batch_size or BATCH)),
+            f"{name}/graph.pbtxt": GRAPH % (0, (options.batch_size or BATCH)),
         },
         needs=("compiled/openvino",),
         limits=LIMITS,
