@@ -108,8 +108,8 @@ def _stage(request: Request, staged: Path) -> str:
     sealed, said = manifest.read(request.directory)
     report = write.load(request.directory)
     for name in sealed.files:
-        if place_of(name) == CARD:
-            continue  # the base model's own card would speak of the base model
+        if place_of(name) == CARD or name.startswith("serve/"):
+            continue  # the base model's own card speaks of that one; folders of servers, of where an output has its files
         _require_clean(request.directory / name)
         target = staged / place_of(name)
         target.parent.mkdir(parents=True, exist_ok=True)
