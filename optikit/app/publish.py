@@ -109,7 +109,7 @@ def _stage(request: Request, staged: Path) -> str:
     report = write.load(request.directory)
     for name in sealed.files:
         if place_of(name) == CARD or name.startswith("serve/"):
-            continue  # the base model's own card speaks of that one; folders of servers, of where an output has its files
+            continue  # the base model's card isn't ours; paths of an output's servers don't hold there
         _require_clean(request.directory / name)
         target = staged / place_of(name)
         target.parent.mkdir(parents=True, exist_ok=True)
