@@ -1,7 +1,7 @@
-"""Run by a python that has compressed-tensors: `python compressed_tensors_reads.py DIRECTORY OUT.safetensors`.
+"""Run by a python that has compressed-tensors: `python compressed_tensors_reads.py DIRECTORY …`.
 
-Parses config.json by the library's own classes, lets its compressor turn every packed linear into floats, and writes
-those in float32 under the names of their weights.
+Of each directory it parses config.json by the library's own classes, lets its compressor turn every packed linear into
+floats, and writes those in float32 under the names of their weights, to DIRECTORY.safetensors beside it.
 """
 
 import json
@@ -57,4 +57,5 @@ def main(directory, out):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for each in sys.argv[1:]:
+        main(each, f"{each}.safetensors")

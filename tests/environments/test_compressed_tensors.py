@@ -20,11 +20,13 @@ from optikit.models.reader import read
 from optikit.stage import Calibration, Job
 from optikit.store.store import Store
 from tests.conftest import build_tiny_llama
+from tests.stages.test_mixtures import save
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 PACKED = {"format": "pack-quantized"}
 DIALECTS: dict[str, tuple[str, dict[str, Any]]] = {
     "fp8 dynamic": ("fp8", {"mse": True}),
+    "w8a8": ("int8", {"scheme": "w8a8"}),
     "fp8 dynamic, cache": ("fp8", {"kv_cache": True, "ignore": ["*.1.mlp.*"]}),
     "fp8 static": ("fp8", {"scheme": "static"}),
     "fp8 block": ("fp8", {"scheme": "block"}),
@@ -37,28 +39,45 @@ DIALECTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "experts, fp8 dynamic": ("fp8", {}),
+    "experts, fp8 static": ("fp8", {"scheme": "static"}),
+    "experts, w4a16": ("gptq", {"group_size": 32, **PACKED}),
+    "experts, w8a8": ("int8", {"scheme": "w8a8"}),
+}
+"""Of Mixtral: a linear of each expert, by the names that vLLM gives them."""
+
+
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_llama(tmp_path_factory.mktemp("model"), hidden=256, intermediate=384)
-
-
-@pytest.mark.parametrize("name", DIALECTS)
-def test_its_compressor_makes_the_same_weights(name: str, model: Path, prose: Path, tmp_path: Path) -> None:
-    method, options = DIALECTS[name]
-    stage = stages.load("quantize", method)
-    places = {place: tmp_path / place for place in ("dest", "scratch")}
-    for place in places.values():
-        place.mkdir()
-    chosen = stage.Options(**options)
-    calibration = Calibration(text=prose, samples=4, length=64) if "calibration" in stage.inputs(chosen) else None
-    stage.run(chosen, Job(source=model, calibration=calibration, **places))
+def places(tmp_path_factory: pytest.TempPathFactory, prose: Path) -> dict[str, tuple[Path, Path]]:
+    """Source and result of each dialect, by name; beside a result what the library makes of it: all in one process."""
+    work = tmp_path_factory.mktemp("dialects")
+    dense = build_tiny_llama(work / "llama", hidden=256, intermediate=384)
+    experts = save("mixtral", work / "mixtral")
+    found = {}
+    for number, (name, (method, options)) in enumerate((DIALECTS | MIXTURES).items()):
+        source = experts if name in MIXTURES else dense
+        stage = stages.load("quantize", method)
+        dest, scratch = work / f"{number}", work / f"scratch{number}"
+        dest.mkdir()
+        scratch.mkdir()
+        chosen = stage.Options(**options)
+        text = Calibration(text=prose, samples=4, length=64) if "calibration" in stage.inputs(chosen) else None
+        stage.run(chosen, Job(source=source, dest=dest, scratch=scratch, calibration=text))
+        found[name] = source, dest
     python = os.environ.get("OPTIKIT_PEER_PYTHON") or environments.ensure("llm-compressor", Store.default()).python
     script = Path(__file__).with_name("compressed_tensors_reads.py")
-    command = [str(python), "-P", str(script), str(places["dest"]), str(tmp_path / "theirs.safetensors")]
+    command = [str(python), "-P", str(script), *(str(dest) for _, dest in found.values())]
     said = subprocess.run(command, capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stderr[-3000:]
-    theirs, ours = load_file(tmp_path / "theirs.safetensors"), formats.load_state(places["dest"], torch.float32)
-    packed = {f"{linear}.weight" for linear in read(model).linears if linear not in read(places["dest"]).left_dense}
+    return found
+
+
+@pytest.mark.parametrize("name", [*DIALECTS, *MIXTURES])
+def test_its_compressor_makes_the_same_weights(name: str, places: dict[str, tuple[Path, Path]]) -> None:
+    source, dest = places[name]
+    theirs, ours = load_file(f"{dest}.safetensors"), formats.load_state(dest, torch.float32)
+    packed = {f"{linear}.weight" for linear in read(source).linears if linear not in read(dest).left_dense}
     assert theirs.keys() == packed
     for weight in sorted(packed):
         assert torch.equal(theirs[weight], ours[weight]), weight
