@@ -219,7 +219,7 @@ def _rounded(job: Job, source: SourceModel, method: RowMethod, linears: Linears)
     """Return the packed tensors of linears by full name."""
     packing, tensors = method.layout.packing, dict[str, Tensor]()
     for linear in linears:
-        strips = (method.rows(weight.to(job.device)) for _, weight in source.strips(linear))
+        strips = (method.rows(weight.to(job.device), linear.name) for _, weight in source.strips(linear))
         packed = packing.joined(strips, source.rows(linear))
         tensors |= {f"{linear.name}.{suffix}": tensor for suffix, tensor in packed.items()}
     return tensors

@@ -225,6 +225,6 @@ class RowMethod(Protocol):
         """File layout of the results."""
         ...
 
-    def rows(self, weight: Tensor) -> Mapping[str, Tensor]:
-        """Return the packed tensors of some outputs by suffix, from their weight (rows, in_features) float32."""
+    def rows(self, weight: Tensor, name: str, /) -> Mapping[str, Tensor]:
+        """Return the packed tensors of some outputs of a linear by suffix, from their weight (rows, in) float32."""
         ...

@@ -20,11 +20,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from optikit.algorithms.fp4 import LEVELS
 from optikit.errors import IntegrityError
 from optikit.formats.fp8 import as_floats
 
-LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""What codes 0 … 7 stand for; 8 … 15 are their negatives."""
+
+def pack(codes: Tensor) -> Tensor:
+    """Return codes (…, 2 · n) uint8, two to a byte, the first in the lower half: (…, n) uint8."""
+    return codes[..., ::2] | codes[..., 1::2] << 4
 
 
 def unpack(packed: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from optikit.algorithms.fp4 import LEVELS
 from optikit.algorithms.fp8 import BLOCK, E4M3
 from optikit.algorithms.grid import Grid
 from optikit.errors import IntegrityError
-from optikit.formats import awq, compressed_tensors, fp8, gptq
+from optikit.formats import awq, compressed_tensors, fp4, fp8, gptq
 from optikit.formats.gptq import pack_words, unpack_words
 
 Tensors = Mapping[str, Tensor]
@@ -153,6 +154,43 @@ FP8_BLOCK = Packing(
     bound=_block_off,
 )
 """FP8 as DeepSeek stores it: a scale per block."""
+
+
+def _nvfp4_steps(tensors: Tensors) -> Tensor:
+    return tensors["weight_scale"].float() / tensors["weight_global_scale"]
+
+
+def _mxfp4_steps(tensors: Tensors) -> Tensor:
+    return fp8.as_floats(tensors["weight_scale"])
+
+
+def _fp4(steps: Callable[[Tensors], Tensor], tensors: Tensors) -> Tensor:
+    return fp4.dequantize(tensors["weight_packed"], steps(tensors))
+
+
+def _fp4_off(steps: Callable[[Tensors], Tensor], weight: Tensor, tensors: Tensors) -> Tensor:
+    """Return half the distance of the codes around each weight, or what is beyond the last, and a little more."""
+    groups = weight.abs().view(*tensors["weight_scale"].shape, -1)
+    step = steps(tensors).unsqueeze(-1)
+    scaled = groups / step
+    half = torch.where(scaled < 2, 0.25, torch.where(scaled < 4, 0.5, (scaled - LEVELS[-1]).clamp_min(1.0)))
+    return half.mul_(step).mul_(1.0001).flatten(-2)
+
+
+NVFP4 = Packing(
+    dtypes={"weight_packed": torch.uint8, "weight_scale": E4M3, "weight_global_scale": torch.float32},
+    outputs={"weight_packed": (0, 1), "weight_scale": (0, 1)},
+    dequantize=partial(_fp4, _nvfp4_steps),
+    bound=partial(_fp4_off, _nvfp4_steps),
+)
+"""`nvfp4-pack-quantized` of compressed-tensors: the global scale divides."""
+MXFP4 = Packing(
+    dtypes={"weight_packed": torch.uint8, "weight_scale": torch.uint8},
+    outputs={"weight_packed": (0, 1), "weight_scale": (0, 1)},
+    dequantize=partial(_fp4, _mxfp4_steps),
+    bound=partial(_fp4_off, _mxfp4_steps),
+)
+"""`mxfp4-pack-quantized` of compressed-tensors: scales are exponents of two."""
 
 
 def gptq_words(bits: int) -> IntegerPacking:

@@ -39,6 +39,8 @@ Trait = Literal[
     "fp8_block",  # DeepSeek
     "int4_packed",  # compressed-tensors, pack-quantized
     "int8_packed",
+    "nvfp4_packed",  # compressed-tensors, nvfp4-pack-quantized
+    "mxfp4_packed",
     "medusa_heads",
     "draft_model",
     "prompt_lookup",

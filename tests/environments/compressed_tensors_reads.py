@@ -1,7 +1,9 @@
-"""Run by a python that has compressed-tensors: `python compressed_tensors_reads.py DIRECTORY …`.
+"""Run by a python that has compressed-tensors: `python compressed_tensors_reads.py SOURCE DIRECTORY …`, in pairs.
 
 Of each directory it parses config.json by the library's own classes, lets its compressor turn every packed linear into
-floats, and writes those in float32 under the names of their weights, to DIRECTORY.safetensors beside it.
+floats, and writes those in float32 under the names of their weights, to DIRECTORY.safetensors beside it. Of
+4-bit floats it also packs the source's weights, on the scales that are there, and writes that with scales of its own to
+DIRECTORY.packed.safetensors.
 """
 
 import json
@@ -11,6 +13,7 @@ from pathlib import Path
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 
 FIRST = ("weight_packed", "weight_scale", "weight_scale_inv")
@@ -33,13 +36,28 @@ def told(settings):
     return {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
 
 
-def main(directory, out):
+def packed(linear, tensors, source, compressor, scheme):
+    """Return the codes of a linear, and the scales that span its largest weights, as the library makes them."""
+    weight = source[f"{linear}.weight"].float()
+    scales, common = tensors["weight_scale"], tensors.get("weight_global_scale")
+    floats = compressor._decompress_scale(scales, torch.float32)
+    told = {"weight": weight, "weight_scale": floats} | ({} if common is None else {"weight_global_scale": common})
+    groups = weight.unflatten(-1, (scales.shape[-1], -1))
+    spanning, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights, common)
+    return {
+        f"{linear}.weight_packed": compressor.compress(told, scheme)["weight_packed"].contiguous(),
+        f"{linear}.weight_scale": compressor._compress_scale(spanning, scheme.weights).view(torch.uint8).contiguous(),
+    }
+
+
+def main(source, directory):
     settings = told(json.loads((Path(directory) / "config.json").read_text())["quantization_config"])
     config = QuantizationConfig.model_validate(settings)
     [scheme] = config.config_groups.values()
     compressor = BaseCompressor.get_value_from_registry(config.format)
     state = load_file(Path(directory) / "model.safetensors")
-    found = {}
+    found, again = {}, {}
+    dense = load_file(Path(source) / "model.safetensors")
     for name in state:
         linear, _, suffix = name.rpartition(".")
         if suffix not in FIRST or (suffix == "weight_scale" and f"{linear}.weight_packed" in state):
@@ -49,13 +67,17 @@ def main(directory, out):
         }
         if "weight_scale_inv" in tensors:
             tensors["weight_scale"] = tensors.pop("weight_scale_inv")
-        tensors["weight_scale"] = tensors["weight_scale"].float()
+        if "fp4" in config.format:
+            again |= packed(linear, tensors, dense, compressor, scheme)
+        else:
+            tensors["weight_scale"] = tensors["weight_scale"].float()
         weight = compressor.decompress(tensors, scheme)["weight"]
-        assert weight.dtype == torch.float32, weight.dtype
+        assert weight.dtype == (torch.bfloat16 if again else torch.float32), weight.dtype
         found[f"{linear}.weight"] = weight.contiguous()
-    save_file(found, out)
+    save_file(found, f"{directory}.safetensors")
+    save_file(again, f"{directory}.packed.safetensors")
 
 
 if __name__ == "__main__":
-    for each in sys.argv[1:]:
-        main(each, f"{each}.safetensors")
+    for source, directory in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        main(source, directory)

@@ -30,6 +30,10 @@ DIALECTS: dict[str, tuple[str, dict[str, Any]]] = {
     "fp8 dynamic, cache": ("fp8", {"kv_cache": True, "ignore": ["*.1.mlp.*"]}),
     "fp8 static": ("fp8", {"scheme": "static"}),
     "fp8 block": ("fp8", {"scheme": "block"}),
+    "nvfp4": ("fp4", {}),
+    "nvfp4, spanning": ("fp4", {"mse": False}),
+    "mxfp4": ("fp4", {"scheme": "mxfp4"}),
+    "mxfp4, spanning": ("fp4", {"scheme": "mxfp4", "mse": False}),
     "w4a16": ("gptq", {"group_size": 64, **PACKED}),
     "w4a16, asymmetric": ("awq", {"group_size": 32, "steps": 4, **PACKED}),
     "w4a16, channel, asymmetric": ("rtn", {"group_size": -1, "sym": False, **PACKED}),
@@ -42,6 +46,7 @@ DIALECTS: dict[str, tuple[str, dict[str, Any]]] = {
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "experts, fp8 dynamic": ("fp8", {}),
     "experts, fp8 static": ("fp8", {"scheme": "static"}),
+    "experts, nvfp4": ("fp4", {}),
     "experts, w4a16": ("gptq", {"group_size": 32, **PACKED}),
     "experts, w8a8": ("int8", {"scheme": "w8a8"}),
 }
@@ -67,7 +72,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, prose: Path) -> dict[str, t
         found[name] = source, dest
     python = os.environ.get("OPTIKIT_PEER_PYTHON") or environments.ensure("llm-compressor", Store.default()).python
     script = Path(__file__).with_name("compressed_tensors_reads.py")
-    command = [str(python), "-P", str(script), *(str(dest) for _, dest in found.values())]
+    command = [str(python), "-P", str(script), *(str(path) for both in found.values() for path in both)]
     said = subprocess.run(command, capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stderr[-3000:]
     return found
@@ -80,4 +85,17 @@ def test_its_compressor_makes_the_same_weights(name: str, places: dict[str, tupl
     packed = {f"{linear}.weight" for linear in read(source).linears if linear not in read(dest).left_dense}
     assert theirs.keys() == packed
     for weight in sorted(packed):
-        assert torch.equal(theirs[weight], ours[weight]), weight
+        # Its decompressor returns FP4 in bfloat16, whatever it is asked for.
+        mine = ours[weight] if theirs[weight].dtype == torch.float32 else ours[weight].bfloat16()
+        assert torch.equal(theirs[weight], mine), weight
+
+
+@pytest.mark.parametrize("name", [name for name in (*DIALECTS, *MIXTURES) if "fp4" in name])
+def test_its_compressor_packs_the_same_bytes(name: str, places: dict[str, tuple[Path, Path]]) -> None:
+    """Codes on our scales always; the scales themselves where both span the largest weight."""
+    _, dest = places[name]
+    theirs, ours = load_file(f"{dest}.packed.safetensors"), load_file(dest / "model.safetensors")
+    assert theirs
+    for tensor, bytes_of_theirs in theirs.items():
+        if tensor.endswith("weight_packed") or "spanning" in name:
+            assert torch.equal(bytes_of_theirs, ours[tensor].view(torch.uint8)), tensor

@@ -104,6 +104,7 @@ def placed(lines: list[str], model: ModelFacts, changes: dict[str, Any]) -> list
 def traits(verb: str, method: str, options: dict[str, Any], before: ModelFacts) -> frozenset[Any]:
     trait = "int8_gptq" if method == "gptq" and options.get("bits") == 8 else TRAITS.get(method)
     trait = f"fp8_{options.get('scheme', 'dynamic')}" if method == "fp8" else trait
+    trait = f"{options.get('scheme', 'nvfp4')}_packed" if method == "fp4" else trait
     new = {trait} if trait else set()
     return frozenset(new if verb == "quantize" else before.traits | new)
 

@@ -81,6 +81,8 @@ ROWS = (
     Row(verb="quantize", method="awq", options={"group_size": 32, "steps": 4, **PACKED}, variant="packed"),
     Row(verb="quantize", method="cast", options={"dtype": "float16", "keep": ["norm.weight"]}),
     Row(verb="quantize", method="nf4"),
+    Row(verb="quantize", method="fp4", options={"ignore": ["*.1.mlp.*"]}, variant="nvfp4"),
+    Row(verb="quantize", method="fp4", options={"scheme": "mxfp4", "mse": False}, variant="mxfp4"),
     Row(verb="quantize", method="fp8", options={"ignore": ["*.1.mlp.*"]}, variant="dynamic"),
     Row(verb="quantize", method="fp8", options={"mse": True, "scale_max": 240, "kv_cache": True}, variant="cache"),
     Row(verb="quantize", method="fp8", options={"scheme": "static"}, variant="static"),

@@ -41,7 +41,7 @@ class Fp8Rows:
     layout: RoundedLayout
     rounds: Rounds
 
-    def rows(self, weight: Tensor) -> dict[str, Tensor]:
+    def rows(self, weight: Tensor, _: str) -> dict[str, Tensor]:
         """Round some outputs."""
         return self.rounds(weight)
 

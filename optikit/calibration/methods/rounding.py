@@ -36,7 +36,7 @@ class DataFreeRounding:
     layout: GridLayout
     kernel: DataFreeKernel
 
-    def rows(self, weight: Tensor) -> dict[str, Tensor]:
+    def rows(self, weight: Tensor, _: str) -> dict[str, Tensor]:
         """Round some outputs; zeros stay zero on every grid."""
         return self.layout.packing.pack(*self.kernel(weight, self.layout.grid))
 
