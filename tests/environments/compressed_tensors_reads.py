@@ -1,8 +1,8 @@
-"""Run by a python that has compressed-tensors: `python compressed_tensors_reads.py SOURCE DIRECTORY …`, in pairs.
+"""Run by a python that has compressed-tensors: `python compressed_tensors_reads.py INPUTS OUT SOURCE DIRECTORY …`.
 
 Of each directory it parses config.json by the library's own classes, lets its compressor turn every packed linear into
-floats, and writes those in float32 under the names of their weights, to DIRECTORY.safetensors beside it. Of
-4-bit floats it also packs the source's weights, on the scales that are there, and writes that with scales of its own to
+floats, and writes those in float32 under the names of their weights, to DIRECTORY.safetensors beside it. Of floats
+it also packs the source's weights, on the scales that are there, and writes that with scales of its own to
 DIRECTORY.packed.safetensors.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 
@@ -50,6 +50,15 @@ def packed(linear, tensors, source, compressor, scheme):
     }
 
 
+def packed_fp8(linear, tensors, source, compressor, scheme):
+    """Return the codes of a linear on the scales that are there, and the scales that span its largest weights."""
+    weight = source[f"{linear}.weight"]
+    told = {"weight": weight.float(), "weight_scale": tensors["weight_scale"]}
+    spanning, _ = calculate_qparams(weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True), scheme.weights)
+    codes = compressor.compress(told, scheme)["weight"]
+    return {f"{linear}.weight": codes.view(torch.uint8), f"{linear}.weight_scale": spanning.view(torch.uint8)}
+
+
 def main(source, directory):
     settings = told(json.loads((Path(directory) / "config.json").read_text())["quantization_config"])
     config = QuantizationConfig.model_validate(settings)
@@ -71,13 +80,24 @@ def main(source, directory):
             again |= packed(linear, tensors, dense, compressor, scheme)
         else:
             tensors["weight_scale"] = tensors["weight_scale"].float()
+        if settings["format"] == "float-quantized" and scheme.weights.strategy == "channel":
+            again |= packed_fp8(linear, tensors, dense, compressor, scheme)
         weight = compressor.decompress(tensors, scheme)["weight"]
-        assert weight.dtype == (torch.bfloat16 if again else torch.float32), weight.dtype
+        assert weight.dtype == (torch.bfloat16 if "fp4" in config.format else torch.float32), weight.dtype
         found[f"{linear}.weight"] = weight.contiguous()
     save_file(found, f"{directory}.safetensors")
     save_file(again, f"{directory}.packed.safetensors")
 
 
+def round_tokens(inputs, out):
+    """Write inputs (tokens, channels) float32 as an FP8 server sees them: each token on a scale of its own."""
+    args = QuantizationArgs(**FP8, strategy="token", dynamic=True)
+    inputs = load_file(inputs)["inputs"]
+    scales, zeros = calculate_qparams(inputs.amin(-1, keepdim=True), inputs.amax(-1, keepdim=True), args)
+    save_file({"inputs": fake_quantize(inputs, scales, zeros, args)}, out)
+
+
 if __name__ == "__main__":
-    for source, directory in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+    round_tokens(*sys.argv[1:3])
+    for source, directory in zip(sys.argv[3::2], sys.argv[4::2], strict=True):
         main(source, directory)

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from optikit import environments, formats, stages
+from optikit.algorithms import fp8
 from optikit.models.reader import read
 from optikit.stage import Calibration, Job
 from optikit.store.store import Store
@@ -26,6 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.network]
 PACKED = {"format": "pack-quantized"}
 DIALECTS: dict[str, tuple[str, dict[str, Any]]] = {
     "fp8 dynamic": ("fp8", {"mse": True}),
+    "fp8 dynamic, spanning": ("fp8", {}),
     "w8a8": ("int8", {"scheme": "w8a8"}),
     "fp8 dynamic, cache": ("fp8", {"kv_cache": True, "ignore": ["*.1.mlp.*"]}),
     "fp8 static": ("fp8", {"scheme": "static"}),
@@ -72,7 +74,10 @@ def places(tmp_path_factory: pytest.TempPathFactory, prose: Path) -> dict[str, t
         found[name] = source, dest
     python = os.environ.get("OPTIKIT_PEER_PYTHON") or environments.ensure("llm-compressor", Store.default()).python
     script = Path(__file__).with_name("compressed_tensors_reads.py")
-    command = [str(python), "-P", str(script), *(str(path) for both in found.values() for path in both)]
+    torch.manual_seed(0)
+    save_file({"inputs": torch.randn(64, 256) * torch.logspace(-3, 2, 64)[:, None]}, work / "inputs.safetensors")
+    rounded = [str(work / name) for name in ("inputs.safetensors", "rounded.safetensors")]
+    command = [str(python), "-P", str(script), *rounded, *(str(path) for both in found.values() for path in both)]
     said = subprocess.run(command, capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stderr[-3000:]
     return found
@@ -90,12 +95,18 @@ def test_its_compressor_makes_the_same_weights(name: str, places: dict[str, tupl
         assert torch.equal(theirs[weight], mine), weight
 
 
-@pytest.mark.parametrize("name", [name for name in (*DIALECTS, *MIXTURES) if "fp4" in name])
+@pytest.mark.parametrize("name", [name for name in (*DIALECTS, *MIXTURES) if "fp4" in name or "dynamic" in name])
 def test_its_compressor_packs_the_same_bytes(name: str, places: dict[str, tuple[Path, Path]]) -> None:
     """Codes on our scales always; the scales themselves where both span the largest weight."""
     _, dest = places[name]
     theirs, ours = load_file(f"{dest}.packed.safetensors"), load_file(dest / "model.safetensors")
     assert theirs
     for tensor, bytes_of_theirs in theirs.items():
-        if tensor.endswith("weight_packed") or "spanning" in name:
+        if not tensor.endswith("scale") or "spanning" in name:
             assert torch.equal(bytes_of_theirs, ours[tensor].view(torch.uint8)), tensor
+
+
+def test_it_rounds_inputs_as_we_measure_them(places: dict[str, tuple[Path, Path]]) -> None:
+    work = places["fp8 dynamic"][1].parent
+    inputs, theirs = (load_file(work / f"{name}.safetensors")["inputs"] for name in ("inputs", "rounded"))
+    assert torch.equal(fp8.round_tokens(inputs), theirs)

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from optikit.models import engines, traits
 from optikit.models.facts import ModelFacts
+from optikit.models.reader import tensor_shapes
 from optikit.problems import Problem
 from optikit.stage import ANY, MAIN, Estimate, Facts, Job, StageOptions, directory_bytes, no_objection, nothing
 from optikit.stages.compile import _genai_builder
@@ -153,7 +154,8 @@ def _packed_bytes(shape: tuple[int, int], bits: int, group: int, *, zeros: bool)
 def after(options: Options, facts: ModelFacts) -> ModelFacts:
     """Return the facts of the compiled artifact; its size is computed from the shapes."""
     bits, table = _bits(options, facts), _table_bytes(options, facts)
-    rest = 4 * (2 * facts.layers + 1) * facts.hidden + 4 * facts.max_positions * facts.head_dim
+    vectors = sum(shape[0] for shape in tensor_shapes(facts).values() if len(shape) == 1)  # norms and biases
+    rest = 4 * vectors + 4 * facts.max_positions * facts.head_dim  # and the table of angles
     if bits == 32:
         size = 4 * (facts.linear_elements + facts.vocab * facts.hidden) + table + rest
         return replace(facts.having("onnx"), weight_bytes=size)
