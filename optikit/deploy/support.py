@@ -1,4 +1,4 @@
-"""Which server loads which speculator: rows of support.toml."""
+"""Which server loads which speculator and which weights: rows of support.toml."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def rows() -> tuple[Support, ...]:
 
 
 def loads_in(what: str) -> dict[str, str]:
-    """Return the servers that load a speculator, with their versions: the manifest's `loads_in`.
+    """Return the servers that load a speculator or weights, with their versions: the manifest's `loads_in`.
 
     >>> loads_in("nxdi")
     {'neuronx-distributed-inference': '<=2.33'}

@@ -17,11 +17,11 @@ import pytest
 import torch
 import yaml
 
-from optikit import environments, runtime, stages
+from optikit import environments, host, runtime, stages
 from optikit.deploy import draft, medusa, vllm
 from optikit.stage import Calibration, Job
 from optikit.store.store import Store
-from tests.conftest import build_tiny_llama
+from tests.conftest import build_tiny_llama, byte_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 PROMPTS, COUNT = [[5, 17, 99, 200, 31], [40, 41, 60, 7, 7, 9]], 16
@@ -33,14 +33,50 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     "compressed-tensors": ("int8", {"scheme": "w8a8"}),
     "pack-quantized": ("gptq", {"group_size": 32, "format": "pack-quantized"}),
     "pack-quantized, zero points": ("awq", {"group_size": 32, "steps": 4, "format": "pack-quantized"}),
+    "fp8 dynamic": ("fp8", {"mse": True}),
+    "fp8 dynamic, cache": ("fp8", {"kv_cache": True}),
+    "fp8 static": ("fp8", {"scheme": "static"}),
+    "fp8 block": ("fp8", {"scheme": "block"}),
+    "experts, gptq": ("gptq", {"group_size": 32}),
+    "experts, w8a8": ("int8", {"scheme": "w8a8"}),
 }
-"""FP8 isn't here: vLLM 0.32 multiplies it on CPUs with AMX tiles only."""
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "w8a16, gptq": ("int8", {"group_size": 32}, "uint8b128"),
+    "w8a16, pack-quantized": ("int8", {"group_size": 32, "format": "pack-quantized"}, "uint8b128"),
+    "nvfp4": ("fp4", {}, "FP4 not available"),
+    "mxfp4": ("fp4", {"scheme": "mxfp4"}, "Failed to find a kernel"),
+    "nf4": ("nf4", {}, "bitsandbytes"),
+    "llm_int8": ("int8", {"scheme": "llm_int8"}, "bitsandbytes"),
+    "experts, pack-quantized": ("gptq", {"group_size": 32, "format": "pack-quantized"}, "No WNA16 MoE backend"),
+    "experts, fp8 dynamic": ("fp8", {}, "Unsupported FP8 MoE backend"),
+}
+"""What vLLM 0.32 doesn't compute on CPUs, and a word of why; as support.toml says."""
+needs_amx = pytest.mark.skipif("amx_bf16" not in host.isa(), reason="vLLM 0.32 multiplies FP8 on CPUs with AMX only")
+DECODED = [pytest.param(name, marks=[needs_amx] * name.startswith("fp8")) for name in ("dense", *SCHEMES)]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with heads of 32 channels: vLLM's attention computes no narrower ones on the CPU."""
-    return build_tiny_llama(tmp_path_factory.mktemp("model"), hidden=128, intermediate=256)
+    """A Llama with heads of 64 channels: vLLM computes none below 32 on CPUs, and blocks divide all widths."""
+    return build_tiny_llama(tmp_path_factory.mktemp("model"), hidden=256, intermediate=256)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Mixtral with heads of 32 channels, its experts and routers far from each other."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("experts")
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    tokens = {"vocab_size": 260, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, **tokens)).to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter) * (".gate." in name or "experts" in name)
+    model.save_pretrained(directory)
+    byte_tokenizer(directory)
+    return directory
 
 
 def quantized(model: Path, prose: Path, directory: Path, method: str, options: dict[str, Any]) -> Path:
@@ -54,10 +90,16 @@ def quantized(model: Path, prose: Path, directory: Path, method: str, options: d
 
 
 @pytest.fixture(scope="module")
-def found(model: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Any]]]:
+def found(
+    model: Path, experts: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, dict[str, Any]]]:
     """What vLLM decodes from each directory, and from the dense one with heads and with a draft beside it."""
     work = tmp_path_factory.mktemp("vllm")
-    directories = {name: quantized(model, prose, work / name, *how) for name, how in SCHEMES.items()}
+    every = SCHEMES | {name: (method, options) for name, (method, options, _) in REFUSED.items()}
+    directories = {
+        name: quantized(experts if name.startswith("experts") else model, prose, work / name, *how)
+        for name, how in every.items()
+    }
     head = runtime.load(model, runtime="transformers", dtype="float32").model.get_output_embeddings().weight.detach()
     torch.manual_seed(0)
     from optikit.algorithms.medusa import MedusaHeads
@@ -71,7 +113,9 @@ def found(model: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) ->
         "draft": vllm.vllm("draft", tokens=3, directory=str(work / "draft")),
     }
     rows = {name: (path, None) for name, path in directories.items()}
-    rows |= {"dense": (model, None)} | {name: (model, config) for name, config in drafting.items()}
+    rows |= {"dense": (model, None), "experts, dense": (experts, None)} | {
+        name: (model, config) for name, config in drafting.items()
+    }
     jobs = [
         {"directory": str(path), "prompts": PROMPTS, "count": COUNT, "speculative_config": config}
         for path, config in rows.values()
@@ -104,13 +148,19 @@ def require_same(directory: Path, prompt: list[int], theirs: list[int], margins:
             )
 
 
-@pytest.mark.parametrize("name", ["dense", *SCHEMES])
+@pytest.mark.parametrize("name", [*DECODED, "experts, dense"])
 def test_it_decodes_what_we_decode(found, name) -> None:
     directory, answer = found[name]
     assert "error" not in answer, answer
     for prompt, tokens, margins in zip(PROMPTS, answer["tokens"], answer["margins"], strict=True):
         assert len(tokens) == COUNT
         require_same(directory, prompt, tokens, margins)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_refuses_what_our_rows_say_it_refuses(found, name) -> None:
+    *_, why = REFUSED[name]
+    assert why in found[name][1]["error"]
 
 
 @pytest.mark.parametrize("name", ["medusa", "draft"])
