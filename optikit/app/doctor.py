@@ -185,13 +185,16 @@ def nvidia_targets(found: tuple[nvidia.Gpu, ...]) -> tuple[str, ...]:
 
 def cuda_environments(offers: tuple[cuda.Offer, ...]) -> Iterator[Finding]:
     """Say which environments for GPUs this machine gets, and why it doesn't get the others."""
+    from optikit import environments as managed
+
     got = {offer.instead for offer in offers if offer.python}
     for offer in offers:
         what = f"env {offer.name}"
         if offer.python:
             yield Finding(what=what, status="ok", detail=f"for steps on --device cuda, python {offer.python}")
         else:
-            instead = "" if offer.instead in got else f"; {offer.instead} computes on the CPU"
+            on_cpu = offer.instead not in got and offer.instead in managed.names()
+            instead = f"; {offer.instead} computes on the CPU" if on_cpu else ""
             yield Finding(what=what, status="ok", detail=f"not offered: {offer.why}{instead}")
 
 

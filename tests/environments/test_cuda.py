@@ -93,3 +93,6 @@ def test_doctor_says_which_rows_there_are_and_why_not_the_others():
     told = {finding.what: finding for finding in doctor.cuda_environments(cuda.offers(NEW, "x86_64", "3.11"))}
     assert told["env vllm-cuda13"].detail == "for steps on --device cuda, python 3.11"
     assert "no wheel of tensorrt-llm" in told["env tensorrt-llm-cuda13"].detail
+    assert "on the CPU" not in told["env tensorrt-llm-cuda13"].detail  # it has no environment for that
+    none = {finding.what: finding for finding in doctor.cuda_environments(cuda.offers(None, "x86_64", "3.11"))}
+    assert "gptqmodel computes on the CPU" in none["env gptqmodel-cuda12"].detail
