@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from optikit.models.architectures import Architecture
 
 EMBEDDING, NORM, HEAD, POSITIONS = "token_embd", "output_norm", "output", "position_embd"
-PAIRED = frozenset({"llama"})
+PAIRED = frozenset({"llama", "arcee", "granite", "smollm3"})
 """Architectures whose queries and keys lie so that rotary embeddings turn neighbouring channels."""
 MODULES: Mapping[str, str] = MappingProxyType(
     {
@@ -58,6 +58,8 @@ OTHERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "gemma2": {"post_attention_layernorm": "post_attention_norm"},
         "gemma3": {"post_attention_layernorm": "post_attention_norm"},
+        "olmo2": {"post_attention_layernorm": "post_attention_norm"},
+        "seed_oss": {"post_attention_layernorm": "post_attention_norm"},
     }
 )
 """By architecture, modules that are called otherwise there."""

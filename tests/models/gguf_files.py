@@ -115,6 +115,10 @@ def write(
     return held
 
 
+PAIRED = ("llama", "mixtral", "arcee", "granite", "smollm3")
+"""Families whose queries and keys llama.cpp's converter permutes: LlamaModel and what is made of it."""
+
+
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what llama.cpp's converter (conversion/base.py and those of families) writes of a config.json."""
     rope = config.get("rope_parameters") or {}
@@ -128,7 +132,11 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "attention.head_count": ("num_attention_heads", "n_head"),
         "attention.head_count_kv": ("num_key_value_heads", "n_head"),
         "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
-        "attention.layer_norm_epsilon": ("layer_norm_epsilon",),
+        "attention.layer_norm_epsilon": ("layer_norm_epsilon", "norm_epsilon"),
+        "attention.scale": ("attention_multiplier",),
+        "embedding_scale": ("embedding_multiplier",),
+        "residual_scale": ("residual_multiplier",),
+        "logit_scale": ("logits_scaling",),
         "attn_logit_softcapping": ("attn_logit_softcapping",),
         "final_logit_softcapping": ("final_logit_softcapping",),
         "expert_count": ("num_local_experts", "num_experts"),
@@ -221,7 +229,7 @@ def _packed(weight: np.ndarray[Any, Any], quant: Any) -> np.ndarray[Any, Any]:
 
 def _turned(name: str, tensor: Any, config: Mapping[str, Any]) -> Any:
     """Return a tensor as the converter lays it out."""
-    if config["model_type"] in ("llama", "mixtral", "mistral") and name.split(".")[-2] in ("q_proj", "k_proj"):
+    if config["model_type"] in PAIRED and name.split(".")[-2] in ("q_proj", "k_proj"):
         heads = config["num_attention_heads" if ".q_proj" in name else "num_key_value_heads"]
         return (
             tensor.reshape(heads, 2, len(tensor) // heads // 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)

@@ -25,6 +25,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"num_hidden_layers": 6, "sliding_window_pattern": 6, "final_logit_softcapping": 20.0},
     "phi3": {"sliding_window": 24},
     "gpt2": {"layer_norm_epsilon": 1e-4},
+    "smollm3": {"no_rope_layers": None},
+    "starcoder2": {"sliding_window": None, "norm_epsilon": 1e-4},
     "qwen2_moe": {"mlp_only_layers": []},
     "qwen3_moe": {"norm_topk_prob": True},
     "qwen2": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rms_norm_eps": 1e-6},
