@@ -77,8 +77,13 @@ def cpu_model() -> str:
 def isa() -> tuple[str, ...]:
     """Return the instruction sets that decide which kernels run, of those this processor has."""
     flags = set((_cpuinfo("flags") or _cpuinfo("Features") or "").split())
-    deciding = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm")
-    return tuple(flag for flag in deciding if flag in flags)
+    deciding = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+    return tuple(flag for flag in (*deciding, "asimd", "bf16", "i8mm") if flag in flags)
+
+
+def multiplies_int8() -> bool:
+    """Return whether products of 8-bit integers are summed in 32 bits: AVX2's own instruction sums them in 16."""
+    return bool({"avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimd"} & set(isa()))
 
 
 def _cpuinfo(field: str) -> str | None:

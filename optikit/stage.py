@@ -289,6 +289,15 @@ class Rowless(Protocol):
 
 
 @runtime_checkable
+class Settling(Protocol):
+    """A stage module with options that depend on the model or on this machine: the plan keeps what they come to."""
+
+    def settle(self, options: Any, facts: ModelFacts) -> Any:
+        """Return the options with nothing left to be chosen."""
+        ...
+
+
+@runtime_checkable
 class Speculating(Protocol):
     """A stage module that writes a speculator, which is measured and tuned on the compiled model."""
 

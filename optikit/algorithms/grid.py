@@ -5,6 +5,10 @@ A weight w of group g is coded as q = clamp(round(w / s_g) + z_g, 0, 2^bits - 1)
 Symmetric grids have z = 2^(bits - 1) and one more code below zero than above it. The scale here carries a sign, so that
 the side with the extra code is the side of the group's largest weight: that is worth half a level of range, for free.
 Scales are rounded to float16, as they are stored, *before* codes are chosen: what was chosen is what is read back.
+
+Nested grids (Lin et al. 2024, QServe, arXiv:2405.04532: progressive quantization) make every scale of a row a whole
+multiple k of one scale of that row, so that k · (q - z) is a code of 8 bits with one scale per row: the same weight,
+bit for bit, to kernels that know no groups.
 """
 
 from __future__ import annotations
@@ -38,12 +42,14 @@ class Grid:
         group_size: Weights of a row that share a scale; -1 for the whole row.
         sym: Zero points fixed in the middle.
         search: Search scales for the least squared error, instead of spanning minimum to maximum.
+        nested: Scales of a row are whole multiples of one another's common scale; see the module.
     """
 
     bits: int
     group_size: int
     sym: bool
     search: bool = True
+    nested: bool = False
 
     @property
     def qmax(self) -> int:
@@ -101,6 +107,30 @@ def stored_scale(scale: Tensor) -> Tensor:
     return torch.copysign(magnitude, scale).half().float()
 
 
+def most_multiple(bits: int, *, sym: bool) -> int:
+    """Return the largest whole number that takes any code of a grid, zero point off, to at most 127.
+
+    >>> most_multiple(4, sym=True), most_multiple(4, sym=False)
+    (15, 8)
+    """
+    return 127 // ((1 << (bits - 1)) if sym else (1 << bits) - 1)
+
+
+def nest(scales: Tensor, most: int) -> Tensor:
+    """Return the nearest scales that are whole multiples, 1 to `most`, of one scale per row.
+
+    That scale has 7 significant bits, so float16, of 11, holds every multiple up to 15 exactly.
+
+    Args:
+        scales: (rows, groups) float32, of either sign.
+        most: Largest multiple.
+    """
+    mantissa, exponent = torch.frexp(scales.abs().amax(1, keepdim=True) / most)
+    base = torch.ldexp(torch.ceil(mantissa * 128) / 128, exponent).clamp_min(SMALLEST_SCALE)
+    base = torch.ceil(base / SMALLEST_SCALE) * SMALLEST_SCALE  # below 2^-14 float16 knows multiples of 2^-24 only
+    return torch.copysign(torch.round(scales.abs() / base).clamp(1, most) * base, scales)
+
+
 def minmax(groups: Tensor, grid: Grid) -> Scales:
     """Return the grid that spans each group from its minimum to its maximum.
 
@@ -126,6 +156,11 @@ def fit(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Scales:
         grid: Bits, group size, symmetry, search.
         importance: (columns,) > 0: what a squared error in that column costs; all the same if None.
     """
+    found = _fit(weight, grid, importance)
+    return found._replace(scales=nest(found.scales, most_multiple(grid.bits, sym=grid.sym))) if grid.nested else found
+
+
+def _fit(weight: Tensor, grid: Grid, importance: Tensor | None) -> Scales:
     rows, columns = weight.shape
     size = grid.width(columns)
     groups = weight.reshape(rows, columns // size, size)

@@ -19,6 +19,7 @@ from optikit.text import dump_json
 if TYPE_CHECKING:
     from optikit.runtime.decoder import Decoder, Tokens
     from optikit.runtime.generate import Drawing, TextGenerator
+    from optikit.runtime.speculation.acceptors import Acceptor, Sampling
 
 
 Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="What to say to the model.", show_default=False)]
@@ -41,7 +42,7 @@ AcceptorName = Annotated[
     str,
     typer.Option(
         help="What decides on drafts: greedy, rejection, sample_match, typical, or an installed package's. "
-        "By default greedy at temperature 0, rejection above.",
+        "By default what the recipe chose, else greedy at temperature 0 and rejection above.",
         show_default=False,
     ),
 ]
@@ -84,11 +85,13 @@ def generate(
     if chat_template and not chat:
         raise UsageError(f"--chat-template {chat_template} and --no-chat exclude each other", fix="leave one out")
     asked = _read_prompts(prompts) if prompts is not None else []
-    drawing = _drawing(temperature, top_p, top_k, seed=seed, acceptor=acceptor, allow_lossy=allow_lossy)
+    sampling = _sampling(temperature, top_p, top_k, acceptor)
+    chosen = _acceptor(acceptor, sampling, allow_lossy=allow_lossy) if acceptor else None
     _, place = door.enter(directory)
     decoder = runtime.load(directory, device=choose(device))
     if draft_tokens is not None:
         decoder = _drafting(decoder, draft_tokens)
+    drawing = _drawing(decoder, chosen, sampling, seed)
     from optikit.runtime.generate import TextGenerator
 
     writer = _Writer(decoder, TextGenerator(decoder, place), max_tokens, chat_template or chat, drawing, stats=stats)
@@ -107,23 +110,43 @@ def _whole(prompt: str) -> str:
     return whole
 
 
-def _drawing(temperature: float, top_p: float, top_k: int, *, seed: int, acceptor: str, allow_lossy: bool) -> Drawing:
-    """Return how tokens are chosen.
+def _sampling(temperature: float, top_p: float, top_k: int, acceptor: str) -> Sampling | None:
+    """Return the distribution to draw from; None at temperature 0.
 
     Raises:
-        UsageError: There is no such acceptor, it samples nothing, or it is lossy and that wasn't allowed.
+        UsageError: Something draws, and temperature 0 doesn't.
     """
     from optikit.errors import UsageError
-    from optikit.runtime.generate import Drawing
     from optikit.runtime.speculation import acceptors
 
-    if temperature == 0 and (top_p, top_k) != (1.0, 0):
+    if temperature:
+        return acceptors.Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
+    if (top_p, top_k) != (1.0, 0):
         raise UsageError("--top-p and --top-k draw, and temperature 0 doesn't", fix="add --temperature 1")
-    sampling = acceptors.Sampling(temperature=temperature, top_p=top_p, top_k=top_k) if temperature else None
-    name = acceptor or ("rejection" if temperature else "greedy")
-    if sampling is None and name in ("rejection", "sample_match"):
-        raise UsageError(f"acceptor {name} draws, and temperature 0 doesn't", fix="add --temperature 1")
-    return Drawing(acceptor=acceptors.make(name, sampling, allow_lossy=allow_lossy), seed=seed)
+    if acceptor in acceptors.DRAWING:
+        raise UsageError(f"acceptor {acceptor} draws, and temperature 0 doesn't", fix="add --temperature 1")
+    return None
+
+
+def _acceptor(name: str, sampling: Sampling | None, *, allow_lossy: bool) -> Acceptor:
+    """Return the acceptor that was asked for.
+
+    Raises:
+        UsageError: There is none of that name, it samples nothing, or it is lossy and that wasn't allowed.
+    """
+    from optikit.runtime.speculation import acceptors
+
+    return acceptors.make(name, sampling, allow_lossy=allow_lossy)
+
+
+def _drawing(decoder: Decoder, chosen: Acceptor | None, sampling: Sampling | None, seed: int) -> Drawing:
+    """Return how tokens are chosen: as asked, or as the recipe says that made the speculator."""
+    from optikit.runtime.generate import Drawing
+    from optikit.runtime.speculation import acceptors
+    from optikit.runtime.speculation.speculator import SpeculatingDecoder
+
+    name = decoder.speculator.acceptor if isinstance(decoder, SpeculatingDecoder) else "greedy"
+    return Drawing(acceptor=chosen or acceptors.kept(name, sampling), seed=seed)
 
 
 def _drafting(decoder: Decoder, tokens: int) -> Decoder:
@@ -133,6 +156,9 @@ def _drafting(decoder: Decoder, tokens: int) -> Decoder:
 
     if not isinstance(decoder, SpeculatingDecoder):
         raise UsageError("there is no speculator that drafts", fix="leave out --draft-tokens")
+    if tokens >= decoder.max_tokens:
+        message = f"{tokens} draft tokens leave no room: this model holds {decoder.max_tokens}"
+        raise UsageError(message, fix="draft fewer tokens")
     return SpeculatingDecoder(decoder.target, decoder.speculator.drafting(tokens))
 
 

@@ -64,6 +64,13 @@ def compare(writer: Writer, speculator: Speculator, pairs: Sequence[Pair], noise
     }
 
 
+def count(pairs: Sequence[Pair], noise: float) -> dict[str, Any]:
+    """Return how many texts are equal, of an acceptor that may change them: no difference has to be explained."""
+    apart = sum(pair.parts_at is not None for pair in pairs)
+    found = {"exact_match": 1 - apart / len(pairs), "explained_ties": 0, "unexplained": apart}
+    return found | {"largest_tie_margin": None, "kernel_noise": noise}
+
+
 def _preference(decoder: Decoder, pair: Pair) -> float:
     """Return the logit of plain decoding's token over that of the speculated one, where the texts part.
 

@@ -9,11 +9,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from optikit.runtime.decoder import Decoder, Tokens
+    from optikit.runtime.speculation.acceptors import Acceptor
     from optikit.runtime.speculation.decoding_loop import Step
     from optikit.runtime.speculation.speculator import Speculator
 
 LOOP = 8
-"""A text that holds the same run of this many tokens twice is looping."""
+"""A text that holds the same run of this many tokens twice repeats itself."""
+
+
+def repeats(tokens: Sequence[int]) -> bool:
+    """Return whether a text repeats itself: it holds the same run of `LOOP` tokens twice.
+
+    >>> repeats([*range(8), 99, *range(8)]), repeats(range(17))
+    (True, False)
+    """
+    runs = [tuple(tokens[i : i + LOOP]) for i in range(len(tokens) - LOOP + 1)]
+    return len(set(runs)) < len(runs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +68,7 @@ class Pair:
     @property
     def loops(self) -> bool:
         """Whether the plain text repeats itself."""
-        tokens = self.plain.tolist()
-        runs = [tuple(tokens[i : i + LOOP]) for i in range(len(tokens) - LOOP + 1)]
-        return len(set(runs)) < len(runs)
+        return repeats(self.plain.tolist())
 
     @property
     def ms_per_token(self) -> tuple[float, float] | None:
@@ -76,11 +85,13 @@ class Writer:
         decoder: The compiled model.
         new_tokens: Most tokens to write.
         ends: Tokens that end a text.
+        acceptor: Decides on drafts; None is greedy.
     """
 
     decoder: Decoder
     new_tokens: int
     ends: frozenset[int]
+    acceptor: Acceptor | None = None
 
     def plain(self, prompt: Tokens) -> tuple[Tokens, float, float]:
         """Write a text the decoder's own way; return it and the milliseconds up to and after its first token."""
@@ -105,7 +116,8 @@ class Writer:
         steps: list[Step] = []
         called = time.perf_counter()
         start = 0.0
-        for step in generate(self.decoder, speculator.drafter(), Greedy(), prompt, request):
+        acceptor = self.acceptor or Greedy()
+        for step in generate(self.decoder, speculator.drafter(), acceptor, prompt, request):
             start = start or time.perf_counter()
             steps.append(step)
         return tuple(steps), (start - called) * 1000, (time.perf_counter() - start) * 1000

@@ -203,6 +203,19 @@ class Machine(_Frozen):
     steal_share: float | None
 
 
+class Repeating(_Frozen):
+    """Prompts whose answer repeats itself: it holds the same 8 tokens twice. No other figure of speed contains them."""
+
+    prompts: int
+    """Prompts that were answered to know."""
+    repeating: int
+    """How many of them have such an answer."""
+    steady: int
+    """Prompts that the other figures are of; none leaves the speed of decoding unknown."""
+    decode: Ratio | None = None
+    """Decode speed of the result against the baseline's on those that repeat, where at least two were timed."""
+
+
 class Timing(_Frozen):
     """Facts that timing models in turns leaves and the report reads; every mapping but `noise` is by arm."""
 
@@ -219,6 +232,8 @@ class Timing(_Frozen):
     prompts: int
     """How many there were."""
     host: Machine
+    repeating: Repeating | None = None
+    """What was told apart, where something drafts."""
 
 
 class StepReport(_Frozen):
@@ -260,7 +275,10 @@ class Speedup(_Frozen):
     """Result against baseline."""
 
     decode: Ratio | None = None
+    """Of answers that don't repeat themselves, where something drafts."""
     prefill: Ratio | None = None
+    repeating: Repeating | None = None
+    """What was told apart, where something drafts."""
 
 
 class OtherBaseline(_Frozen):

@@ -15,18 +15,59 @@ if TYPE_CHECKING:
     from optikit.evaluation.energy import Meter
     from optikit.evaluation.speed import Trace
 
-Phase = Literal["cold", "warmup", "measured", "again"]
+Phase = Literal["cold", "warmup", "measured", "again", "repeating"]
 AGAIN: Phase = "again"
 """The baseline's second run of a round: one side of the noise floor, part of nothing else."""
+REPEATING: Phase = "repeating"
+"""Rounds on prompts whose answer repeats itself: drafts come easily there, so they are told apart."""
+SEEN_PER_ROUND = 3
+"""Prompts of which one is answered in a round, where they are sorted by whether their answer repeats itself."""
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """How often: runs per arm before measuring, measured rounds, tokens per run."""
+    """How often: runs per arm before measuring, measured rounds, tokens per run, rounds on answers that repeat."""
 
     warmup: int
     repetitions: int
     new_tokens: int
+    repeating: int = 0
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """Prompts by whether the last arm's answer repeats itself.
+
+    Attributes:
+        seen: Prompts that were answered to know.
+        steady: Those whose answer doesn't repeat itself, at most one for each round.
+        repeating: Those whose answer does, at most as many.
+        repeats: How many of those seen.
+    """
+
+    seen: int
+    steady: Sequence[Sequence[int]]
+    repeating: Sequence[Sequence[int]]
+    repeats: int
+
+
+def sort_prompts(
+    arm: Arm, prompts: Sequence[Sequence[int]], rounds: Rounds, progress: Callable[[int, int, str], None]
+) -> Sorted:
+    """Let an arm answer prompts, untimed, until enough of them have an answer that doesn't repeat itself."""
+    from optikit.evaluation.paired_decoding import repeats
+
+    kept: tuple[list[Sequence[int]], list[Sequence[int]]] = ([], [])
+    seen = 0
+    for prompt in prompts:
+        if len(kept[0]) == rounds.repetitions:
+            break
+        progress(seen, len(prompts), "prompt seen")
+        answer = arm.ask("decode", prompt=list(prompt), new_tokens=rounds.new_tokens)
+        kept[repeats(answer["tokens"])].append(prompt)
+        seen += 1
+    steady, repeating = kept
+    return Sorted(seen, steady, repeating[: rounds.repetitions], len(repeating))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +115,9 @@ def schedule(names: Sequence[str], rounds: Rounds) -> Iterator[tuple[str, Phase,
     for index in range(rounds.repetitions):
         for name, phase in there if index % 2 == 0 else reversed(there):
             yield name, phase, index
+    for index in range(rounds.repeating):
+        for name in names if index % 2 == 0 else reversed(names):
+            yield name, REPEATING, index
 
 
 def conduct(
@@ -82,8 +126,17 @@ def conduct(
     rounds: Rounds,
     progress: Callable[[int, int, str], None],
     meter: Meter | None = None,
+    repeating: Sequence[Sequence[int]] = (),
 ) -> Iterator[Sample]:
     """Run the schedule; in a round every arm decodes the same prompt. Fewer prompts than rounds are used again.
+
+    Args:
+        arms: What is timed, by name.
+        prompts: Tokens each, for warming up and for the measured rounds.
+        rounds: How often.
+        progress: Told (done, total, what).
+        meter: Of energy.
+        repeating: Prompts of the rounds that are told apart.
 
     Raises:
         StageFailedError: An arm returned another number of tokens than asked for.
@@ -93,10 +146,11 @@ def conduct(
         progress(done, len(plan), "run")
         warm = phase in ("cold", "warmup")
         number = (index if warm else rounds.warmup + index) % len(prompts)
+        prompt = repeating[index] if phase == REPEATING else prompts[number]
         before = meter.read() if meter else ()
-        answer = arms[name].ask("decode", prompt=list(prompts[number]), new_tokens=rounds.new_tokens)
+        answer = arms[name].ask("decode", prompt=list(prompt), new_tokens=rounds.new_tokens)
         energy_j = meter.joules(before, meter.read()) if meter else None
-        sample = _sample(answer, name, phase, index, number, len(prompts[number]), rounds)
+        sample = _sample(answer, name, phase, index, number, len(prompt), rounds)
         yield replace(sample, energy_j=energy_j)
     progress(len(plan), len(plan), "run")
 

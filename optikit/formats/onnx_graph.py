@@ -32,6 +32,8 @@ from optikit.errors import IntegrityError
 Floats = NDArray[np.float32]
 HEAD = "/lm_head/MatMul"
 """The product that is the output head."""
+VERIFY = "verify.onnx"
+"""A second graph of the same model beside the first, where there is one: for several tokens at once."""
 EMBEDDING = "/model/embed_tokens/"
 """What names of the embedding's nodes begin with."""
 LOOKUPS = ("Gather", "GatherBlockQuantized")
@@ -212,14 +214,24 @@ class OnnxGraph:
             stored = self.read(product.weight).reshape(columns, product.rows)
             weight = np.ascontiguousarray(stored[:, start:stop].T, np.float32)
             return weight, np.zeros_like(weight)
-        rows, blocks = stop - start, -(-columns // product.block_size)
+        rows = stop - start
+        codes, scales = self.coded(product, start, stop)
+        values = codes * scales[:, :, None]
+        steps = np.broadcast_to(np.abs(scales)[:, :, None], codes.shape).reshape(rows, -1)[:, :columns]
+        return values.reshape(rows, -1)[:, :columns], steps
+
+    def coded(self, product: Product, start: int, stop: int) -> tuple[Floats, Floats]:
+        """Return rows `start` to `stop` of a quantized weight as codes, zero points taken off, and scales.
+
+        Returns:
+            (rows, blocks, block size) and (rows, blocks), both float32; the last block may be padded.
+        """
+        rows, blocks = stop - start, -(-product.columns // product.block_size)
         row_bytes = blocks * product.block_size * product.bits // 8
         packed = self.read(product.weight, start * row_bytes, rows * row_bytes).reshape(rows, row_bytes)
-        scales = self.read(product.scales, start * blocks, rows * blocks).astype(np.float32).reshape(rows, blocks, 1)
+        scales = self.read(product.scales, start * blocks, rows * blocks).astype(np.float32).reshape(rows, blocks)
         codes = unpack_codes(packed, product.bits).reshape(rows, blocks, product.block_size).astype(np.float32)
-        values = (codes - self._zeros(product, start, rows, blocks)) * scales
-        steps = np.broadcast_to(np.abs(scales), codes.shape).reshape(rows, -1)[:, :columns]
-        return values.reshape(rows, -1)[:, :columns], steps
+        return codes - self._zeros(product, start, rows, blocks), scales
 
     def _zeros(self, product: Product, start: int, rows: int, blocks: int) -> Floats | np.float32:
         if not product.zeros:

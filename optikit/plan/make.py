@@ -22,7 +22,7 @@ from optikit.plan.measurements import scored_steps
 from optikit.plan.model import Plan, Step, original_key
 from optikit.problems import Problem
 from optikit.recipe.schema import parse_size, step_name
-from optikit.stage import Drafting, Input, row_problems
+from optikit.stage import Drafting, Input, Settling, row_problems
 from optikit.store.sources import ModelSource, resolve_model
 from optikit.targets import Target
 
@@ -271,7 +271,7 @@ def _stage_step(context: Context, index: int, facts: ModelFacts, before: Sequenc
     return context.step(
         step_name(index, entry),
         (entry.verb, entry.method),
-        entry.options,
+        entry.stage.settle(entry.options, facts) if isinstance(entry.stage, Settling) else entry.options,
         on=(directories[-1] if directories else "", facts),
         found=dict(_found(context, index, before)),
         backend=entry.backend,

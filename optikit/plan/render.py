@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from optikit.plan import placement, serve_section
+from optikit.plan import placement, serve_section, speculated
 from optikit.plan.model import Plan, Step
 from optikit.targets.estimate import floors, told
 
@@ -41,6 +41,7 @@ def render(plan: Plan, store: Store) -> str:
         *_beside(plan),
         f"target  {plan.target.name}",
         *serve_section.lines(plan),
+        *speculated.lines(plan),
         "",
         *_table(rows),
         "",
@@ -114,6 +115,7 @@ def as_json(plan: Plan, store: Store) -> dict[str, Any]:
         "steps": [_step(step, store, plan.keyless) for step in plan.steps],
         "measures": [_step(step, store, plan.keyless) for step in plan.measures],
         "serve": serve_section.as_json(plan),
+        "speculators": speculated.as_json(plan),
         "warnings": [warning.message for warning in plan.warnings],
     }
 

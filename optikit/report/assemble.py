@@ -23,6 +23,7 @@ from optikit.evaluation.results import (
     Measurement,
     OtherBaseline,
     Quality,
+    Ratio,
     Report,
     Served,
     Speed,
@@ -37,6 +38,7 @@ from optikit.plan.model import BASELINE
 from optikit.recipe import limits
 from optikit.recipe.schema import as_written
 from optikit.report import judge as judging
+from optikit.report import speculation_table
 from optikit.report.judge import Value
 from optikit.text import redact
 
@@ -138,9 +140,10 @@ class _Run:
     def timing(self) -> Timing | None:
         """What the speed test found; None where there was none."""
         found = self._measured(SPEED)
-        return (
-            Timing.model_validate({name: found.manifest.facts[name] for name in Timing.model_fields}) if found else None
-        )
+        if found is None:
+            return None
+        facts = found.manifest.facts.items()
+        return Timing.model_validate({name: value for name, value in facts if name in Timing.model_fields})
 
     @cached_property
     def baseline(self) -> Measurement:
@@ -244,14 +247,22 @@ class _Run:
 
     def speedup(self, arm: str) -> Speedup:
         """Return an arm's speed against the baseline's."""
-        return Speedup(**self.timing.ratios.get(arm, {})) if self.timing else Speedup()
+        if self.timing is None:
+            return Speedup()
+        apart = self.timing.repeating if arm == RESULT else None
+        return Speedup(**self._steady(self.timing.ratios.get(arm, {})), repeating=apart)
+
+    def _steady(self, ratios: Mapping[str, Ratio]) -> dict[str, Ratio]:
+        """Return ratios without that of decoding where every answer that was timed repeats itself."""
+        apart = self.timing.repeating if self.timing else None
+        return {name: ratio for name, ratio in ratios.items() if name != "decode" or apart is None or apart.steady}
 
     def other_baselines(self) -> Iterator[OtherBaseline]:
         """Yield further baselines; their speed-up is the result's against them, over the same rounds."""
         if self.timing is None:
             return
         for name, ratios in self.timing.last_against.items():
-            yield OtherBaseline(name=name, speed=self.timing.arms[name], speedup=Speedup(**ratios))
+            yield OtherBaseline(name=name, speed=self.timing.arms[name], speedup=Speedup(**self._steady(ratios)))
 
     @cached_property
     def values(self) -> Mapping[str, Value]:
@@ -282,7 +293,9 @@ class _Run:
 
     def _speed_values(self) -> dict[str, Value]:
         ratios = self.speedup(RESULT)
-        missing = Value(reason=self.result.reason or "the result was not timed")
+        apart = ratios.repeating
+        repeats = f"all {apart.prompts} answers repeat themselves: give other prompts" if apart else ""
+        missing = Value(reason=self.result.reason or repeats or "the result was not timed")
         found = {
             f"{what}_speedup": Value(value=ratio.value, ci95=ratio.ci95) if ratio else missing
             for what, ratio in (("decode", ratios.decode), ("prefill", ratios.prefill))
@@ -325,8 +338,7 @@ class _Run:
             if step.writes == "source" or self.emitted(step):
                 continue
             if step.writes == "speculator":
-                measured = (self.speculation or {}).get("speedup")
-                yield {"step": step.name} | ({"decode_speedup": measured} if measured else {})
+                yield {"step": step.name, **self._own_drafts(step)}
                 continue
             parent = next((other for other in self.plan.steps if other.key == step.source), None)
             before = self.measurement(parent) if parent else self.baseline
@@ -337,6 +349,22 @@ class _Run:
             own |= self._own_speed(step)
             ratio_of_sizes = _ratio(self.measurement(step).size_bytes, before.size_bytes).value
             yield own | {"size_ratio": ratio_of_sizes}
+
+    def _own_drafts(self, step: Step) -> dict[str, Any]:
+        """Return what a speculate step's own drafter brought, on texts that don't repeat themselves if known.
+
+        Heads and drafts share a text with lookup, which nobody trained: they are credited with what they are predicted
+        to add to it, and with nothing where measuring chose not to ask them.
+        """
+        found = self.speculation or {}
+        own = found.get("own_drafter") or {}
+        name = speculation_table.NAMES.get(step.method)
+        if name is None:
+            measured = found.get("speedup_without_loops") or found.get("speedup")
+            return {"decode_speedup": measured} if measured else {}
+        if not own.get("used") or found.get("chosen") != step.method:
+            return {"own_drafter": f"{name}: not used, 1.00× predicted"}
+        return {"own_drafter": f"{name}: {own['predicted_speedup']:.2f}× predicted beside lookup"}
 
     def _own_speed(self, step: Step) -> dict[str, Any]:
         """Return what a step alone did to decode speed on the result's engine; nothing where that was not asked for."""

@@ -96,6 +96,7 @@ def _further(report: Report) -> Iterator[str]:
         yield from _tasks(report)
     if report.speculation:
         yield from _drafting(report.speculation)
+    yield from _apart(report)
     if not measured_only(report):
         yield from _missing(report)
 
@@ -121,7 +122,19 @@ def _drafting(given: Mapping[str, Any]) -> Iterator[str]:
     elif given.get("chosen") == "off":
         yield "nothing drafts, for it doesn't pay here"
     if not_used(given):
-        yield f"{NAMES[asked]}: not used"
+        yield f"{NAMES[asked]}: not used, 1.00× predicted"
+
+
+def _apart(report: Report) -> Iterator[str]:
+    """Tell of prompts whose answers repeat themselves, which the speed above doesn't contain."""
+    apart = report.speedup.repeating
+    if apart is None or not apart.repeating:
+        return
+    if not apart.steady:
+        yield f"all {apart.prompts} answers repeat themselves, so its speed is unknown"
+        return
+    on_them = f": {text.ratio(apart.decode.value)} on them" if apart.decode else ""
+    yield f"{apart.repeating} of {apart.prompts} answers repeat themselves and are left out{on_them}"
 
 
 def _missing(report: Report) -> Iterator[str]:

@@ -81,15 +81,22 @@ def sentence(given: Mapping[str, Any]) -> str:
     if given.get("chosen") == "off":
         return "Measured here, no drafter pays: the model decodes without one."
     try:
-        found = given["speedup"]
+        steady = given.get("speedup_without_loops")
+        found = steady or given["speedup"]
         value, (low, high) = _finite(found["value"]), map(_finite, found["ci95"])
         gain = f"{text.ratio(value)} ({text.ratio_interval(value, (low, high))})"
-        said = f"Tokens come {gain} as fast as from the same graph without drafts; {_times(given['predicted_speedup'])}"
+        where = " on answers that don't repeat themselves" if steady else ""
+        said = f"Tokens come {gain} as fast as from the same graph without drafts{where}; "
+        said += f"{_times(given['predicted_speedup'])}{' for all of them' if steady else ''}"
         ties, unlike = int(given["explained_ties"]), int(given["unexplained"])
     except (KeyError, TypeError, ValueError, AttributeError):
         return ""
     same = "texts part from plain decoding at near-ties only" if ties else "every text is that of plain decoding"
     same = f"{text.plural(unlike, 'text')} part from plain decoding, and nothing explains it" if unlike else same
+    if unlike and given.get("lossless") is False:
+        same = f"{text.plural(unlike, 'text')} part from plain decoding, as acceptor {given.get('acceptor')} lets them"
+    if given.get("verify_path") == "int8":
+        same += "; drafts are checked by the int8 graph, whose own greedy text is what texts are held to"
     return f"{said} was predicted; {same}."
 
 
@@ -157,6 +164,25 @@ def _alone(by: Any) -> Shown:
     return [(_drafter(name), _times(value)) for name, value in by.items()]
 
 
+PATHS: Mapping[str, str] = {"own": "the first graph", "int8": "the int8 graph", "verify": "the int8 graph"}
+
+
+def _path(name: Any) -> str:
+    return PATHS[name]
+
+
+def _singles(given: Any) -> str:
+    return ", ".join(f"{PATHS[name]}: {_ms(ms)}" for name, ms in given.items())
+
+
+def _own(given: Any) -> str:
+    name = _drafter(given["name"])
+    if not given["used"]:
+        return f"{name}: not used, 1.00× predicted"
+    gain = given.get("predicted_speedup")
+    return name if gain is None else f"{name}: {_times(gain)} predicted beside lookup"
+
+
 def _costs(given: Any) -> str:
     return f"{_ms(given['ask'])} per draft and {_ms(given['per_token'])} per token of it"
 
@@ -179,12 +205,12 @@ def _prompts(rows: Any) -> str:
 
 GROUPS: Mapping[str, Mapping[str, tuple[str, Callable[[Any], Shown]]]] = {
     "What it brings": {
-        "speedup": ("speed-up of decoding, measured", values.worded),
-        "predicted_speedup": ("speed-up of decoding, predicted", _times),
-        "speedup_without_loops": ("speed-up on texts that don't repeat themselves", values.worded),
+        "speedup_without_loops": ("speed-up on answers that don't repeat themselves", values.worded),
+        "speedup": ("speed-up on all answers, measured", values.worded),
+        "predicted_speedup": ("speed-up on all answers, predicted", _times),
         "speedup_end_to_end": ("speed-up, the prompt's run included", values.worded),
         "latency_ms": ("time per answer", _latency),
-        "looping": ("answers that repeat themselves", _percent),
+        "looping": ("answers that hold the same 8 tokens twice", _percent),
         "acceptance_length": ("acceptance length: tokens per forward pass", values.worded),
         "acceptance_by_position": ("acceptance rate by draft position", _percents),
         "by_prompt": ("speed-up by prompt", _prompts),
@@ -197,10 +223,14 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, Callable[[Any], Shown]]]] = {
         "ahead": ("heads or draft model: most tokens drafted", values.worded),
         "ahead_gate": ("heads or draft model: least confidence", _percent),
         "by_drafter": ("acceptance rate", _accepted),
+        "acceptor": ("acceptor", values.worded),
+        "own_drafter": ("what the stage's own drafter brings", _own),
         "drafting_steps": ("forward passes that checked a draft", _percent),
     },
     "Whether texts stay the same": {
         "lossless": ("lossless", values.worded),
+        "verify_path": ("drafts are checked by", _path),
+        "single_path": ("a token alone is run by", _path),
         "prompts": ("prompts judged on", values.worded),
         "exact_match": ("answers identical to plain decoding", _percent),
         "explained_ties": ("answers that part at a near-tie of logits", values.worded),
@@ -210,6 +240,7 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, Callable[[Any], Shown]]]] = {
     },
     "Why this drafter": {
         "predicted_single_drafter": ("speed-up predicted for one drafter alone", _alone),
+        "single_ms": ("time of one token", _singles),
         "drafting_ms": ("cost of heads or draft model", _costs),
         "window_ms": ("verification cost T(m): time of a forward pass of m tokens", _windows),
     },

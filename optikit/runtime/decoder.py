@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 Tokens = NDArray[np.int64]
 Logits = NDArray[np.float32]
+SinglePath = Literal["own", "verify"]
+"""What runs a token alone, where a decoder has other kernels for several tokens: kernels for one, or those."""
 
 
 class Decoder(Protocol):

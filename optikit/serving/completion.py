@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from tokenizers.decoders import DecodeStream
 
 from optikit.runtime.decoder import Tokens
-from optikit.runtime.speculation.acceptors import Acceptor, Greedy, Rejection, Sampling
+from optikit.runtime.speculation import acceptors
+from optikit.runtime.speculation.acceptors import Acceptor, Sampling
 from optikit.runtime.speculation.decoding_loop import Request, Step
 from optikit.runtime.speculation.logits_processors import (
     Penalties,
@@ -128,13 +129,16 @@ class _Choice:
         self._buffer = TextBuffer(by, () if anew else prompt[-PREFIX:].tolist(), asked.stop)
         self._recorder = Recorder() if asked.told is not None else None
 
-    def work(self, room: int, tell: Callable[[Told, tuple[Rated, ...]], None], *, echo: bool) -> Work:
+    def work(
+        self, room: int, tell: Callable[[Told, tuple[Rated, ...]], None], *, echo: bool, acceptor: str = "greedy"
+    ) -> Work:
         """Return what the scheduler is to do.
 
         Args:
             room: Tokens that fit behind the prompt.
             tell: Told what comes, with the log-probabilities of new tokens.
             echo: Those of the prompt are wanted.
+            acceptor: What decides on drafts, as the recipe says.
         """
         asked = self._asked
         wanted = asked.new_tokens if asked.new_tokens is not None else max(1, room)
@@ -148,7 +152,7 @@ class _Choice:
         return Work(
             prompt=self._prompt,
             request=request if wanted else None,
-            acceptor=_acceptor(asked),
+            acceptor=_acceptor(asked, acceptor),
             scored=asked.told if echo else None,
             tell=lambda told: tell(told, self._rate(told)),
         )
@@ -218,10 +222,12 @@ def _seed(seed: int | None, choice: int) -> int:
     return int(np.random.SeedSequence([seed & (2**64 - 1), choice]).generate_state(1, np.uint64)[0])
 
 
-def _acceptor(asked: Sampled) -> Acceptor:
+def _acceptor(asked: Sampled, name: str) -> Acceptor:
+    """Return the acceptor that the recipe chose, at the temperature of a request."""
     if asked.temperature == 0 or asked.top_k == 1:
-        return Greedy()
-    return Rejection(Sampling(temperature=asked.temperature, top_k=max(0, asked.top_k), top_p=asked.top_p))
+        return acceptors.kept(name)
+    sampling = Sampling(temperature=asked.temperature, top_k=max(0, asked.top_k), top_p=asked.top_p)
+    return acceptors.kept(name, sampling)
 
 
 async def write(
@@ -266,7 +272,8 @@ async def write(
     try:
         for number, (choice, tokens) in enumerate(zip(choices, following, strict=True)):
             room = scheduler.target.max_tokens - len(tokens)
-            numbers.append(scheduler.submit(choice.work(room, teller(number), echo=echo)))
+            work = choice.work(room, teller(number), echo=echo, acceptor=scheduler.speculator.acceptor)
+            numbers.append(scheduler.submit(work))
         left = len(choices)
         while left:
             number, told, rated = await came.get()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optikit.algorithms import rtn
-from optikit.algorithms.grid import SMALLEST_SCALE, Grid, dequantize, fit, minmax, pruned_mask, stored_scale
+from optikit.algorithms.grid import SMALLEST_SCALE, Grid, dequantize, fit, minmax, nest, pruned_mask, stored_scale
 
 
 def weights(rows: int, columns: int, seed: int, size: float = 0.05) -> torch.Tensor:
@@ -127,3 +127,34 @@ def test_width_of_a_group():
     assert Grid(bits=4, group_size=-1, sym=True).width(48) == 48
     with pytest.raises(ValueError, match="group_size 32 does not divide 48 columns"):
         Grid(bits=4, group_size=32, sym=True).width(48)
+
+
+@given(
+    rows=st.lists(st.lists(st.floats(2.0**-20, 60000.0), min_size=6, max_size=6), min_size=1, max_size=4),
+    signs=st.integers(0, 63),
+)
+def test_nested_scales_are_whole_multiples_that_float16_holds(rows, signs):
+    sign = torch.tensor([-1.0 if signs >> i & 1 else 1.0 for i in range(6)])
+    given_scales = stored_scale(torch.tensor(rows) * sign)
+    found = nest(given_scales, 15)
+    assert torch.equal(found.half().float(), found)
+    assert torch.equal(found.sign(), given_scales.sign())
+    for row in found.abs():
+        candidates = [row.max() / k for k in range(1, 16)]
+        assert any(
+            all(0.5 < float(s / base) < 15.5 and float(s / base).is_integer() for s in row) for base in candidates
+        )
+
+
+def test_nested_scales_cost_little_and_code_products_fit_eight_bits():
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    weight = weight * torch.rand(64, 4, generator=torch.Generator().manual_seed(1)).add(0.3).repeat_interleave(64, 1)
+    lost = {}
+    for nested in (False, True):
+        grid = Grid(bits=4, group_size=64, sym=True, nested=nested)
+        codes, scales, zeros = rtn.quantize(weight, grid)
+        lost[nested] = float((dequantize(codes, scales, zeros) - weight).square().sum())
+    assert lost[False] < lost[True] < 1.15 * lost[False]
+    base = scales.float().abs().amax(1, keepdim=True) / 15
+    eight = (codes.float().reshape(64, 4, 64) - 8) * (scales.float() / base).round()[..., None]
+    assert eight.abs().max() <= 127

@@ -66,6 +66,9 @@ def test_size_that_hardly_moved_is_unchanged(full_report):
     assert "the same size" in headline(changed(full_report, size_bytes=full_report.baseline.size_bytes + 100))
 
 
+IDLE = ", 1.00× predicted"
+
+
 @pytest.mark.parametrize(
     ("file", "said"),
     [
@@ -200,11 +203,14 @@ USED = {"steps": 3, "drafted": 9, "accepted": 4}
     [
         (
             MEDUSA | {"by_drafter": {"ngram": USED, "lookup": USED}},
-            "drafts by n-grams of earlier answers and prompt lookup; Medusa: not used",
+            f"drafts by n-grams of earlier answers and prompt lookup; Medusa: not used{IDLE}",
         ),
-        ({"method": "draft", "chosen": "lookup", "by_drafter": {"lookup": USED}}, "Draft model: not used"),
-        ({"method": "medusa", "chosen": "off"}, "nothing drafts, for it doesn't pay here; Medusa: not used"),
-        (MEDUSA | {"chosen": "medusa", "by_drafter": {"medusa": {"steps": 0}, "lookup": USED}}, "Medusa: not used"),
+        ({"method": "draft", "chosen": "lookup", "by_drafter": {"lookup": USED}}, f"Draft model: not used{IDLE}"),
+        ({"method": "medusa", "chosen": "off"}, f"nothing drafts, for it doesn't pay here; Medusa: not used{IDLE}"),
+        (
+            MEDUSA | {"chosen": "medusa", "by_drafter": {"medusa": {"steps": 0}, "lookup": USED}},
+            f"Medusa: not used{IDLE}",
+        ),
         ({"method": "lookup", "chosen": "lookup"}, "drafts by prompt lookup"),
     ],
 )

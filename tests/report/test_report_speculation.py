@@ -27,9 +27,9 @@ def test_names_and_units():
     assert told == {
         "method asked for": "Medusa heads",
         "prompt lookup: tokens drafted after a match": "12 after 10 tokens, 3 after 2 tokens",
-        "speed-up of decoding, measured": "1.85× (1.50–2.67×)",
-        "speed-up of decoding, predicted": "1.90×",
-        "speed-up on texts that don't repeat themselves": "–",
+        "speed-up on all answers, measured": "1.85× (1.50–2.67×)",
+        "speed-up on all answers, predicted": "1.90×",
+        "speed-up on answers that don't repeat themselves": "–",
         "acceptance rate by draft position": "50.0 %, 25.0 %",
         "acceptance rate: n-grams of earlier answers": "25.0 %, 16 of 64 draft tokens in 39 steps",
         "cost of heads or draft model": "0.990 ms per draft and 0 ms per token of it",

@@ -20,22 +20,14 @@ recipes = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(recipes)
 
 
-def _speculate_options() -> set[str]:
-    loaded = [stages.load("speculate", method).Options for method in stages.methods("speculate")]
-    return {name for options in loaded for name in options.model_fields}
-
-
 EAGLE = "needs `speculate: {method: eagle3}`"
-ACCEPTOR = "needs `acceptor` as an option of speculate stages"
 COME: dict[str, Callable[[], bool]] = {
     EAGLE: lambda: "eagle3" in stages.methods("speculate"),
-    ACCEPTOR: lambda: "acceptor" in _speculate_options(),
 }
 """Whether what a reason waits for is there; then its rules have to fire, or go."""
 
 OUT_OF_REACH = {
     **dict.fromkeys(("vllm-neuron-speculation-sampling", "vllm-neuron-speculation-async"), EAGLE),
-    "speculate-lossy": ACCEPTOR,
 }
 """Rules that no recipe can fire yet, with what they wait for. It only ever shrinks."""
 

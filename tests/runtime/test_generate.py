@@ -15,6 +15,7 @@ from optikit.cli.generate import generate
 from optikit.errors import InputMissingError, StageFailedError, UsageError
 from optikit.models import tokenizer
 from optikit.runtime.generate import TextGenerator
+from optikit.runtime.speculation.acceptors import Sampling
 from tests.app.outputs import seal_output
 
 app = typer.Typer()
@@ -334,7 +335,58 @@ def test_an_installed_acceptor_is_found_by_name_and_held_to_its_word(tiny_onnx, 
     assert written(*asked, "-k", "1") == greedy
     liar = CliRunner().invoke(app, [*map(str, asked), "--acceptor", "greedy_liar"])
     assert isinstance(liar.exception, StageFailedError)
-    assert "the acceptor kept 1 of 0 draft tokens" in str(liar.exception)
+    assert "acceptor greedy_liar of mine:Liar kept 1 of 0 draft tokens" in str(liar.exception)
     broken = CliRunner().invoke(app, [*map(str, asked), "--acceptor", "broken"])
     assert isinstance(broken.exception, UsageError)
     assert "broken of mine:absent can't be had" in str(broken.exception)
+
+
+DRAWS = 1500
+
+
+def shares(directory, tmp_path, *arguments):
+    """Return how often the command writes each text of three tokens, over many seeds."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text((json.dumps({"prompt": "on and on and on and"}) + "\n") * DRAWS)
+    asked = [directory, "--prompts", path, "--no-chat", "--max-tokens", "3", "--top-k", "3", "--temperature", "1.3"]
+    texts = [json.loads(line)["text"] for line in written(*asked, *arguments).splitlines()]
+    return {text: texts.count(text) / len(texts) for text in set(texts)}
+
+
+@pytest.mark.parametrize(("acceptor", "batch"), [("rejection", 1), ("sample_match", 4), ("typical", 4)])
+def test_the_command_draws_what_the_model_alone_would(tiny_onnx, tiny_llama, tmp_path, acceptor, batch):
+    directory = speculated(tiny_onnx, tmp_path, acceptor=acceptor)
+    asked = ["--acceptor", acceptor, "--batch", batch, "--seed", 7]
+    found = shares(directory, tmp_path, *asked, *(["--allow-lossy"] if acceptor == "typical" else []))
+    decoder = runtime.load(tiny_onnx)
+    generator = TextGenerator(decoder, tiny_llama)
+    prompt = generator.encode("on and on and on and", chat=False)
+    sampling = Sampling(temperature=1.3, top_k=3)
+    wanted: dict[str, float] = {}
+    paths = [((), 1.0)]
+    for _ in range(3):
+        paths = [
+            ((*path, int(token)), mass * float(p[token]))
+            for path, mass in paths
+            for p in [sampling.probabilities(decoder.forward(np.append(prompt, path).astype(np.int64), 0, 1)[0])]
+            for token in np.flatnonzero(p)
+        ]
+    for path, mass in paths:
+        text = generator.tokenizer.decode(list(path), skip_special_tokens=True)
+        wanted[text] = wanted.get(text, 0.0) + mass
+    apart = 0.5 * sum(abs(found.get(text, 0) - wanted.get(text, 0)) for text in found.keys() | wanted.keys())
+    if acceptor == "typical":  # the trivial baseline: what changes the text is seen
+        assert apart > 0.3
+    else:
+        assert apart < 0.09  # 27 texts, 1,500 draws: about 0.05 by chance
+
+
+def test_the_acceptor_of_the_recipe_decides_where_nobody_asks_for_another(tiny_onnx, tmp_path):
+    """`typical` takes the likeliest token where it drafts nothing, so that no seed changes its text."""
+    typical = speculated(tiny_onnx, tmp_path, acceptor="typical")
+    asked = [typical, "--prompt", "on and on and on and", "--no-chat", "--max-tokens", "24", "--temperature", "1.5"]
+    seeds = [("--seed", "1"), ("--seed", "2")]
+    kept = {written(*asked, *seed) for seed in seeds}
+    assert len(kept) == 1
+    assert {written(*asked, *seed, "--acceptor", "typical", "--allow-lossy") for seed in seeds} == kept
+    assert len({written(*asked, *seed, "--acceptor", "rejection") for seed in seeds}) == 2

@@ -13,22 +13,28 @@ What makes it fast is what it doesn't do:
 
 A graph of accuracy level 4 has one matrix kernel for m = 1 and others for m ≥ 2; their logits differ by up to 1. Rows
 don't depend on m beyond that, so a loop that must repeat itself token by token uses m = 1 throughout, or never.
+
+Where `compile` left a second graph of the same model, with int8 products, that one runs every window of several tokens:
+a prompt, and drafts to be checked. Both graphs read and write the same cache. `single("verify")` has it run a token
+alone, too; its sums are whole numbers, so no row of it depends on m.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
 from optikit import host
 from optikit.errors import UsageError
-from optikit.runtime.decoder import Logits, Tokens
+from optikit.runtime.decoder import Logits, SinglePath, Tokens
 from optikit.runtime.decoders.checks import check_call, check_room
 from optikit.runtime.decoders.onnxruntime_session import (
     CHUNK,
@@ -123,7 +129,8 @@ class OnnxDecoder:
         threads: CPU threads; None is all that this process may use.
         max_tokens: Longest sequence; None is the model's context, or less where its cache would pass 4 GiB.
         spinning: Threads wait for their next work by spinning: faster, unless another model runs in between.
-        exact: Quantized products keep their inputs in float32, whatever the graph says: slow, for comparisons.
+        exact: Quantized products keep their inputs in float32, whatever the graph says: slow, for comparisons; a graph
+            of int8 products isn't used.
 
     Raises:
         InputMissingError: A file is missing.
@@ -144,7 +151,7 @@ class OnnxDecoder:
         exact: bool = False,
     ) -> None:
         layout = read_layout(directory)
-        model = read_graph(layout)
+        model = read_graph(layout.graph)
         self.dtype = stored_dtype(model.graph)
         if dtype not in ("auto", self.dtype):
             raise UsageError(
@@ -158,13 +165,31 @@ class OnnxDecoder:
         self.threads = threads or host.threads()
         self.vocab = layout.vocab
         if exact:
+            layout = replace(layout, verify=None)
             keep_activations(model.graph)
-        slice_before_head(model.graph, layout.graph)
-        pass_lengths(model.graph, layout.inputs["attention_mask"])
         self._layout = layout
-        self._session = open_session(model, layout, self.threads, spinning=spinning)
+        self._session = self._open(model, layout.graph, spinning=spinning)
+        self._verify = self._session
+        if layout.verify is not None:
+            self._verify = self._open(read_graph(layout.verify), layout.verify, spinning=spinning)
+        self._single = self._session
         self._mask = np.ones((1, self.max_tokens), np.int64)
         self._begin_cache()
+
+    def _open(self, model: onnx.ModelProto, path: Path, *, spinning: bool) -> onnxruntime.InferenceSession:
+        slice_before_head(model.graph, path)
+        pass_lengths(model.graph, self._layout.inputs["attention_mask"])
+        return open_session(model, self._layout, self.threads, spinning=spinning)
+
+    @property
+    def verifies_apart(self) -> bool:
+        """Whether a graph of its own runs several tokens at once."""
+        return self._layout.verify is not None
+
+    def single(self, path: SinglePath) -> None:
+        """Choose the graph that runs a token alone: the first one, `own`, or that for several tokens, `verify`."""
+        self._single = self._verify if path == "verify" else self._session
+        self._calls.pop(1, None)
 
     def _begin_cache(self) -> None:
         shape = (1, self._layout.kv_heads, max(self.max_tokens, self._layout.window), self._layout.head_dim)
@@ -236,7 +261,7 @@ class OnnxDecoder:
         m = 1 if isinstance(tokens, int) else len(tokens)
         call = self._calls.get(m)
         if call is None:
-            call = _Call(self._session, self._layout, self._cache, m)
+            call = _Call(self._single if m == 1 else self._verify, self._layout, self._cache, m)
             if m <= KEPT_CALLS:
                 self._calls[m] = call
         end = position + m

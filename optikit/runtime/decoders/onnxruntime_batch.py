@@ -162,7 +162,7 @@ class OnnxBatch:
     def __init__(self, layout: Layout, *, places: int, max_tokens: int, threads: int) -> None:
         if places < 1:
             raise UsageError(f"a batch of {places} texts holds none", fix="use 1 or more")
-        model = read_graph(layout)
+        model = read_graph(layout.verify or layout.graph)  # texts together are several tokens at once
         _gather_before_head(model.graph, find_head(model.graph, layout.graph))
         attend_apart(model.graph, layout, places)
         self.places, self.max_tokens, self.vocab = places, max_tokens, layout.vocab

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from optikit.errors import InputMissingError, IntegrityError
+from optikit.formats.onnx_graph import VERIFY
 
 CONFIG = "genai_config.json"
 HEAD = "/lm_head/MatMul"
@@ -37,6 +38,7 @@ class Layout:
 
     Attributes:
         window: Attention window in tokens, 0 without one: the least places that its kernel takes of a cache.
+        verify: A graph of the same model for several tokens at once; None where there is none.
     """
 
     graph: Path
@@ -49,6 +51,7 @@ class Layout:
     inputs: Mapping[str, str]
     outputs: Mapping[str, str]
     window: int = 0
+    verify: Path | None = None
 
     @property
     def cache_names(self) -> Iterator[tuple[str, str]]:
@@ -82,6 +85,7 @@ def read_layout(directory: Path) -> Layout:
             inputs=decoder["inputs"],
             outputs=decoder["outputs"],
             window=int(decoder.get("sliding_window", {}).get("window_size", 0)),
+            verify=directory / VERIFY if (directory / VERIFY).is_file() else None,
         )
     except (ValueError, KeyError, TypeError) as error:
         message = f"{path} isn't a decoder's configuration: {type(error).__name__}: {error}"
@@ -91,16 +95,16 @@ def read_layout(directory: Path) -> Layout:
     return layout
 
 
-def read_graph(layout: Layout) -> onnx.ModelProto:
-    """Return the graph of a layout, without its weights.
+def read_graph(path: Path) -> onnx.ModelProto:
+    """Return a graph without its weights.
 
     Raises:
         IntegrityError: The file is damaged.
     """
     try:
-        return onnx.load(str(layout.graph), load_external_data=False)
+        return onnx.load(str(path), load_external_data=False)
     except DecodeError as error:
-        raise IntegrityError(f"{layout.graph} is not an ONNX file: {error}", fix="compile the model again") from error
+        raise IntegrityError(f"{path} is not an ONNX file: {error}", fix="compile the model again") from error
 
 
 def stored_dtype(graph: onnx.GraphProto) -> str:
@@ -204,6 +208,8 @@ def open_session(
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     if not spinning:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if layout.verify is not None:  # two sessions take turns: threads of the one may not spin while the other runs
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3  # errors come as exceptions; warnings are not the user's to act on
     folder = str(layout.graph.parent.resolve())
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)

@@ -6,20 +6,21 @@ the tokens) that the model alone would have written. `typical` isn't, and has to
 An acceptor of your own is any object with `lossless` and `accept`; see `Acceptor`. It is handed the target's logits
 after all penalties, so it has to know nothing of the loop around it. A package offers one by an entry point of group
 `optikit.acceptors`: a function from the `Sampling` that is asked for, or None at temperature 0, to the acceptor; its
-name is what `--acceptor` takes.
+name is what `--acceptor` and `speculate: {acceptor: …}` take. `examples/acceptor` is such a package.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from optikit.errors import UsageError
+from optikit.errors import StageFailedError, UsageError
 from optikit.runtime.decoder import Logits, Tokens
 
 Probabilities = NDArray[np.float32]
@@ -251,6 +252,8 @@ NAMES = ("greedy", *SAMPLERS)
 
 GROUP = "optikit.acceptors"
 """Entry points of other packages' acceptors."""
+DRAWING = ("sample_match", "rejection")
+"""Acceptors that are `greedy` at temperature 0."""
 
 
 def make(name: str, sampling: Sampling | None = None, *, allow_lossy: bool = False) -> Acceptor:
@@ -275,23 +278,86 @@ def make(name: str, sampling: Sampling | None = None, *, allow_lossy: bool = Fal
     return acceptor
 
 
+def kept(name: str, sampling: Sampling | None = None) -> Acceptor:
+    """Return the acceptor that a recipe chose, as far as it applies: greedy draws nothing, and some only draw.
+
+    Args:
+        name: What the recipe says; that it may be lossy was asked there.
+        sampling: Distribution to sample from; None is temperature 0.
+
+    Raises:
+        UsageError: It comes with a package that isn't installed any more.
+    """
+    if sampling is None:
+        return Greedy() if name in ("greedy", *DRAWING) else make(name, allow_lossy=True)
+    return make("rejection" if name == "greedy" else name, sampling, allow_lossy=True)
+
+
+def offered() -> dict[str, EntryPoint]:
+    """Return the acceptors of installed packages, by name."""
+    return {each.name: each for each in entry_points(group=GROUP)}
+
+
 def _installed(name: str, sampling: Sampling | None) -> Acceptor:
     """Return an acceptor of another package.
 
     Raises:
         UsageError: No package offers one of that name, or what it offers is none.
     """
-    offered = {each.name: each for each in entry_points(group=GROUP)}
-    if name not in offered:
-        raise UsageError(f"there is no acceptor {name!r}", fix=f"use {', '.join((*NAMES, *sorted(offered)))}")
+    found = offered()
+    if name not in found:
+        raise UsageError(f"there is no acceptor {name!r}", fix=f"use {', '.join((*NAMES, *sorted(found)))}")
+    where = found[name].value
     try:
-        made: Any = offered[name].load()(sampling)
+        made: Any = found[name].load()(sampling)
         whole = callable(made.accept) and isinstance(made.lossless, bool)
     except Exception as error:  # it is anybody's program
-        message = f"acceptor {name} of {offered[name].value} can't be had: {type(error).__name__}: {error}"
+        message = f"acceptor {name} of {where} can't be had: {type(error).__name__}: {error}"
         raise UsageError(message, fix="see the package that brings it") from error
     if not whole:
-        message = f"acceptor {name} of {offered[name].value} has no `lossless` that is true or false"
+        message = f"acceptor {name} of {where} has no `lossless` that is true or false"
         raise UsageError(message, fix="see the package that brings it")
-    acceptor: Acceptor = made
-    return acceptor
+    return Foreign(name, where, made)
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """An acceptor of another package; whatever it does wrong is told with its name.
+
+    Attributes:
+        name: What it is called.
+        where: Module and function that made it.
+        made: What they made.
+    """
+
+    name: str
+    where: str
+    made: Acceptor
+
+    @property
+    def lossless(self) -> bool:
+        """What it says of itself; `optikit run` compares its texts with plain decoding's."""
+        return self.made.lossless
+
+    def accept(
+        self, draft: Tokens, draft_probs: Probabilities | None, target_logits: Logits, rng: np.random.Generator, /
+    ) -> Acceptance:
+        """Ask it, and check what it answers; see `Acceptor.accept`.
+
+        Raises:
+            StageFailedError: It fails, keeps more than was drafted, or adds a token that there is none of.
+        """
+        try:
+            accepted, token = self.made.accept(draft, draft_probs, target_logits, rng)
+            found = Acceptance(operator.index(accepted), operator.index(token))
+        except Exception as error:
+            raise self._failure(f"failed: {type(error).__name__}: {error}") from error
+        if not (0 <= found.accepted <= len(draft) and 0 <= found.token < target_logits.shape[1]):
+            vocab = target_logits.shape[1]
+            said = f"kept {found.accepted} of {len(draft)} draft tokens and added token {found.token} of {vocab}"
+            raise self._failure(said)
+        return found
+
+    def _failure(self, said: str) -> StageFailedError:
+        fix = "mend it: it keeps a beginning of the draft, and adds one token"
+        return StageFailedError(f"acceptor {self.name} of {self.where} {said}", fix=fix)

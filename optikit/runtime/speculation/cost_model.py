@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from optikit.runtime.decoder import Decoder, Tokens
+from optikit.runtime.decoder import Decoder, SinglePath, Tokens
 from optikit.runtime.speculation.decoding_loop import Step
-from optikit.runtime.speculation.speculator import Speculator
+from optikit.runtime.speculation.speculator import ChoosingDecoder, Speculator
 
 WINDOWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 24, 32)
 """Window lengths m at which T(m) is measured; between them it is interpolated."""
@@ -70,6 +70,24 @@ def measure_windows(
             taken[m].append((time.perf_counter() - start) * 1000)
     observe(rounds + 2, rounds + 2)
     return WindowCosts({m: float(np.median(times[2:])) for m, times in taken.items()})
+
+
+def measure_singles(decoder: ChoosingDecoder, context: Tokens, *, rounds: int = 25) -> dict[SinglePath, float]:
+    """Measure a forward of one token behind a context (n,) by either path, in turns; milliseconds, medians.
+
+    The decoder is left with its own path for a token alone.
+    """
+    taken: dict[SinglePath, list[float]] = {"own": [], "verify": []}
+    decoder.forward(context, 0, 1)
+    for number in range(rounds + 2):
+        for path in taken if number % 2 else reversed(taken):
+            decoder.single(path)
+            decoder.forward(context[-1:], len(context))  # the first one after another path finds its caches cold
+            start = time.perf_counter()
+            decoder.forward(context[-1:], len(context))
+            taken[path].append((time.perf_counter() - start) * 1000)
+    decoder.single("own")
+    return {path: float(np.median(times[2:])) for path, times in taken.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from optikit.errors import UsageError
 from optikit.fileio import file_sha256
@@ -26,6 +31,15 @@ def weights_digest(directory: Path) -> str:
     recorded = _recorded(directory)
     lines = [f"{name} {recorded.get(name) or file_sha256(directory / name)}\n" for name in names]
     return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else ""
+
+
+def tensors_digest(tensors: Mapping[str, NDArray[Any]]) -> str:
+    """Return one sha256 for names, dtypes, shapes and values of tensors: two of one shape may not change places."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype.str} {value.shape}\n".encode())
+        digest.update(np.ascontiguousarray(value).data)
+    return digest.hexdigest()
 
 
 def _recorded(directory: Path) -> dict[str, str]:

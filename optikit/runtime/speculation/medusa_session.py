@@ -33,6 +33,7 @@ from optikit.errors import IntegrityError, UsageError
 from optikit.runtime.decoder import Tokens
 from optikit.runtime.speculation.acceptors import Probabilities
 from optikit.runtime.speculation.drafters import Hidden
+from optikit.runtime.speculation.fingerprint import tensors_digest
 
 HEADS = "heads.safetensors"
 TABLE = "embedding"
@@ -64,6 +65,7 @@ class HeadSession:
             with safe_open(path, "numpy") as file:
                 weights = {name: file.get_tensor(name) for name in file.keys() if name != TABLE}  # noqa: SIM118 - no mapping
                 about = file.metadata()
+            _require_whole(weights, about.get("tensors_sha256", ""))
             self.vocab = int(about["vocab"])
             self.base = about.get("base_sha256", "")
             self.heads = 1 + max(int(name.split(".")[0]) for name in weights if name[0].isdigit())
@@ -107,6 +109,16 @@ class HeadSession:
                 f"the model has width {width} and {vocab} tokens"
             )
             raise UsageError(message, fix="use heads that were trained for this model")
+
+
+def _require_whole(weights: Weights, digest: str) -> None:
+    """Refuse tensors that aren't those that were written, though each may have a shape that fits.
+
+    Raises:
+        ValueError: They aren't.
+    """
+    if digest and digest != tensors_digest(weights):
+        raise ValueError("its tensors aren't those that were written under these names")
 
 
 class Embeddings:

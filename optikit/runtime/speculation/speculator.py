@@ -15,10 +15,10 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
 from optikit.errors import InputMissingError, IntegrityError, UsageError
-from optikit.runtime.decoder import Decoder, Logits, Tokens
+from optikit.runtime.decoder import Decoder, Logits, SinglePath, Tokens
 from optikit.runtime.speculation import fingerprint, ngram_table
 from optikit.runtime.speculation.acceptors import Greedy
 from optikit.runtime.speculation.decoding_loop import Request, Statistics, generate
@@ -63,6 +63,8 @@ class Speculator:
         ahead: Tokens that heads or the draft model draft at most; 0 doesn't ask them.
         ahead_gate: How sure they have to be of a chain.
         min_window: As in `decoding_loop.Request`.
+        acceptor: What decides on drafts, as the recipe says: see `acceptors.kept`.
+        single: What runs a token alone: see `decoder.SinglePath`.
         datastore: N-grams of the model's own texts to draft from; None for none.
         heads: Medusa heads.
         draft: Draft model; nothing else may use its cache.
@@ -75,6 +77,8 @@ class Speculator:
     ahead: int = 0
     ahead_gate: float = 0.4
     min_window: Literal[1, 2] = 1
+    acceptor: str = "greedy"
+    single: SinglePath = "own"
     datastore: NGramDatastore | None = field(default=None, compare=False, repr=False)
     heads: HeadSession | None = field(default=None, compare=False, repr=False)
     draft: Decoder | None = field(default=None, compare=False, repr=False)
@@ -83,7 +87,13 @@ class Speculator:
     def as_json(self) -> dict[str, Any]:
         """Return what `read` reads, but for the datastore; JSON's keys are text."""
         lengths = {str(n): k for n, k in self.lengths.items()}
-        found = {"method": self.method, "lengths": lengths, "gate": self.gate, "min_window": self.min_window}
+        found: dict[str, Any] = {
+            "method": self.method,
+            "lengths": lengths,
+            "gate": self.gate,
+            "min_window": self.min_window,
+        }
+        found |= {"acceptor": self.acceptor, "single": self.single}
         return found | ({"ahead": self.ahead, "ahead_gate": self.ahead_gate} if self.method in MODELS else {})
 
     def drafting(self, tokens: int) -> Speculator:
@@ -180,6 +190,8 @@ def from_json(value: Mapping[str, Any], where: Path) -> Speculator:
             ahead=int(value.get("ahead", 0)),
             ahead_gate=float(value.get("ahead_gate", 0.4)),
             min_window=value["min_window"],
+            acceptor=str(value.get("acceptor", "greedy")),
+            single=value.get("single", "own"),
         )
         _require_known(found)
     except (KeyError, ValueError, TypeError, AttributeError, UsageError) as error:
@@ -199,6 +211,8 @@ def _require_known(speculator: Speculator) -> None:
         raise ValueError(f"ahead {speculator.ahead!r}, ahead_gate {speculator.ahead_gate!r}")
     if speculator.min_window not in (1, 2):
         raise ValueError(f"min_window {speculator.min_window!r}")
+    if speculator.single not in get_args(SinglePath):
+        raise ValueError(f"single {speculator.single!r}")
 
 
 def read(directory: Path) -> Speculator:
@@ -260,6 +274,7 @@ class SpeculatingDecoder:
     """
 
     def __init__(self, decoder: Decoder, speculator: Speculator) -> None:
+        run_single(decoder, speculator.single)
         self.target = decoder
         self.speculator = speculator
         self._drafter = speculator.drafter()
@@ -281,6 +296,20 @@ class SpeculatingDecoder:
         for step in generate(self.target, self._drafter, Greedy(), prompt, request):
             self.statistics.add(step)
             yield from step.tokens
+
+
+def run_single(decoder: Decoder, path: SinglePath) -> None:
+    """Choose what runs a token alone, where a decoder has that choice; elsewhere there is one path."""
+    if getattr(decoder, "verifies_apart", False):
+        cast("ChoosingDecoder", decoder).single(path)
+
+
+class ChoosingDecoder(Decoder, Protocol):
+    """A decoder with a path of its own for several tokens at once."""
+
+    def single(self, path: SinglePath) -> None:
+        """Choose what runs a token alone."""
+        ...
 
 
 def require_fit(decoder: Decoder, speculator: Speculator, model: Path | None = None) -> None:

@@ -79,6 +79,22 @@ def compare(source: Path, dest: Path, facts: ModelFacts, *, window: int, threads
     return told
 
 
+def compare_verify(dest: Path, facts: ModelFacts, *, window: int, threads: int) -> dict[str, Any]:
+    """Compare the logits of the int8 graph with those of the first one, its activations in float32.
+
+    Raises:
+        IntegrityError: Further apart than rounding of activations and weights explains.
+    """
+    tokens = probe(facts, window)
+    apart = relative_distance(
+        _computed(dest, tokens, threads, exact=False), _computed(dest, tokens, threads, exact=True)
+    )
+    if not apart <= ROUNDED:
+        message = f"the int8 graph changes the logits by {apart:.2g} of their spread"
+        raise IntegrityError(message, fix="compile with verify: own, and report the model and the processor")
+    return {"verify_apart": short(apart)}
+
+
 def _computed(dest: Path, tokens: Tensor, threads: int, *, exact: bool) -> Tensor:
     """Return the graph's logits, (tokens, vocabulary)."""
     import torch

@@ -15,6 +15,8 @@ Note    a 4-bit head, which is the embedding too where they are tied, costs KL 0
 Note    the embedding is looked up in the head's own weights where the model ties them, and else rounded to 8 bits: its
         float32 table would be the largest part of a small model's file
 Note    bf16 isn't offered: onnxruntime has no CPU kernels for it
+Note    `verify: int8` writes a second graph for prompts and for drafts to be checked: one scale per output channel and
+        one per token. It takes 8 more bits a weight, and a forward of 8 tokens little more time than one of one token
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from optikit import host
 from optikit.models import engines, traits
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import tensor_shapes
@@ -31,6 +34,9 @@ from optikit.problems import Problem
 from optikit.stage import ANY, MAIN, Estimate, Facts, Job, StageOptions, directory_bytes, no_objection, nothing
 from optikit.stages.compile import _genai_builder
 from optikit.targets import Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUMMARY = "ONNX Runtime graph for CPUs: int4 or int8 from gptq and awq weights, float32 from dense ones"
 NEEDS = ANY
@@ -45,6 +51,8 @@ ENGINE = "onnxruntime"
 READABLE = traits.read_by(ENGINE)
 QUANTIZED = READABLE - {traits.DENSE}
 """How the weights may be stored: what the builder reads and what can be compared with its output."""
+SPECULATORS = frozenset({"prompt_lookup", "medusa_heads", "draft_model"})
+"""Traits of models that drafts will be checked with."""
 TRIAL_TOKENS = 8
 """Tokens that a compiled artifact has to decode before it is accepted."""
 
@@ -64,6 +72,10 @@ class Options(StageOptions):
     """Activations inside quantized products: 4 rounds them to int8, 1 keeps float32 and is several times slower."""
     block_size: Literal[16, 32, 64, 128, 256] = 32
     """Weights that share a scale, where the engine itself rounds: the head, and every layer of a dense source."""
+    verify: Literal["auto", "int8", "own"] = "auto"
+    """What runs several tokens at once, prompts and drafts: `int8` a second graph, the same weights in 8 bits with a
+    scale per channel; `own` the only one. `auto` is int8 where a speculate stage came before, the weights are
+    quantized, and this processor multiplies 8-bit integers exactly."""
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
@@ -164,8 +176,29 @@ def after(options: Options, facts: ModelFacts) -> ModelFacts:
     body = sum(_packed_bytes(shape, bits, group, zeros=quantized) for shape in facts.linears.values())
     return replace(
         facts.having("onnx", without=frozenset() if quantized else frozenset({"dense"})),
-        weight_bytes=body + _head_bytes(options, facts) + table + rest,
+        weight_bytes=body + _head_bytes(options, facts) + table + rest + _verify_bytes(options, facts),
     )
+
+
+def verifies(options: Options, facts: ModelFacts) -> bool:
+    """Return whether a second graph is written, for several tokens at once."""
+    if options.verify == "auto":
+        asked = bool(facts.traits & SPECULATORS) and options.accuracy_level == 4
+        return asked and _bits(options, facts) < 32 and host.multiplies_int8()
+    return options.verify == "int8"
+
+
+def settle(options: Options, facts: ModelFacts) -> Options:
+    """Return the options with `verify` chosen."""
+    return options.model_copy(update={"verify": "int8" if verifies(options, facts) else "own"})
+
+
+def _verify_bytes(options: Options, facts: ModelFacts) -> int:
+    """Return the bytes of the second graph's weights: codes, and a float32 scale per row; the rest it shares."""
+    if not verifies(options, facts):
+        return 0
+    shapes = (*facts.linears.values(), (facts.vocab, facts.hidden))
+    return sum(rows * (columns + 4) for rows, columns in shapes)
 
 
 def _head_bytes(options: Options, facts: ModelFacts) -> int:
@@ -240,6 +273,7 @@ def run(options: Options, job: Job) -> Facts:
         StageFailedError: The builder failed, wrote other weights than it read, or a graph that doesn't run.
         IntegrityError: The graph computes something else than the model.
     """
+    from optikit.formats import onnx_int8
     from optikit.models.reader import read
     from optikit.stages.compile import _onnx_build, _onnx_compare, _onnx_verify
 
@@ -248,13 +282,27 @@ def run(options: Options, job: Job) -> Facts:
     extra = builder_options(options, facts)
     _onnx_build.build(job, precision, extra, facts)
     _embed(options, job, facts)
+    graph, wide = job.dest / _onnx_verify.GRAPH, verifies(options, facts)
+    if wide and options.head == "int8":
+        onnx_int8.align_head(graph, _head(job, facts))
     found = _onnx_verify.compare(
         job.source, job.dest, facts, exact=precision == "fp32" or bool(facts.traits & QUANTIZED)
     )
     window = _genai_builder.window(facts)
     found |= _onnx_compare.compare(job.source, job.dest, facts, window=window, threads=job.threads)
+    if wide:
+        found |= onnx_int8.build(graph)
+        found |= _onnx_compare.compare_verify(job.dest, facts, window=window, threads=job.threads)
     trial = json.loads(_onnx_build.decode(job, TRIAL_TOKENS))
     return {"builder_precision": precision, "builder_options": list(extra), **found, "trial": trial}
+
+
+def _head(job: Job, facts: ModelFacts) -> Tensor:
+    """Return the output head of the source, (vocabulary, hidden)."""
+    from optikit.formats.checkpoint import Checkpoint
+    from optikit.stages.compile import _onnx_verify
+
+    return Checkpoint(job.source).read(_onnx_verify.outer_names(facts)[0 if facts.tied else 1])
 
 
 def _embed(options: Options, job: Job, facts: ModelFacts) -> None:

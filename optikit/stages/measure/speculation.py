@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from pydantic import Field
 
@@ -28,10 +28,10 @@ from optikit.stage import ANY, MACHINE, MAIN, PLANNED, Estimate, Facts, Input, J
 from optikit.targets import Target
 
 if TYPE_CHECKING:
-    from optikit.runtime.decoder import Decoder, Tokens
+    from optikit.runtime.decoder import Decoder, SinglePath, Tokens
     from optikit.runtime.generate import TextGenerator
     from optikit.runtime.speculation.cost_model import DraftCosts, WindowCosts
-    from optikit.runtime.speculation.speculator import Speculator
+    from optikit.runtime.speculation.speculator import ChoosingDecoder, Speculator
     from optikit.runtime.speculation.tuning import Written
 
 SUMMARY = "window costs, acceptance, choice of drafter, speed-up and identity of speculation"
@@ -74,6 +74,8 @@ class Options(StageOptions):
     """Put prompts through the model's chat template, if it has one."""
     chat_template: str = ""
     """Name of that template, of a model with several; empty is the one called `default`."""
+    acceptor: str = "greedy"
+    """What decides on drafts; one that is lossy isn't held to plain decoding's texts."""
     tune: bool = True
     """Choose the speculator's parameters anew."""
     datastore_answers: int = Field(default=200, ge=0)
@@ -114,17 +116,19 @@ def run(options: Options, job: Job) -> Facts:
     """
     from optikit.runtime import load
     from optikit.runtime.generate import TextGenerator
-    from optikit.runtime.speculation import speculator, tuning
+    from optikit.runtime.speculation import acceptors, speculator, tuning
     from optikit.runtime.speculation.cost_model import measure_drafting, measure_windows
 
     decoder = load(job.source, runtime=options.runtime, threads=job.threads, device=job.device)
     generator = TextGenerator(decoder, job.inputs["tokenizer"])
-    writer = Writer(decoder, options.new_tokens, generator.ends)
+    acceptor = acceptors.kept(options.acceptor)
+    writer = Writer(decoder, options.new_tokens, generator.ends, acceptor)
     used, spare = _prompts(options, job, generator, decoder)
     given = speculator.read(job.inputs["speculator"])
     speculator.require_fit(decoder, given)
     total = len(used) + len(spare)
     context = _context(used)
+    paths, given = _single(decoder, given, context)
     costs = measure_windows(decoder, context)
     drafting = measure_drafting(given, context)
     remembered = _texts(writer, spare, job, 0, total)
@@ -132,7 +136,8 @@ def run(options: Options, job: Job) -> Facts:
     trial = _tuned(given, remembered, texts, costs, drafting) if options.tune else given
     noise = lossless.kernel_noise(decoder, texts)
     pairs = _pairs(writer, trial, used[1::2], job, total)
-    found = _measured(pairs, costs, drafting, trial, job.seed) | lossless.compare(writer, trial, pairs, noise)
+    found = _measured(pairs, costs, drafting, trial, job.seed)
+    found |= lossless.compare(writer, trial, pairs, noise) if acceptor.lossless else lossless.count(pairs, noise)
     chosen = _named(trial if _pays(found) else replace(trial, method="off"))
     told = {name: found[name] for name in ("speedup", "predicted_speedup")}
     files = speculator.write_tuning(chosen, job.dest, told)
@@ -140,16 +145,51 @@ def run(options: Options, job: Job) -> Facts:
         "speculation": {
             "method": given.method,
             "chosen": chosen.method,
-            "lossless": True,
+            "acceptor": options.acceptor,
+            "lossless": acceptor.lossless,
+            **paths,
             **_parameters(trial),
             **found,
             "predicted_single_drafter": _alone(given, texts, costs, drafting),
+            "own_drafter": _own_drafter(given, trial, texts, costs, drafting),
             "drafting_ms": {"ask": drafting.ask_ms, "per_token": drafting.per_token_ms},
             "window_ms": {str(m): ms for m, ms in costs.ms.items()},
         },
         "remembered_texts": len(remembered) + len(texts) if trial.datastore else 0,
         "files": list(files),
     }
+
+
+def _single(decoder: Decoder, given: Speculator, context: Tokens) -> tuple[dict[str, Any], Speculator]:
+    """Choose what runs a token alone, where several tokens have a graph of their own: that one, if it is as fast.
+
+    Then a text doesn't depend on drafts at all, for whole numbers sum up the same in windows of any length.
+    """
+    from optikit.runtime.speculation.cost_model import measure_singles
+    from optikit.runtime.speculation.speculator import run_single
+    from optikit.runtime.speculation.tuning import WORTHWHILE
+
+    if not getattr(decoder, "verifies_apart", False):
+        return {"verify_path": "own"}, given
+    ms = measure_singles(cast("ChoosingDecoder", decoder), context)
+    single: SinglePath = "verify" if ms["verify"] <= ms["own"] * WORTHWHILE else "own"
+    run_single(decoder, single)
+    return {"verify_path": "int8", "single_path": single, "single_ms": ms}, replace(given, single=single)
+
+
+def _own_drafter(
+    given: Speculator, trial: Speculator, texts: Sequence[Written], costs: WindowCosts, drafting: DraftCosts
+) -> dict[str, Any]:
+    """Return what heads or a draft model bring beside lookup, predicted on the prompts that choose; a lookup is all."""
+    from optikit.runtime.speculation import tuning
+    from optikit.runtime.speculation.speculator import MODELS
+
+    if given.method not in MODELS:
+        return {"name": given.method, "used": trial.drafts}
+    without = tuning.tune(replace(given, ahead=0), texts, costs, drafting=drafting) if trial.ahead else trial
+    ms = [tuning.price(each, texts, costs, drafting).ms_per_token for each in (without, trial)]
+    gain = ms[0] / ms[1] if trial.ahead and ms[1] else 1.0
+    return {"name": given.method, "used": trial.ahead > 0, "predicted_speedup": gain}
 
 
 def _prompts(
@@ -253,8 +293,10 @@ def _pays(found: dict[str, Any]) -> bool:
     """Return whether speculation is worth having here, both by prediction and by measurement."""
     from optikit.runtime.speculation.tuning import WORTHWHILE
 
-    measured = found["speedup"]
-    return measured is not None and min(found["predicted_speedup"], measured["value"]) >= WORTHWHILE
+    measured, steady = found["speedup"], found["speedup_without_loops"]
+    if measured is None or (steady is not None and steady["value"] < 1):
+        return False
+    return bool(min(found["predicted_speedup"], measured["value"]) >= WORTHWHILE)
 
 
 def _measured(

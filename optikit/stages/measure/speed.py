@@ -4,6 +4,9 @@ Every arm is a process of its own that loads its model once. All arms decode the
 one, and every other round runs backwards (A B B A), so that a machine that slows down slows everyone. The first arm is
 the baseline; it runs a second time in every round, and that ratio of the baseline to itself is the noise floor.
 
+Where an arm speculates, prompts whose answer repeats itself (the same 8 tokens twice) are timed in rounds of their own:
+drafts come easily there, and a speed-up that rests on them is nobody's.
+
 Paper   none; definitions are those of vLLM's and MLPerf's benchmarks, tails need MLPerf's number of requests
 Hurts   anything else that runs on the machine meanwhile; its load and steal are recorded
 Cost    (rounds + warm-up) × the time of one answer of every arm; all models in memory at once
@@ -15,6 +18,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -23,9 +27,21 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from optikit.errors import StageFailedError
 from optikit.evaluation import texts
-from optikit.evaluation.results import Machine, Speed, Timing
+from optikit.evaluation.results import Machine, Repeating, Speed, Timing
 from optikit.evaluation.speed_client import Arm
-from optikit.evaluation.speed_schedule import AGAIN, Rounds, Sample, conduct, joules_per_token, select, write_samples
+from optikit.evaluation.speed_schedule import (
+    AGAIN,
+    REPEATING,
+    SEEN_PER_ROUND,
+    Rounds,
+    Sample,
+    Sorted,
+    conduct,
+    joules_per_token,
+    select,
+    sort_prompts,
+    write_samples,
+)
 from optikit.models import tokenizer
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
@@ -164,9 +180,10 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
         prefill + options.new_tokens * size / each.bytes_per_second for size, each in zip(sizes, costs, strict=True)
     ]
     peaks = [int(1.1 * size) + each.overhead for size, each in zip(sizes, costs, strict=True)]
+    seen = SEEN_PER_ROUND * options.repetitions * seconds[-1] if any(arm.speculator for arm in options.arms) else 0
     served = [peak for peak, arm in zip(peaks, options.arms, strict=True) if arm.runtime == "vllm"]
     return Estimate(
-        seconds=sum(each.start_s for each in costs) + runs * sum(seconds) + options.repetitions * seconds[0],
+        seconds=sum(each.start_s for each in costs) + runs * sum(seconds) + options.repetitions * seconds[0] + seen,
         peak_bytes=max(sum(served), *peaks),
         disk_bytes=runs * len(sizes) * options.new_tokens * 20,
     )
@@ -191,14 +208,7 @@ def run(options: Options, job: Job) -> Facts:
     """
     from optikit.evaluation import energy, machine_state
 
-    prompts = texts.prompts(
-        job.inputs["prompts"],
-        tokenizer.load(job.inputs["tokenizer"]),
-        length=options.prompt_tokens,
-        wanted=options.warmup + options.repetitions,
-        seed=job.seed,
-    )
-    rounds = Rounds(options.warmup, options.repetitions, options.new_tokens)
+    prompts = _prompts(options, job)
     before, ticks, meter = machine_state.state(), machine_state.cpu_times(), energy.find()
     with ExitStack() as stack:
         arms: dict[str, Arm] = {}
@@ -207,7 +217,8 @@ def run(options: Options, job: Job) -> Facts:
             job.progress(len(arms), len(options.arms), "model loaded")
             arms[arm.name] = stack.enter_context(_start(arm, options, job))
             loaded[arm.name] = _load(arms[arm.name], arm, options, job)
-        samples = list(conduct(arms, prompts, rounds, job.progress, meter))
+        found, prompts, rounds = _sorted(options, job, arms, prompts)
+        samples = list(conduct(arms, prompts, rounds, job.progress, meter, found.repeating if found else ()))
         peaks = {name: arm.ask("peak") for name, arm in arms.items()}
     steal = machine_state.steal_share(ticks, machine_state.cpu_times())
     machine = Machine(before=before, after=machine_state.state(), steal_share=steal)
@@ -219,7 +230,35 @@ def run(options: Options, job: Job) -> Facts:
     told = {"energy_source": counted, "energy_reason": meter.reason}
     about = {name: loaded[name] | peaks[name] | energies[name] | told for name in arms}
     timing = _timing(samples, options, about, job.seed, machine=machine, prompts=len(prompts))
+    timing = timing.model_copy(update={"repeating": _repeating(found, samples, options, job.seed) if found else None})
     return timing.model_dump(mode="json") | held | {"files": [SAMPLES]}
+
+
+def _drafts(options: Options) -> bool:
+    return any(arm.speculator for arm in options.arms)
+
+
+def _prompts(options: Options, job: Job) -> list[list[int]]:
+    """Return prompts, as tokens; more of them where some may be told apart."""
+    return texts.prompts(
+        job.inputs["prompts"],
+        tokenizer.load(job.inputs["tokenizer"]),
+        length=options.prompt_tokens,
+        wanted=options.warmup + options.repetitions * (SEEN_PER_ROUND if _drafts(options) else 1),
+        seed=job.seed,
+    )
+
+
+def _sorted(
+    options: Options, job: Job, arms: Mapping[str, Arm], prompts: list[list[int]]
+) -> tuple[Sorted | None, list[list[int]], Rounds]:
+    """Return prompts to time, those whose answer repeats itself apart from them, and how often."""
+    rounds = Rounds(options.warmup, options.repetitions, options.new_tokens)
+    if not _drafts(options):
+        return None, prompts, rounds
+    found = sort_prompts(arms[options.arms[-1].name], prompts[options.warmup :] or prompts, rounds, job.progress)
+    kept = [*prompts[: options.warmup], *map(list, found.steady or found.repeating)]
+    return found, kept, replace(rounds, repeating=len(found.repeating) if found.steady else 0)
 
 
 def _start(arm: ArmOptions, options: Options, job: Job) -> Arm:
@@ -310,6 +349,16 @@ def _timing(
         prompts=prompts,
         host=machine,
     )
+
+
+def _repeating(found: Sorted, samples: Sequence[Sample], options: Options, seed: int) -> Repeating:
+    """Return what is told apart: prompts whose answer repeats itself, and the result's speed-up on them."""
+    from optikit.evaluation import speed
+
+    first, last = options.arms[0].name, options.arms[-1].name
+    traces = [select(samples, name, REPEATING) for name in (first, last)]
+    decode = speed.compare(*traces, seed=seed)["decode"] if len(traces[0]) > 1 and first != last else None
+    return Repeating(prompts=found.seen, repeating=found.repeats, steady=len(found.steady), decode=decode)
 
 
 def _speed(summary: Summary, options: Options, about: Mapping[str, Any]) -> Speed:

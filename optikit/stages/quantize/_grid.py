@@ -6,12 +6,15 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from optikit.models import architectures
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
 from optikit.stage import StageOptions
+
+if TYPE_CHECKING:
+    from optikit.algorithms.grid import Grid
 
 GROUP_SIZES = (128, 64, 32)
 """Group sizes that servers have kernels for, largest first."""
@@ -27,6 +30,9 @@ class GridOptions(StageOptions):
     sym: bool = True
     """Fix the zero point in the middle of the codes. False stores one per group: slightly better, but vLLM's GPU
     kernels don't load it."""
+    scales: Literal["free", "nested"] = "free"
+    """`nested` makes the scales of a row whole multiples of one another's common scale: then `compile`'s int8 graph,
+    which checks several tokens at once, holds the same weights bit for bit."""
     format: Literal["gptq", "pack-quantized"] = "gptq"
     """How it is written: `gptq`, which most engines read, or `pack-quantized` of compressed-tensors, for vLLM and
     SGLang, also with zero points and in 8 bits."""
@@ -55,6 +61,10 @@ def check_grid(options: GridOptions, facts: ModelFacts) -> Iterator[Problem]:
         message = f"model_type {facts.model_type!r} is not one whose linear layers are known"
         yield Problem(code="unknown-architecture", message=message, fix=f"known: {known}")
         return
+    if options.scales == "nested" and options.bits == 8:
+        message = "codes of 8 bits leave no room to multiply their scales into"
+        fix = "use scales: free; with group_size: -1 the int8 graph is the same weights anyway"
+        yield Problem(code="nested-scales", message=message, fix=fix, loc=("scales",))
     linears = chosen(options, facts)
     for pattern in options.ignore:
         if not any(ignored(name, (pattern,)) for name in facts.linears):
@@ -64,6 +74,24 @@ def check_grid(options: GridOptions, facts: ModelFacts) -> Iterator[Problem]:
         return
     yield from _check_groups(options, linears)
     yield from _check_packing(options, linears)
+
+
+def grid(options: GridOptions, *, search: bool) -> Grid:
+    """Return the grid that the options describe.
+
+    Args:
+        options: Of a quantize stage.
+        search: Search scales, instead of spanning minimum to maximum.
+    """
+    from optikit.algorithms.grid import Grid
+
+    return Grid(
+        bits=options.bits,
+        group_size=options.group_size,
+        sym=options.sym,
+        search=search,
+        nested=options.scales == "nested",
+    )
 
 
 def _matches_nothing(pattern: str, options: GridOptions, facts: ModelFacts) -> Problem:

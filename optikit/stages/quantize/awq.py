@@ -24,7 +24,7 @@ from optikit.problems import Problem
 from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, no_objection, split_calibrated
 from optikit.stages import _blockwise_cost
 from optikit.stages._experts import ExpertOptions
-from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, ignored, quantization_config
+from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, grid, ignored, quantization_config
 from optikit.targets import Target
 
 SUMMARY = "AWQ: 4-bit weights, salient channels scaled up before rounding"
@@ -89,7 +89,6 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 
 def run(options: Options, job: Job) -> Facts:
     """Walk the blocks, quantizing each on the outputs of the quantized ones before it."""
-    from optikit.algorithms.grid import Grid
     from optikit.calibration import blockwise
     from optikit.calibration.methods.awq import Awq
     from optikit.calibration.write_checkpoint import ScaledLayout
@@ -101,7 +100,7 @@ def run(options: Options, job: Job) -> Facts:
     method = Awq(
         ScaledLayout(dtypes=packing.dtypes, unpack=packing.dequantize, config=config),
         packing,
-        grid=Grid(bits=4, group_size=options.group_size, sym=options.sym, search=options.clip),
+        grid=grid(options, search=options.clip),
         steps=options.steps,
         damp=options.damp if options.rounding == "gptq" else None,
         correct_damp=options.correct_damp if options.correct else None,

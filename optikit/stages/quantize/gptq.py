@@ -19,7 +19,7 @@ from optikit.problems import Problem
 from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, no_objection, no_row, split_calibrated
 from optikit.stages import _blockwise_cost
 from optikit.stages._experts import ExpertOptions
-from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, ignored, quantization_config
+from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, grid, ignored, quantization_config
 from optikit.targets import Target
 
 SUMMARY = "GPTQ: 4- or 8-bit weights, rounding guided by calibration text"
@@ -77,16 +77,15 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 def run(options: Options, job: Job) -> Facts:
     """Walk the blocks, quantizing each on the outputs of the quantized ones before it."""
     from optikit.algorithms import gptq
-    from optikit.algorithms.grid import Grid
     from optikit.calibration import blockwise
     from optikit.calibration.methods.rounding import GramRounding
     from optikit.calibration.write_checkpoint import grid_layout
     from optikit.models.reader import read
 
-    grid = Grid(bits=options.bits, group_size=options.group_size, sym=options.sym, search=options.mse)
+    chosen = grid(options, search=options.mse)
     config = quantization_config(options, read(job.source), damp_percent=options.damp)
     method = GramRounding(
-        grid_layout(options.format, grid, config),
+        grid_layout(options.format, chosen, config),
         kernel=partial(gptq.quantize, damp=options.damp, act_order=options.act_order),
         correct_damp=options.correct_damp if options.correct else None,
     )

@@ -15,7 +15,7 @@ from functools import partial
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, directory_bytes, no_objection, no_row, nothing
-from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, ignored, quantization_config
+from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, grid, ignored, quantization_config
 from optikit.targets import Target
 
 SUMMARY = "round to nearest: 4- or 8-bit weights without calibration"
@@ -61,14 +61,13 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 def run(options: Options, job: Job) -> Facts:
     """Round every linear of every block."""
     from optikit.algorithms import rtn
-    from optikit.algorithms.grid import Grid
     from optikit.calibration import blockwise
     from optikit.calibration.methods.rounding import DataFreeRounding
     from optikit.calibration.write_checkpoint import grid_layout
     from optikit.models.reader import read
 
-    grid = Grid(bits=options.bits, group_size=options.group_size, sym=options.sym, search=options.mse)
-    layout = grid_layout(options.format, grid, quantization_config(options, read(job.source)))
+    chosen = grid(options, search=options.mse)
+    layout = grid_layout(options.format, chosen, quantization_config(options, read(job.source)))
     method = DataFreeRounding(layout, kernel=rtn.quantize)
     ignore = partial(ignored, patterns=options.ignore)
     return blockwise.run(job, method, identity=f"rtn {options!r}", ignore=ignore).facts

@@ -39,6 +39,11 @@ class PromptOptions(StageOptions):
     """Prompts, beside those, whose answers become n-grams to draft from."""
     tune: bool = True
     """Choose lengths anew by what they would bring on half of the prompts, measured costs included."""
+    acceptor: str = "greedy"
+    """What decides on drafts where answers are written: `greedy`; `sample_match` or `rejection`, which draw like the
+    model itself where a temperature is asked for; `typical`, which is lossy; or the name of an installed package's."""
+    allow_lossy: bool = False
+    """Take an acceptor whose text isn't the model's own."""
     exact: bool = False
     """Never run one token alone, so that texts equal those of plain decoding with the same kernels token by token; some
     engines round one token otherwise than several."""
@@ -51,15 +56,12 @@ def inputs(options: PromptOptions) -> Mapping[str, Input]:
 
 def measured(options: PromptOptions) -> dict[str, Any]:
     """Return how `measure speculation` chooses and judges what these options ask for, as options of its own."""
-    fields = {"tune", "chat", "chat_template", "new_tokens", "datastore_answers", "template", "eval_part"}
+    fields = {"acceptor", "tune", "chat", "chat_template", "new_tokens", "datastore_answers", "template", "eval_part"}
     return options.model_dump(include={*fields, "prompt_tokens"}) | {"prompts": options.eval_prompts}
 
 
 def check(options: PromptOptions, facts: ModelFacts) -> Iterator[Problem]:
     """Yield why this model can't be speculated on, or these prompts not be read."""
-    if facts.sliding_window is not None:
-        message = f"attention over a window of {facts.sliding_window} tokens forgets what a rejected draft displaced"
-        yield Problem(code="no-rollback", message=message, fix="drop the speculate stage, or use a model without one")
     if options.new_tokens >= facts.max_positions:
         message = f"answers of {options.new_tokens} tokens leave no room in the model's context for a prompt"
         fix = f"set new_tokens below {facts.max_positions}"
@@ -68,6 +70,29 @@ def check(options: PromptOptions, facts: ModelFacts) -> Iterator[Problem]:
         records.fields(options.template)
     except ValueError as error:
         yield Problem(code="bad-template", message=str(error), fix='write "{field}"', loc=("template",))
+    yield from _check_acceptor(options)
     if options.eval_part[0] >= options.eval_part[1]:
         message = f"eval_part {list(options.eval_part)} is empty"
         yield Problem(code="bad-part", message=message, fix="write [0.8, 1]", loc=("eval_part",))
+
+
+LOSSLESS = ("greedy", "sample_match", "rejection")
+
+
+def _check_acceptor(options: PromptOptions) -> Iterator[Problem]:
+    """Yield why an acceptor can't be had, or isn't allowed to be."""
+    if options.acceptor in LOSSLESS:
+        return
+    from optikit.errors import UsageError
+    from optikit.runtime.speculation import acceptors
+
+    try:
+        lossless = acceptors.make(options.acceptor, allow_lossy=True).lossless
+    except UsageError as error:
+        yield Problem(code="no-acceptor", message=error.message, fix=error.fix, loc=("acceptor",))
+        return
+    if not (lossless or options.allow_lossy or options.acceptor in acceptors.NAMES):  # those are a rule's
+        message = f"acceptor {options.acceptor} is lossy: texts will not be the model's own"
+        yield Problem(
+            code="lossy-acceptor", message=message, fix="set allow_lossy: true, or leave it out", loc=("acceptor",)
+        )

@@ -321,6 +321,7 @@ def _write(options: Options, job: Job) -> dict[str, str]:
         ahead=min(AHEAD, options.tokens),
         ahead_gate=0.4,
         min_window=2 if options.exact else 1,
+        acceptor=options.acceptor,
     )
     servers = {
         "vllm": {"speculative_config": vllm.vllm("draft", tokens=options.tokens, directory="speculator/draft")},

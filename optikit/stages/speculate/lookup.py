@@ -58,6 +58,10 @@ class Options(PromptOptions):
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
     """Yield why this model can't be speculated on, or these prompts not be read."""
     yield from _prompts.check(options, facts)
+    if options.tokens >= facts.max_positions:
+        message = f"{options.tokens} draft tokens don't fit into the model's context of {facts.max_positions}"
+        fix = f"set tokens below {facts.max_positions}"
+        yield Problem(code="draft-exceeds-context", message=message, fix=fix, loc=("tokens",))
 
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
@@ -76,7 +80,9 @@ def run(options: Options, job: Job) -> Facts:
     from optikit.runtime.speculation.speculator import SPECULATOR, Speculator
 
     lengths = options.lengths()
-    speculator = Speculator(method="lookup", lengths=lengths, min_window=2 if options.exact else 1)
+    speculator = Speculator(
+        method="lookup", lengths=lengths, min_window=2 if options.exact else 1, acceptor=options.acceptor
+    )
     servers = {
         "vllm": {"speculative_config": vllm.vllm("lookup", tokens=options.tokens, longest_match=max(lengths))},
         "transformers": vllm.transformers_arguments("lookup", tokens=options.tokens, longest_match=max(lengths)),

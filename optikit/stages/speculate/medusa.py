@@ -272,18 +272,25 @@ def _write(options: Options, job: Job, heads: MedusaHeads, lm_head: Tensor) -> N
     from optikit.deploy import medusa, vllm
     from optikit.formats.checkpoint import save_tensors
     from optikit.formats.medusa import tensors
-    from optikit.runtime.speculation.fingerprint import weights_digest
-    from optikit.runtime.speculation.medusa_session import HEADS
+    from optikit.runtime.speculation.fingerprint import tensors_digest, weights_digest
+    from optikit.runtime.speculation.medusa_session import HEADS, TABLE
     from optikit.runtime.speculation.speculator import SPECULATOR, Speculator
 
     vocab, width = lm_head.shape
     digest = weights_digest(job.source)
-    save_tensors(job.dest / HEADS, tensors(heads), {"vocab": str(vocab), "base_sha256": digest})
+    held = tensors(heads)
+    own = tensors_digest({name: each.numpy() for name, each in held.items() if name != TABLE})
+    save_tensors(job.dest / HEADS, held, {"vocab": str(vocab), "base_sha256": digest, "tensors_sha256": own})
     layouts = options.written_layouts
     if layouts:
         _write_layouts(options, job, medusa.head_set(heads, lm_head))
     speculator = Speculator(
-        method="medusa", lengths={3: 8, 2: 4}, ahead=heads.heads, ahead_gate=0.4, min_window=2 if options.exact else 1
+        method="medusa",
+        lengths={3: 8, 2: 4},
+        ahead=heads.heads,
+        ahead_gate=0.4,
+        min_window=2 if options.exact else 1,
+        acceptor=options.acceptor,
     )
     served = vllm.vllm("medusa", tokens=options.heads, directory="speculator/vllm")
     servers = {"vllm": {"speculative_config": served}} if "vllm" in layouts else {}

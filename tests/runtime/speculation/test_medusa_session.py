@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from optikit.algorithms.medusa import MedusaHeads, draft_vocabulary
 from optikit.errors import IntegrityError
 from optikit.formats import medusa
+from optikit.runtime.speculation.fingerprint import tensors_digest
 from optikit.runtime.speculation.medusa_session import HeadSession
 
 VOCAB, HIDDEN, WIDTH = 300, 48, 40
@@ -99,3 +100,20 @@ def test_embeddings_are_stored_within_half_a_level(tmp_path):
     off = (found["embedding"] * found["embedding.scales"][:, None] - rows).abs()
     assert (off <= 0.5001 * rows.abs().amax(1, keepdim=True) / 127).all()
     assert float(rows.square().mean()) == pytest.approx(1, rel=1e-3)
+
+
+def test_heads_that_changed_places_are_refused(tmp_path):
+    torch.manual_seed(0)
+    heads = MedusaHeads(torch.randn(VOCAB, HIDDEN), heads=2)
+    with torch.no_grad():
+        for each in heads.blocks.parameters():
+            each.normal_()
+    tensors = {name: each.detach().contiguous() for name, each in medusa.tensors(heads).items()}
+    about = {"format": "pt", "vocab": str(VOCAB), "base_sha256": "abc"}
+    about["tensors_sha256"] = tensors_digest({name: each.numpy() for name, each in tensors.items()})
+    save_file(tensors, tmp_path / "heads.safetensors", about)
+    assert HeadSession(tmp_path / "heads.safetensors").heads == 2
+    permuted = tensors | {"0.0.weight": tensors["1.0.weight"], "1.0.weight": tensors["0.0.weight"].clone()}
+    save_file({name: each.clone() for name, each in permuted.items()}, tmp_path / "heads.safetensors", about)
+    with pytest.raises(IntegrityError, match="aren't those that were written under these names"):
+        HeadSession(tmp_path / "heads.safetensors")

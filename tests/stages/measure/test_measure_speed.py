@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from optikit.errors import InputMissingError, StageFailedError
 from optikit.evaluation.results import Machine, Speed
 from optikit.evaluation.speed import Trace
-from optikit.evaluation.speed_schedule import AGAIN, Rounds, Sample, schedule, select
+from optikit.evaluation.speed_schedule import AGAIN, REPEATING, Rounds, Sample, schedule, select, sort_prompts
 from optikit.stage import Job
 from optikit.stages.measure import speed
 
@@ -206,3 +206,23 @@ def test_a_chain_compares_each_arm_with_the_one_before_it():
         "engine": pytest.approx(2),
         "result": pytest.approx(4),
     }
+
+
+class Canned:
+    """An arm that answers a prompt with the tokens written in it."""
+
+    def ask(self, verb, *, prompt, new_tokens):
+        assert verb == "decode"
+        return {"tokens": prompt[:new_tokens]}
+
+
+def test_prompts_whose_answer_repeats_itself_are_timed_apart():
+    steady, looping = list(range(40)), [*range(10), *range(10), *range(20)]
+    prompts = [looping, steady, looping, steady, steady, steady]
+    found = sort_prompts(Canned(), prompts, Rounds(1, 3, 40), lambda *_: None)
+    assert (found.seen, found.repeats) == (5, 2)
+    assert list(found.steady) == [steady] * 3
+    assert list(found.repeating) == [looping] * 2
+    plan = list(schedule("AB", Rounds(1, 2, 8, repeating=2)))
+    assert plan[-4:] == [("A", REPEATING, 0), ("B", REPEATING, 0), ("B", REPEATING, 1), ("A", REPEATING, 1)]
+    assert all(phase != REPEATING for _, phase, _ in plan[:-4])

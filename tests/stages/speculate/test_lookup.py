@@ -82,13 +82,32 @@ def test_what_it_writes_is_what_runtimes_and_servers_read(tmp_path, tiny_llama):
     assert [path.name for path in tmp_path.iterdir()] == ["speculator.json"]
 
 
-def test_a_window_of_attention_cannot_be_rolled_back(tiny_llama):
+def test_a_window_of_attention_can_be_rolled_back(tiny_llama):
     from dataclasses import replace
 
     facts = replace(read(tiny_llama), sliding_window=64)
-    found = list(lookup.check(lookup.Options(), facts, targets.find("cpu")))
-    assert [problem.code for problem in found] == ["no-rollback"]
-    assert not list(lookup.check(lookup.Options(), read(tiny_llama), targets.find("cpu")))
+    assert not list(lookup.check(lookup.Options(), facts, targets.find("cpu")))
+
+
+def test_an_acceptor_has_to_be_there_and_a_lossy_one_allowed(recipe, tmp_path):
+    def planned(**options):
+        path = recipe()
+        value = yaml.safe_load(path.read_text())
+        value["stages"][0]["speculate"] |= options
+        path.write_text(yaml.safe_dump(value))
+        return plan_of(path, tmp_path)
+
+    def refused(**options):
+        with pytest.raises(RecipeError) as caught:
+            planned(**options)
+        return [problem.code for problem in caught.value.problems]
+
+    assert refused(acceptor="nobody") == ["no-acceptor"]
+    assert refused(acceptor="typical") == ["speculate-lossy"]
+    plan = planned(acceptor="typical", allow_lossy=True)
+    (measure,) = [step for step in plan.measures if step.method == "speculation"]
+    assert measure.options.acceptor == "typical"
+    assert planned(acceptor="rejection").steps
 
 
 def test_the_plan_keeps_the_model_and_measures_the_speculator(recipe, tmp_path):
