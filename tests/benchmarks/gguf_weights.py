@@ -94,19 +94,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--note", default="", help="a sentence on how the machine was used meanwhile")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         source = args.file.resolve()
         ours = read(OURS, source, Path(place) / "ours")
         equal = compare(source, Path(place) / "ours")
         peer = read(PEER, source, Path(place) / "peer")
-    page = _page(source, ours, peer, equal)
+    page = _page(source, ours, peer, equal, args.note)
     print(page)
     if args.out:
         args.out.write_text(page, encoding="utf-8")
 
 
-def _page(source: Path, ours: dict[str, Any], peer: dict[str, Any], equal: Counter[str]) -> str:
+def _page(source: Path, ours: dict[str, Any], peer: dict[str, Any], equal: Counter[str], note: str) -> str:
     facts = ours["facts"]
     here = f"{host.cpu_model()}, {host.threads()} threads, {host.memory_bytes() / 2**30:.0f} GiB"
     versions = host.versions(("gguf", "transformers"))
@@ -118,7 +119,7 @@ def _page(source: Path, ours: dict[str, Any], peer: dict[str, Any], equal: Count
     size, weights = f"{source.stat().st_size / 2**20:.0f} MiB", f"{facts['parameters'] / 1e6:.0f}M"
     return PAGE.format(
         name=source.name, size=size, weights=weights, commit=commit(), here=here, rows=rows, types=types,
-        count=sum(equal.values()), gguf=versions["gguf"], **facts,
+        count=sum(equal.values()), gguf=versions["gguf"], note=f"\n{note}\n" if note else "", **facts,
     )  # fmt: skip
 
 
@@ -134,10 +135,11 @@ with its tokenizer; peak memory of the process, libraries included. Commit {comm
 | read by | time | peak memory |
 |---|---|---|
 {rows}
-
-All {count} tensors that were written ({types}) are, bit by bit, what gguf {gguf} reads and
-dequantizes, rounded once. {exact} of them have the file's very values; of the {rounded} others, which were integer
-blocks, the one that rounding changed most is {largest_rounding} of its length apart.
+{note}
+All {count} tensors that were written ({types})
+are, bit by bit, what gguf {gguf} reads and dequantizes, rounded once. {exact} of them have the file's very values;
+of the {rounded} others, which were integer blocks, the one that rounding changed most is
+{largest_rounding} of its length apart.
 """
 
 
