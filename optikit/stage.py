@@ -46,16 +46,16 @@ class Input:
 
     Attributes:
         of: `calibration`: the recipe's calibration text. `prompts`: the text `spec`, or else the prompts of the speed
-            test. `model`: the model `spec`. `original`: the recipe's model before any stage. `step`: what the newest
-            earlier step of `made_by` left, where there is one. `machine`: processor and threads of this one. `plan`:
-            whatever the plan wires to it (measurements).
+            test. `model`: the model `spec`. `drafter`: the EAGLE-3 drafter `spec`, which is no model. `original`: the
+            recipe's model before any stage. `step`: what the newest earlier step of `made_by` left, where there is one.
+            `machine`: processor and threads of this one. `plan`: whatever the plan wires to it (measurements).
         spec: What the author wrote for it; "" is nothing.
         option: The option it was written in, as messages name it.
         made_by: Verb and method.
         split: Several processes may each calibrate on a part of the text (`optikit run --ranks`).
     """
 
-    of: Literal["calibration", "prompts", "model", "original", "step", "machine", "plan"]
+    of: Literal["calibration", "prompts", "model", "drafter", "original", "step", "machine", "plan"]
     spec: str = ""
     option: str = ""
     made_by: tuple[str, str] = ("", "")

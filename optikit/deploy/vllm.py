@@ -1,6 +1,6 @@
 """What to tell a server about a speculator: vLLM's speculative_config, LMI's properties, transformers' arguments.
 
-A speculator is `{"method": "medusa" | "draft" | "lookup", "tokens": k, …}`, as `speculator.json` has it.
+A speculator is `{"method": "medusa" | "eagle3" | "draft" | "lookup", "tokens": k, …}`, as `speculator.json` has it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def vllm(method: str, *, tokens: int, directory: str = "", longest_match: int = 
     """Return vLLM's `speculative_config`.
 
     Args:
-        method: `medusa`, `draft` or `lookup`.
+        method: `medusa`, `eagle3`, `draft` or `lookup`.
         tokens: Tokens to draft per step.
         directory: Where the server sees heads or draft.
         longest_match: Tokens that a lookup matches at most; it goes down to 2, or to this if that is less.
@@ -25,15 +25,15 @@ def vllm(method: str, *, tokens: int, directory: str = "", longest_match: int = 
     Raises:
         UsageError: There is no such method.
     """
-    if method == "medusa":
-        return {"method": "medusa", "model": directory, "num_speculative_tokens": tokens}
+    if method in ("medusa", "eagle3"):
+        return {"method": method, "model": directory, "num_speculative_tokens": tokens}
     if method == "draft":
         found = {"method": "draft_model", "model": directory, "num_speculative_tokens": tokens}
         return found | {"draft_tensor_parallel_size": parallel}
     if method == "lookup":
         bounds = {"prompt_lookup_max": longest_match, "prompt_lookup_min": min(2, longest_match)}
         return {"method": "ngram", "num_speculative_tokens": tokens} | bounds
-    raise UsageError(f"vLLM has no speculation by {method!r}", fix="use medusa, draft or lookup")
+    raise UsageError(f"vLLM has no speculation by {method!r}", fix="use medusa, eagle3, draft or lookup")
 
 
 def lmi_properties(model: str, speculation: Mapping[str, Any]) -> str:

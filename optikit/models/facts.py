@@ -42,6 +42,7 @@ Trait = Literal[
     "nvfp4_packed",  # compressed-tensors, nvfp4-pack-quantized
     "mxfp4_packed",
     "medusa_heads",
+    "eagle3",
     "draft_model",
     "prompt_lookup",
     "onnx",

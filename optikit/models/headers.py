@@ -79,8 +79,13 @@ def read_directory(directory: Path) -> Mapping[str, TensorFacts]:
     return tensors
 
 
-def read_values(directory: Path, names: Collection[str]) -> dict[str, bytes]:
+def read_values(directory: Path, names: Collection[str], *, most_bytes: int = MOST_VALUE_BYTES) -> dict[str, bytes]:
     """Return the bytes of a few small tensors of a directory that `read_directory` accepts, by name.
+
+    Args:
+        directory: Where.
+        names: Of those that are wanted; others needn't be there.
+        most_bytes: Of each.
 
     Raises:
         IntegrityError: One is larger than what a loader keeps beside a weight.
@@ -93,7 +98,7 @@ def read_values(directory: Path, names: Collection[str]) -> dict[str, bytes]:
             rows = parse_object(file.read(length))
             for name in sorted(rows.keys() & set(names)):
                 begin, end = rows[name]["data_offsets"]
-                if end - begin > MOST_VALUE_BYTES:
+                if end - begin > most_bytes:
                     raise IntegrityError(f"{directory / shard}: {name!r} has {end - begin} bytes", fix=FIX)
                 file.seek(8 + length + begin)
                 found[name] = file.read(end - begin)

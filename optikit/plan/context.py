@@ -233,7 +233,7 @@ def resolve_models(
     return {
         at(index, role): resolve_model(wanted.spec, store, base=base, offline=offline, note=note, **how)
         for index, _, role, wanted in stage_inputs(recipe)
-        if wanted.of == "model" and wanted.spec
+        if wanted.of in ("model", "drafter") and wanted.spec
     }
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from optikit import stages, targets
 from optikit.environments import cuda
 from optikit.errors import RecipeError
-from optikit.models import adapter, traits
+from optikit.models import adapter, eagle3, traits
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import read, read_gguf
 from optikit.plan import check_gates, room, serve_section
@@ -227,10 +227,10 @@ def _input_problems(context: Context, index: int, role: str, wanted: Input) -> I
 def _model_facts(context: Context, index: int) -> Iterator[tuple[str, ModelFacts]]:
     """Yield the facts of the models that a stage names, by role."""
     entry = context.recipe.stages[index]
-    for role in entry.stage.inputs(entry.options):
+    for role, wanted in entry.stage.inputs(entry.options).items():
         model = context.models.get(at(index, role))
         if model is not None and model.format == "safetensors":
-            yield role, read(model.path, promised=True)
+            yield role, eagle3.facts(model.path) if wanted.of == "drafter" else read(model.path, promised=True)
 
 
 def _engine_steps(context: Context, steps: Sequence[Step]) -> tuple[Step, ...]:

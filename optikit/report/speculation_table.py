@@ -13,6 +13,7 @@ DRAFTERS: Mapping[str, str] = {
     "lookup": "prompt lookup",
     "ngram": "n-grams of earlier answers",
     "medusa": "Medusa heads",
+    "eagle3": "EAGLE-3 drafter",
     "draft": "draft model",
     "off": "none: it doesn't pay here",
 }
@@ -51,7 +52,7 @@ def listed(given: Mapping[str, Any], *, drawn: bool) -> Rows:
     return tuple(row for _, rows in grouped(given, drawn=drawn) for row in rows)
 
 
-NAMES: Mapping[Any, str] = {"medusa": "Medusa", "draft": "Draft model"}
+NAMES: Mapping[Any, str] = {"medusa": "Medusa", "eagle3": "EAGLE-3", "draft": "Draft model"}
 """Methods that somebody trained something for, so that its idleness is news."""
 
 

@@ -25,8 +25,15 @@ from optikit.runtime.decoder import BatchDecoder, Decoder, Logits, Tokens, Windo
 from optikit.runtime.decoders.checks import check_call
 from optikit.runtime.speculation.acceptors import Acceptor, Greedy
 from optikit.runtime.speculation.batch_loop import Texts
-from optikit.runtime.speculation.decoding_loop import HiddenDecoder, Request, Statistics, Step, check
-from optikit.runtime.speculation.drafters import Hidden
+from optikit.runtime.speculation.decoding_loop import (
+    FeatureDecoder,
+    HiddenDecoder,
+    Request,
+    Statistics,
+    Step,
+    check,
+)
+from optikit.runtime.speculation.drafters import Features, Hidden
 from optikit.runtime.speculation.speculator import SpeculatingDecoder, Speculator
 
 SCORED_AT_ONCE = 64
@@ -87,6 +94,10 @@ class OnePlace:
     def hidden(self, _window: int, row: int) -> Hidden:
         """Return what the head read; see `decoding_loop.HiddenDecoder`."""
         return cast("HiddenDecoder", self._decoder).hidden(row)
+
+    def features(self, _window: int) -> Features:
+        """Return what shown blocks were given; see `decoding_loop.FeatureDecoder`."""
+        return cast("FeatureDecoder", self._decoder).features()
 
     def move(self, _source: int, _target: int) -> None:
         """Do nothing: there is nowhere to go."""

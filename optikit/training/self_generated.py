@@ -39,7 +39,7 @@ class GeneratedText:
         documents: (n,) int64: number of the text that each token belongs to.
         wanted: (n,) bool: tokens that the model wrote.
         hidden: (n, width): the state, behind the final norm, at each token: what the next one was predicted from. Zero
-            at the last token of a text, behind which nothing was predicted.
+            at the last token of a text, behind which nothing was predicted. Of width 0 where none were kept.
     """
 
     tokens: Tensor
@@ -75,13 +75,14 @@ def divide(text: GeneratedText, share: float) -> tuple[GeneratedText, GeneratedT
     return text.chosen(documents[~torch.isin(documents, held)]), text.chosen(held)
 
 
-def write(
+def write(  # noqa: PLR0913 - how to write, each with a default
     model: Any,
     prompts: Sequence[Sequence[int]],
     *,
     new_tokens: int,
     ends: frozenset[int],
     folder: Path,
+    states: bool = True,
     most: tuple[int, int] = (BATCH, ROOM),
     observe: Callable[[int, int], None] = lambda _done, _total: None,
     note: Callable[[str], None] = lambda _: None,
@@ -94,6 +95,7 @@ def write(
         new_tokens: Most tokens to write per prompt.
         ends: Tokens that end a text; the one that does is part of it.
         folder: Where finished batches are kept.
+        states: Keep what each token was predicted from.
         most: Prompts at once, those of similar length together, and positions of the cache at once; a prompt that is
             longer is written alone.
         observe: Told (done, total) prompts.
@@ -109,6 +111,7 @@ def write(
         part = kept_tensors(path, note)
         if part is None:
             part = _joined(indices, _continue(model, [prompts[i] for i in indices], new_tokens, ends))
+            part["hidden"] = part["hidden"] if states else part["hidden"][:, :0]
             keep_tensors(path, part)
         parts.append(part)
     observe(done, len(prompts))

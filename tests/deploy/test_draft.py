@@ -101,6 +101,8 @@ def test_vllm_is_told_in_its_own_words():
     lookup = vllm.vllm("lookup", tokens=8)
     assert (lookup["method"], lookup["prompt_lookup_max"], lookup["prompt_lookup_min"]) == ("ngram", 3, 2)
     assert vllm.vllm("lookup", tokens=8, longest_match=1)["prompt_lookup_min"] == 1
+    eagle = vllm.vllm("eagle3", tokens=4, directory="/m/eagle3")
+    assert eagle == {"method": "eagle3", "model": "/m/eagle3", "num_speculative_tokens": 4}
     assert {*medusa, *drafted, *lookup} <= VLLM_KEYS
     with pytest.raises(UsageError, match="no speculation by 'eagle'"):
         vllm.vllm("eagle", tokens=1)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from optikit import host, stages
+from optikit import host
 from optikit.plan import serve_section
 from optikit.rules import rules
 
@@ -20,15 +20,10 @@ recipes = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(recipes)
 
 
-EAGLE = "needs `speculate: {method: eagle3}`"
-COME: dict[str, Callable[[], bool]] = {
-    EAGLE: lambda: "eagle3" in stages.methods("speculate"),
-}
+COME: dict[str, Callable[[], bool]] = {}
 """Whether what a reason waits for is there; then its rules have to fire, or go."""
 
-OUT_OF_REACH = {
-    **dict.fromkeys(("vllm-neuron-speculation-sampling", "vllm-neuron-speculation-async"), EAGLE),
-}
+OUT_OF_REACH = {}
 """Rules that no recipe can fire yet, with what they wait for. It only ever shrinks."""
 
 

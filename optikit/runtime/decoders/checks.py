@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from optikit.errors import UsageError
@@ -53,6 +54,18 @@ def check_room(length: int, max_tokens: int) -> None:
     if length > max_tokens:
         message = f"{length} tokens don't fit: this decoder holds {max_tokens}"
         raise UsageError(message, fix="shorten the prompt, ask for fewer tokens, or load it with a larger max_tokens")
+
+
+def require_blocks(blocks: Sequence[int], count: int) -> None:
+    """Refuse to show the inputs of blocks that a model doesn't have.
+
+    Raises:
+        UsageError: Naming them.
+    """
+    beyond = [block for block in blocks if not 0 <= block < count]
+    if beyond:
+        message = f"the drafter reads what block {beyond[0]} is given, and the model has {count}"
+        raise UsageError(message, fix="use a drafter that was trained for this model")
 
 
 def cache_argument(model: Any, cache: Any) -> dict[str, Any]:

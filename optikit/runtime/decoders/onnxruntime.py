@@ -9,7 +9,8 @@ What makes it fast is what it doesn't do:
 - Inputs and outputs are bound by address once per m; a step then writes three numbers and makes one call.
 - Before the output head a slice is put into the graph in memory (the file stays as it is): a prompt computes logits
   for its last token only, a fifth less work on SmolLM2-135M. What the slice gives is what Medusa heads read: any
-  directory of the builder shows its hidden states.
+  directory of the builder shows its hidden states. What EAGLE-3 drafters read, the inputs of some blocks, is in the
+  graph, too: `show_features` makes them outputs.
 
 A graph of accuracy level 4 has one matrix kernel for m = 1 and others for m ≥ 2; their logits differ by up to 1. Rows
 don't depend on m beyond that, so a loop that must repeat itself token by token uses m = 1 throughout, or never.
@@ -22,7 +23,7 @@ alone, too; its sums are whole numbers, so no row of it depends on m.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ from numpy.typing import NDArray
 from optikit import host
 from optikit.errors import UsageError
 from optikit.runtime.decoder import Logits, SinglePath, Tokens
-from optikit.runtime.decoders.checks import check_call, check_room
+from optikit.runtime.decoders.checks import check_call, check_room, require_blocks
 from optikit.runtime.decoders.onnxruntime_session import (
     CHUNK,
     FIRST_ROW,
@@ -48,6 +49,7 @@ from optikit.runtime.decoders.onnxruntime_session import (
     pass_lengths,
     read_graph,
     read_layout,
+    show_inputs,
     slice_before_head,
     stored_dtype,
 )
@@ -65,7 +67,12 @@ class _Call:
     """The inputs and outputs of a run of m tokens, bound by address."""
 
     def __init__(
-        self, session: onnxruntime.InferenceSession, layout: Layout, cache: list[NDArray[Any]], m: int
+        self,
+        session: onnxruntime.InferenceSession,
+        layout: Layout,
+        cache: list[NDArray[Any]],
+        m: int,
+        shown: Sequence[str] = (),
     ) -> None:
         self._session = session
         self._layout = layout
@@ -90,6 +97,9 @@ class _Call:
         for (past, present), buffer in zip(layout.cache_names, cache, strict=True):
             self._bind(past, buffer)
             self._output(present, buffer)
+        self.shown = [np.empty((1, m, layout.hidden), np.float32) for _ in shown]
+        for name, part in zip(shown, self.shown, strict=True):
+            self._output(name, part)
 
     def _bind(self, name: str, array: NDArray[Any]) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
@@ -166,20 +176,37 @@ class OnnxDecoder:
         self.vocab = layout.vocab
         if exact:
             layout = replace(layout, verify=None)
-            keep_activations(model.graph)
         self._layout = layout
-        self._session = self._open(model, layout.graph, spinning=spinning)
+        self._spinning, self._exact = spinning, exact
+        self._mask = np.ones((1, self.max_tokens), np.int64)
+        self._open_all(model, ())
+
+    def _open_all(self, model: onnx.ModelProto, blocks: Sequence[int]) -> None:
+        """Open the graph, and the one for several tokens if there is one, with an empty cache."""
+        layout = self._layout
+        self._session = self._open(model, layout.graph, blocks)
         self._verify = self._session
         if layout.verify is not None:
-            self._verify = self._open(read_graph(layout.verify), layout.verify, spinning=spinning)
+            self._verify = self._open(read_graph(layout.verify), layout.verify, blocks)
         self._single = self._session
-        self._mask = np.ones((1, self.max_tokens), np.int64)
         self._begin_cache()
 
-    def _open(self, model: onnx.ModelProto, path: Path, *, spinning: bool) -> onnxruntime.InferenceSession:
+    def _open(self, model: onnx.ModelProto, path: Path, blocks: Sequence[int]) -> onnxruntime.InferenceSession:
+        if self._exact:
+            keep_activations(model.graph)
         slice_before_head(model.graph, path)
         pass_lengths(model.graph, self._layout.inputs["attention_mask"])
-        return open_session(model, self._layout, self.threads, spinning=spinning)
+        self._shown = show_inputs(model.graph, blocks, path)
+        return open_session(model, self._layout, self.threads, spinning=self._spinning)
+
+    def show_features(self, blocks: Sequence[int]) -> None:
+        """Show from now on what some blocks are given; see `decoding_loop.FeatureDecoder`. The cache begins anew."""
+        require_blocks(blocks, self._layout.layers)
+        single: SinglePath = "verify" if self.verifies_apart and self._single is self._verify else "own"
+        self._calls.clear()
+        del self._session, self._verify, self._single  # two of each would hold the weights twice
+        self._open_all(read_graph(self._layout.graph), blocks)
+        self.single(single)
 
     @property
     def verifies_apart(self) -> bool:
@@ -198,6 +225,7 @@ class OnnxDecoder:
         self._last_row = np.empty((1, 1, self.vocab), np.float32)
         self._last_state = np.empty((1, 1, self._layout.hidden), np.float32)
         self._states = self._last_state
+        self._features = np.empty((0, 0), np.float32)
         self._filled = 0
 
     def sibling(self) -> OnnxDecoder:
@@ -212,18 +240,28 @@ class OnnxDecoder:
         logits = np.empty((rows or len(tokens), self.vocab), np.float32)
         states = np.empty((1, len(logits), self._layout.hidden), np.float32)
         skipped = len(tokens) - len(logits)
+        features = []
         for start in range(0, len(tokens), CHUNK):
             part = tokens[start : start + CHUNK]
             wanted = slice(max(0, start - skipped), max(0, start + len(part) - skipped))
             rows_here = (logits[None, wanted], states[:, wanted])
-            self._run(part, position + start, *(rows_here if rows_here[0].size else (self._last_row, self._last_state)))
+            rows_here = rows_here if rows_here[0].size else (self._last_row, self._last_state)
+            shown = self._run(part, position + start, *rows_here)
+            if shown:
+                features.append(np.concatenate(shown, axis=2)[0])
         self._states = states
+        if features:
+            self._features = features[0] if len(features) == 1 else np.concatenate(features)
         return logits
 
     def hidden(self, row: int) -> NDArray[np.float32]:
         """Return what the output head read for a row of the last `forward`; see `decoding_loop.HiddenDecoder`."""
         state: NDArray[np.float32] = self._states[0, row]
         return state
+
+    def features(self) -> NDArray[np.float32]:
+        """Return what the shown blocks were given in the last `forward`; see `decoding_loop.FeatureDecoder`."""
+        return self._features
 
     @property
     def width(self) -> int:
@@ -256,12 +294,16 @@ class OnnxDecoder:
 
     def _run(
         self, tokens: Tokens | int, position: int, logits: NDArray[np.float32], states: NDArray[np.float32]
-    ) -> None:
-        """Run tokens (m,), or one; write logits (1, r, vocab) and hidden states (1, r, width) of the last r of them."""
+    ) -> list[NDArray[np.float32]]:
+        """Run tokens (m,), or one; write logits (1, r, vocab) and hidden states (1, r, width) of the last r of them.
+
+        Returns:
+            What each shown block was given, (1, m, width); the next run of as many tokens writes there, too.
+        """
         m = 1 if isinstance(tokens, int) else len(tokens)
         call = self._calls.get(m)
         if call is None:
-            call = _Call(self._single if m == 1 else self._verify, self._layout, self._cache, m)
+            call = _Call(self._single if m == 1 else self._verify, self._layout, self._cache, m, self._shown)
             if m <= KEPT_CALLS:
                 self._calls[m] = call
         end = position + m
@@ -269,3 +311,4 @@ class OnnxDecoder:
         call.results(logits, states)
         call.run(tokens, position)
         self._filled = end
+        return call.shown

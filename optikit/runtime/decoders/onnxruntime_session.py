@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,6 +169,26 @@ def pass_lengths(graph: onnx.GraphProto, mask: str) -> None:
     for name in (LAST, LENGTH):
         graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT32, [1]))
     drop_unread(graph, mask)
+
+
+def show_inputs(graph: onnx.GraphProto, blocks: Sequence[int], where: Path) -> tuple[str, ...]:
+    """Make what some blocks are given, (1, m, width) each, outputs of the graph; return their names.
+
+    Raises:
+        IntegrityError: A block has no such tensor.
+    """
+    found = []
+    for block in blocks:
+        start = f"/model/layers.{block}/input_layernorm/"
+        norm = next((node for node in graph.node if node.name.startswith(start)), None)
+        if norm is None or not (norm.op_type.startswith("Skip") or norm.op_type == "SimplifiedLayerNormalization"):
+            message = f"{where} doesn't show what block {block} is given"
+            raise IntegrityError(message, fix="speculate by lookup or a draft model, which don't read it")
+        # A skip's sum is its fourth output; the first block's norm has no skip before it.
+        found.append(norm.output[3] if norm.op_type.startswith("Skip") else norm.input[0])
+    for name in found:
+        graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, "tokens", None]))
+    return tuple(found)
 
 
 def drop_unread(graph: onnx.GraphProto, mask: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from optikit.errors import InputMissingError, IntegrityError, UsageError
 from optikit.formats import activations, dense_model
 from optikit.models import architectures, language_part
 from optikit.runtime.decoder import Logits, Tokens
-from optikit.runtime.decoders.checks import cache_argument, check_call, check_room
+from optikit.runtime.decoders.checks import cache_argument, check_call, check_room, require_blocks
 from optikit.runtime.decoders.transformers_batch import KINDS, TorchBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -221,6 +221,7 @@ class TorchDecoder:
         self._forget()
         self._seen = self._states = torch.empty(0)
         self._model.get_output_embeddings().register_forward_pre_hook(self._keep_states)
+        self._features: dict[int, torch.Tensor] = {}
         gc.collect()
 
     def _forget(self) -> None:
@@ -229,6 +230,25 @@ class TorchDecoder:
 
     def _keep_states(self, _head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         self._seen = inputs[0]  # of any forward of the model: a batch on it has its own
+
+    def show_features(self, blocks: Sequence[int]) -> None:
+        """Show from now on what some blocks are given; see `decoding_loop.FeatureDecoder`."""
+        row = architectures.find(self._model.config.model_type)
+        every = self._model.get_submodule(row.blocks) if row else ()
+        require_blocks(blocks, len(every))
+        for block in blocks:
+            if block not in self._features:
+                every[block].register_forward_pre_hook(partial(self._keep_input, block))
+        self._features = {block: torch.empty(0) for block in blocks}
+
+    def _keep_input(self, block: int, _block: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if block in self._features:
+            self._features[block] = inputs[0]
+
+    def features(self) -> NDArray[np.float32]:
+        """Return what the shown blocks were given in the last `forward`; see `decoding_loop.FeatureDecoder`."""
+        found: NDArray[np.float32] = torch.cat([each[0] for each in self._features.values()], dim=-1).float().numpy()
+        return found
 
     @property
     def model(self) -> Any:

@@ -20,7 +20,7 @@ from optikit.errors import UsageError
 from optikit.runtime.decoder import BatchDecoder, Decoder, Tokens, Window
 from optikit.runtime.speculation.acceptors import Acceptor, Greedy
 from optikit.runtime.speculation.decoding_loop import Request, Row, Statistics, Step, check, generate
-from optikit.runtime.speculation.drafters import Drafter, Hidden
+from optikit.runtime.speculation.drafters import Drafter, Features, Hidden
 from optikit.runtime.speculation.speculator import SpeculatingDecoder, Speculator
 
 
@@ -29,6 +29,10 @@ class HiddenBatchDecoder(BatchDecoder, Protocol):
 
     def hidden(self, window: int, row: int) -> Hidden:
         """Return the state (hidden,) that a row of a window's logits in the last `forward` was read from."""
+        ...
+
+    def features(self, window: int) -> Features:
+        """Return what shown blocks were given for the tokens of a window; see `decoding_loop.FeatureDecoder`."""
         ...
 
 
@@ -199,12 +203,18 @@ class Texts:
             if step.finish:
                 ended.append(place)
             else:
-                shown = cast("HiddenBatchDecoder", self._decoder)
-                row.advance(shown.hidden(i, step.accepted) if row.drafter.reads_hidden else None)
+                row.advance(self._shown(i, row.drafter, step))
             taken.append((number, step))
         for place in reversed(ended):
             self._end(place)
         return taken
+
+    def _shown(self, window: int, drafter: Drafter, step: Step) -> Hidden | Features | None:
+        """Return what a drafter wants to see of a window; see `decoding_loop.shown`."""
+        decoder = cast("HiddenBatchDecoder", self._decoder)
+        if drafter.reads_features:
+            return decoder.features(window)
+        return decoder.hidden(window, step.accepted) if drafter.reads_hidden else None
 
     def _end(self, place: int) -> None:
         """Take a text out, and give its place to the last one."""

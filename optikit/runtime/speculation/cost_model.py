@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from optikit.runtime.decoder import Decoder, SinglePath, Tokens
 from optikit.runtime.speculation.decoding_loop import Step
 from optikit.runtime.speculation.speculator import ChoosingDecoder, Speculator
+
+if TYPE_CHECKING:
+    from optikit.runtime.speculation.eagle_session import EagleSession
 
 WINDOWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 24, 32)
 """Window lengths m at which T(m) is measured; between them it is interpolated."""
@@ -119,6 +123,8 @@ def measure_drafting(speculator: Speculator, context: Tokens, *, rounds: int = 3
     if speculator.heads is not None:
         heads, state, newest = speculator.heads, np.ones(speculator.heads.width, np.float32), int(context[-1])
         return DraftCosts(name=speculator.method, ask_ms=_median_ms(lambda: heads(state, newest), rounds))
+    if speculator.eagle is not None:
+        return _eagle_costs(speculator.eagle, context, rounds)
     if speculator.draft is not None:
         draft, token = speculator.draft, context[-1:]
         draft.forward(context, 0, 1)
@@ -126,6 +132,19 @@ def measure_drafting(speculator: Speculator, context: Tokens, *, rounds: int = 3
         # Asked once: the run that finds it too unsure, or that takes in the last token of a draft that was all right.
         return DraftCosts(name=speculator.method, ask_ms=each, per_token_ms=each)
     return FREE
+
+
+def _eagle_costs(eagle: EagleSession, context: Tokens, rounds: int) -> DraftCosts:
+    """Measure taking in two rows behind a context, as after a step that kept a draft token, and going on from there."""
+    width = len(eagle.layers) * eagle.width
+    eagle.begin()
+    eagle.read(context, np.ones((len(context), width), np.float32))
+    two, features = np.resize(context, 2), np.ones((2, width), np.float32)
+    rounds = min(rounds, (eagle.max_tokens - len(context)) // 4)
+    ask = _median_ms(lambda: eagle.read(two, features), rounds)
+    token = int(context[-1])
+    each = _median_ms(lambda: eagle.ahead(token), rounds)
+    return DraftCosts(name="eagle3", ask_ms=ask, per_token_ms=each)
 
 
 def _median_ms(call: Callable[[], object], rounds: int) -> float:

@@ -10,7 +10,7 @@ and `Decoder.forward` cuts the cache there. Plain decoding is the same loop with
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, cast
 
@@ -20,7 +20,7 @@ from optikit.errors import StageFailedError, UsageError
 from optikit.runtime.decoder import BatchDecoder, Decoder, Logits, Tokens
 from optikit.runtime.decoders.checks import check_room
 from optikit.runtime.speculation.acceptors import Acceptor
-from optikit.runtime.speculation.drafters import EMPTY, Drafter, Hidden
+from optikit.runtime.speculation.drafters import EMPTY, Drafter, Features, Hidden
 from optikit.runtime.speculation.logits_processors import Processor, Stop
 
 Finish = Literal["eos", "stop", "length"]
@@ -31,6 +31,22 @@ class HiddenDecoder(Decoder, Protocol):
 
     def hidden(self, row: int) -> Hidden:
         """Return the state (hidden,) that a row of the last `forward`'s logits was read from, after the final norm."""
+        ...
+
+
+class FeatureDecoder(Decoder, Protocol):
+    """A decoder that can show what some of its blocks are given."""
+
+    def show_features(self, blocks: Sequence[int]) -> None:
+        """Show from now on what these blocks are given; the cache is empty afterwards.
+
+        Raises:
+            UsageError: There is no such block.
+        """
+        ...
+
+    def features(self) -> Features:
+        """Return (m, blocks · width) of the last `forward`'s m tokens: each block's input, one behind the other."""
         ...
 
 
@@ -101,7 +117,14 @@ def generate(
         yield step
         if step.finish:
             return
-        row.advance(cast("HiddenDecoder", decoder).hidden(step.accepted) if drafter.reads_hidden else None)
+        row.advance(shown(decoder, drafter, step))
+
+
+def shown(decoder: Decoder, drafter: Drafter, step: Step) -> Hidden | Features | None:
+    """Return what a drafter wants to see of the forward that a step took; see `Drafter.extend`."""
+    if drafter.reads_features:
+        return cast("FeatureDecoder", decoder).features()
+    return cast("HiddenDecoder", decoder).hidden(step.accepted) if drafter.reads_hidden else None
 
 
 class Row:
@@ -183,12 +206,12 @@ class Row:
         by = draft.by if length > self._prompt else "prompt"
         return Step(tuple(tokens), len(drafted), min(accepted, len(tokens)), by, finish)
 
-    def advance(self, hidden: Hidden | None) -> None:
+    def advance(self, hidden: Hidden | Features | None) -> None:
         """Tell the drafter of what was taken, and let it draft.
 
         Args:
-            hidden: The state that predicted the newest token, for drafters that read it: that of row `accepted` of the
-                logits.
+            hidden: What it wants to see: the state that predicted the newest token, that of row `accepted` of the
+                logits; or what blocks were given for all tokens of the window.
         """
         started = self._prompt if self.position == 0 else self.position + 1
         self.drafter.extend(self._text[started : self._length], hidden)
@@ -208,6 +231,9 @@ def check(decoder: Decoder | BatchDecoder, drafter: Drafter, prompt: Tokens, req
     if drafter.reads_hidden and not hasattr(decoder, "hidden"):
         message = f"the drafter reads hidden states, and this {decoder.runtime} decoder doesn't show them"
         raise UsageError(message, fix="use lookup or a draft model, or another runtime")
+    if drafter.reads_features and not hasattr(decoder, "features"):
+        message = f"the drafter reads what blocks are given, and this {decoder.runtime} decoder doesn't show it"
+        raise UsageError(message, fix="write one text at a time with onnxruntime or transformers, or use lookup")
 
 
 def _process(logits: Logits, text: Tokens, length: int, processors: Iterable[Processor]) -> Logits:

@@ -3,6 +3,7 @@
 - `PromptLookup`: what followed the last tokens when they last occurred. Costs microseconds, needs no training.
 - `DraftModel`: a small model of the same vocabulary writes ahead.
 - `Medusa`: heads that read several tokens ahead off the target's last hidden state.
+- `Eagle`: a layer that goes on from the target's hidden states of several depths.
 - `FirstOf`: the first of several that has anything to say.
 
 A bad draft costs time, never text: whatever a drafter returns, a lossless acceptor leaves the text as it would be. A
@@ -24,6 +25,8 @@ from optikit.runtime.speculation import acceptors
 from optikit.runtime.speculation.acceptors import Probabilities, Sampling
 
 Hidden = NDArray[np.float32]
+Features = NDArray[np.float32]
+"""What blocks of the target were given, (tokens, blocks · width)."""
 Heads = Callable[[Hidden, int], tuple[Tokens, Probabilities]]
 """From a hidden state (hidden,), and the token that was predicted from it, to the likeliest token of each head and its
 probability, both (heads,)."""
@@ -55,7 +58,12 @@ class Drafter(Protocol):
 
     @property
     def reads_hidden(self) -> bool:
-        """Whether `extend` needs the target's hidden states."""
+        """Whether `extend` needs the target's last hidden state."""
+        ...
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether `extend` needs what blocks of the target were given, in the place of that state."""
         ...
 
     def start(self, prompt: Tokens, /) -> None:
@@ -67,8 +75,10 @@ class Drafter(Protocol):
 
         Args:
             tokens: (m,), m ≥ 1.
-            hidden: (hidden,): the target's state, after its final norm, that predicted the last of `tokens`. None where
-                no drafter asked for it.
+            hidden: (hidden,): the target's state, after its final norm, that predicted the last of `tokens`. Or, where
+                features are read, (r, features) of the tokens that the target has run since the last call, in order:
+                the whole prompt first, then a token of the text and the draft behind it, rejected ones included. None
+                where no drafter asked for any.
         """
         ...
 
@@ -85,6 +95,7 @@ class NoDraft:
     """Never drafts: plain decoding through the same loop."""
 
     reads_hidden = False
+    reads_features = False
 
     def start(self, _prompt: Tokens, /) -> None:
         """Do nothing."""
@@ -111,6 +122,7 @@ class PromptLookup:
     """
 
     reads_hidden = False
+    reads_features = False
     name = "lookup"
 
     def __init__(self, lengths: Mapping[int, int] = LOOKUP_LENGTHS) -> None:
@@ -162,6 +174,7 @@ class DraftModel:
     """
 
     reads_hidden = False
+    reads_features = False
     name = "draft"
 
     def __init__(
@@ -235,6 +248,7 @@ class Medusa:
     """
 
     reads_hidden = True
+    reads_features = False
     name = "medusa"
 
     def __init__(self, heads: Heads, *, length: int | None = None, gate: float = 0.0) -> None:
@@ -263,6 +277,81 @@ class Medusa:
         return Draft(kept, self.name) if len(kept) else EMPTY
 
 
+class Continuing(Protocol):
+    """An EAGLE-3 drafter's weights and cache; `eagle_session.EagleSession` is one."""
+
+    max_tokens: int
+
+    def begin(self) -> None:
+        """Forget the text before."""
+        ...
+
+    def read(self, tokens: Tokens, features: Features) -> tuple[int, float]:
+        """Take in rows (m,), and return the likeliest next token and its probability."""
+        ...
+
+    def ahead(self, token: int) -> tuple[int, float]:
+        """Take in a token that was drafted, and return the likeliest next one and its probability."""
+        ...
+
+
+class Eagle:
+    """A layer on what the target's blocks are given, and then on its own output; Li et al., arXiv:2503.01840.
+
+    It is asked where nothing else drafts; what became text meanwhile is taken in then, all at once.
+
+    Args:
+        session: Its weights, with a cache that nobody else may use.
+        length: Most tokens to draft.
+        gate: Stops before a token where the product of the chain's probabilities falls below this.
+    """
+
+    reads_hidden = False
+    reads_features = True
+    name = "eagle3"
+
+    def __init__(self, session: Continuing, *, length: int, gate: float = 0.0) -> None:
+        self._session = session
+        self._length = length
+        self._gate = gate
+        self._tokens: list[int] = []
+        self._features: list[Features] = []
+        self._known = 0
+
+    def start(self, prompt: Tokens, /) -> None:
+        """Begin again; the first token has no row of its own, as nothing predicted it."""
+        self._session.begin()
+        self._tokens = prompt[1:].tolist()
+        self._features = []
+        self._known = len(self._tokens)
+
+    def extend(self, tokens: Tokens, features: Features | None, /) -> None:
+        """Keep the new rows: each token, and the features of the one before it."""
+        if features is None or self._known >= self._session.max_tokens:
+            return  # beyond its context nothing is drafted, so nothing need be kept
+        self._tokens += tokens.tolist()
+        missing = len(self._tokens) - sum(map(len, self._features))  # what the target ran beyond was rejected
+        self._features.append(features[:missing].copy())
+        self._known += len(tokens)
+
+    def draft(self, limit: int, _rng: np.random.Generator, /) -> Draft:
+        """Draft token by token; nothing where the text has outgrown this drafter's context."""
+        length = min(limit, self._length)
+        if not self._features or self._known + length > self._session.max_tokens:
+            return EMPTY
+        best, prob = self._session.read(np.array(self._tokens, np.int64), np.concatenate(self._features))
+        self._tokens, self._features = [], []
+        tokens: list[int] = []
+        sure = prob
+        while sure >= self._gate:
+            tokens.append(best)
+            if len(tokens) == length:
+                break
+            best, prob = self._session.ahead(best)
+            sure *= prob
+        return Draft(np.array(tokens, np.int64), self.name) if tokens else EMPTY
+
+
 class CachedDrafts(NamedTuple):
     """What heads or a draft model guess at every place of a known text.
 
@@ -286,6 +375,7 @@ class CachedDrafter:
     """
 
     reads_hidden = False
+    reads_features = False
 
     def __init__(self, cached: CachedDrafts, *, name: str, length: int, gate: float) -> None:
         self._cached = cached
@@ -320,6 +410,11 @@ class FirstOf:
     def reads_hidden(self) -> bool:
         """Whether any of them reads hidden states."""
         return any(each.reads_hidden for each in self._drafters)
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether any of them reads features."""
+        return any(each.reads_features for each in self._drafters)
 
     def start(self, prompt: Tokens, /) -> None:
         """Pass it on to every drafter."""

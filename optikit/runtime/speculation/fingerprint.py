@@ -65,8 +65,8 @@ def require_same_weights(made_for: str, model: Path) -> None:
     """
     found = weights_digest(model)
     if made_for and found and made_for != found:
-        message = f"the heads were trained for weights {made_for[:12]}, and {model} holds {found[:12]}"
-        raise UsageError(message, fix="use the speculator of the same run, or train heads for this model")
+        message = f"the speculator was trained for weights {made_for[:12]}, and {model} holds {found[:12]}"
+        raise UsageError(message, fix="use the speculator of the same run, or train one for this model")
 
 
 def require_same_tokenizer(draft: Path, model: Path) -> None:

@@ -34,12 +34,11 @@ from optikit.runtime.decoder import Tokens
 from optikit.runtime.speculation.acceptors import Probabilities
 from optikit.runtime.speculation.drafters import Hidden
 from optikit.runtime.speculation.fingerprint import tensors_digest
+from optikit.runtime.speculation.rounded_layers import product, store_rounded
 
 HEADS = "heads.safetensors"
 TABLE = "embedding"
 """Name of the embeddings in that file: the one tensor that isn't read whole to be kept."""
-BLOCK = 32
-"""Weights that share a scale in a rounded layer."""
 Weights = Mapping[str, NDArray[Any]]
 
 
@@ -162,7 +161,7 @@ def _graph(weights: Weights, heads: int, width: int, embeddings: Embeddings | No
     given = [helper.make_tensor_value_info("state", TensorProto.FLOAT, [1, width])]
     for name in weights:
         if name.split(".")[0] == "output":
-            _store_rounded(name, weights[name], constants)
+            store_rounded(name, weights[name], constants)
     if embeddings is not None:
         given.append(helper.make_tensor_value_info("newest", TensorProto.FLOAT, [1, embeddings.width]))
         _one_after_another(heads, weights, embeddings, nodes, constants)
@@ -195,10 +194,10 @@ def _side_by_side(heads: int, weights: Weights, nodes: list[onnx.NodeProto], con
     states = [_blocks(head, weights, nodes, constants) for head in range(heads)]
     if "output" in weights:
         nodes.append(helper.make_node("Concat", states, ["states"], axis=0))
-        nodes.append(_product("output", weights["output"], "states", "logits"))
+        nodes.append(product("output", weights["output"], "states", "logits"))
         return
     for head, state in enumerate(states):
-        nodes.append(_product(f"output.{head}", weights[f"output.{head}"], state, f"logits.{head}"))
+        nodes.append(product(f"output.{head}", weights[f"output.{head}"], state, f"logits.{head}"))
     nodes.append(helper.make_node("Concat", [f"logits.{head}" for head in range(heads)], ["logits"], axis=0))
 
 
@@ -217,7 +216,7 @@ def _one_after_another(
         _read(head, seen, weights, embeddings.width, nodes, constants)
         state = _blocks(head, weights, nodes, constants)
         output = "output" if "output" in weights else f"output.{head}"
-        nodes.append(_product(output, weights[output], state, f"logits.{head}"))
+        nodes.append(product(output, weights[output], state, f"logits.{head}"))
         if head < heads - 1:
             seen.append(_drafted(head, nodes))
     nodes.append(helper.make_node("Concat", [f"logits.{head}" for head in range(heads)], ["logits"], axis=0))
@@ -247,10 +246,10 @@ def _read(
     name = f"input.{head}"
     if weights[name].shape[1] != width * len(seen):
         raise ValueError(f"{name} has shape {weights[name].shape} for {len(seen)} embeddings of width {width}")
-    _store_rounded(name, weights[name], constants)
+    store_rounded(name, weights[name], constants)
     nodes += [
         helper.make_node("Concat", seen, [f"{name}.seen"], axis=1),
-        _product(name, weights[name], f"{name}.seen", f"{name}.more"),
+        product(name, weights[name], f"{name}.seen", f"{name}.more"),
         helper.make_node("Split", [f"{name}.more"], [f"{name}.beside", f"{name}.inside"], axis=1, num_outputs=2),
     ]
 
@@ -278,31 +277,3 @@ def _blocks(head: int, weights: Weights, nodes: list[onnx.NodeProto], constants:
         ]
         state = out
     return state
-
-
-def _store_rounded(name: str, weight: NDArray[Any], constants: list[onnx.TensorProto]) -> None:
-    """Round a layer (rows, width) to 8 bits per block, symmetrically around the kernel's default zero, 128."""
-    rows, width = weight.shape
-    padded = np.zeros((rows, -(-width // BLOCK) * BLOCK), np.float32)
-    padded[:, :width] = weight
-    blocks = padded.reshape(rows, -1, BLOCK)
-    scales = np.abs(blocks).max(-1) / 127
-    codes = np.divide(blocks, scales[..., None], out=np.zeros_like(blocks), where=scales[..., None] > 0)
-    packed = (np.rint(codes) + 128).astype(np.uint8)
-    constants.append(numpy_helper.from_array(packed, f"{name}.codes"))
-    constants.append(numpy_helper.from_array(scales.reshape(-1).astype(np.float32), f"{name}.scales"))
-
-
-def _product(name: str, weight: NDArray[Any], source: str, out: str) -> onnx.NodeProto:
-    rows, width = weight.shape
-    return helper.make_node(
-        "MatMulNBits",
-        [source, f"{name}.codes", f"{name}.scales"],
-        [out],
-        domain="com.microsoft",
-        K=width,
-        N=rows,
-        bits=8,
-        block_size=BLOCK,
-        accuracy_level=4,
-    )

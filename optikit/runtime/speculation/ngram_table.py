@@ -139,6 +139,7 @@ class NGramDrafter:
     """
 
     reads_hidden = False
+    reads_features = False
     name = "ngram"
 
     def __init__(self, datastore: NGramDatastore, *, gate: float = 0.4, length: int = 4) -> None:

@@ -2,6 +2,7 @@
 
     speculator.json      written by the stage: the method and its parameters
     heads.safetensors    beside it: Medusa heads
+    eagle3/              beside it: an EAGLE-3 drafter in the layout of speculators
     draft/               beside it: a draft model as a Hugging Face directory; draft/onnxruntime is what runs here
     tuning.json          written where the compiled model was measured: what pays on this machine, or that nothing does
     ngrams.safetensors   beside it: a datastore of the model's own texts, where drafting from it pays
@@ -27,6 +28,7 @@ from optikit.runtime.speculation.drafters import (
     CachedDrafts,
     Drafter,
     DraftModel,
+    Eagle,
     FirstOf,
     Medusa,
     NoDraft,
@@ -35,9 +37,11 @@ from optikit.runtime.speculation.drafters import (
 from optikit.runtime.speculation.ngram_table import NGramDatastore, NGramDrafter
 
 if TYPE_CHECKING:
+    from optikit.runtime.speculation.decoding_loop import FeatureDecoder
+    from optikit.runtime.speculation.eagle_session import EagleSession
     from optikit.runtime.speculation.medusa_session import HeadSession
 
-Method = Literal["lookup", "medusa", "draft", "off"]
+Method = Literal["lookup", "medusa", "eagle3", "draft", "off"]
 SPECULATOR = "speculator.json"
 TUNING = "tuning.json"
 DATASTORE = "ngrams.safetensors"
@@ -56,8 +60,8 @@ class Speculator:
     """How to speculate.
 
     Attributes:
-        method: `lookup`; `medusa` and `draft` ask heads or a draft model where nothing could be looked up; `off` where
-            nothing pays.
+        method: `lookup`; `medusa`, `eagle3` and `draft` ask heads, a layer or a draft model where nothing could be
+            looked up; `off` where nothing pays.
         lengths: Of a lookup: tokens that matched → tokens to draft.
         gate: How sure a chain of the n-gram datastore has to be.
         ahead: Tokens that heads or the draft model draft at most; 0 doesn't ask them.
@@ -67,6 +71,7 @@ class Speculator:
         single: What runs a token alone: see `decoder.SinglePath`.
         datastore: N-grams of the model's own texts to draft from; None for none.
         heads: Medusa heads.
+        eagle: EAGLE-3 drafter; nothing else may use its cache.
         draft: Draft model; nothing else may use its cache.
         draft_directory: Where it was read from, tokenizer and all.
     """
@@ -81,6 +86,7 @@ class Speculator:
     single: SinglePath = "own"
     datastore: NGramDatastore | None = field(default=None, compare=False, repr=False)
     heads: HeadSession | None = field(default=None, compare=False, repr=False)
+    eagle: EagleSession | None = field(default=None, compare=False, repr=False)
     draft: Decoder | None = field(default=None, compare=False, repr=False)
     draft_directory: Path | None = field(default=None, compare=False, repr=False)
 
@@ -138,9 +144,12 @@ class Speculator:
         """Return new drafters for texts that are written at once; a draft model gets a cache for each.
 
         Raises:
-            UsageError: The draft model can't be given another cache.
+            UsageError: The drafter can't be given another cache.
         """
         speculators = [self]
+        if self.eagle is not None and count > 1:
+            message = "an EAGLE-3 drafter writes ahead of one text at a time"
+            raise UsageError(message, fix="write one text at a time")
         if self.draft is not None and count > 1:
             another = getattr(self.draft, "sibling", None)
             if another is None:
@@ -157,6 +166,8 @@ class Speculator:
             return CachedDrafter(cached, name=self.method, length=self.ahead, gate=self.ahead_gate)
         if self.heads is not None:
             return Medusa(self.heads, length=self.ahead, gate=self.ahead_gate)
+        if self.eagle is not None:
+            return Eagle(self.eagle, length=self.ahead, gate=self.ahead_gate)
         if self.draft is not None:
             return DraftModel(self.draft, vocab=self.draft.vocab, length=self.ahead, gate=self.ahead_gate)
         return None
@@ -171,7 +182,7 @@ def _lookups(lengths: Mapping[int, int]) -> list[Drafter]:
     return [PromptLookup(lengths)] if lengths else []
 
 
-MODELS = ("medusa", "draft")
+MODELS = ("medusa", "eagle3", "draft")
 """Methods that bring weights."""
 
 
@@ -248,6 +259,10 @@ def _with_weights(speculator: Speculator, directory: Path) -> Speculator:
         from optikit.runtime.speculation.medusa_session import HEADS, HeadSession
 
         return replace(speculator, heads=HeadSession(directory / HEADS))
+    if speculator.method == "eagle3":
+        from optikit.runtime.speculation.eagle_session import DIRECTORY, EagleSession
+
+        return replace(speculator, eagle=EagleSession(directory / DIRECTORY))
     from optikit.runtime.decoders.onnxruntime import OnnxDecoder
 
     # One thread that sleeps: the model's own threads spin for their next step, and a second pool would fight them.
@@ -313,7 +328,7 @@ class ChoosingDecoder(Decoder, Protocol):
 
 
 def require_fit(decoder: Decoder, speculator: Speculator, model: Path | None = None) -> None:
-    """Refuse heads or a draft that were made for another model.
+    """Refuse heads or a draft that were made for another model; have the target show what they read.
 
     Args:
         decoder: The target.
@@ -331,10 +346,23 @@ def require_fit(decoder: Decoder, speculator: Speculator, model: Path | None = N
         speculator.heads.require(width=width, vocab=decoder.vocab)
         if model is not None:
             fingerprint.require_same_weights(speculator.heads.base, model)
+    if speculator.eagle is not None:
+        _fit_eagle(decoder, speculator.eagle, model)
     if speculator.draft is not None:
         DraftModel(speculator.draft, vocab=decoder.vocab)
         if model is not None and speculator.draft_directory is not None:
             fingerprint.require_same_tokenizer(speculator.draft_directory, model)
+
+
+def _fit_eagle(decoder: Decoder, eagle: EagleSession, model: Path | None) -> None:
+    if not hasattr(decoder, "show_features"):
+        message = f"the drafter reads what blocks are given, and this {decoder.runtime} decoder doesn't show it"
+        raise UsageError(message, fix="use lookup or a draft model, or another runtime")
+    shown = cast("FeatureDecoder", decoder)
+    eagle.require(width=getattr(decoder, "width", 0), vocab=decoder.vocab)
+    if model is not None:
+        fingerprint.require_same_weights(eagle.base, model)
+    shown.show_features(eagle.layers)
 
 
 def speculating(decoder: Decoder, speculator: Speculator, model: Path | None = None) -> Decoder:

@@ -11,16 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from optikit.runtime.decoder import Decoder, Tokens
 from optikit.runtime.speculation import ngram_table
 from optikit.runtime.speculation.cost_model import FREE, DraftCosts, WindowCosts
-from optikit.runtime.speculation.decoding_loop import HiddenDecoder, Statistics, Step
+from optikit.runtime.speculation.decoding_loop import FeatureDecoder, HiddenDecoder, Statistics, Step
 from optikit.runtime.speculation.drafters import EMPTY, CachedDrafts, Drafter, Hidden, confidence
 from optikit.runtime.speculation.speculator import AHEAD, Speculator
+
+if TYPE_CHECKING:
+    from optikit.runtime.speculation.eagle_session import EagleSession
 
 WORTHWHILE = 1.03
 """Predicted speed-up below which speculation stays off: what is gained has to exceed what measuring can tell."""
@@ -44,16 +48,18 @@ class Written:
 
 
 def cache_drafts(speculator: Speculator, decoder: Decoder, written: Written) -> Written:
-    """Return a text with what the speculator's heads or draft model guess at every place of it.
+    """Return a text with what the speculator's heads, layer or draft model guess at every place of it.
 
     Args:
         speculator: With the weights that it asks, or without any.
-        decoder: The target, whose states heads read.
+        decoder: The target, whose states heads and layers read.
         written: The text.
     """
     if speculator.heads is not None:
         states = _states(decoder, written)
         guesses = [speculator.heads(*each) for each in zip(states, written.text.tolist(), strict=True)]
+    elif speculator.eagle is not None:
+        guesses = list(_ahead(speculator.eagle, decoder, written, AHEAD))
     elif speculator.draft is not None:
         guesses = list(_continued(speculator.draft, written, AHEAD))
     else:
@@ -68,6 +74,25 @@ def _states(decoder: Decoder, written: Written) -> Hidden:
     decoder.forward(whole, 0, len(written.text))
     shown = cast("HiddenDecoder", decoder)
     return np.stack([shown.hidden(row) for row in range(len(written.text))])
+
+
+def _ahead(
+    eagle: EagleSession, decoder: Decoder, written: Written, length: int
+) -> Iterator[tuple[Tokens, NDArray[np.float32]]]:
+    """Yield, behind each token of a text, what an EAGLE-3 drafter goes on with, and how sure it is of each token."""
+    whole = np.concatenate([written.prompt, written.text])
+    decoder.forward(whole[:-1], 0, 1)
+    features, known = cast("FeatureDecoder", decoder).features(), 0
+    eagle.begin()
+    for i in range(len(written.text)):
+        tokens, sure = np.zeros(length, np.int64), np.zeros(length, np.float32)
+        rows = slice(known, len(written.prompt) + i)
+        if rows.stop + length <= eagle.max_tokens:
+            tokens[0], sure[0] = eagle.read(whole[1:][rows], features[rows])
+            for step in range(1, length):
+                tokens[step], sure[step] = eagle.ahead(int(tokens[step - 1]))
+            known = rows.stop
+        yield tokens, sure
 
 
 def _continued(draft: Decoder, written: Written, length: int) -> Iterator[tuple[Tokens, Hidden]]:

@@ -217,7 +217,9 @@ def _prompts(
 
 def _named(speculator: Speculator) -> Speculator:
     """Return the speculator under the name of what it really does: heads that are never asked are none."""
-    unasked = speculator.method in ("medusa", "draft") and speculator.ahead == 0
+    from optikit.runtime.speculation.speculator import MODELS
+
+    unasked = speculator.method in MODELS and speculator.ahead == 0
     return replace(speculator, method="lookup") if unasked else speculator
 
 

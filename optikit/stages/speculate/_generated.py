@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from optikit.errors import InputMissingError
@@ -9,6 +10,7 @@ from optikit.evaluation import texts
 from optikit.models import tokenizer
 
 if TYPE_CHECKING:
+    from optikit.runtime.generate import TextGenerator
     from optikit.stage import Job
     from optikit.stages.speculate._prompts import PromptOptions
     from optikit.training.self_generated import GeneratedText
@@ -17,13 +19,16 @@ FEWEST = 4
 """Prompts to learn from: fewer leave nothing to validate on."""
 
 
-def written(options: PromptOptions, job: Job, tokens: int) -> tuple[Any, list[list[int]], GeneratedText]:
+def written(
+    options: PromptOptions, job: Job, tokens: int, *, states: bool = True
+) -> tuple[Any, list[list[int]], GeneratedText]:
     """Return the model of `job.source`, prompts that nothing is evaluated on, and what it writes to them.
 
     Args:
         options: Which prompts, and how.
         job: Where to read, and to keep finished batches.
         tokens: Tokens wanted: so many prompts are used, at most all.
+        states: Keep the states that each token was predicted from.
 
     Raises:
         InputMissingError: Too few prompts that fit the context.
@@ -37,6 +42,37 @@ def written(options: PromptOptions, job: Job, tokens: int) -> tuple[Any, list[li
     dtype = str(compute_dtype(job.device)).removeprefix("torch.")
     decoder = TorchDecoder(job.source, dtype=dtype, threads=job.threads, device=job.device)
     generator = TextGenerator(decoder, job.source)
+    fitting = _fitting(options, job, generator, decoder.max_tokens - options.new_tokens)
+
+    def observe(done: int, total: int) -> None:
+        return_memory()
+        job.progress(done, total, "prompt")
+
+    begun = time.monotonic()
+
+    one_arena(bounded=True)  # a cache that grows token by token leaves holes of every size
+    used = fitting[: max(FEWEST, -(-tokens // options.new_tokens))]
+    text = self_generated.write(
+        decoder.model,
+        used,
+        new_tokens=options.new_tokens,
+        ends=generator.ends,
+        folder=job.scratch / "self-generated",
+        states=states,
+        observe=observe,
+        note=job.note,
+    )
+    rate = text.written / max(1e-3, time.monotonic() - begun)
+    job.note(f"the model wrote {text.written} tokens to {text.texts} prompts, {rate:.0f} per second")
+    return decoder.model, used, text
+
+
+def _fitting(options: PromptOptions, job: Job, generator: TextGenerator, room: int) -> list[list[int]]:
+    """Return the prompts of at most so many tokens that nothing is evaluated on.
+
+    Raises:
+        InputMissingError: Too few.
+    """
     path = job.inputs["prompts"]
     found = texts.divided(
         path,
@@ -48,7 +84,6 @@ def written(options: PromptOptions, job: Job, tokens: int) -> tuple[Any, list[li
         seed=job.seed,
         eval_part=options.eval_part,
     )
-    room = decoder.max_tokens - options.new_tokens
     fitting = [prompt.tolist() for prompt in found.others if len(prompt) <= room]
     if len(fitting) < FEWEST:
         message = (
@@ -56,20 +91,4 @@ def written(options: PromptOptions, job: Job, tokens: int) -> tuple[Any, list[li
             f"{FEWEST} are needed to learn from"
         )
         raise InputMissingError(message, fix="give more prompts, or lower eval_prompts")
-
-    def observe(done: int, total: int) -> None:
-        return_memory()
-        job.progress(done, total, "prompt")
-
-    one_arena(bounded=True)  # a cache that grows token by token leaves holes of every size
-    used = fitting[: max(FEWEST, -(-tokens // options.new_tokens))]
-    text = self_generated.write(
-        decoder.model,
-        used,
-        new_tokens=options.new_tokens,
-        ends=generator.ends,
-        folder=job.scratch / "self-generated",
-        observe=observe,
-        note=job.note,
-    )
-    return decoder.model, used, text
+    return fitting

@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import ANY, MAIN, Estimate, Facts, Input, Job, no_objection
-from optikit.stages._budget import Budget, budget
+from optikit.stages._budget import SCHEDULES, Budget, Schedule, budget
 from optikit.stages.speculate import _prompts
 from optikit.stages.speculate._prompts import PromptOptions
 from optikit.targets import Target
@@ -87,6 +87,9 @@ class Options(PromptOptions):
     """Most steps of 256 tokens, in place of `epochs`."""
     learning_rate: float = Field(default=1e-3, gt=0, le=1)
     """AdamW's, after a warm-up of 40 steps."""
+    schedule: Schedule = "cosine"
+    """How the learning rate goes on from there: down to a tenth, or not at all: `constant`, with 1e-4 and five heads,
+    is the setting of AWS's article."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """`adamw8bit` keeps its moments in 8 bits."""
     layouts: tuple[Layout, ...] | None = None
@@ -199,6 +202,7 @@ def run(options: Options, job: Job) -> Facts:
         budget=options.budget(),
         batch=BATCH,
         learning_rate=options.learning_rate,
+        schedule=SCHEDULES[options.schedule],
         warmup=WARMUP,
         clip=math.inf,
         optimizer=options.optimizer,

@@ -49,6 +49,7 @@ class Scripted:
     """Drafts by a function of the text so far: right, wrong, random or malicious as the test wants."""
 
     reads_hidden = False
+    reads_features = False
 
     def __init__(self, guess):
         self.guess = guess
