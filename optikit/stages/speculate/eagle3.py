@@ -390,6 +390,7 @@ def _describe_speculator(options: Options, job: Job, facts: ModelFacts) -> dict[
         ahead=options.length,
         ahead_gate=0.4,
         min_window=2 if options.exact else 1,
+        acceptor=options.acceptor,
     )
     served = vllm.vllm("eagle3", tokens=options.length, directory=f"speculator/{DIRECTORY}")
     loads_in = {"eagle3": support.loads_in("eagle3")}
