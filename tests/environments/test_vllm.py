@@ -84,8 +84,9 @@ def quantized(model: Path, prose: Path, directory: Path, method: str, options: d
     places = {name: directory / name for name in ("dest", "scratch")}
     for place in places.values():
         place.mkdir(parents=True)
-    calibration = Calibration(text=prose, samples=4, length=64) if stage.inputs(stage.Options()) else None
-    stage.run(stage.Options(**options), Job(source=model, calibration=calibration, **places))
+    chosen = stage.Options(**options)
+    calibration = Calibration(text=prose, samples=4, length=64) if "calibration" in stage.inputs(chosen) else None
+    stage.run(chosen, Job(source=model, calibration=calibration, **places))
     return places["dest"]
 
 
