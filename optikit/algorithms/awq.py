@@ -107,6 +107,7 @@ def search_scale(
     group_size: int,
     ties: Tensor | None = None,
     steps: int = 20,
+    powers: bool = False,
 ) -> Scaling:
     """Find the scale whose quantized weights err least at the outputs.
 
@@ -117,6 +118,7 @@ def search_scale(
         group_size: Weights of a row that share a step; -1 is the whole row.
         ties: (in,) int64: channels of equal number must get the same scale (heads that share a value head).
         steps: Exponents told apart, from 1/steps to 1, of which about half are tried.
+        powers: Only powers of two are tried: dividing by them is exact.
     """
     sample = _rows(weight)
     input_size = tie(gram.diagonal().clamp_min(0).sqrt(), ties)
@@ -129,6 +131,7 @@ def search_scale(
 
     def tried(family: Tensor | None, step: int) -> Scaling:
         scale = scale_of(input_size, family, step / steps)
+        scale = scale.log2().round().exp2() if powers else scale
         error = float(output_error(rounding(sample * scale) / scale - sample, gram).sum())
         return Scaling(scale, step / steps, error, plain_error)
 

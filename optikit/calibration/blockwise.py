@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from optikit import host
+from optikit.algorithms.awq import SEARCH_ROWS
 from optikit.algorithms.precision import compute_dtype
 from optikit.calibration import calibration_set, distributed, expert_walk
 from optikit.calibration.budget import BATCH_TOKENS, PAUSED_MOST, PAUSED_SHARE, paused_bytes_per_token
@@ -26,8 +27,18 @@ from optikit.calibration.cache_ranges import SUFFIXES, CacheRanges
 from optikit.calibration.empty_model import Call, EmptyModel
 from optikit.calibration.expert_walk import Seen
 from optikit.calibration.forward_passes import ForwardPasses
-from optikit.calibration.gram import PairedGram
-from optikit.calibration.method import Batch, DataFreeMethod, Group, Method, PreviousOp, Result, RowMethod, Walked
+from optikit.calibration.gram import Gram, PairedGram
+from optikit.calibration.method import (
+    Batch,
+    DataFreeMethod,
+    Group,
+    JointMethod,
+    Method,
+    PreviousOp,
+    Result,
+    RowMethod,
+    Walked,
+)
 from optikit.calibration.paused_forward import CapturePoint, answered, capture_hooks
 from optikit.calibration.resume import AIM, HiddenStates, ResumeState
 from optikit.calibration.source_model import DOWN, Linear, Linears, SourceModel
@@ -290,6 +301,7 @@ class _Calibrated:
         self._shape = (0, 0, 0)
         self._batch = 1
         self._held_out: list[tuple[bool, ...]] = []
+        self._joint: dict[int, Tensor | None] = {}
 
     def blocks(self) -> Blocks:
         """Yield the blocks that are not done yet."""
@@ -412,7 +424,35 @@ class _Calibrated:
                 yield from self._expert_changes(index, module, block, passes)
                 continue
             group = _group(self._job, self._source, linears, self._previous(index, block, linears))
-            yield linears, self._gathered(group, self._batches(passes, linears), block)
+            joint = partial(self._joint_scale, index, block) if self._is_shared(index, linears) else None
+            yield linears, self._gathered(group, self._batches(passes, linears), block, joint)
+
+    def _is_shared(self, index: int, linears: Linears) -> bool:
+        """Return whether linears of a block read what its experts read."""
+        experts = self._source.row.experts
+        return experts is not None and self._source.is_sparse(index) and linears[0].inside in experts.shared
+
+    def _joint_scale(self, index: int, block: _Block, gram: Callable[[], Tensor]) -> Tensor | None:
+        """Return what is divided out of the norm before a block's experts, found once; None where nothing is."""
+        if index not in self._joint:
+            self._joint = {index: self._found_scale(index, block, gram)}
+        return self._joint[index]
+
+    def _found_scale(self, index: int, block: _Block, gram: Callable[[], Tensor]) -> Tensor | None:
+        method = self._method
+        read = self._source.joint(index, self._ignore) if isinstance(method, JointMethod) else None
+        if read is None or not isinstance(method, JointMethod):
+            return None
+        sample = self._source.sample(read.linears, SEARCH_ROWS).to(self._job.device)
+        found = method.joint(read.previous, sample, gram())
+        if found is None:
+            return None
+        scale, tensors = found
+        block.tensors |= tensors
+        for name in read.readers:
+            weight = self._source.read(name)
+            block.tensors[name] = (weight.float() * scale.to(weight.device)).to(weight.dtype)
+        return scale
 
     def _expert_changes(
         self, index: int, module: nn.Module, block: _Block, passes: list[ForwardPasses]
@@ -433,6 +473,7 @@ class _Calibrated:
             ignore=self._ignore,
             dtype=self.dtype,
             device=self._job.device,
+            joint=partial(self._joint_scale, index, block),
         )
         yield from self._experts.changes(partial(self._previous, index, block), partial(self._finished, block))
         for each, stream, path in zip(passes, streams, paths, strict=True):
@@ -457,7 +498,13 @@ class _Calibrated:
     def _previous(self, index: int, block: _Block, linears: Linears) -> PreviousOp | None:
         return self._source.previous_op(index, linears, self._ignore, block.tensors)
 
-    def _gathered(self, group: Group, batches: Iterator[Batch], block: _Block) -> Callable[[], Result]:
+    def _gathered(
+        self,
+        group: Group,
+        batches: Iterator[Batch],
+        block: _Block,
+        joint: Callable[[Callable[[], Tensor]], Tensor | None] | None,
+    ) -> Callable[[], Result]:
         statistic = self._method.statistic(group)
         for batch in batches:
             statistic.update(batch)
@@ -469,6 +516,8 @@ class _Calibrated:
             block.facts |= {
                 name: {"correction": factor} for name, factor in zip(group.names, corrected.factors, strict=True)
             }
+        if joint is not None and isinstance(statistic, Gram):
+            group = replace(group, scale=joint(statistic.mean))
         return partial(self._method.apply, group, statistic)
 
     def _residual(self, linears: Linears) -> CapturePoint:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from optikit.calibration import distributed
 from optikit.calibration.forward_passes import ForwardPasses
+from optikit.calibration.gram import Gram
 from optikit.calibration.method import Batch, Group, Method, PreviousOp, Result, Statistic
 from optikit.calibration.resume import HiddenStates
 from optikit.calibration.source_model import DOWN, GATE, UP, Linears, SourceModel
@@ -144,6 +145,7 @@ class ExpertWalk:
         ignore: Whether a linear (full name) is left as it is.
         dtype: Of products.
         device: Where they are computed.
+        joint: Returns what the inputs of all experts are divided by, or None; it is told how to get the mean of x xᵀ.
         facts: Facts about linears of the expert that is worked on, by name.
     """
 
@@ -156,6 +158,7 @@ class ExpertWalk:
     ignore: Callable[[str], bool]
     dtype: torch.dtype
     device: str
+    joint: Callable[[Callable[[], Tensor]], Tensor | None]
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     _weights: dict[int, Tensor] = field(default_factory=dict)
     _biases: dict[int, Tensor] = field(default_factory=dict)
@@ -190,6 +193,8 @@ class ExpertWalk:
                 if linears:
                     names, weights = zip(*((each.name, dense[each.part]) for each in linears), strict=True)
                     group = Group(names=names, weights=weights, previous=previous(linears))
+                    if parts == (GATE, UP):
+                        group = replace(group, scale=self.joint(partial(self._of_all, group)))
                     yield linears, partial(self.method.apply, group, self._statistic(group, expert, parts))
             for stream, each in zip(self.streams, (self._weights, kept), strict=False):
                 self._add(stream, expert, each)
@@ -209,6 +214,16 @@ class ExpertWalk:
         few = tokens < FEWEST_TOKENS
         self.facts |= {name: {"tokens": tokens, "too_few_tokens": few} for name in group.names}
         return self._gathered(group, iter((_alike(group),)) if few else self._tokens(expert, parts))
+
+    def _of_all(self, group: Group) -> Tensor:
+        """Return the mean of x xᵀ over what all experts are given, (in, in)."""
+        gram = Gram(group)
+        for index in range(len(self.streams[0].choices)):
+            inputs = self.streams[0].inputs(index, self.device)
+            gram.update(Batch(inputs=inputs, dense_inputs=inputs))
+        if distributed.count() > 1:
+            gram.merge()
+        return gram.mean()
 
     def _gathered(self, group: Group, batches: Iterator[Tensor]) -> Statistic:
         statistic: Statistic = self.method.statistic(group)

@@ -45,6 +45,8 @@ class Group:
         weights: Per linear (out_features, in_features), float32, as the source has them.
         previous: The module that can take a scale off the inputs; None where none can, or where it also feeds a linear
             that is ignored.
+        scale: (in_features,), what the inputs are divided by already, in a module that more than this group reads; None
+            where they aren't.
         corrected: (rows of all linears, in_features): stacked weights moved towards the dense model's outputs; None
             where the method asks for no correction.
     """
@@ -52,6 +54,7 @@ class Group:
     names: tuple[str, ...]
     weights: tuple[Tensor, ...]
     previous: PreviousOp | None = None
+    scale: Tensor | None = None
     corrected: Tensor | None = None
 
     @property
@@ -191,6 +194,21 @@ class Method(Protocol[S]):
 
     def apply(self, group: Group, statistic: S) -> Result:
         """Change a group's weights."""
+        ...
+
+
+@runtime_checkable
+class JointMethod(Protocol):
+    """A technique that scales what several groups read, all of them by one scale."""
+
+    def joint(self, previous: PreviousOp, sample: Tensor, gram: Tensor) -> tuple[Tensor, Mapping[str, Tensor]] | None:
+        """Return a scale (in,), and the tensors of the previous op that change; None where no scale is better.
+
+        Args:
+            previous: What the groups read.
+            sample: (n, in) float32: rows of all their weights.
+            gram: (in, in) float32, mean of x xᵀ of what it gives.
+        """
         ...
 
 

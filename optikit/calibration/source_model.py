@@ -44,6 +44,21 @@ class Linear:
 Linears = tuple[Linear, ...]
 
 
+@dataclass(frozen=True)
+class JointScale:
+    """What all experts of a block read.
+
+    Attributes:
+        previous: A norm, of which a scale can be divided out.
+        readers: Names of dense weights (out, in) that read it, and that are multiplied then.
+        linears: Those that read it and are changed.
+    """
+
+    previous: PreviousOp
+    readers: tuple[str, ...]
+    linears: Linears
+
+
 class SourceModel:
     """A checkpoint and the row of its architecture.
 
@@ -257,6 +272,32 @@ class SourceModel:
             return replace(self._previous_linear(Linear(inside, name), changed), ties=ties)
         tensors = self._stored_of(name, linear=False) | _of(name, changed)
         return PreviousOp(name=name, tensors=tensors, linear=False, offset=self.row.norm_offset)
+
+    def joint(self, block: int, ignore: Callable[[str], bool]) -> JointScale | None:
+        """Return what all experts of a block read, where a scale can be divided out of it; none may be ignored."""
+        experts = self.row.experts
+        if experts is None or not self.is_sparse(block):
+            return None
+        prefix = self.row.block(block)
+        each = [self.expert(block, expert, ignore, (GATE, UP)) for expert in range(self.experts)]
+        linears = [*self._chosen(block, experts.shared, ignore), *(linear for two in each for linear in two)]
+        if len(linears) < len(experts.shared) + 2 * self.experts:
+            return None
+        name = self.linear_name(f"{prefix}.{experts.norm}")
+        norm = PreviousOp(
+            name=name, tensors=self._stored_of(name, linear=False), linear=False, offset=self.row.norm_offset
+        )
+        readers = tuple(self.tensor_name(f"{prefix}.{reader}.weight") for reader in experts.readers)
+        return JointScale(norm, readers, tuple(linears))
+
+    def sample(self, linears: Linears, rows: int) -> Tensor:
+        """Return about so many rows of linears of one width, (n, in) float32: as many of each, evenly spaced."""
+        share = max(1, rows // len(linears))
+        found = []
+        for linear in linears:
+            weight = self.weight(linear)
+            found.append(weight[torch.linspace(0, len(weight) - 1, min(share, len(weight))).round().long()].clone())
+        return torch.cat(found)
 
     def _previous_of_expert(
         self, block: int, linear: Linear, ignore: Callable[[str], bool], changed: Mapping[str, Tensor]

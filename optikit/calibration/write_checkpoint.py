@@ -20,7 +20,7 @@ from optikit.algorithms.sparsity import Pattern, holds
 from optikit.calibration import aims
 from optikit.calibration.expert_proof import ExpertProof, Found
 from optikit.calibration.method import PreviousOp, Walked
-from optikit.calibration.source_model import Linear, SourceModel
+from optikit.calibration.source_model import JointScale, Linear, SourceModel
 from optikit.calibration.verify import FIX, LARGEST_ERROR, verify_rounded
 from optikit.errors import StageFailedError
 from optikit.fileio import write_json
@@ -98,13 +98,17 @@ def _check_names(source: SourceModel, written: Checkpoint, layout: ScaledLayout,
 
 def _scaled_names(source: SourceModel, ignore: Callable[[str], bool]) -> set[str]:
     """Return the names of the tensors that a scale can be folded into."""
-    return {
+    found = {
         name
         for block in range(source.layers)
         for group in source.groups(block, ignore)
         if group[0].expert is None and (previous := source.previous_op(block, group, ignore, {}))
         for name in (f"{previous.name}.weight", f"{previous.name}.bias")
     }
+    joint = [read for block in range(source.layers) if (read := source.joint(block, ignore)) is not None]
+    for read in joint:
+        found |= {f"{read.previous.name}.weight", f"{read.previous.name}.bias", *read.readers}
+    return found
 
 
 def _check_block(
@@ -115,8 +119,13 @@ def _check_block(
     Scaled, because that is what was rounded: undone, the rounding of channels that were made small would count most.
     """
     errors, divided = {}, dict[str, Tensor]()
+    joint = source.joint(block, walked.ignore)
+    if joint is not None:
+        _check_readers(joint, source, written)
     for group in source.groups(block, walked.ignore):
         previous = source.previous_op(block, group, walked.ignore, {})
+        if joint is not None and group[0] in joint.linears:
+            previous = joint.previous
         columns = _scale(previous, written, divided)
         most = LARGEST_BEHIND_NORM if previous is not None and not previous.linear else LARGEST_ERROR
         for linear in group:
@@ -136,6 +145,15 @@ def _check_block(
                 raise StageFailedError(f"{linear.name} is off by {error:.0%} of its norm", fix=FIX)
             errors[linear.name] = error
     return errors
+
+
+def _check_readers(joint: JointScale, source: SourceModel, written: Checkpoint) -> None:
+    """Check that what chooses experts was multiplied by what the norm before it was divided by."""
+    columns = _scale(joint.previous, written, {})
+    for name in joint.readers:
+        weight = source.read(name)
+        if not torch.equal((weight.float() * columns).to(weight.dtype), written.read(name)):
+            raise StageFailedError(f"{name} isn't scaled as {joint.previous.name} is", fix=FIX)
 
 
 def _comparable(name: str, new: Tensor, dense: Tensor, columns: Tensor, walked: Walked) -> tuple[Tensor, Tensor]:

@@ -169,5 +169,6 @@ def _changing(facts: ModelFacts, row: Architecture, changes: Changes) -> Iterato
         first = next(iter(facts.linears), "")
         blocks = first[: first.find(".0.")] or row.blocks  # a wrapper's have a prefix of its own
         for block in range(facts.layers):
-            for name in filter(None, row.previous_ops):
+            joint = (row.experts.norm, *row.experts.readers) if row.experts else ()
+            for name in filter(None, (*row.previous_ops, *joint)):
                 yield from (f"{blocks}.{block}.{name}.{leaf}" for leaf in ("weight", "bias"))

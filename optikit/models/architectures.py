@@ -45,6 +45,9 @@ class Experts:
         scaled: The router scales what experts are given, and what they return is added up.
         router: Module that chooses experts, where it scales.
         folds: A scale of what down reads can be divided out of up.
+        norm: What all experts of a block read, relative to it: a scale can be divided out of it.
+        readers: Modules that read it too and stay dense: routers and gates, as checkpoints call them.
+        shared: Linears that read it too: gate and up projection of a shared expert.
         count, chosen, width: Keys of config.json: experts, experts per token, their inner width.
         before: The linear that is called after them, "" where they are the last.
         blocks: Which blocks have them, by keys of config.json: `from` the first, `every` so many-th, `not` those, or
@@ -60,6 +63,9 @@ class Experts:
     scaled: bool = False
     router: str = ""
     folds: bool = True
+    norm: str = "post_attention_layernorm"
+    readers: tuple[str, ...] = ("mlp.gate",)
+    shared: tuple[str, ...] = ()
     count: str
     chosen: str = "num_experts_per_tok"
     width: str = "moe_intermediate_size"

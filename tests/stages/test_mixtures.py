@@ -15,15 +15,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from optikit import stages, targets
 from optikit.algorithms import gptq
 from optikit.algorithms.grid import Grid, dequantize
-from optikit.calibration import blockwise
+from optikit.calibration import blockwise, write_checkpoint
 from optikit.calibration.method import Group, Result, Walked
 from optikit.calibration.methods.pruning import Norms
 from optikit.calibration.methods.rounding import relative_loss
+from optikit.calibration.source_model import SourceModel
 from optikit.errors import StageFailedError
 from optikit.formats import census, dense_model, dequantized_state, loadable
 from optikit.formats.checkpoint import Checkpoint
@@ -368,8 +370,6 @@ def test_an_expert_written_in_place_of_another_is_noticed(mixture, prose, tmp_pa
     source = mixture("mixtral")
     walk("quantize", "rtn", source, tmp_path, prose, group_size=32)
     written = tmp_path / "model"
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(written / "model.safetensors")
     one, other = (f"model.layers.0.block_sparse_moe.experts.{n}.w1." for n in (0, 3))
     for suffix in ("qweight", "scales", "qzeros"):
@@ -390,3 +390,79 @@ def test_config_is_kept(mixture, prose, tmp_path):
     assert after.pop("quantization_config")["quant_method"] == "gptq"
     assert before == after
     shutil.rmtree(tmp_path / "model")
+
+
+JOINT = {
+    "mixtral": "block_sparse_moe.gate", "phimoe": "block_sparse_moe.gate", "qwen2_moe": "mlp.gate",
+    "granitemoe": "block_sparse_moe.router.layer", "glm4_moe": "mlp.gate", "gpt_oss": "mlp.router",
+    "llama4_text": "feed_forward.router",
+}  # fmt: skip
+
+
+def with_salient_channels(source: Path, directory: Path) -> Path:
+    """Write a model whose experts are given four channels that are thirty times larger than the others."""
+    shutil.copytree(source, directory)
+    tensors = load_file(directory / "model.safetensors")
+    for key in tensors:
+        if key.endswith("post_attention_layernorm.weight"):
+            tensors[key][[3, 17, 30, 55]] *= 32
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_awq_scales_what_all_experts_read_and_routers_choose_as_before(name, mixture, prose, tmp_path, monkeypatch):
+    source = with_salient_channels(mixture(name), tmp_path / "source")
+    losses = []
+    for joint in (True, False):
+        with monkeypatch.context() as patched:
+            if not joint:
+                patched.setattr(SourceModel, "joint", lambda *_: None)
+            place = tmp_path / str(joint)
+            found = walk("quantize", "awq", source, place, prose, group_size=32, steps=4)
+        if joint:
+            census.take(source, place / "model", stages.load("quantize", "awq").CHANGES, found)
+            loadable.require(place / "model")
+        tensors = dict(dequantized_state(place / "model"))
+        losses.append(_lost(source, tensors, place / "model"))
+    assert losses[0] < 0.95 * losses[1]
+    before, after = Checkpoint(source), Checkpoint(tmp_path / "True" / "model")
+    norm = "model.layers.1.post_attention_layernorm.weight"
+    by = before.read(norm).float() / after.read(norm).float()
+    assert len(by.unique()) > 1
+    assert torch.equal(by.log2(), by.log2().round())  # powers of two: nothing is rounded on the way
+    router = f"model.layers.1.{JOINT[name]}.weight"
+    assert torch.equal(before.read(router).float() * by, after.read(router).float())
+
+
+def _lost(source: Path, tensors: dict[str, Tensor], written: Path) -> float:
+    """Return the squared error of what gate projections of the last block make of what the dense model gives them."""
+    dense, row, total = SourceModel(Checkpoint(source)), architectures.find(read(source).model_type), 0.0
+    model, *_ = dense_model.load(source, torch.float32, attn_implementation="eager")
+    given: list[Tensor] = []
+    model.model.layers[1].post_attention_layernorm.register_forward_hook(lambda _, __, out: given.append(out))
+    with torch.no_grad():
+        model(torch.randint(3, 260, (4, 64), generator=torch.Generator().manual_seed(1)))
+    norm = "model.layers.1.post_attention_layernorm.weight"
+    columns = Checkpoint(source).read(norm).float() / Checkpoint(written).read(norm).float()
+    for expert in range(4):
+        name = f"model.layers.1.{row.experts.linear(expert, 0)}.weight"
+        off = tensors[name].float() / columns - dense.read(name).float()
+        total += float((given[0].flatten(0, 1) @ off.T).square().sum())
+    return total
+
+
+def test_a_router_that_was_not_scaled_is_noticed(mixture, prose, tmp_path, monkeypatch):
+    source = with_salient_channels(mixture("mixtral"), tmp_path / "source")
+    found = SourceModel.joint
+
+    def forgetful(self, *args):
+        read = found(self, *args)
+        return read if read is None else replace(read, readers=())
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SourceModel, "joint", forgetful)
+        walk("quantize", "awq", source, tmp_path / "a", prose, group_size=32, steps=4)
+    joint = SourceModel(Checkpoint(source)).joint(1, lambda _: False)
+    with pytest.raises(StageFailedError, match=r"gate\.weight isn't scaled as"):
+        write_checkpoint._check_readers(joint, SourceModel(Checkpoint(source)), Checkpoint(tmp_path / "a" / "model"))

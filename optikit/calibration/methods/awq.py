@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +12,7 @@ from optikit.algorithms import awq, gptq, rtn
 from optikit.algorithms.grid import Grid, Quantized, dequantize, fit, pruned_mask
 from optikit.calibration import aims
 from optikit.calibration.gram import Gram, gram_of
-from optikit.calibration.method import Group, Result
+from optikit.calibration.method import Group, PreviousOp, Result
 from optikit.calibration.methods.fold import fold
 from optikit.calibration.write_checkpoint import ScaledLayout
 from optikit.formats.packing import IntegerPacking
@@ -46,7 +47,9 @@ class Awq:
         weight, gram = group.pruned_target, statistic.mean()
         plain = torch.ones(group.width, device=weight.device)
         scale, alpha, folded = self._scaled(group, weight, gram)
-        if alpha is not None and self._error(weight, gram, scale) >= self._error(weight, gram, plain):
+        if group.scale is not None:
+            scale = group.scale
+        elif alpha is not None and self._error(weight, gram, scale) >= self._error(weight, gram, plain):
             scale, alpha, folded = plain, None, {}  # better with min-max ranges, not with searched ones
         scaled = weight * scale
         quantized = self._round(scaled, gram / scale / scale[:, None])
@@ -55,24 +58,36 @@ class Awq:
         for name, *parts in zip(group.names, *(group.split(part) for part in quantized), strict=True):
             packed = self.packing.pack(*parts)
             tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.items()}
-        facts = {"alpha": alpha, "loss": _relative(back - weight, weight, gram)}
+        facts = {"alpha": alpha, "joint": group.scale is not None, "loss": _relative(back - weight, weight, gram)}
         aimed = {} if group.corrected is None else aims.kept(group.names, group.split(scaled), scale)
         rows = dict.fromkeys(group.names, facts)
         return Result(weights=group.split(back), tensors=tensors, aims=aimed, facts=rows)
+
+    def joint(self, previous: PreviousOp, sample: Tensor, gram: Tensor) -> tuple[Tensor, Mapping[str, Tensor]] | None:
+        """Return a scale for all experts of a block, of powers of two: what chooses experts then chooses as before."""
+        found = self._searched(sample, gram, previous, powers=True)
+        if found.alpha is None:
+            return None
+        folded, exact = fold(previous, found.scale, suffix=self.packing.scales, axis=0)
+        return exact, folded
+
+    def _searched(self, weight: Tensor, gram: Tensor, previous: PreviousOp, *, powers: bool = False) -> awq.Scaling:
+        minmax = replace(self.grid, search=False)
+        return awq.search_scale(
+            weight,
+            gram,
+            lambda scaled: dequantize(*rtn.quantize(scaled, minmax)),
+            group_size=self.grid.group_size,
+            ties=previous.ties,
+            steps=self.steps,
+            powers=powers,
+        )
 
     def _scaled(self, group: Group, weight: Tensor, gram: Tensor) -> tuple[Tensor, float | None, dict[str, Tensor]]:
         plain = torch.ones(group.width, device=weight.device)
         if group.previous is None:
             return plain, None, {}
-        minmax = replace(self.grid, search=False)
-        found = awq.search_scale(
-            weight,
-            gram,
-            lambda scaled: dequantize(*rtn.quantize(scaled, minmax)),
-            group_size=self.grid.group_size,
-            ties=group.previous.ties,
-            steps=self.steps,
-        )
+        found = self._searched(weight, gram, group.previous)
         if found.alpha is None:
             return plain, None, {}
         axis, _ = self.packing.outputs[self.packing.scales]
