@@ -123,18 +123,13 @@ def _check_block(
     if joint is not None:
         _check_readers(joint, source, written)
     for group in source.groups(block, walked.ignore):
-        previous = source.previous_op(block, group, walked.ignore, {})
-        if joint is not None and group[0] in joint.linears:
-            previous = joint.previous
+        shared = joint.previous if joint is not None and group[0] in joint.linears else None
+        previous = shared or source.previous_op(block, group, walked.ignore, {})
         columns = _scale(previous, written, divided)
         most = LARGEST_BEHIND_NORM if previous is not None and not previous.linear else LARGEST_ERROR
         for linear in group:
             new, dense = _unpacked(linear, written, layout), source.weight(linear)
-            if new.shape != dense.shape:
-                raise StageFailedError(f"{linear.name} has shape {tuple(new.shape)}, not {tuple(dense.shape)}", fix=FIX)
-            alive = pruned_mask(dense)
-            if alive is not None and bool((new[~alive] != 0).any()):
-                raise StageFailedError(f"{linear.name} was pruned and has lost zeros", fix=FIX)
+            _check_weight(linear.name, new, dense)
             seen, wanted = _comparable(linear.name, new, dense, columns, walked)
             if source.absorbs(linear):
                 rows = _rows(seen, wanted)
@@ -145,6 +140,15 @@ def _check_block(
                 raise StageFailedError(f"{linear.name} is off by {error:.0%} of its norm", fix=FIX)
             errors[linear.name] = error
     return errors
+
+
+def _check_weight(name: str, new: Tensor, dense: Tensor) -> None:
+    """Check that a weight has its shape, and its zeros where it was pruned."""
+    if new.shape != dense.shape:
+        raise StageFailedError(f"{name} has shape {tuple(new.shape)}, not {tuple(dense.shape)}", fix=FIX)
+    alive = pruned_mask(dense)
+    if alive is not None and bool((new[~alive] != 0).any()):
+        raise StageFailedError(f"{name} was pruned and has lost zeros", fix=FIX)
 
 
 def _check_readers(joint: JointScale, source: SourceModel, written: Checkpoint) -> None:
