@@ -192,7 +192,9 @@ def _install(
     else:
         command = [python, "-m", "pip", "install"]
     command += ["--no-deps", "--require-hashes", "-r", str(requirements)]
-    command += ["--no-build-isolation"] if sources else ["--only-binary", ":all:"]
+    # A wheel that lies in the installer's cache was compiled with other variables, or for another processor.
+    afresh = "--no-cache" if uv is not None else "--no-cache-dir"
+    command += ["--no-build-isolation", afresh] if sources else ["--only-binary", ":all:"]
     command += ["--no-index", "--find-links", str(wheels.absolute())] if wheels else []
     more = dict(environment.definition.variables)
     _run(command, environment, progress, more | (indexes.for_uv() if uv and wheels is None else {}))

@@ -114,7 +114,7 @@ def find(name: str, root: Path | None = None) -> Definition:
         lock=(root / "locks" / f"{name}.txt").read_text(encoding="utf-8"),
         imports=tuple(row["imports"]),
         sources=tuple(row.get("sources", ())),
-        variables=dict(row.get("variables", {})),
+        variables=row.get("variables", {}) | row.get("variables_on", {}).get(platform.machine(), {}),
     )
     _check(definition)
     return definition

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -279,3 +280,13 @@ def test_the_command_line_lists_builds_checks_and_collects(
     env.gc(all_=True)
     assert "removed  tiny-" in capsys.readouterr().out
     assert not Path(listed[0]["python"]).exists()
+
+
+def test_variables_of_builds_may_depend_on_the_kind_of_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "locks").mkdir()
+    (tmp_path / "locks" / "a.txt").write_text("a==1 --hash=sha256:0\n")
+    row = '[a]\nsummary = "a"\npython = "3.11"\nimports = ["a"]\nvariables = { BOTH = "1", ONE = "1" }\n'
+    (tmp_path / "environments.toml").write_text(row + 'variables_on.x86_64.ONE = "2"\n')
+    for machine, one in (("x86_64", "2"), ("aarch64", "1")):
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
+        assert definitions.find("a", tmp_path).variables == {"BOTH": "1", "ONE": one}
