@@ -6,6 +6,7 @@ Its step ran in an interpreter of its own, with code that isn't ours: that it en
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from optikit.errors import OptikitError, RefusedError, StageFailedError
 from optikit.models import traits
@@ -18,14 +19,20 @@ LARGEST = 1.5
 """Times the promised bytes that a library may write: padding and tables of its own, not weights left as they were."""
 
 
-def require(step: str, backend: str, dest: Path, planned: ModelFacts) -> None:
-    """Hold a model directory to what the plan promised of it, by its configuration and headers.
+def require(step: str, backend: str, source: Path, dest: Path, planned: ModelFacts) -> dict[str, Any]:
+    """Hold a model directory to what the plan promised of it, and to the tensors of the model that it was made of.
+
+    A library may change the dtype of every tensor, so that their numbers aren't compared; none may be lost or added.
 
     Args:
         step: Name of the step, for messages.
         backend: Who did it.
+        source: What it was given.
         dest: What it wrote.
         planned: Facts that its stage promised.
+
+    Returns:
+        `tensors`: what became of those of the source.
 
     Raises:
         StageFailedError: There is nothing, or something else than promised.
@@ -52,6 +59,16 @@ def require(step: str, backend: str, dest: Path, planned: ModelFacts) -> None:
             f"{step}: {backend} promised {planned.weight_bytes / 1e6:.1f} MB, and wrote {found.weight_bytes / 1e6:.1f}"
         )
         raise StageFailedError(message, fix=fix)
+    return {"tensors": _census(step, backend, source, dest, fix)}
+
+
+def _census(step: str, backend: str, source: Path, dest: Path, fix: str) -> dict[str, Any]:
+    from optikit.formats import census  # with torch, which planning does without
+
+    try:
+        return census.take(source, dest, "all", {}).facts()
+    except OptikitError as error:
+        raise StageFailedError(f"{step}: {backend} wrote another model: {error.message}", fix=fix) from error
 
 
 def _compared(planned: ModelFacts, found: ModelFacts) -> tuple[tuple[str, object, object], ...]:

@@ -180,7 +180,8 @@ class _Executor:
             if not response["ok"]:
                 raise_failure(response, step=step.name, log=directory / "log.txt")
             if step.backend != stages.OURS and step.writes == "model":
-                check_backend.require(step.name, step.backend, dest, step.after)
+                source = Path(request["source"])
+                response["facts"] |= check_backend.require(step.name, step.backend, source, dest, step.after)
             artifact = self.store.commit(step.key, dest, _manifest(step, request, response))
         finally:
             shutil.rmtree(dest, ignore_errors=True)

@@ -141,7 +141,7 @@ def test_a_file_larger_than_promised_is_no_result(tiny_llama, tiny_gptq):
     promised = read(tiny_gptq)
     small = replace(promised, weight_bytes=promised.weight_bytes // 2)
     with pytest.raises(StageFailedError, match=r"promised .* MB, and wrote"):
-        check_backend.require("1-quantize-gptq", "llm-compressor", tiny_gptq, small)
+        check_backend.require("1-quantize-gptq", "llm-compressor", tiny_llama, tiny_gptq, small)
 
 
 def test_an_engine_that_answers_with_zeros_is_no_result(tiny_gptq, tiny_onnx_int4, monkeypatch):
