@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-Status = Literal["executed", "cached", "emitted", "failed"]
+Status = Literal["executed", "cached", "emitted", "verified", "failed"]
 
 MODES = ("auto", "plain", "json", "none")
 START_SECONDS = 0.4
@@ -304,6 +304,7 @@ def _ending(status: Status, seconds: float, peak_mib: float, note: str) -> str:
         "executed": f"ok {text.duration(seconds)}, peak {text.memory(peak_mib)}",
         "cached": "cached",
         "emitted": f"emitted {text.duration(seconds)}: files written, not run here",
+        "verified": "verified: it came back from its device",
         "failed": "failed",
     }[status]
     return f" {facts}{f': {text.clean(note)}' if note else ''}"
@@ -386,6 +387,7 @@ class Live(Progress):
             "executed": ("✓", "green"),
             "cached": ("•", "cyan"),
             "emitted": ("→", "yellow"),
+            "verified": ("✓", "cyan"),
             "failed": ("✗", "bold red"),
         }[status]
         timed = status in {"executed", "emitted"}

@@ -353,5 +353,9 @@ def row_problems(stage: Stage, method: str, options: Any, facts: ModelFacts) -> 
 
 EMITTED = "emitted"
 """Fact of a stage that left its work to another machine, and the input that holds its folder when it is finished."""
+RETURNED = "returned"
+"""Input that holds the result.json which came back from the machine that finished an emitted folder."""
+VERIFIED = "verified"
+"""Fact of a step that was finished on another machine: its name, its accelerators, and what they decoded."""
 SERVERS_PEAK = "servers_peak_memory_mib"
 """Fact of a stage that started servers: the memory of all of them, which the kernel doesn't count as its children's."""

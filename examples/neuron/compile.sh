@@ -3,11 +3,13 @@
 set -eu
 cd "$(dirname "$0")"
 export NEURON_COMPILE_CACHE_URL="${NEURON_COMPILE_CACHE_URL:-/var/tmp/neuron-compile-cache}"
+export NEURON_RT_VISIBLE_CORES="${NEURON_RT_VISIBLE_CORES:-0}"  # of the model, and of what drafts for it
 python3 job.py prepare "${MODEL:-../../model}"
 OUT="compiled-$(python3 job.py key)"
 export NEURON_PLATFORM_TARGET_OVERRIDE=trn1
 if [ ! -f "$OUT/result.json" ]; then
 rm -rf "$OUT"
+began=$(date +%s)
 optimum-cli export neuron \
   --model model \
   --task text-generation \
@@ -17,7 +19,11 @@ optimum-cli export neuron \
   --tensor_parallel_size 1 \
   --torch_dtype bfloat16 \
   "$OUT"
-python3 job.py result "$OUT"
+python3 job.py result "$OUT" "$(($(date +%s) - began))"
 fi
-if [ -e /dev/neuron0 ]; then python3 job.py smoke "$OUT"; fi
+if [ -e /dev/neuron0 ]; then
+python3 job.py smoke "$OUT" > smoke.log 2>&1 || { cat smoke.log >&2; exit 70; }
+cat smoke.log
+python3 check.py record "$(python3 job.py seconds "$OUT")"
+fi
 echo "$OUT"

@@ -3,6 +3,7 @@
 set -eu
 cd "$(dirname "$0")"
 export NEURON_COMPILE_CACHE_URL="${NEURON_COMPILE_CACHE_URL:-/var/tmp/neuron-compile-cache}"
+export NEURON_RT_VISIBLE_CORES="${NEURON_RT_VISIBLE_CORES:-0}"  # of the model, and of what drafts for it
 python3 job.py prepare "${MODEL:-../../model}"
 OUT="compiled-$(python3 job.py key)"
 exec optimum-cli neuron serve \

@@ -36,12 +36,14 @@ if TYPE_CHECKING:
 
 RECIPE = "recipe.yaml"
 POLL_SECONDS = 0.2
+RETURNED = re.compile(r"compiled/[^/]+/result\.json")
+"""What comes back from the device that finished an emitted folder."""
 
 
-def require_writable(out: Path, *, timeout: float | None = None) -> None:
+def require_writable(out: Path, *, timeout: float | None = None, resume: bool = False) -> None:
     """Refuse an output path before any work, if it can't be made or holds something that optikit didn't write.
 
-    What a killed run left there is put right first.
+    What a killed run left there is put right first. With `resume`, results may have come back into emitted folders.
 
     Raises:
         CannotCreateError: With the reason.
@@ -52,7 +54,7 @@ def require_writable(out: Path, *, timeout: float | None = None) -> None:
         if place.exists():
             with _locked(place, timeout):
                 _settle(place)
-                _require_ours(out, place)
+                _require_ours(out, place, resume=resume)
         _require_creatable(out, place)
 
 
@@ -72,6 +74,7 @@ def write(
     store: Store,
     report: Report | None = None,
     timeout: float | None = None,
+    resume: bool = False,
 ) -> None:
     """Write the output directory, its report included, and seal it; an older one is replaced.
 
@@ -86,7 +89,7 @@ def write(
         made = not place.exists()
         with _locked(place, timeout):
             _settle(place)
-            _require_ours(out, place)
+            _require_ours(out, place, resume=resume)
             partial = _staging(place)
             try:
                 older = _older(place)
@@ -207,8 +210,19 @@ def _flock(descriptor: int) -> bool:
     return True
 
 
-def _require_ours(out: Path, place: Path) -> None:
-    """Refuse a directory with anything in it that optikit didn't write."""
+def returned(out: Path) -> dict[str, Path]:
+    """Return the results that came back into the emitted folders of an output directory, by engine.
+
+    One that an earlier run has read already is sealed with the rest, and isn't among them.
+    """
+    if not os.path.lexists(out / NAME):
+        return {}
+    names = [name for name in verify.strangers(out) if RETURNED.fullmatch(name)]
+    return {name.split("/")[1]: out / name for name in names}
+
+
+def _require_ours(out: Path, place: Path, *, resume: bool = False) -> None:
+    """Refuse a directory with anything in it that optikit didn't write, or that came back from a device unasked."""
     if not any(place.iterdir()):
         return
     fix = "choose another --out, or move away what is yours"
@@ -220,9 +234,12 @@ def _require_ours(out: Path, place: Path) -> None:
         message = f"{out} holds an {NAME} that isn't of an output of optikit, or is damaged: {error.message}"
         raise CannotCreateError(message, fix=fix) from error
     try:
-        others = verify.strangers(place)
+        others = [name for name in verify.strangers(place) if not (resume and RETURNED.fullmatch(name))]
     except RefusedError as error:
         raise CannotCreateError(f"{out} holds what optikit didn't write: {error.message}", fix=fix) from error
+    if others and RETURNED.fullmatch(others[0]):
+        message = f"{out} holds {others[0]}, which came back from a device and isn't read yet"
+        raise CannotCreateError(message, fix="run with --resume to read it into the report")
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise CannotCreateError(f"{out} holds what optikit didn't write: {others[0]}{more}", fix=fix)

@@ -65,7 +65,9 @@ def run_recipe(request: Request) -> Report | None:
     loaded = load(request.recipe, overrides=request.overrides, known_targets=targets.names(request.targets))
     if frozen is not None:
         frozen_plan.require_recipe(frozen, loaded)
-    output_dir.require_writable(request.out, timeout=request.settings.lock_timeout)
+    resume, waiting = request.settings.resume, request.settings.lock_timeout
+    output_dir.require_writable(request.out, timeout=waiting, resume=resume)
+    settings = replace(request.settings, returned=output_dir.returned(request.out) if resume else {})
     with make_progress(request.progress) as progress:
         store = Store.default(warn=progress.note)
         plan = make_plan(
@@ -85,8 +87,8 @@ def run_recipe(request: Request) -> Report | None:
         _require_disk(plan, store)
         for warning in plan.warnings:
             progress.note(f"warning: {warning.message}")
-        execution = execute(plan, store, progress, request.settings, partial(stop_at_gate, plan))
-    written = partial(output_dir.write, request.out, loaded, store=store, timeout=request.settings.lock_timeout)
+        execution = execute(plan, store, progress, settings, partial(stop_at_gate, plan))
+    written = partial(output_dir.write, request.out, loaded, store=store, timeout=waiting, resume=resume)
     if request.settings.until is not None:
         written(plan, execution.artifacts)
         return None

@@ -138,3 +138,38 @@ def check(as_json: AsJson = False) -> None:
         raise IntegrityError(message, fix="run the recipes that need them again; look at the disk if it happens twice")
     if not as_json:
         print(f"{len(store.keys())} artifacts, all as sealed, in {store.root}")
+
+
+@app.command()
+def neuron(
+    place: Annotated[
+        str, typer.Option("--directory", help="The cache: a directory, or s3://BUCKET/PREFIX.")
+    ] = "/var/tmp/neuron-compile-cache",  # noqa: S108 - the SDK's own default
+    as_json: AsJson = False,
+) -> None:
+    """List the compiled graphs in a Neuron compile cache: by compiler version, and hashes of graph and flags."""
+    from dataclasses import asdict
+
+    from optikit.app import neuron_cache
+    from optikit.cli._table import table
+    from optikit.store.files import in_units
+    from optikit.text import clean, dump_json
+
+    found = neuron_cache.listed(place)
+    total = sum(graph.size_bytes for graph in found)
+    if as_json:
+        print(dump_json({"cache": place, "size_bytes": total, "graphs": [asdict(each) for each in found]}, indent=1))
+        return
+    lines = [("compiler", "graph", "flags", "size", "state")]
+    lines += [
+        (
+            clean(each.compiler) or "-",
+            clean(each.graph),
+            clean(each.flags) or "-",
+            in_units(each.size_bytes),
+            "compiled" if each.compiled else "no result: it failed, or is being compiled",
+        )
+        for each in found
+    ]
+    print("\n".join(table(lines)))
+    print(f"{len(found)} graphs, {in_units(total)} in {place}")

@@ -243,7 +243,7 @@ class StepReport(_Frozen):
     verb: str
     method: str
     backend: str
-    status: Literal["executed", "cached", "emitted"]
+    status: Literal["executed", "cached", "emitted", "verified"]
     key: str
     seconds: float
     """Wall time of the run that made the artifact, also when this run found it cached."""

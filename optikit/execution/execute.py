@@ -22,7 +22,7 @@ from optikit.errors import IntegrityError, InterruptError, OptikitError, Termina
 from optikit.execution import check_backend, supervise
 from optikit.fileio import write_json
 from optikit.process.failure import raise_failure
-from optikit.stage import EMITTED, Emitting, Stage
+from optikit.stage import EMITTED, RETURNED, VERIFIED, Emitting, Stage
 from optikit.store.sources import require_unchanged
 from optikit.store.store import Artifact, Manifest, Store, cache_key
 
@@ -43,6 +43,8 @@ class Settings:
     threads: int = field(default_factory=host.threads)
     resume: bool = False
     """Do here what an earlier run, or this one, leaves to another machine: where its tools are."""
+    returned: Mapping[str, Path] = field(default_factory=dict)
+    """Results that came back from other machines, by the method of the step that emitted the folder."""
     ranks: int = 1
     """Processes that share the calibration of a prune or quantize step; each gets its part of the threads."""
 
@@ -135,7 +137,7 @@ class _Executor:
         finished = replace(step, key=cache_key(finishes=step.key))
         may_finish = isinstance(stage, Emitting) and emitted is None
         if may_finish and (found := self.store.find(finished.key)):
-            return found, "cached"
+            return found, "verified" if VERIFIED in found.manifest.facts else "cached"
         status: Status = "cached"
         artifact = self.store.find(step.key)
         if artifact is None:
@@ -143,6 +145,8 @@ class _Executor:
                 artifact = self.store.find(step.key)
                 if artifact is None:
                     artifact, status = self._perform(step, emitted), "executed"
+        if VERIFIED in artifact.manifest.facts:
+            return artifact, "verified"
         if not artifact.manifest.facts.get(EMITTED):
             return artifact, status
         if may_finish and self._can_finish(step, stage):
@@ -150,7 +154,9 @@ class _Executor:
         return artifact, "emitted"
 
     def _can_finish(self, step: Step, stage: Stage) -> bool:
-        """Return whether what a step emitted is to be finished here; where it can't be, say why."""
+        """Return whether what a step emitted is finished: by a result that came back, or here; else say why not."""
+        if step.method in self.settings.returned:
+            return True
         why = stage.absent(step.options) if self.settings.resume and isinstance(stage, Emitting) else ""
         if why:
             self.progress.note(f"{step.name} stays emitted: {why}")
@@ -221,6 +227,13 @@ class _Executor:
         """Return where an artifact lies; "" is the model that the recipe names."""
         return str(self.artifacts[key].path if key else self.plan.model.path)
 
+    def _finished_by(self, step: Step, emitted: Path | None) -> dict[str, str]:
+        """Return the folder that a step emitted, and the result of it that came back, as inputs."""
+        if emitted is None:
+            return {}
+        result = self.settings.returned.get(step.method)
+        return {EMITTED: str(emitted)} | ({RETURNED: str(result)} if result else {})
+
     def _request(self, step: Step, emitted: Path | None) -> dict[str, Any]:
         """Return what the worker is told: what the stage declared to use, and nothing else."""
         ranks = self.settings.ranks if step.split and step.environment is None else 1
@@ -232,7 +245,7 @@ class _Executor:
             "backend": step.backend,
             "options": step.options.model_dump(mode="json"),
             "source": self._path(step.source),
-            "inputs": inputs | ({EMITTED: str(emitted)} if emitted else {}),
+            "inputs": inputs | self._finished_by(step, emitted),
             "finish": emitted is not None,
             "calibration": step.calibration,
             "seed": self.plan.recipe.seed,

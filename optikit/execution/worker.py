@@ -111,13 +111,18 @@ class _Work(NamedTuple):
 def _work(directory: Path) -> _Work:
     """Return what a job directory asks for; the stage gets what it declared, and nothing else."""
     from optikit import stages
-    from optikit.stage import EMITTED, Emitting, Inputs, Job
+    from optikit.execution import returned
+    from optikit.stage import EMITTED, RETURNED, Emitting, Inputs, Job
 
     request = json.loads((directory / "request.json").read_text(encoding="utf-8"))
     stage = stages.load(request["verb"], request["method"], request.get("backend", stages.OURS))
     options = stage.Options.model_validate(request["options"])
-    finish = stage.finish if request.get("finish") and isinstance(stage, Emitting) else None
-    declared = {*stage.inputs(options), *((EMITTED,) if finish else ())}
+    finish: Callable[[Any, Job], Facts] | None = None
+    if RETURNED in request["inputs"]:
+        finish = returned.read
+    elif request.get("finish") and isinstance(stage, Emitting):
+        finish = stage.finish
+    declared = {*stage.inputs(options), *((EMITTED, RETURNED) if finish else ())}
     dest, scratch = Path(request["dest"]), Path(request["scratch"])
     if rank():  # writes the same as the first process, for nobody
         scratch = scratch / f"rank-{rank()}"

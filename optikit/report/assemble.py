@@ -40,7 +40,8 @@ from optikit.recipe.schema import as_written
 from optikit.report import judge as judging
 from optikit.report import speculation_table
 from optikit.report.judge import Value
-from optikit.text import redact
+from optikit.stage import VERIFIED
+from optikit.text import duration, redact
 
 if TYPE_CHECKING:
     from optikit.models.facts import ModelFacts
@@ -173,6 +174,17 @@ class _Run:
     def emitted(self, step: Step) -> bool:
         """Return whether a step only wrote what another machine will do: there is nothing of it to measure."""
         return self.statuses.get(step.name) == "emitted"
+
+    def _verified(self) -> Iterator[str]:
+        """Yield which steps were finished on another machine, on which, and what they decoded there."""
+        for step in self.plan.steps:
+            facts = self.artifacts[step.key].manifest.facts if step.key in self.artifacts else {}
+            if VERIFIED in facts:
+                device = facts[VERIFIED]
+                named = ", ".join([device["name"], *map(str, device["accelerators"])])
+                decoded = " ".join(str(facts["decoded"]).split())[-160:]
+                took = f"in {duration(facts['compile_seconds'])} " if facts["compile_seconds"] else ""
+                yield f"{step.name} was finished {took}on {named} and came back verified: it decoded {decoded!r}."
 
     @cached_property
     def speculation(self) -> dict[str, Any] | None:
@@ -403,6 +415,7 @@ class _Run:
             yield f"The model guesses before anything is done to it ({guessed}): what it loses can't be seen."
         for step in filter(self.emitted, self.plan.steps):
             yield f"{step.name} was emitted: size and quality are those of the weights that it will compile."
+        yield from self._verified()
         if self.speculation is not None and self.speculation["chosen"] == "off":
             yield f"Speculation by {self.speculation['method']} was measured and is switched off: it doesn't pay here."
         if self.timing is not None:

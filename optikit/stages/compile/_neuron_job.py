@@ -6,7 +6,8 @@ Copied into the folder as job.py and called by its scripts:
     python3 job.py key              print what the result depends on, as 16 hexadecimal digits
     python3 job.py export OUT       compile with optimum-neuron, as job.json says; with a draft, that too
     python3 job.py smoke OUT        load OUT on this instance and decode 8 tokens
-    python3 job.py result OUT       write OUT/result.json: sha256 of every file, versions, the key
+    python3 job.py result OUT TIME  write OUT/result.json: sha256 of every file, versions, the key, seconds of compiling
+    python3 job.py seconds OUT      print those seconds
 """
 
 from __future__ import annotations
@@ -80,31 +81,30 @@ def digest(path: Path) -> str:
 
 
 def export(out: Path) -> None:
-    """Compile what job.json says into OUT, and the draft into OUT/draft."""
+    """Compile what job.json says into OUT, and the draft into OUT/draft: the draft first, as it is loaded."""
     from optimum.neuron import NeuronModelForCausalLM
     from optimum.neuron.models.inference.backend.config import NxDNeuronConfig
     from transformers import AutoTokenizer
 
     found = job()
-    draft = os.environ.get("DRAFT", found["draft"])
-    parts = [(str(HERE / "model"), found["neuron_config"], out)]
-    parts += [(draft, found["draft_config"], out / "draft")] if found["draft"] else []
-    for source, config, place in parts:
+    parts = {"model": (str(HERE / "model"), found["neuron_config"], out)}
+    parts["draft"] = (os.environ.get("DRAFT", str(HERE / "draft")), found["draft_config"], out / "draft")
+    for source, config, place in (parts[name] for name in found["load_order"]):
         model = NeuronModelForCausalLM.export(source, NxDNeuronConfig(**config), load_weights=False)
         model.save_pretrained(place)
         AutoTokenizer.from_pretrained(source).save_pretrained(place)
 
 
 def smoke(out: Path) -> None:
-    """Load OUT and decode 8 tokens, with its draft if it has one."""
+    """Load OUT and decode 8 tokens, with its draft if it has one; what is loaded first is the first on the cores."""
     from optimum.neuron import NeuronModelForCausalLM
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(out)
-    model = NeuronModelForCausalLM.from_pretrained(str(out))
-    drafted = {}
-    if (out / "draft").is_dir():
-        drafted["assistant_model"] = NeuronModelForCausalLM.from_pretrained(str(out / "draft"))
+    places = {"model": out, "draft": out / "draft"}
+    loaded = {name: NeuronModelForCausalLM.from_pretrained(str(places[name])) for name in job()["load_order"]}
+    model = loaded.pop("model")
+    drafted = {"assistant_model": loaded["draft"]} if loaded else {}  # its tokens stay while they are the model's own
     inputs = tokenizer(PROMPT, return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False, **drafted)[0]
     new = tokens[inputs["input_ids"].shape[1] :]
@@ -113,14 +113,21 @@ def smoke(out: Path) -> None:
     sys.stdout.write(f"decoded {len(new)} tokens: {tokenizer.decode(tokens)!r}\n")
 
 
-def result(out: Path) -> None:
+def result(out: Path, seconds: str = "0") -> None:
     """Write OUT/result.json."""
     files = {
         str(path.relative_to(out)): {"size": path.stat().st_size, "sha256": digest(path)}
         for path in sorted(out.rglob("*"))
         if path.is_file() and path.name != "result.json"
     }
-    written = {"key": key(), "versions": versions(), "flags": flags(), "job": job()["key"], "files": files}
+    written: dict[str, Any] = {
+        "key": key(),
+        "versions": versions(),
+        "flags": flags(),
+        "job": job()["key"],
+        "files": files,
+    }
+    written["seconds"] = float(seconds)
     (out / "result.json").write_text(json.dumps(written, indent=1), encoding="utf-8")
 
 
@@ -129,7 +136,11 @@ def main(verb: str, *arguments: str) -> None:
     if verb == "key":
         sys.stdout.write(key() + "\n")
         return
-    {"prepare": prepare, "export": export, "smoke": smoke, "result": result}[verb](Path(arguments[0]))
+    if verb == "seconds":
+        sys.stdout.write(f"{json.loads((Path(arguments[0]) / 'result.json').read_text())['seconds']}\n")
+        return
+    place, *more = arguments
+    {"prepare": prepare, "export": export, "smoke": smoke, "result": result}[verb](Path(place), *more)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from optikit.models.facts import ModelFacts
-    from optikit.stages.compile._neuron_options import Options
+    from optikit.stages.compile._neuron_options import Kind, Options
     from optikit.targets import Target
+    from optikit.targets.neuron import Placement
 
 WHAT = {
+    "run.sh": "the one command: installs, checks, compiles, decodes, writes result.json; again after an interruption",
+    "check.py": "is all here (files, packages, devices, memory, disk)? and what result.json is written with",
+    "check.json": "what check.py goes by, and the sha256 of this folder's files",
+    "smoke.sh": "waits for the server and asks it for 8 tokens",
+    "draft/": "what drafts for the model",
+    "medusa_tree.json": "which tokens of the Medusa heads are tried",
     "job.py": "puts weights and configuration together, names the result, checks it",
     "compile.sh": "everything from weights to a compiled model that has decoded 8 tokens",
     "serve.sh": "an OpenAI-compatible server with exactly these shapes",
@@ -27,18 +34,22 @@ SETUP = {
 }
 
 
-def render(options: Options, facts: ModelFacts, target: Target, files: Iterable[str]) -> str:
+def render(
+    options: Options, facts: ModelFacts, target: Target, files: Iterable[str], placed: Placement, kind: Kind
+) -> str:
     """Return the page."""
-    return "\n\n".join(_parts(options, facts, target, sorted(files))) + "\n"
+    return "\n\n".join(_parts(options, facts, target, sorted(files), placed, kind)) + "\n"
 
 
-def _parts(options: Options, facts: ModelFacts, target: Target, files: list[str]) -> Iterator[str]:
+def _parts(
+    options: Options, facts: ModelFacts, target: Target, files: list[str], placed: Placement, kind: Kind
+) -> Iterator[str]:
     yield f"# {facts.model_type}, {facts.parameters / 1e6:.0f} M weights, for {target.name} ({options.backend})"
     yield (
         "Written by `optikit run`. Nothing here was compiled or timed: that needs Neuron's compiler and, to run, a "
         "Neuron device. The commands below do it on the instance."
     )
-    yield _table(options, facts, target)
+    yield _table(options, facts, target, placed, kind)
     shown = ["model/" if name.startswith("model/") else name for name in files]
     yield "\n".join(f"- `{name}`: {WHAT[name]}" for name in dict.fromkeys(shown))
     yield "## On the instance\n\n" + _commands(options)
@@ -52,20 +63,24 @@ def _parts(options: Options, facts: ModelFacts, target: Target, files: list[str]
     yield "## If it fails\n\n" + "\n".join(f"- {line}" for line in _failures(options, target))
 
 
-def _table(options: Options, facts: ModelFacts, target: Target) -> str:
-    from optikit.stages.compile._neuron_options import placement
+def _table(options: Options, facts: ModelFacts, target: Target, placed: Placement, kind: Kind) -> str:
+    from optikit.stages.compile._neuron_options import core_set
 
     rows = {
         "batch size": options.batch_size,
         "longest sequence, tokens": options.sequence_length,
-        "Neuron cores (tensor parallel)": f"{options.tensor_parallel} of {target.cores}",
+        "Neuron cores (tensor parallel)": f"{options.tensor_parallel} of {target.cores}: {core_set(options)}",
         "dtype": options.dtype + (f", weights {options.quantization_dtype}" if options.quantization_dtype else ""),
-        "weights and cache, estimated": f"{placement(options, facts, ()).need_bytes / 1e9:.2f} GB",
+        "weights and caches on them, estimated": f"{placed.need_bytes / 1e9:.2f} GB",
+        "the instance's own memory while loading, about": f"{placed.host_bytes / 1e9:.1f} GB",
     }
     if target.core_memory_gb:
         rows["memory of those cores"] = f"{target.core_memory_gb * options.tensor_parallel:g} GB"
-    if options.speculation_length:
-        rows["speculation"] = f"{options.speculation}, {options.speculation_length} tokens, draft `{options.draft}`"
+    if kind == "medusa":
+        rows["speculation"] = "Medusa heads, in `model/medusa_heads.pt`"
+    elif kind:
+        programs = f"{options.speculation}, " if kind == "draft" else ""
+        rows["speculation"] = f"{kind} in `draft/`: {programs}{options.speculation_length} tokens, {options.acceptor}"
     if options.sdk:
         rows["Neuron SDK"] = options.sdk
     return "\n".join(("| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())))
@@ -75,26 +90,35 @@ def _commands(options: Options) -> str:
     lines = [
         "# the whole output directory of `optikit run` is needed: model/ and compiled/neuron/",
         "rsync -a out/ INSTANCE:out/",
-        "ssh INSTANCE",
-        "cd out",
-        "python3 -m venv env && . env/bin/activate         # Python 3.10 or 3.11",
-        "pip install -r compiled/neuron/requirements.txt",
+        "ssh INSTANCE sh out/compiled/neuron/run.sh        # minutes to an hour; run it again if it was interrupted",
+        "rsync INSTANCE:out/compiled/neuron/result.json out/compiled/neuron/",
+        "optikit run RECIPE --out out/ --resume            # the report then says what was decoded, and where",
     ]
-    if options.backend == "vllm-neuron":
-        lines[4] = lines[4].replace("3.10 or 3.11", "3.11 or newer")
-        lines.append("sh compiled/neuron/serve.sh                       # the first start compiles, for minutes")
-        lines.append("curl -s localhost:8000/v1/completions -H 'Content-Type: application/json' \\")
-        lines.append('  -d \'{"model": "model", "prompt": "The capital of France is", "max_tokens": 8}\'')
-        return f"{SETUP[options.backend]}\n\n```sh\n" + "\n".join(lines) + "\n```"
-    lines.append(
-        "sh compiled/neuron/compile.sh                     # minutes to an hour; prints the directory it wrote"
+    parts = [SETUP[options.backend], "```sh\n" + "\n".join(lines) + "\n```"]
+    served = options.backend == "vllm-neuron" or (
+        options.backend == "optimum-neuron" and not options.speculation_length
     )
-    after = "It writes `result.json` (sha256 of every file, versions, flags) and, on a Neuron device, decodes 8 tokens."
-    if options.backend == "optimum-neuron" and not options.speculation_length:
-        lines.append("sh compiled/neuron/serve.sh                       # Inferentia2 and Trainium1; port 8080")
-    if options.speculation_length:
-        lines.insert(-1, "export DRAFT=/path/or/hub-id                      # if the draft lies elsewhere there")
-    return f"{SETUP[options.backend]}\n\n```sh\n" + "\n".join(lines) + f"\n```\n\n{after}"
+    port = 8000 if options.backend == "vllm-neuron" else 8080
+    if served:
+        parts.append(f"Then `sh compiled/neuron/serve.sh` serves it on port {port}, as `model`; `PORT=` changes that.")
+    if options.backend != "vllm-neuron":
+        parts.append(
+            "`sh compiled/neuron/compile.sh` is `run.sh` without installing and checking. Beside the compiled files it "
+            "writes another `result.json`: sha256 of each, versions, flags."
+        )
+    if options.draft or options.speculation_length:
+        parts.append(_order(options))
+    return "\n\n".join(parts)
+
+
+def _order(options: Options) -> str:
+    if options.backend == "optimum-neuron":
+        order = "The draft is compiled and loaded first, then the model"
+    elif options.speculation == "fused" or options.backend == "vllm-neuron":
+        order = "The drafter and the model are loaded together"
+    else:
+        order = "The model is compiled and loaded first, then the draft"
+    return f"{order}, all on the same cores (`NEURON_RT_VISIBLE_CORES`) at the same degree: others fail to load."
 
 
 def _cache(options: Options) -> str:
@@ -113,6 +137,7 @@ def _cache(options: Options) -> str:
             "\n\nGraphs that Hugging Face has compiled already are fetched from its hub cache where it can be reached: "
             "`optimum-cli neuron cache lookup HUB_ID` lists them by shapes and degree."
         )
+    where += " `optikit cache neuron` lists what is in it, on any machine."
     if options.cache.startswith("s3://"):
         where += " Reading and writing S3 needs the instance's role to allow it."
     return where

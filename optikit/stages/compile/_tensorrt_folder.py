@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from optikit.errors import IntegrityError, StageFailedError
 from optikit.models.reader import read
 from optikit.stage import EMITTED
-from optikit.stages.compile import _onnx_build, _tensorrt_compare, _tensorrt_run
+from optikit.stages.compile import _folder, _onnx_build, _tensorrt_compare, _tensorrt_run
 
 if TYPE_CHECKING:
     from optikit.models.facts import ModelFacts
@@ -33,14 +33,40 @@ def write(options: Options, job: Job) -> Facts:
     facts = read(job.source)
     _onnx_build.build(job, options.precision, (), facts, provider=_tensorrt_run.EXECUTION_PROVIDER)
     found = checked(job.dest / "model.onnx", facts) | _tensorrt_compare.compare(job, facts)
+    target = job.target
     files = {
         "run.py": Path(_tensorrt_run.__file__).read_text(encoding="utf-8"),
+        "run.sh": RUN,
         "requirements.txt": "\n".join(REQUIREMENTS) + "\n",
-        "README.md": "\n\n".join(readme(options, facts, job.target, found)) + "\n",
+        "README.md": "\n\n".join(readme(options, facts, target, found)) + "\n",
     }
-    for name, text in files.items():
-        (job.dest / name).write_text(text, encoding="utf-8")
-    return {EMITTED: True, "finish": "python3 run.py", "files": sorted(files), **found}
+    wanted = _folder.Wanted(
+        kind="cuda",
+        devices="/dev/nvidia[0-9]*",
+        python=((3, 10), (3, 15)),
+        packages={
+            "onnxruntime": r"1\.(?:2[4-9]|[3-9]\d)\..*",
+            "onnxruntime-genai": r"0\.18\..*",
+            "onnxruntime-ep-nv-tensorrt-rtx": r".*",
+        },
+        disk_bytes=2 * facts.weight_bytes,
+        host_bytes=facts.weight_bytes,
+    )
+    written = _folder.write(job.dest, files, wanted, target)
+    return {EMITTED: True, "finish": "sh run.sh", "files": sorted(files), **found} | {"written": len(written)}
+
+
+RUN = (
+    _folder.begin(
+        "installs what is missing, checks this machine, makes the engine, decodes 8 tokens, writes\n# result.json."
+    )
+    + """\
+began=$(date +%s)
+python3 run.py "The capital of France is" 8 > smoke.log
+cat smoke.log
+python3 check.py record "$(($(date +%s) - began))"
+"""
+)
 
 
 def checked(graph: Path, facts: ModelFacts) -> dict[str, Any]:
@@ -83,9 +109,11 @@ def readme(options: Options, facts: ModelFacts, target: Target, found: dict[str,
     yield (
         "## On the GPU\n\nAn NVIDIA GPU of Ampere or newer with a driver for CUDA 13 (for CUDA 12 install "
         "`onnxruntime-ep-nv-tensorrt-rtx-cu12` instead). `onnxruntime-gpu` must not be installed beside it.\n\n```sh\n"
-        "rsync -a out/compiled/tensorrt/ INSTANCE:tensorrt/\nssh INSTANCE\ncd tensorrt\n"
-        "python3 -m venv env && . env/bin/activate\npip install -r requirements.txt\n"
-        'python3 run.py "The capital of France is" 8    # the first start makes the engine\n```'
+        "rsync -a out/ INSTANCE:out/\nssh INSTANCE sh out/compiled/tensorrt/run.sh    # makes the engine\n"
+        "rsync INSTANCE:out/compiled/tensorrt/result.json out/compiled/tensorrt/\n"
+        "optikit run RECIPE --out out/ --resume    # the report then says what was decoded, and where\n```\n\n"
+        "`run.sh` installs what is missing, checks files, packages and devices (`check.py`), decodes 8 tokens and "
+        'writes `result.json`; after that `python3 run.py "PROMPT" 32` decodes what you like.'
     )
     yield (
         "## If it fails\n\n- `No TensorRT RTX EP devices`: the driver is too old, or the GPU is older than Ampere\n"

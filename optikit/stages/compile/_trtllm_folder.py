@@ -10,6 +10,7 @@ from optikit.errors import IntegrityError
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import read
 from optikit.stage import EMITTED, Facts, Job
+from optikit.stages.compile import _folder, _speculators
 from optikit.stages.compile._overlay import overlay
 from optikit.stages.compile._trtllm_options import Options
 from optikit.targets import Target
@@ -25,22 +26,49 @@ def write(options: Options, job: Job) -> Facts:
     """
     if job.target is None:
         raise IntegrityError("a serving folder was asked for without its target", fix="run it through a recipe")
-    facts = read(job.source)
+    facts, target = read(job.source), job.target
+    draft = _speculators.place_draft(job)
+    options = options if draft is None else options.model_copy(update={"speculation": "draft", "draft": DRAFT})
     files = {
-        "serve.yaml": serve_yaml(options, job.target),
+        "serve.yaml": serve_yaml(options, target),
         "serve.sh": serve_sh(options),
-        "smoke.sh": SMOKE,
+        "smoke.sh": _folder.smoke(8000, 10),
+        "run.sh": RUN,
         "Dockerfile": f"FROM {IMAGE}:{options.version}\nEXPOSE 8000\n"
         'ENTRYPOINT ["sh", "/out/compiled/tensorrt-llm/serve.sh"]\n',
     }
     dtype = "" if options.dtype == "auto" else options.dtype
     files |= {f"model/{name}": json.dumps(value, indent=2) + "\n" for name, value in overlay(job.source, dtype)}
-    files["README.md"] = "\n\n".join(readme(options, facts, job.target)) + "\n"
-    for name, text in files.items():
-        path = job.dest / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    return {EMITTED: True, "version": options.version, "finish": "sh serve.sh", "files": sorted(files)}
+    files["README.md"] = "\n\n".join(readme(options, facts, target)) + "\n"
+    wanted = _folder.Wanted(
+        kind="cuda",
+        devices="/dev/nvidia[0-9]*",
+        device_count=options.tensor_parallel,
+        versions=("tensorrt-llm", "torch", "transformers"),
+        tools=("trtllm-serve|docker", "curl"),
+        disk_bytes=1_000_000_000,
+        host_bytes=facts.weight_bytes,
+    )
+    written = _folder.write(job.dest, files, wanted, target)
+    return {EMITTED: True, "version": options.version, "finish": "sh run.sh", "files": written}
+
+
+DRAFT = "draft"
+"""The draft's directory as serve.sh, which starts the server in its own directory, names it."""
+RUN = (
+    _folder.HEAD.format(what="checks this machine, starts the server, decodes 8 tokens, stops it, writes result.json.")
+    + """\
+python3 check.py
+if command -v trtllm-serve > /dev/null; then
+sh serve.sh > server.log 2>&1 &
+else
+docker build -q -t trtllm-model . > /dev/null
+docker run --rm --gpus all --ipc host --ulimit memlock=-1 --ulimit stack=67108864 \\
+  -p "${PORT:-8000}:8000" -v "$(cd ../.. && pwd):/out" trtllm-model > server.log 2>&1 &
+fi
+"""
+    + _folder.SERVED
+)
 
 
 def settings(options: Options) -> dict[str, Any]:
@@ -103,22 +131,6 @@ exec trtllm-serve model --host 0.0.0.0 --port "${{PORT:-8000}}" {arguments} --co
 """
 
 
-SMOKE = """\
-#!/bin/sh
-# Waits for the server and asks it for 8 tokens.
-set -eu
-URL="http://localhost:${PORT:-8000}"
-i=0
-until curl -sf "$URL/health" > /dev/null; do
-  i=$((i + 1))
-  [ "$i" -lt 300 ] || { echo "no server at $URL after 10 minutes" >&2; exit 1; }
-  sleep 2
-done
-curl -sf "$URL/v1/completions" -H 'Content-Type: application/json' \\
-  -d '{"model": "model", "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}'
-"""
-
-
 def readme(options: Options, facts: ModelFacts, target: Target) -> Iterator[str]:
     """Yield the parts of README.md: what an engineer who gets the folder has to know, in the order of doing it."""
     title = f"{facts.model_type}, {facts.parameters / 1e6:.0f} M weights"
@@ -127,7 +139,9 @@ def readme(options: Options, facts: ModelFacts, target: Target) -> Iterator[str]
     yield _table(options, facts, target)
     yield (
         "- `serve.yaml`: the server's configuration\n- `serve.sh`: links the weights beside `model/config.json`, "
-        "starts the server\n- `smoke.sh`: waits for it and asks for 8 tokens\n- `Dockerfile`: NVIDIA's container of "
+        "starts the server\n- `smoke.sh`: waits for it and asks for 8 tokens\n- `run.sh`: the one command: checks, "
+        "serves, asks, stops, writes `result.json`\n- `check.py`, `check.json`: is all here, and as it was written?\n"
+        "- `Dockerfile`: NVIDIA's container of "
         "that release with `serve.sh` as its entry\n- `model/`: the model's configuration as transformers 4.57 and 5 "
         "both read it"
     )
@@ -136,16 +150,16 @@ def readme(options: Options, facts: ModelFacts, target: Target) -> Iterator[str]
         "container.\n\n```sh\n"
         "# the whole output directory of `optikit run` is needed: model/ and compiled/tensorrt-llm/\n"
         "rsync -a out/ INSTANCE:out/\nssh INSTANCE\ncd out\n"
+        "sh compiled/tensorrt-llm/run.sh      # checks, serves, decodes 8 tokens, writes result.json\n```\n\n"
+        "Back here the report says what was decoded, and where:\n\n```sh\n"
+        "rsync INSTANCE:out/compiled/tensorrt-llm/result.json out/compiled/tensorrt-llm/\n"
+        "optikit run RECIPE --out out/ --resume\n```\n\nTo serve it, there:\n\n```sh\n"
         "docker build -t trtllm-model compiled/tensorrt-llm\n"
         "docker run -d --gpus all --ipc host --ulimit memlock=-1 --ulimit stack=67108864 \\\n"
-        '  -p 8000:8000 -v "$PWD:/out" trtllm-model\n'
-        "sh compiled/tensorrt-llm/smoke.sh\n```"
+        '  -p 8000:8000 -v "$PWD:/out" trtllm-model\n```'
     )
     if options.draft:
-        yield (
-            f"The draft `{options.draft}` has to be where the container sees it: a hub id is downloaded, a directory "
-            "mounted. It must have the model's tokenizer."
-        )
+        yield "The draft lies in `draft/` and is served from there; it has the model's tokenizer."
     yield (
         "## What it loads\n\nDense weights; gptq with 4 bits and groups of 64 or 128 in releases after 1.2.1; fp8 and "
         "NVFP4 from ModelOpt. No awq, no int8, no bitsandbytes, no Medusa heads: `optikit plan` refuses those before "

@@ -35,6 +35,7 @@ class Options(StageOptions):
     longest_match: int = Field(default=3, ge=1, le=8)
     """Tokens that a lookup matches at most."""
     draft: str = ""
-    """Draft model: directory or hub id, as the server sees it."""
+    """Draft model: a directory, or `hf:ORG/NAME@REVISION`; it is put into the folder. Empty takes what a speculate
+    stage before has made."""
     overlap_scheduler: bool = False
     """Schedule the next step while the GPU works on this one; speculation here needs it off."""

@@ -14,13 +14,24 @@ Note    `optimum-neuron` compiles Llama-like models and serves them through its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from optikit.models import architectures
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import ANY, MAIN, Estimate, Facts, Job, no_objection, nothing
-from optikit.stages.compile._neuron_options import PLATFORMS, Options, instance_family, placement, shapes
+from optikit.stage import ANY, MAIN, Estimate, Facts, Input, Job
+from optikit.stages.compile import _speculators
+from optikit.stages.compile._neuron_options import (
+    PLATFORMS,
+    TAKES,
+    Kind,
+    Options,
+    core_set,
+    instance_family,
+    kind_of,
+    placement,
+    shapes,
+)
 from optikit.targets import Target
 from optikit.targets.neuron import fitting, told
 
@@ -30,11 +41,22 @@ WRITES = "engine"
 USES_TARGET = True
 LIBRARIES = ("neuronx-cc", "optimum-neuron")
 ENVIRONMENT = MAIN
-inputs = nothing
-fits = no_objection
 
 
 NXD = "nxd-inference"
+
+
+def inputs(options: Options) -> Mapping[str, Input]:
+    """Declare the draft that is named, or else what a speculate stage has made."""
+    return _speculators.inputs(options.draft)
+
+
+def drafts(options: Options, facts: ModelFacts, models: Mapping[str, ModelFacts]) -> ModelFacts | None:
+    """Return the facts of the draft that is named here; one that a stage before makes is that stage's to tell."""
+    return models.get("draft")
+
+
+fits = _speculators.fits
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
@@ -52,7 +74,8 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
         fix = f"use backend optimum-neuron; known here: {', '.join(architectures.known_to(NXD))}"
         yield Problem(code="unknown-architecture", message=message, fix=fix, loc=("backend",))
     yield from _check_only_nxd(options)
-    yield from _check_speculation(options)
+    yield from _check_speculation(options, facts)
+    yield from _check_cores(options, target)
     if options.backend == "vllm-neuron" and options.cache.startswith("s3://"):
         message = "vllm-neuron keeps its compile cache under VLLM_CACHE_ROOT, a directory"
         yield Problem(code="cache-not-a-directory", message=message, fix="name a directory", loc=("cache",))
@@ -68,23 +91,56 @@ def _check_only_nxd(options: Options) -> Iterator[Problem]:
         "speculation": options.speculation == "fused",
     }
     if options.backend == "vllm-neuron":
-        chosen["on_device_sampling"] = not options.on_device_sampling
+        chosen["on_device_sampling"] = options.on_device_sampling is False
     for name in (name for name, is_chosen in chosen.items() if is_chosen):
         message = f"{name} {getattr(options, name)!s} can't be chosen with backend {options.backend}"
         yield Problem(code="not-this-backend", message=message, fix="use backend nxd-inference", loc=(name,))
 
 
-def _check_speculation(options: Options) -> Iterator[Problem]:
-    if options.backend == "vllm-neuron" and options.speculation_length:
-        message = "vllm-neuron speculates with eagle3 and dflash drafts only, which this stage doesn't write"
-        yield Problem(code="no-such-speculation", message=message, fix="drop it", loc=("speculation_length",))
-    elif bool(options.draft) != bool(options.speculation_length):
-        message = f"speculation needs both a draft ({options.draft!r}) and a speculation_length"
-        message += f" ({options.speculation_length})"
-        yield Problem(code="half-a-speculation", message=message, fix="give both, or neither", loc=("draft",))
-    elif options.speculation_length and options.batch_size > 1:
-        message = f"a draft is checked for one sequence at a time, and batch_size is {options.batch_size}"
+def _check_cores(options: Options, target: Target) -> Iterator[Problem]:
+    last = options.first_core + options.tensor_parallel
+    if options.first_core and target.cores is not None and last > target.cores:
+        message = f"cores {core_set(options)} were asked for, and {target.name} has {target.cores}"
+        yield Problem(code="no-such-cores", message=message, fix="lower first_core", loc=("first_core",))
+
+
+def _check_speculation(options: Options, facts: ModelFacts) -> Iterator[Problem]:
+    """Yield why what drafts can't be used: it must not vanish in silence."""
+    kind = kind_of(options, facts)
+    if options.draft and "draft_model" in facts.traits:
+        message = f"a stage before made a draft, and {options.draft!r} is named here"
+        yield Problem(code="two-drafts", message=message, fix="drop one of them", loc=("draft",))
+    if kind not in TAKES[options.backend]:
+        if not options.draft and (options.backend == "vllm-neuron" or kind == "medusa"):
+            return  # rules say it: vllm-neuron-speculation, neuron-medusa-backend
+        message = f"backend {options.backend} can't speculate with {kind}: what was made would be left unused"
+        fix = "drop it, or choose another backend"
+        yield Problem(code="speculator-unused", message=message, fix=fix, loc=("backend",))
+        return
+    needs = kind in ("draft", "eagle3")
+    if needs != bool(options.speculation_length):
+        message = f"speculation_length is {options.speculation_length}, and "
+        message += f"{kind or 'nothing'} drafts" + (" by the number of heads" if kind == "medusa" else "")
+        fix = "set speculation_length: 5" if needs else "set speculation_length: 0"
+        yield Problem(code="half-a-speculation", message=message, fix=fix, loc=("speculation_length",))
+    elif kind in ("draft", "medusa") and options.batch_size > 1:
+        message = f"{kind} speculation is for one sequence at a time, and batch_size is {options.batch_size}"
         yield Problem(code="speculation-batch", message=message, fix="set batch_size: 1", loc=("batch_size",))
+    yield from _check_sampling(options, kind)
+
+
+def _check_sampling(options: Options, kind: Kind) -> Iterator[Problem]:
+    fused = options.backend == NXD and options.speculation == "fused"
+    if options.acceptor == "rejection" and not (kind == "eagle3" or (kind == "draft" and fused)):
+        message = "acceptor rejection needs fused speculation with a draft (nxd-inference), or eagle3 (vllm-neuron)"
+        yield Problem(code="no-such-acceptor", message=message, fix="use acceptor: greedy", loc=("acceptor",))
+    wanted = options.on_device_sampling
+    if options.backend == NXD and kind in ("draft", "medusa") and wanted is not None and wanted is not fused:
+        message = (
+            f"on_device_sampling {str(wanted).lower()} can't be with {'fused' if fused else 'vanilla'} speculation: "
+        )
+        message += "one program chooses tokens on the device, two compare logits"
+        yield Problem(code="speculation-sampling", message=message, fix="leave it out", loc=("on_device_sampling",))
 
 
 def placed(options: Options, target: Target, models: Sequence[ModelFacts], medusa_heads: int) -> list[str]:
@@ -120,7 +176,7 @@ def absent(options: Options) -> str:
     from optikit.stages.compile import _finish
 
     if options.backend == "vllm-neuron":
-        return "vLLM compiles when its server starts: run serve.sh of the folder"
+        return "vLLM compiles when its server starts: run run.sh of the folder"
     tool = "optimum-cli" if options.backend == "optimum-neuron" else "inference_demo"
     return _finish.lacking((tool, "neuronx-cc"))
 

@@ -13,11 +13,12 @@ Note    the step is `emitted`: its files were written and checked, nothing was r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
-from optikit.stage import ANY, MAIN, Estimate, Facts, Job, no_objection, nothing
+from optikit.stage import ANY, MAIN, Estimate, Facts, Input, Job
+from optikit.stages.compile import _speculators
 from optikit.stages.compile._trtllm_options import Options
 from optikit.targets import Target
 
@@ -27,14 +28,25 @@ WRITES = "engine"
 USES_TARGET = True
 LIBRARIES = ("tensorrt-llm",)
 ENVIRONMENT = MAIN
-inputs = nothing
-fits = no_objection
 
 ENGINE = "tensorrt-llm"
 PORT = "8179"
 """Where the server listens while it is asked for its first tokens."""
 FP8_CAPABILITY = 89
 """Least compute capability, times ten, with fp8 arithmetic."""
+
+
+def inputs(options: Options) -> Mapping[str, Input]:
+    """Declare the draft that is named, or else what a speculate stage has made."""
+    return _speculators.inputs(options.draft)
+
+
+def drafts(options: Options, facts: ModelFacts, models: Mapping[str, ModelFacts]) -> ModelFacts | None:
+    """Return the facts of the draft that is named here; one that a stage before makes is that stage's to tell."""
+    return models.get("draft")
+
+
+fits = _speculators.fits
 
 
 def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Problem]:
@@ -57,14 +69,29 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
     if options.kv_cache_dtype == "fp8" and (target.compute_capability or FP8_CAPABILITY) < FP8_CAPABILITY:
         message = f"an fp8 cache needs compute capability 8.9, and {target.name} has {target.compute_capability}/10"
         yield Problem(code="no-fp8", message=message, fix="use kv_cache_dtype: auto", loc=("kv_cache_dtype",))
-    yield from _check_speculation(options)
+    yield from _check_speculation(options, facts)
 
 
-def _check_speculation(options: Options) -> Iterator[Problem]:
-    if (options.speculation == "draft") != bool(options.draft):
+UNUSED = {"medusa_heads": "Medusa heads: its PyTorch backend has none", "eagle3": "this EAGLE-3 layout"}
+"""Traits of what a speculate stage makes that a folder can't hold → why."""
+
+
+def _check_speculation(options: Options, facts: ModelFacts) -> Iterator[Problem]:
+    made = "draft_model" in facts.traits
+    if (options.speculation == "draft") != (bool(options.draft) or made):
         message = f"speculation is {options.speculation}, and draft is {options.draft!r}"
-        fix = "name a draft model exactly where speculation is draft"
-        yield Problem(code="half-a-speculation", message=message, fix=fix, loc=("draft",))
+        message += ", while a stage before makes one" if made else ""
+        fix = "set speculation: draft" if made else "name a draft model exactly where speculation is draft"
+        yield Problem(code="half-a-speculation", message=message, fix=fix, loc=("speculation",))
+    if options.draft and made:
+        message = f"a stage before made a draft, and {options.draft!r} is named here"
+        yield Problem(code="two-drafts", message=message, fix="drop one of them", loc=("draft",))
+    for what in (what for trait, what in UNUSED.items() if trait in facts.traits):
+        message = f"{ENGINE} {options.version} can't be given {what}; what was made would be left unused"
+        yield Problem(code="speculator-unused", message=message, fix="drop the speculate stage, or use method draft")
+    if "prompt_lookup" in facts.traits and options.speculation != "lookup":
+        message = f"a stage before chose lookup, and speculation is {options.speculation}"
+        yield Problem(code="speculator-unused", message=message, fix="set speculation: lookup", loc=("speculation",))
     if options.speculation != "none" and options.overlap_scheduler:
         message = f"speculation by {options.speculation} can't run with the overlap scheduler"
         fix = "set overlap_scheduler: false"

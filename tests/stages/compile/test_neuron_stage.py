@@ -35,7 +35,8 @@ def emitted(source, out, on="inf2.xlarge", **options):
     dest.mkdir(parents=True)
     if not (out / "model").exists():
         (out / "model").symlink_to(source)
-    job = Job(source=source, dest=dest, scratch=out, target=target_row(on))
+    inputs = {"draft": source} if "draft" in options else {}
+    job = Job(source=source, dest=dest, scratch=out, inputs=inputs, target=target_row(on))
     return dest, neuron.run(Options(**({"sequence_length": 512} | options)), job)
 
 
@@ -60,13 +61,34 @@ class TestCheck:
             ({"draft": "org/small"}, "half-a-speculation"),
             ({"speculation_length": 4}, "half-a-speculation"),
             ({"batch_size": 2, **SPECULATING}, "speculation-batch"),
-            ({"backend": "vllm-neuron", **SPECULATING}, "no-such-speculation"),
+            ({"backend": "vllm-neuron", **SPECULATING}, "speculator-unused"),
+            ({**NXD, **SPECULATING, "on_device_sampling": True}, "speculation-sampling"),
+            ({**NXD, **SPECULATING, "speculation": "fused", "on_device_sampling": False}, "speculation-sampling"),
+            ({**NXD, **SPECULATING, "acceptor": "rejection"}, "no-such-acceptor"),
+            ({"acceptor": "rejection"}, "no-such-acceptor"),
+            ({"first_core": 2}, "no-such-cores"),
             ({"backend": "vllm-neuron", "on_device_sampling": False}, "not-this-backend"),
             ({"backend": "vllm-neuron", "cache": "s3://bucket/x"}, "cache-not-a-directory"),
         ],
     )
     def test_what_a_backend_does_not_have(self, facts, options, code):
         assert codes(facts, **options) == [code]
+
+    @pytest.mark.parametrize(
+        ("trait", "options", "found"),
+        [
+            ("draft_model", {}, ["half-a-speculation"]),
+            ("draft_model", {"speculation_length": 4}, []),
+            ("draft_model", SPECULATING, ["two-drafts"]),
+            ("prompt_lookup", {}, ["speculator-unused"]),
+            ("prompt_lookup", NXD, ["speculator-unused"]),
+            ("medusa_heads", {**NXD, "batch_size": 2}, ["speculation-batch"]),
+            ("medusa_heads", {**NXD, "speculation_length": 4}, ["half-a-speculation"]),
+            ("medusa_heads", NXD, []),
+        ],
+    )
+    def test_what_a_stage_before_has_made_is_used_or_refused(self, facts, trait, options, found):
+        assert codes(facts.having(trait), **options) == found
 
     def test_instances_and_families_that_a_backend_does_not_know(self, facts):
         assert codes(facts, on="trn3") == ["unknown-instance"]
@@ -100,10 +122,13 @@ class TestScripts:
         readme = (dest / "README.md").read_text()
         for script in dest.glob("*.sh"):
             assert shell(f"sh -n {script.name}", dest) == (0, "", "")
-            assert f"compiled/neuron/{script.name}" in readme
+            assert script.name in readme
+        assert "compiled/neuron/run.sh" in readme
         assert found["finish"].split()[1] in found["files"]
         assert "pip.repos.neuron.amazonaws.com" in (dest / "requirements.txt").read_text()
-        assert not list(dest.rglob("*.safetensors"))
+        assert {path.parent.name for path in dest.rglob("*.safetensors")} == (
+            {"draft"} if "draft" in options else set()
+        )
 
     @given(text=st.text(st.characters(codec="ascii", exclude_characters="\0\r"), min_size=1).filter(str.strip))
     def test_any_text_keeps_its_meaning_in_a_script(self, text):

@@ -13,7 +13,7 @@ import yaml
 from optikit.models.reader import read
 from optikit.recipe.load import load
 from optikit.stage import Job
-from optikit.stages.compile import _trtllm_folder, tensorrt_llm
+from optikit.stages.compile import _folder, _trtllm_folder, tensorrt_llm
 from optikit.stages.compile._trtllm_options import Options
 from tests.stages.compile.conftest import target_row
 
@@ -38,7 +38,8 @@ def emitted(source, out, **options):
     dest = out / "compiled" / "tensorrt-llm"
     dest.mkdir(parents=True)
     (out / "model").symlink_to(source)
-    job = Job(source=source, dest=dest, scratch=out, target=target_row("l4"))
+    inputs = {"draft": source} if "draft" in options else {}
+    job = Job(source=source, dest=dest, scratch=out, inputs=inputs, target=target_row("l4"))
     return dest, tensorrt_llm.run(Options(**({"sequence_length": 512} | options)), job)
 
 
@@ -106,7 +107,7 @@ def test_the_server_starts_with_the_weights_beside_its_configuration(tiny_gptq, 
 def test_the_readme_says_what_to_do_and_what_is_loaded(tiny_llama, tmp_path):
     dest, _ = emitted(tiny_llama, tmp_path, **DRAFTING)
     text = (dest / "README.md").read_text()
-    for said in ("docker build", "compiled/tensorrt-llm/smoke.sh", "org/small", "Nothing here was run", "No awq"):
+    for said in ("docker build", "compiled/tensorrt-llm/run.sh", "lies in `draft/`", "Nothing here was run", "No awq"):
         assert said in text
     assert _trtllm_folder.IMAGE + ":1.2.1" in (dest / "Dockerfile").read_text()
 
@@ -118,4 +119,5 @@ def test_the_shipped_example_is_what_its_recipe_writes_today():
     assert isinstance(options, Options)
     assert (example / "serve.yaml").read_text() == _trtllm_folder.serve_yaml(options, target_row("l4"))
     assert (example / "serve.sh").read_text() == _trtllm_folder.serve_sh(options)
-    assert (example / "smoke.sh").read_text() == _trtllm_folder.SMOKE
+    assert (example / "smoke.sh").read_text() == _folder.smoke(8000, 10)
+    assert (example / "run.sh").read_text() == _trtllm_folder.RUN
