@@ -94,7 +94,8 @@ def write(options: Options, job: Job) -> Facts:
 
 
 def _drafter(job: Job) -> Kind:
-    return "eagle3" if "made_eagle3" in job.inputs and "made_draft" not in job.inputs else "draft"
+    given = dict(job.inputs)
+    return "eagle3" if "made_eagle3" in given and "made_draft" not in given else "draft"
 
 
 def wanted(options: Options, target: Target, placed: Placement) -> _folder.Wanted:

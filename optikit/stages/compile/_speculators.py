@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from optikit.errors import StageFailedError
 from optikit.models import intake
@@ -47,7 +47,8 @@ def place_draft(job: Job, dtype: str = "") -> Path | None:
     Its configuration is written as transformers 4.57 and 5 both read it, in the dtype that the model is compiled in.
     """
     places = {"draft": "", "made_draft": "draft", "made_eagle3": "eagle3"}
-    found = (job.inputs[role] / below for role, below in places.items() if role in job.inputs)
+    given = dict(job.inputs)
+    found = (given[role] / below for role, below in places.items() if role in given)
     source = next(found, None)
     if source is None:
         return None
@@ -66,12 +67,13 @@ def place_heads(job: Job) -> int:
     Raises:
         StageFailedError: They were written in no layout that it can be made of, or have several layers.
     """
-    if "made_medusa" not in job.inputs:
+    given = dict(job.inputs)
+    if "made_medusa" not in given:
         return 0
     import torch
     from safetensors.torch import load_file
 
-    path = job.inputs["made_medusa"] / "v1" / "medusa_lm_head.safetensors"
+    path = given["made_medusa"] / "v1" / "medusa_lm_head.safetensors"
     if not path.is_file():
         message = "the heads were written in no layout that NxD Inference can read"
         raise StageFailedError(message, fix="set layouts: [v1] in the speculate stage, and sequential: false")
@@ -95,8 +97,3 @@ def chain(heads: int) -> list[list[int]]:
     [[0], [0, 0]]
     """
     return [[0] * depth for depth in range(1, heads + 1)]
-
-
-def drafted(job: Job) -> dict[str, Any]:
-    """Return which inputs there are, as a description of the folder names them."""
-    return {"drafts": sorted(role.removeprefix("made_") for role in job.inputs)}

@@ -55,7 +55,7 @@ class TestCheck:
         lines = said.splitlines()
         assert all(line.startswith("check: ") for line in lines)
         assert any(": this folder is for " in line for line in lines)  # no such device is here
-        assert any("on PATH" in line for line in lines)
+        assert any("pip install" in line for line in lines) == (folder.name == "neuron")
 
     def test_a_changed_or_missing_file_is_found(self, folder, tmp_path):
         copy = tmp_path / "out" / "compiled" / "x"
