@@ -111,22 +111,40 @@ def _check_speculation(options: Options, facts: ModelFacts) -> Iterator[Problem]
         message = f"a stage before made a draft, and {options.draft!r} is named here"
         yield Problem(code="two-drafts", message=message, fix="drop one of them", loc=("draft",))
     if kind not in TAKES[options.backend]:
-        if not options.draft and (options.backend == "vllm-neuron" or kind == "medusa"):
-            return  # rules say it: vllm-neuron-speculation, neuron-medusa-backend
+        yield from _unused(options, kind)
+        return
+    yield from _check_length(options, kind)
+    yield from _check_sampling(options, kind)
+
+
+def _unused(options: Options, kind: Kind) -> Iterator[Problem]:
+    """Yield that a backend can't use what drafts, where no rule says so."""
+    told = options.backend == "vllm-neuron" or kind == "medusa"  # vllm-neuron-speculation, neuron-medusa-backend
+    if options.draft or not told:
         message = f"backend {options.backend} can't speculate with {kind}: what was made would be left unused"
         fix = "drop it, or choose another backend"
         yield Problem(code="speculator-unused", message=message, fix=fix, loc=("backend",))
-        return
+
+
+def _check_length(options: Options, kind: Kind) -> Iterator[Problem]:
     needs = kind in ("draft", "eagle3")
     if needs != bool(options.speculation_length):
-        message = f"speculation_length is {options.speculation_length}, and "
-        message += f"{kind or 'nothing'} drafts" + (" by the number of heads" if kind == "medusa" else "")
+        message = f"speculation_length is {options.speculation_length}, and {DRAFTS[kind]}"
         fix = "set speculation_length: 5" if needs else "set speculation_length: 0"
         yield Problem(code="half-a-speculation", message=message, fix=fix, loc=("speculation_length",))
     elif kind in ("draft", "medusa") and options.batch_size > 1:
         message = f"{kind} speculation is for one sequence at a time, and batch_size is {options.batch_size}"
         yield Problem(code="speculation-batch", message=message, fix="set batch_size: 1", loc=("batch_size",))
-    yield from _check_sampling(options, kind)
+
+
+DRAFTS: Mapping[Kind, str] = {
+    "": "nothing drafts",
+    "draft": "a draft drafts",
+    "medusa": "Medusa heads draft, as many tokens as there are heads",
+    "eagle3": "an EAGLE-3 drafter drafts",
+    "lookup": "lookup drafts",
+}
+"""What drafts, in words."""
 
 
 def _check_sampling(options: Options, kind: Kind) -> Iterator[Problem]:

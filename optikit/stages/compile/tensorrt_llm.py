@@ -78,24 +78,29 @@ UNUSED = {"medusa_heads": "Medusa heads: its PyTorch backend has none", "eagle3"
 
 def _check_speculation(options: Options, facts: ModelFacts) -> Iterator[Problem]:
     made = "draft_model" in facts.traits
-    if (options.speculation == "draft") != (bool(options.draft) or made):
-        message = f"speculation is {options.speculation}, and draft is {options.draft!r}"
-        message += ", while a stage before makes one" if made else ""
-        fix = "set speculation: draft" if made else "name a draft model exactly where speculation is draft"
+    there = made or bool(options.draft)
+    if (options.speculation == "draft") != there:
+        message = f"speculation is {options.speculation}, and {'a' if there else 'no'} draft is there"
+        fix = "name a draft model, or have one made, exactly where speculation is draft"
         yield Problem(code="half-a-speculation", message=message, fix=fix, loc=("speculation",))
     if options.draft and made:
         message = f"a stage before made a draft, and {options.draft!r} is named here"
         yield Problem(code="two-drafts", message=message, fix="drop one of them", loc=("draft",))
+    yield from _unused(options, facts)
+    if options.speculation != "none" and options.overlap_scheduler:
+        message = f"speculation by {options.speculation} can't run with the overlap scheduler"
+        fix = "set overlap_scheduler: false"
+        yield Problem(code="overlap-scheduler", message=message, fix=fix, loc=("overlap_scheduler",))
+
+
+def _unused(options: Options, facts: ModelFacts) -> Iterator[Problem]:
+    """Yield what a stage before has made, and the folder would leave unused."""
     for what in (what for trait, what in UNUSED.items() if trait in facts.traits):
         message = f"{ENGINE} {options.version} can't be given {what}; what was made would be left unused"
         yield Problem(code="speculator-unused", message=message, fix="drop the speculate stage, or use method draft")
     if "prompt_lookup" in facts.traits and options.speculation != "lookup":
         message = f"a stage before chose lookup, and speculation is {options.speculation}"
         yield Problem(code="speculator-unused", message=message, fix="set speculation: lookup", loc=("speculation",))
-    if options.speculation != "none" and options.overlap_scheduler:
-        message = f"speculation by {options.speculation} can't run with the overlap scheduler"
-        fix = "set overlap_scheduler: false"
-        yield Problem(code="overlap-scheduler", message=message, fix=fix, loc=("overlap_scheduler",))
 
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
