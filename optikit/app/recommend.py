@@ -1,51 +1,42 @@
-"""Which stack for this model on that target: every legal one, ranked by what it can at best reach.
+"""Which stack for this model on that target: the legal ones, ranked by what they can at best reach.
 
-Candidates are combinations of a quantize method with its usual options and a compile engine, of those that are
-installed here; each is checked by its stages and by the rules. They are ranked by roofline floors, so the order says
-which one can be faster, not how fast it will be. Expected quality is what reports of the user's own runs measured, or
-published figures, for the same method on the model nearest in size; where there are none, it says so. The recipe that
-is written measures both.
+A stack is how the weights are stored, what runs them, on how many accelerators, for how many sequences of which length,
+and what drafts for it; stacks.py looks for them, and stages and rules agree to each. They are ranked by roofline
+floors, so the order says which one can be faster, not how fast it will be; `--measure` runs the best ones. Expected
+quality and speed-ups of speculation are what reports of the user's own runs measured, or published figures, for the
+same method on the model nearest in size; where there are none, it says so. The recipe that is written measures both.
 """
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from math import log
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
+from optikit.app import stacks
+from optikit.app.stacks import Goal, Judged, Shape, Stages
 from optikit.models import adapter
-from optikit.models.facts import DTYPE_BYTES, ModelFacts
+from optikit.models.facts import ModelFacts
 from optikit.models.reader import read, read_gguf
 from optikit.problems import Problem
-from optikit.rules.engine import check
-from optikit.rules.stack import Placed, Stack
-from optikit.stage import row_problems
-from optikit.stages import load, method_key, methods
+from optikit.stages import method_key
 from optikit.stages.acquire import dequantize, gguf
-from optikit.stages.compile import _neuron_options
 from optikit.store.sources import ModelSource
-from optikit.targets import Target, neuron
-from optikit.targets.estimate import PRICED_BATCH, Floors, floors, price_words
+from optikit.targets import Target
+from optikit.targets.estimate import Floors, decode_floor, floors, price_words
 from optikit.text import clean
 
 Row = Mapping[str, Any]
 """One figure: method, bits, parameters of the model in 10⁹, ratio, source."""
-Stages = tuple[tuple[str, str, Mapping[str, Any]], ...]
-"""Verb, method and options of each stage."""
-Goal = Literal["latency", "throughput", "cost"]
-BATCH: Mapping[Goal, int] = {"latency": 1, "throughput": PRICED_BATCH, "cost": PRICED_BATCH}
-"""Sequences at once that each goal is judged at."""
-BITS = (4, 8)
-GROUP_SIZES = (128, 64, 32)
-SERVERS = {"cuda": "vllm"}
-"""What loads a directory that isn't compiled; a CPU has to have an engine, for transformers gains no speed there."""
 FARTHEST = 4.0
 """Published figures of a model this many times larger or smaller say nothing."""
+MOST_LOSS = 0.5
+"""Growth of perplexity above which a known loss rules a stack out, where the user names none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,18 +53,29 @@ class Candidate:
 
     Attributes:
         stages: Verb, method and options of each stage.
-        floors: What serving its result takes at least.
-        gain: Time per token of the untouched model over that of this one, floors of both.
+        serve: The entry of `serve:`, or None where a compile stage says what runs it.
+        shape: Accelerators that share it, sequences at once, tokens of each.
+        copies: How many of it work side by side on the target.
+        floors: What serving its result takes at least, on the accelerators of one copy.
+        gain: Time per token of the untouched model on the whole target over that of this one, floors of both, times
+            what speculation was published to bring.
         quality: Published or measured quality of the method, or None.
+        drafting: Published speed-up of its speculation, or None.
         rounded: The engine that stores the weights in fewer bits although no stage quantizes them, or "".
+        fits: Weights and caches are smaller than the memory; None where that isn't known.
         problems: Why it can't work; warnings if it can.
     """
 
     stages: Stages
+    serve: Mapping[str, Any] | None = None
+    shape: Shape = field(default_factory=Shape)
+    copies: int = 1
     floors: Floors
     gain: float
     quality: Quality | None
+    drafting: Row | None = None
     rounded: str
+    fits: bool | None
     problems: tuple[Problem, ...]
 
     @property
@@ -82,12 +84,29 @@ class Candidate:
         return all(problem.level == "warning" for problem in self.problems)
 
     @property
+    def unproven(self) -> bool:
+        """Whether it was pruned, and nothing is known of the loss."""
+        return self.quality is None and any(verb == "prune" for verb, _, _ in self.stages)
+
+    @property
+    def window(self) -> int:
+        """Tokens of a calibration sample and of a measured window."""
+        return min(512, self.floors.length)
+
+    @property
     def name(self) -> str:
-        """Methods in order, e.g. `gptq 4-bit + onnxruntime`."""
-        words = [
-            f"{method} {options['bits']}-bit" if "bits" in options else method for _, method, options in self.stages
-        ]
-        return " + ".join(words) or "as it is"
+        """Methods in order, and what runs them, e.g. `gptq 4-bit + vllm tp 4`."""
+        words = [_word(method, options) for _, method, options in self.stages]
+        if self.serve:
+            words.append(self.serve["server"])
+        shared = [f"{name} {number}" for name, number in (("tp", self.shape.tensor), ("pp", self.shape.pipeline))]
+        return " ".join([" + ".join(words), *(each for each in shared if not each.endswith(" 1"))])
+
+
+def _word(method: str, options: Mapping[str, Any]) -> str:
+    told = [f"{options['bits']}-bit"] if "bits" in options else []
+    told += [str(options[name]) for name in ("scheme", "backend", "quantization_dtype") if name in options]
+    return " ".join([method, *told])
 
 
 def facts_of(source: ModelSource) -> ModelFacts:
@@ -101,7 +120,13 @@ def facts_of(source: ModelSource) -> ModelFacts:
 
 
 def candidates(
-    facts: ModelFacts, target: Target, *, goal: Goal = "latency", length: int = 2048, reports: Sequence[Path] = ()
+    facts: ModelFacts,
+    target: Target,
+    *,
+    goal: Goal = "latency",
+    batch: int | None = None,
+    length: int | None = None,
+    reports: Sequence[Path] = (),
 ) -> list[Candidate]:
     """Return every candidate, the best legal one first, those that can't work last.
 
@@ -109,18 +134,24 @@ def candidates(
         facts: The model.
         target: Where it will run.
         goal: What counts.
-        length: Tokens of a sequence.
+        batch: Sequences at once; None is one for latency, and else as many as serve most tokens.
+        length: Tokens of a sequence; None is 2048, or what the model has. Shorter ones are tried where it doesn't fit.
         reports: Output directories of earlier runs; what they measured goes before what was published.
 
     Raises:
         InputMissingError: One of them has no report.
     """
     rows = (*(row for directory in reports for row in measured(directory)), *evidence())
-    found = [
-        _first_legal([_judge(stages, facts, target, goal, length, rows) for stages in alike])
-        for alike in _stacks(facts, target)
-    ]
-    return sorted(found, key=lambda one: (not one.legal, one.floors.fits is False, -one.gain, _loss(one)))
+    length = min(length or 2048, facts.max_positions or 2048)
+    found = stacks.search(facts, target, goal=goal, batch=batch, length=length)
+    best = sorted((one for one in found if one.legal and one.fits), key=lambda one: one.seconds_per_token)
+    found += stacks.pruned(best, facts, goal=goal, batch=batch, length=length)
+    judged = [_candidate(one, facts, rows) for one in found]
+    if best and best[0].shape.batch == 1:
+        judged += [_drafted(*one, facts, rows) for one in stacks.speculating(best)]
+    return sorted(
+        judged, key=lambda one: (not one.legal, one.fits is False, one.unproven, -one.gain, len(one.stages), _loss(one))
+    )
 
 
 def _loss(one: Candidate) -> tuple[bool, float]:
@@ -132,110 +163,65 @@ def within(ranked: list[Candidate], most_loss: float | None) -> list[Candidate]:
 
     A method without published figures stays: the recipe's gate decides about it.
     """
+    most = MOST_LOSS if most_loss is None else most_loss
     return [
         one
         for one in ranked
-        if one.legal
-        and one.floors.fits is not False
-        and (most_loss is None or one.quality is None or one.quality.ratio <= 1 + most_loss)
+        if one.legal and one.fits is not False and (one.quality is None or one.quality.ratio <= 1 + most)
     ]
 
 
-def _stacks(facts: ModelFacts, target: Target) -> Iterator[list[Stages]]:
-    """Yield every stack, each as the ways to compile it that are worth a try, in order."""
-    engines = [method for method in methods("compile") if method in target.engines]
-    ends: list[list[Stages]] = [
-        [(("compile", engine, options),) for options in _engine_presets(engine, target)] for engine in engines
-    ]
-    if not ends or target.device in SERVERS:
-        ends.append([()])
-    for end in ends:
-        yield end
-        for method in methods("quantize"):
-            for options in _presets(method, facts):
-                yield [(("quantize", method, options), *each) for each in end]
-
-
-def _engine_presets(engine: str, target: Target) -> list[Mapping[str, Any]]:
-    """Return options to try for an engine: of Neuron, as few cores as the model fits on."""
-    if engine != "neuron":
-        return [{}]
-    backend = _neuron_options.backend_for(target)
-    return [{"backend": backend, "tensor_parallel": degree} for degree in neuron.degrees(target)]
-
-
-def _first_legal(alike: Sequence[Candidate]) -> Candidate:
-    return next((one for one in alike if one.legal), alike[-1])
-
-
-def _presets(method: str, facts: ModelFacts) -> Iterator[Mapping[str, Any]]:
-    """Yield the options to try: bits where the method lets one choose, the largest usual group that divides."""
-    known = load("quantize", method).Options.model_fields
-    if "dtype" in known and DTYPE_BYTES.get(facts.dtype, 0) <= 2:
-        return  # a cast that saves nothing
-    widths = [columns for _, columns in facts.linears.values()]
-    fitting = [size for size in GROUP_SIZES if all(width % size == 0 for width in widths)]
-    group = {"group_size": fitting[0]} if fitting and "group_size" in known else {}
-    if "bits" not in known:
-        yield group
-        return
-    allowed = get_args(known["bits"].annotation)
-    for bits in BITS:
-        if bits in allowed:
-            yield {"bits": bits, **group}
-
-
-def _judge(
-    stages: Stages,
-    facts: ModelFacts,
-    target: Target,
-    goal: Goal,
-    length: int,
-    rows: Sequence[Row],
-) -> Candidate:
-    placed, problems, after = [], [], facts
-    for verb, method, chosen in stages:
-        stage, before = load(verb, method), after
-        options = stage.Options(**chosen)
-        problems += [Problem(code="needs-trait", message=f"{method} needs {t}") for t in stage.NEEDS - before.traits]
-        problems += [each for each in row_problems(stage, method, options, before) if each.level == "error"]
-        problems += stage.check(options, before, target)
-        after = stage.after(options, before)
-        values = options.model_dump(mode="json")
-        placed.append(Placed(verb=verb, method=method, options=values, before=before, after=after))
-    compiled = any(verb == "compile" for verb, _, _ in stages)
-    server = None if compiled else SERVERS.get(target.device)
-    stack = Stack(
-        stages=tuple(placed),
-        target=target,
-        model=facts,
-        serve={"engine": server} if server else {},
-        gates=("decode_speedup",),
-    )
-    problems += check(stack)
-    served = floors(after, target, batch=BATCH[goal], length=length)
-    plain = floors(facts, target, batch=BATCH[goal], length=length)
-    kept = after.weight_bytes >= facts.weight_bytes or any(verb == "quantize" for verb, _, _ in stages)
+def _candidate(one: Judged, facts: ModelFacts, rows: Sequence[Row]) -> Candidate:
+    after, shape, target = one.made.facts, one.shape, one.target
+    mine = stacks.part(target, shape)
+    stored = stacks.as_served(after, one.end)
+    served = floors(stored, mine, batch=shape.batch, length=shape.length)
+    if shape.batch == 1 and shape.pipeline > 1:  # a token goes through the stages one after another
+        alone = stacks.part(target, replace(shape, pipeline=1))
+        served = replace(served, decode_seconds=decode_floor(stored, alone, length=shape.length))
+    made = [verb for verb, _, _ in one.made.stages]
+    kept = stored.weight_bytes >= min(facts.weight_bytes, 2 * facts.parameters) or bool({"quantize", "prune"} & {*made})
     return Candidate(
-        stages=stages,
+        stages=one.made.stages,
+        serve=one.served,
+        shape=shape,
+        copies=stacks.copies(target, shape),
         floors=served,
-        gain=_moved(plain) / _moved(served),
-        quality=_known(stages, facts, rows) if kept else None,
-        rounded="" if kept else stages[-1][1],
-        problems=tuple(problems),
+        gain=_plain(facts, target, shape) / one.seconds_per_token,
+        quality=_known(one.made.stages, facts, rows) if kept else None,
+        rounded="" if kept else one.made.stages[-1][1],
+        fits=one.fits and served.fits,
+        problems=one.problems,
     )
 
 
-def _moved(found: Floors) -> float:
-    """Return what a decoding step takes: seconds, or bytes where the bandwidth isn't known; ratios are the same."""
-    return found.decode_seconds or float(found.weight_bytes + found.kv_bytes)
+def _plain(facts: ModelFacts, target: Target, shape: Shape) -> float:
+    """Return the least time per token of the untouched model on the whole target, whether it fits or not."""
+    whole = replace(shape, tensor=target.cores or target.count, pipeline=1)
+    return stacks.per_token(facts, target, whole)
+
+
+def _drafted(one: Judged, method: str, facts: ModelFacts, rows: Sequence[Row]) -> Candidate:
+    """Return a candidate that speculates, faster by what was published of it where anything was."""
+    found = _candidate(one, facts, rows)
+    row = _nearest([row for row in speedups() if row["method"] == method], facts)
+    return replace(found, drafting=row, gain=found.gain * (row["speedup"] if row else 1.0))
+
+
+def evidence() -> tuple[Row, ...]:
+    """Return the published figures."""
+    return tuple(_published()["row"])
+
+
+def speedups() -> tuple[Row, ...]:
+    """Return the published speed-ups of speculation."""
+    return tuple(_published()["speculation"])
 
 
 @cache
-def evidence() -> tuple[Row, ...]:
-    """Return the published figures."""
+def _published() -> Mapping[str, Sequence[Row]]:
     text = resources.files("optikit.rules").joinpath("evidence.toml").read_text(encoding="utf-8")
-    return tuple(tomllib.loads(text)["row"])
+    return tomllib.loads(text)
 
 
 def measured(directory: Path) -> Iterator[Row]:
@@ -252,6 +238,7 @@ def measured(directory: Path) -> Iterator[Row]:
         yield {
             "method": changed[0].method,
             "bits": changed[0].options.get("bits", 8),
+            "scheme": changed[0].options.get("scheme"),
             "parameters": report.model["parameters"] / 1e9,
             "ratio": round(found.ratio, 3),
             "source": f"measured: {directory}, {found.protocol}",
@@ -259,26 +246,43 @@ def measured(directory: Path) -> Iterator[Row]:
 
 
 def _known(stages: Stages, facts: ModelFacts, known: Sequence[Row]) -> Quality | None:
+    if any(verb in {"prune", "finetune"} for verb, _, _ in stages):
+        return None
     for verb, method, options in stages:
         if verb != "quantize":
             continue
-        size = log(facts.parameters / 1e9)
-        rows = [row for row in known if row["method"] == method and row["bits"] == options.get("bits", row["bits"])]
-        near = sorted(rows, key=lambda row: abs(log(row["parameters"]) - size))
-        if not near or abs(log(near[0]["parameters"]) - size) > log(FARTHEST):
-            return None
-        return Quality(ratio=near[0]["ratio"], source=near[0]["source"])
+        told = ("bits", "scheme")
+        alike = [row for row in known if row["method"] == method]
+        row = _nearest([row for row in alike if all(row.get(n) == options[n] for n in told if n in options)], facts)
+        return Quality(ratio=row["ratio"], source=row["source"]) if row else None
     return Quality(ratio=1.0, source="the weights stay as they are")
 
 
-def recipe(best: Candidate, path: Path, target: Target, *, model: str, most_loss: float | None) -> str:
-    """Return a recipe of a candidate, with its reasons as comments; it is loaded once to be sure that it is valid."""
+def _nearest(rows: Sequence[Row], facts: ModelFacts) -> Row | None:
+    """Return the row of the model nearest in size, if any is near."""
+    size = log(facts.parameters / 1e9)
+    near = sorted(rows, key=lambda row: abs(log(row["parameters"]) - size))
+    return near[0] if near and abs(log(near[0]["parameters"]) - size) <= log(FARTHEST) else None
+
+
+def recipe(
+    best: Candidate, path: Path, target: Target, *, model: str, most_loss: float | None, text: str | None = None
+) -> str:
+    """Return a recipe of a candidate, with its reasons as comments; it is loaded once to be sure that it is valid.
+
+    Args:
+        best: The candidate.
+        path: Where the recipe will lie.
+        target: Where its result will run.
+        model: As recipes name it.
+        most_loss: Most that perplexity may grow.
+        text: Calibration and evaluation text as recipes name it; None is encyclopedia prose of a package.
+    """
     import json
 
     from optikit.recipe.load import loads
     from optikit.recipe.starter import PROSE
 
-    runs_here = not _compiled(best) or target.device == "cpu"
     lines = [
         f"# {best.name} for {target.name}, recommended by optikit. Floors by roofline, not measurements:",
         *(f"#   {clean(line)}" for line in reasons(best)),
@@ -287,25 +291,31 @@ def recipe(best: Candidate, path: Path, target: Target, *, model: str, most_loss
         f"target: {json.dumps(target.name)}",
         "",
         "calibration:",
-        f"  text: &prose {PROSE}",
+        f"  text: &prose {PROSE if text is None else json.dumps(text)}",
         "  part: [0.0, 0.8]                     # the last fifth is kept for measuring",
         '  drop_lines: &markup ["<doc", "</doc"]',
         "  samples: 64",
-        "  length: 512",
+        f"  length: {best.window}",
         "",
         "stages:" if best.stages else "stages: []",
         *(line for stage in best.stages for line in _stage_lines(*stage)),
+        *(["", "serve:", f"  - {json.dumps(best.serve)}"] if best.serve else []),
         "",
         *(
             _measured_here(best, most_loss)
-            if runs_here
+            if runs_here(best, target)
             else ["# Nothing here runs what this compiles to: measure it where it runs, with `optikit eval URL`."]
         ),
         "",
     ]
-    text = "\n".join(lines)
-    loads(text, path)
-    return text
+    written = "\n".join(lines)
+    loads(written, path)
+    return written
+
+
+def runs_here(one: Candidate, target: Target) -> bool:
+    """Return whether a runtime of this machine loads what a candidate leaves."""
+    return not _compiled(one) or target.device == "cpu"
 
 
 def _measured_here(best: Candidate, most_loss: float | None) -> Iterator[str]:
@@ -316,7 +326,7 @@ def _measured_here(best: Candidate, most_loss: float | None) -> Iterator[str]:
         "    text: *prose",
         "    part: [0.8, 1.0]",
         "    drop_lines: *markup",
-        "    window: 512",
+        f"    window: {best.window}",
         "    windows: 16",
     )
     if _compiled(best):
@@ -333,15 +343,30 @@ def _compiled(one: Candidate) -> bool:
 def _stage_lines(verb: str, method: str, options: Mapping[str, Any]) -> Iterator[str]:
     yield f"  - {verb}:"
     yield f"      {method_key(verb)}: {method}"
+    if verb == "speculate":
+        yield "      prompts: *prose                  # better: prompts of the kind that it will get"
     for name, value in options.items():
         yield f"      {name}: {value}"
+
+
+def _place(one: Candidate) -> Iterator[str]:
+    """Yield on what it lies, and what its speculation was seen to bring."""
+    shape = one.shape
+    if shape.devices > 1:
+        parts = f"tensor parallel {shape.tensor}" + (f", pipeline parallel {shape.pipeline}" * (shape.pipeline > 1))
+        yield f"{parts}; the target has room for {one.copies} of it; {shape.length} tokens a sequence"
+    if one.drafting:
+        row = one.drafting
+        yield f"speculation: {row['speedup']:g} times as fast on {row['text']} ({row['source']}); text decides"
+    elif any(verb == "speculate" for verb, _, _ in one.stages):
+        yield "speculation: nothing published for a model of this size; the run measures it"
 
 
 def reasons(one: Candidate) -> list[str]:
     """Return why a candidate stands where it stands."""
     found = one.floors
-    step = f"a decoding step takes at best {100 / one.gain:.0f} % of the untouched model's"
-    lines = [f"weights {found.weight_bytes / 1e9:.3g} GB; {step}"]
+    step = f"a token takes at best {100 / one.gain:.0f} % of the untouched model's time on the whole target"
+    lines = [f"weights {found.weight_bytes / 1e9:.3g} GB; {step}", *_place(one)]
     if found.decode_seconds is not None:
         lines.append(f"decodes at most {found.batch / found.decode_seconds:.4g} tokens/s at batch {found.batch}")
     if price := price_words(found):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import gcd
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -155,6 +156,12 @@ class ModelFacts:
     def linear_elements(self) -> int:
         """Weights in the blocks' linear layers: what quantization changes."""
         return sum(rows * columns for rows, columns in self.linears.values())
+
+    @cached_property
+    def widths(self) -> tuple[int, int]:
+        """Greatest common divisors of the linears' input and output widths; 0 where there are none."""
+        shapes = set(self.linears.values())
+        return gcd(*(columns for _, columns in shapes)), gcd(*(rows for rows, _ in shapes))
 
     @cached_property
     def expert_elements(self) -> int:

@@ -138,11 +138,21 @@ def holds(condition: Condition, scope: Scope) -> bool | None:
             verdict = holds(part, scope)
             return None if verdict is None else not verdict
         case All(parts):
-            verdicts = [holds(part, scope) for part in parts]
-            return False if False in verdicts else None if None in verdicts else True
+            return _of(parts, scope, decisive=False)
         case AnyOf(parts):
-            verdicts = [holds(part, scope) for part in parts]
-            return True if True in verdicts else None if None in verdicts else False
+            return _of(parts, scope, decisive=True)
+
+
+def _of(parts: tuple[Condition, ...], scope: Scope, *, decisive: bool) -> bool | None:
+    """Decide parts in order until one decides for all; what isn't known leaves it open."""
+    verdict: bool | None = not decisive
+    for part in parts:
+        found = holds(part, scope)
+        if found is decisive:
+            return decisive
+        if found is None:
+            verdict = None
+    return verdict
 
 
 def _answer(question: Question, scope: Scope) -> bool | None:

@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 from typing import Any, Literal, get_args
 
@@ -51,7 +51,7 @@ class Rule:
     at: str = ""
     repair: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def range(self) -> Range:
         """What the rule is asked of."""
         roots = {path.split(".")[0] for path in fields(self.when)}

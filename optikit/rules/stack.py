@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import gcd
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,11 @@ class Stack:
     server: Loc = ()
     loads_compiled: bool = True
 
+    @cached_property
+    def views(self) -> tuple[Scope, ...]:
+        """Every stage as rules see it."""
+        return tuple(_stage(placed) for placed in self.stages)
+
     @property
     def final(self) -> ModelFacts | None:
         """Facts of the weights that are compiled or served: after the last stage that isn't `compile`."""
@@ -108,15 +114,14 @@ def common(stack: Stack) -> Scope:
 
 def stages(stack: Stack) -> Iterator[tuple[Scope, Loc]]:
     """Yield each stage as rules see it, with its path in the recipe."""
-    for index, placed in enumerate(stack.stages):
-        yield {"stage": _stage(placed)}, ("stages", index, placed.verb)
+    for index, view in enumerate(stack.views):
+        yield {"stage": view}, ("stages", index, stack.stages[index].verb)
 
 
 def pairs(stack: Stack) -> Iterator[tuple[Scope, Loc]]:
     """Yield each pair of stages, `first` before `second` in the recipe, with the path of `second`."""
-    views = [_stage(placed) for placed in stack.stages]
-    for later, second in enumerate(views):
-        for first in views[:later]:
+    for later, second in enumerate(stack.views):
+        for first in stack.views[:later]:
             yield {"first": first, "second": second}, ("stages", later, stack.stages[later].verb)
 
 
@@ -151,7 +156,7 @@ def _heads(placed: Placed) -> dict[str, Any]:
 def _facts(facts: ModelFacts | None) -> dict[str, Any]:
     if facts is None:
         return {}
-    shapes = facts.linears.values()
+    input_width, output_width = facts.widths
     return {
         "model_type": facts.model_type,
         "hidden": facts.hidden,
@@ -171,8 +176,8 @@ def _facts(facts: ModelFacts | None) -> dict[str, Any]:
         "traits": facts.traits,
         "bos": facts.config.get("bos_token_id"),
         "eos": _listed(facts.config.get("eos_token_id")),
-        "input_width": gcd(*(columns for _, columns in shapes)) or None,
-        "output_width": gcd(*(rows for rows, _ in shapes)) or None,
+        "input_width": input_width or None,
+        "output_width": output_width or None,
     }
 
 

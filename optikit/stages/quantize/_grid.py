@@ -51,6 +51,8 @@ def ignored(name: str, patterns: tuple[str, ...]) -> bool:
 
 def chosen(options: GridOptions, facts: ModelFacts) -> dict[str, tuple[int, int]]:
     """Return the linears that will be quantized: full name → (out_features, in_features)."""
+    if not options.ignore:
+        return dict(facts.linears)
     return {name: shape for name, shape in facts.linears.items() if not ignored(name, options.ignore)}
 
 
@@ -209,7 +211,7 @@ def quantization_config(options: GridOptions, facts: ModelFacts, **more: Any) ->
 
 
 def _skipped(options: GridOptions, facts: ModelFacts) -> list[str]:
-    return [name for name in facts.linears if ignored(name, options.ignore)]
+    return [name for name in facts.linears if ignored(name, options.ignore)] if options.ignore else []
 
 
 def _awq_config(options: GridOptions, facts: ModelFacts) -> dict[str, Any]:
