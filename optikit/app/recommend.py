@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
+from importlib.util import find_spec
 from math import log
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from optikit.app.stacks import Goal, Judged, Shape, Stages
 from optikit.models import adapter
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import read, read_gguf
+from optikit.plan.measure_steps import OPTIONAL
 from optikit.problems import Problem
 from optikit.stages import method_key
 from optikit.stages.acquire import dequantize, gguf
@@ -304,7 +306,7 @@ def recipe(
         *(
             _measured_here(best, most_loss)
             if runs_here(best, target)
-            else ["# Nothing here runs what this compiles to: measure it where it runs, with `optikit eval URL`."]
+            else ["# Nothing installed here runs what this compiles to: measure it where it runs, with `optikit eval URL`."]
         ),
         "",
     ]
@@ -315,7 +317,9 @@ def recipe(
 
 def runs_here(one: Candidate, target: Target) -> bool:
     """Return whether a runtime of this machine loads what a candidate leaves."""
-    return not _compiled(one) or target.device == "cpu"
+    engines = [method for verb, method, _ in one.stages if verb == "compile"]
+    missing = any(name in OPTIONAL and find_spec(OPTIONAL[name][0]) is None for name in engines)
+    return not engines or (target.device == "cpu" and not missing)
 
 
 def _measured_here(best: Candidate, most_loss: float | None) -> Iterator[str]:
