@@ -306,7 +306,7 @@ def recipe(
         *(
             _measured_here(best, most_loss)
             if runs_here(best, target)
-            else ["# Nothing installed here runs what this compiles to: measure it where it runs, with `optikit eval URL`."]
+            else ["# No runtime of this is here: measure it where it runs, with `optikit eval URL`."]
         ),
         "",
     ]
