@@ -108,14 +108,29 @@ def weights(model: Public, bits: int) -> float:
 
 def possible(model: Public, target) -> list[tuple[float, int, int]]:
     """Return (bytes per token and accelerator, bits, shared by) of every layout that fits."""
-    stored = (16, 8, 4) if target.device != "neuron" else (16,)
+    lies = on_cores if target.device == "neuron" else on_gpus
     found = []
-    for bits in stored:
+    for bits in (16, 8) if target.device == "neuron" else (16, 8, 4):
         for tensor, _, memory in layouts(target):
-            copied = max(1, tensor // model.kv_heads)
-            if divides(model, tensor) and weights(model, bits) + copied * model.cache(SHORTEST) < 0.999 * memory:
+            need = lies(model, bits, tensor)
+            if need is not None and need < 0.999 * memory:
                 found.append((weights(model, bits) / tensor, bits, tensor))
     return sorted(found)
+
+
+def on_gpus(model: Public, bits: int, tensor: int) -> float | None:
+    """Return the bytes on all GPUs together, or None where a server can't share the model out like that."""
+    copied = max(1, tensor // model.kv_heads)
+    return weights(model, bits) + copied * model.cache(SHORTEST) if divides(model, tensor) else None
+
+
+def on_cores(model: Public, bits: int, tensor: int) -> float:
+    """Return the bytes on all Neuron cores: every weight in 2 or 1 bytes, heads padded to what the cores divide."""
+    padded = -(-model.heads // tensor) * tensor
+    attention = model.layers * model.hidden * model.width * 2 * model.heads
+    more = attention * (padded / model.heads - 1)
+    cached = padded if model.heads % tensor else max(model.kv_heads, tensor)
+    return (model.linear + model.rest + more) * bits / 8 + model.cache(SHORTEST) * cached / model.kv_heads
 
 
 def write(model: Public, directory: Path) -> Path:
