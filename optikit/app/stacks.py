@@ -369,7 +369,7 @@ def per_token(facts: ModelFacts, target: Target, shape: Shape) -> float:
     at_once = replace(shape, pipeline=1) if alone else shape
     seconds = decode_floor(facts, part(target, at_once), batch=shape.batch, length=shape.length)
     if seconds is None:
-        seconds = (facts.weight_bytes + cache_bytes(facts, batch=shape.batch, length=shape.length)) / at_once.devices
+        seconds = (facts.first_bytes + cache_bytes(facts, batch=shape.batch, length=shape.length)) / at_once.devices
     return seconds / (1 if alone else shape.batch * copies(target, shape))
 
 

@@ -100,6 +100,7 @@ class ModelFacts:
         tied: The output head is the embedding.
         dtype: Dtype of most weights, safetensors name.
         weight_bytes: Size of all weights on disk.
+        second_bytes: What of it is a second form of the same weights, for several tokens at once.
         linears: Linear layers inside the blocks: full name → (out_features, in_features).
         traits: What the directory is.
         tokenizer_sha256: Hash of what tokenizer.json does, see `tokenizer.Described`; empty where there is none.
@@ -142,6 +143,12 @@ class ModelFacts:
     carried: Mapping[str, int] = field(default_factory=dict)
     packing: str = ""
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    second_bytes: int = 0
+
+    @property
+    def first_bytes(self) -> int:
+        """Size of the weights that one token is computed with."""
+        return self.weight_bytes - self.second_bytes
 
     @property
     def architecture(self) -> Architecture | None:

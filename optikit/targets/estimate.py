@@ -100,7 +100,7 @@ def decode_floor(facts: ModelFacts, target: Target, *, batch: int = 1, length: i
     if target.bandwidth_gb_s is None:
         return None
     looked_up = 0 if facts.tied else 2 * facts.vocab * facts.hidden
-    weights = max(facts.weight_bytes - looked_up, 0) * read_share(facts, batch)
+    weights = max(facts.first_bytes - looked_up, 0) * read_share(facts, batch)
     read = weights + cache_bytes(facts, batch=batch, length=length)
     work = 2 * batch * (facts.active_elements + facts.vocab * facts.hidden)
     return max(

@@ -174,9 +174,11 @@ def after(options: Options, facts: ModelFacts) -> ModelFacts:
     quantized = bool(facts.traits & QUANTIZED)
     group = _packing(facts).get("group_size", 64) if quantized else options.block_size
     body = sum(_packed_bytes(shape, bits, group, zeros=quantized) for shape in facts.linears.values())
+    second = _verify_bytes(options, facts)
     return replace(
         facts.having("onnx", without=frozenset() if quantized else frozenset({"dense"})),
-        weight_bytes=body + _head_bytes(options, facts) + table + rest + _verify_bytes(options, facts),
+        weight_bytes=body + _head_bytes(options, facts) + table + rest + second,
+        second_bytes=second,
     )
 
 

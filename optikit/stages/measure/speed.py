@@ -190,7 +190,7 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 
 
 def _weight_bytes(arm: ArmOptions, facts: ModelFacts) -> int:
-    return facts.weight_bytes if arm.dtype == "auto" else DTYPE_BYTES[arm.dtype] * facts.parameters
+    return facts.first_bytes if arm.dtype == "auto" else DTYPE_BYTES[arm.dtype] * facts.parameters
 
 
 def after(options: Options, facts: ModelFacts) -> ModelFacts:
