@@ -246,12 +246,19 @@ def presets(method: str, facts: ModelFacts, *, shared: bool = False) -> Iterator
     known = load("quantize", method).Options.model_fields
     if "dtype" in known and DTYPE_BYTES.get(facts.dtype, 0) <= 2:
         return  # a cast that saves nothing
+    sizes = _groups(facts, shared=shared) if "group_size" in known else (0,)
+    for options in _kinds(known):
+        yield from ({**options, "group_size": size} if size else options for size in sizes)
+
+
+def _kinds(known: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the bits or schemes that a method lets one choose; nothing to say where it doesn't."""
     kind = next((name for name in ("bits", "scheme") if name in known), "")
-    values = get_args(known[kind].annotation) if kind else ()
-    told = [{kind: value} for value in values if kind != "bits" or value in BITS] if kind else [{}]
-    for options in told:
-        for size in _groups(facts, shared=shared) if "group_size" in known else (0,):
-            yield {**options, **({"group_size": size} if size else {})}
+    if not kind:
+        yield {}
+        return
+    values = get_args(known[kind].annotation)
+    yield from ({kind: value} for value in values if kind != "bits" or value in BITS)
 
 
 def _groups(facts: ModelFacts, *, shared: bool) -> tuple[int, ...]:
