@@ -33,7 +33,8 @@ def explain(
         return
     if not what:
         raise UsageError("nothing to explain", fix="name a rule, a stage, a target or an exit code, or give --list")
-    found = [text for text in (_exit_code(what), _rule(what), _problem(what), *_stages(what), _target(what)) if text]
+    told = (_exit_code(what), _rule(what), _problem(what), *_stages(what), _target(what), _attention(what))
+    found = [text for text in told if text]
     if not found:
         from optikit.problems import did_you_mean
 
@@ -42,6 +43,12 @@ def explain(
             f"{what!r} is no rule, problem, stage, target or exit code", fix=_near(did_you_mean(what, known))
         )
     typer.echo("\n\n".join(found))
+
+
+def _attention(what: str) -> str:
+    from optikit.targets.attention import card
+
+    return "\n".join(card()) if what == "attention" else ""
 
 
 def _near(fix: str) -> str:
@@ -53,6 +60,7 @@ def _names() -> Iterator[str]:
     from optikit.stages import OURS, backend_names, registry
     from optikit.targets import names
 
+    yield "attention"
     yield from rules()
     yield from _problems()
     yield from names()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from optikit.plan import placement, serve_section, speculated
 from optikit.plan.model import Plan, Step
+from optikit.targets import attention
 from optikit.targets.estimate import floors, told
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def render(plan: Plan, store: Store) -> str:
     lines = [
         f"model   {plan.model.resolved}",
         f"        {model.model_type}, {shape}, {_mib(model.weight_bytes)}",
+        f"        {attention.told(model)}{_computed(plan)}",
         *(f"        carried as it is: {name} ({count} tensors)" for name, count in model.carried.items()),
         *_beside(plan),
         f"target  {plan.target.name}",
@@ -52,6 +54,14 @@ def render(plan: Plan, store: Store) -> str:
         *(line for warning in plan.warnings for line in _warning(warning)),
     ]
     return "\n".join(lines)
+
+
+def _computed(plan: Plan) -> str:
+    """Say what the engines that the recipe names compute attention with."""
+    engines = [step.method for step in plan.steps if step.verb == "compile"]
+    engines += [entry.server for entry in plan.recipe.serve]
+    used = {name: attention.used(name, plan.facts, plan.target) for name in engines}
+    return "".join(f"; {name}: {kernel}" for name, kernel in used.items() if kernel)
 
 
 def _warning(problem: Problem) -> Iterator[str]:
