@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from optikit.errors import InputMissingError, UnavailableError
+from optikit.process import program
 
 WRAPPER = re.compile(
     r"(?:.*/)?neuronxcc-(?P<compiler>[^/]+)/MODULE_(?P<graph>[^/+]+)\+(?P<flags>[^/]+)/(?P<file>[^/]+)$"
@@ -86,10 +86,10 @@ def _in_s3(url: str) -> Iterator[tuple[str, int]]:
     if aws is None:
         raise UnavailableError("`aws` can't be found, and it reads S3", fix="pip install awscli")
     command = [aws, "s3", "ls", "--recursive", url.rstrip("/") + "/"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        why = done.stderr.strip().splitlines()[-1:] or ["nothing lies there"]
+    done = program.run(command)
+    if done.code:
+        why = done.errors.strip().splitlines()[-1:] or ["nothing lies there"]
         raise InputMissingError(f"{url} can't be listed: {why[0]}", fix="check the URL, and the role that reads it")
-    for line in done.stdout.splitlines():
+    for line in done.output.splitlines():
         _, _, size, name = line.split(maxsplit=3)
         yield name, int(size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import re
 from dataclasses import dataclass
 
@@ -58,7 +57,7 @@ def gpus(rows: str) -> tuple[Gpu, ...]:
     (Gpu(name='NVIDIA H200', capability=(9, 0), memory_mib=143771, mig=False),)
     """
     found = []
-    for row in csv.reader(io.StringIO(rows), skipinitialspace=True):
+    for row in csv.reader(rows.replace("\r", "\n").splitlines(), skipinitialspace=True):
         if len(row) != len(QUERY):
             continue
         name, capability, memory, mig = (each.strip() for each in row)

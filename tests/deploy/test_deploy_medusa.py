@@ -210,6 +210,6 @@ def test_support_has_rows_with_real_versions():
     for row in rows:
         SpecifierSet(row.versions)
         assert row.source
-    assert {row.what for row in rows} == {*get_args(Layout), "sequential", "sagemaker", "draft", "lookup"}
+    assert {*get_args(Layout), "sequential", "sagemaker", "draft", "lookup"} <= {row.what for row in rows}
     assert "0.33.0" not in SpecifierSet(support.loads_in("vllm")["vllm"])
     assert "0.32.0" in SpecifierSet(support.loads_in("v1")["vllm"])

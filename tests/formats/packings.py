@@ -286,7 +286,7 @@ PACKINGS: dict[str, Packing] = {
 }
 TRAITS = {
     *("gptq 4 bits", "gptq 4 bits, desc_act", "gptq 8 bits", "awq gemm", "bitsandbytes NF4", "bitsandbytes int8"),
-    *("W4A16", "W4A16, zero points", "W8A16", "ModelOpt FP8"),
+    *("W4A16", "W4A16, zero points", "W8A16", "ModelOpt FP8", "NVFP4", "MXFP4"),
 }
 """Those that stages read as they are."""
 

@@ -71,14 +71,14 @@ def test_each_server_is_seen_on_its_own(tmp_path):
 
 
 def test_the_plan_says_what_each_loads_and_drafts_with(tmp_path):
-    stages = [{"speculate": {"method": "lookup", "prompts": "prose.txt"}}, {"compile": {"engine": "tensorrt-llm"}}]
+    stages = [{"speculate": {"method": "lookup", "prompts": "prose.txt"}}]
     serve = [{"server": "vllm", "version": "0.32.0"}, "tensorrt-llm", {"server": "tgi", "version": "2.0"}]
     plan, store = planned(tmp_path, serve, stages=stages)
     lines = [line for line in render(plan, store).splitlines() if line.startswith("serve   ")]
     assert lines[0].startswith("serve   vllm 0.32.0: loads model/; prompt lookup (lookup, releases >=0.10, source)")
-    assert lines[1].startswith("serve   tensorrt-llm: loads compiled/ (tensorrt-llm); its prompt lookup are not used")
+    assert lines[1].startswith("serve   tensorrt-llm: loads model/; its prompt lookup are not used")
     assert "tgi loads them in >=3.3,<3.4" in lines[2]
-    assert [each["loads"] for each in as_json(plan, store)["serve"]] == [DIRECTORY, "tensorrt-llm", DIRECTORY]
+    assert [each["loads"] for each in as_json(plan, store)["serve"]] == [DIRECTORY, DIRECTORY, DIRECTORY]
 
 
 def test_a_server_needs_something_to_load_and_a_target_that_runs_it(tmp_path):

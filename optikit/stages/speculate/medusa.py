@@ -283,7 +283,7 @@ def _write(options: Options, job: Job, heads: MedusaHeads, lm_head: Tensor) -> N
     vocab, width = lm_head.shape
     digest = weights_digest(job.source)
     held = tensors(heads)
-    own = tensors_digest({name: each.numpy() for name, each in held.items() if name != TABLE})
+    own = tensors_digest({name: each.detach().cpu().numpy() for name, each in held.items() if name != TABLE})
     save_tensors(job.dest / HEADS, held, {"vocab": str(vocab), "base_sha256": digest, "tensors_sha256": own})
     layouts = options.written_layouts
     if layouts:

@@ -22,7 +22,7 @@ QWEN2 = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 
 class Mixed:
     """Drafts what is right for a while, then what isn't: every length of roll-back happens."""
 
-    reads_hidden = False
+    reads_hidden = reads_features = False
 
     def __init__(self, right):
         self._right, self._known = right, 0

@@ -200,6 +200,7 @@ def test_a_chain_compares_each_arm_with_the_one_before_it():
     arms = [{"name": name, "role": "model", "runtime": "transformers"} for name in paces]
     options = speed.Options.model_validate({"arms": arms, "chain": list(paces), "new_tokens": 3})
     read_back = {"runtime": "r", "dtype": "d", "threads": 1, "load_s": 1.0, "peak_memory_mib": 1.0}
+    read_back |= {"device": "cpu", "device_memory_mib": None}
     read_back |= {"joules_per_output_token": None, "energy_source": "", "energy_reason": "no counter"}
     found = facts_of(samples, options, dict.fromkeys(paces, read_back))
     assert {name: each["decode"]["value"] for name, each in found["chain"].items()} == {
