@@ -32,8 +32,6 @@ from optikit.errors import IntegrityError
 Floats = NDArray[np.float32]
 HEAD = "/lm_head/MatMul"
 """The product that is the output head."""
-VERIFY = "verify.onnx"
-"""A second graph of the same model beside the first, where there is one: for several tokens at once."""
 EMBEDDING = "/model/embed_tokens/"
 """What names of the embedding's nodes begin with."""
 LOOKUPS = ("Gather", "GatherBlockQuantized")

@@ -25,7 +25,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from optikit.formats.onnx_graph import HEAD, VERIFY, OnnxGraph, Product
+from optikit.formats.onnx_graph import HEAD, OnnxGraph, Product
+from optikit.models.onnx_files import VERIFY
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

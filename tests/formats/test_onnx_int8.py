@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optikit import runtime
-from optikit.formats.onnx_graph import VERIFY, OnnxGraph
+from optikit.formats.onnx_graph import OnnxGraph
 from optikit.formats.onnx_int8 import nested
+from optikit.models.onnx_files import VERIFY
 from optikit.runtime.decoder import Window
 from optikit.stage import Job
 from optikit.stages.quantize import rtn

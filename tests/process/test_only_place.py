@@ -12,6 +12,8 @@ import optikit
 
 ROOT = Path(optikit.__file__).parent
 MODULES = ("subprocess", "multiprocessing", "pty")
+EMITTED = ("_folder_check.py",)
+"""Written into folders for other machines, where it runs alone."""
 OF_OS = ("kill", "killpg", "fork", "forkpty", "system", "popen", "posix_spawn", "posix_spawnp", "setsid", "setpgid")
 PREFIXES_OF_OS = ("exec", "spawn")
 
@@ -45,7 +47,7 @@ def test_no_other_module_starts_or_signals_a_process() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{each}"
         for path in sorted(ROOT.rglob("*.py"))
-        if path.parent != ROOT / "process"
+        if path.parent != ROOT / "process" and path.name not in EMITTED
         for each in offences(path.read_text(encoding="utf-8"))
     ]
     assert found == []

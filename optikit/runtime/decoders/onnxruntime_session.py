@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from optikit.errors import InputMissingError, IntegrityError
-from optikit.formats.onnx_graph import VERIFY
+from optikit.models.onnx_files import VERIFY
 
 CONFIG = "genai_config.json"
 HEAD = "/lm_head/MatMul"

@@ -107,7 +107,7 @@ LIES: dict[str, tuple[str, Fault, str]] = {
     "W4A16, tensors of 8": ("W8A16", groups(num_bits=4), "8 bits a weight"),
     "W4A16, two numbers of bits": ("W4A16, zero points", mixed, "another number of bits"),
     "another block size": ("FP8 in blocks", settings(weight_block_size=[128, 128]), "weight_scale_inv has shape"),
-    "NVFP4, another group size": ("NVFP4", groups(group_size=32), "weight_scale has shape"),
+    "NVFP4, another group size": ("NVFP4", groups(group_size=32), "can't be read"),
     "floats promised, integers there": ("float-quantized", change("weight", lambda t: t.to(torch.int8)), "I8"),
     "FP8 without a scale": ("FP8 in blocks", drop("weight_scale_inv"), "has no weight_scale_inv"),
     "FP8 without its scale, static": ("ModelOpt FP8", drop("weight_scale"), "has no weight_scale"),

@@ -52,6 +52,7 @@ def made_up(tpot_by_arm, rounds=12, seed=0):
 
 
 ABOUT = {"runtime": "transformers", "dtype": "float32", "threads": 1, "max_tokens": 64, "load_s": 1.0}
+ABOUT |= {"device": "cpu", "device_memory_mib": None}
 ABOUT |= {"joules_per_output_token": 0.25, "energy_source": "package-0", "energy_reason": ""}
 
 
