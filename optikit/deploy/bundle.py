@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
+from packaging.specifiers import SpecifierSet
+
 from optikit.deploy import support
 from optikit.targets import Target
 
@@ -145,18 +147,31 @@ def release(asked: str | None, usual: str) -> str:
     return usual if asked is None or f"{usual}.".startswith(f"{asked}.") else asked
 
 
-def speculation(server: str, served: Served) -> tuple[str, str]:
+def words(options: Mapping[str, object]) -> tuple[str, ...]:
+    """Return options of a command line as its words.
+
+    >>> words({"--port": 8000})
+    ('--port', '8000')
+    """
+    return tuple(word for name, value in options.items() for word in (name, str(value)))
+
+
+def speculation(server: str, served: Served, version: str) -> tuple[str, str]:
     """Return the method of speculation that a server uses here, and its folder; ("", "") where it can't use any.
 
     Args:
         server: Its name in support.toml.
         served: The artifact: speculator.json, and the layouts that were written.
+        version: Its release, as the rows of support.toml count them.
     """
     method = str(served.speculation.get("method", ""))
     if not method:
         return "", ""
     for row in support.rows():
         place = "" if row.what == "lookup" else f"speculator/{row.what}"
-        if row.server == server and method == METHODS.get(row.what) and (not place or place in served.folders):
+        known = (
+            row.server == server and method == METHODS.get(row.what) and SpecifierSet(row.versions).contains(version)
+        )
+        if known and (not place or place in served.folders):
             return method, place
     return "", ""

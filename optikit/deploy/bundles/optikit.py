@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from optikit import __version__
-from optikit.deploy.bundle import BATCH, EVERYWHERE, ROOT, Bundle, Served, speculation
+from optikit.deploy.bundle import BATCH, EVERYWHERE, ROOT, Bundle, Served
 
 SUMMARY = "optikit serve"
 CHECKED = "served, and asked for tokens"
@@ -17,7 +17,6 @@ def bundle(options: Any, served: Served) -> Bundle:
     arguments = ["serve", ROOT, "--host", EVERYWHERE, "--port", "8000", "--batch", str(options.batch_size or BATCH)]
     if options.sequence_length is not None:
         arguments += ["--max-length", str(options.sequence_length)]
-    method, _ = speculation("optikit", served)
     return Bundle(
         image=options.image or "python:3.12-slim",
         build=f"RUN pip install --no-cache-dir 'optikit[serve]=={__version__}'",
@@ -30,7 +29,7 @@ def bundle(options: Any, served: Served) -> Bundle:
         model=name,
         needs=(
             "compiled/onnxruntime" if "compiled/onnxruntime" in served.folders else "model",
-            *(["speculator"] if method else []),
+            *(["speculator"] if "speculator" in served.folders else []),
         ),
         limits=LIMITS,
         source="optikit serve --help",

@@ -7,26 +7,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from optikit.deploy.bundle import BATCH, Bundle, SageMaker, Served, speculation
+from optikit.deploy.bundle import Bundle, SageMaker, Served, speculation
 from optikit.deploy.bundles import tgi
 
 SUMMARY = "SageMaker endpoint on Hugging Face's TGI 3.3 container"
 CHECKED = "requests validated by SageMaker's own service model; layout of the published sample"
 REPOSITORY = "763104351884.dkr.ecr.{region}.amazonaws.com/huggingface-pytorch-tgi-inference"
-TAG = "2.7.0-tgi3.3.6-gpu-py311-cu124-ubuntu22.04"
+VERSION = "3.3.6"
+TAG = f"2.7.0-tgi{VERSION}-gpu-py311-cu124-ubuntu22.04"
 MODEL = "/opt/ml/model"
 
 
 def bundle(options: Any, served: Served) -> Bundle:
     """Return what SageMaker is asked for; heads make it serve one text at a time, as in the sample."""
-    method, place = speculation("sagemaker-tgi", served)
+    method, place = speculation("sagemaker-tgi", served, VERSION)
     heads = method == "medusa"
-    environment = tgi.environment(
-        served,
-        context=options.sequence_length or served.context,
-        concurrency=(options.batch_size or BATCH),
-        shards=options.tensor_parallel or served.gpus,
-    )
+    environment = tgi.environment(options, served, method)
     environment["SM_NUM_GPUS"] = environment.pop("NUM_SHARD")
     if heads:
         environment["MAX_BATCH_SIZE"] = "1"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from optikit.deploy.bundle import BATCH, EVERYWHERE, ROOT, Bundle, Served, release
+from optikit.deploy.bundle import BATCH, EVERYWHERE, ROOT, Bundle, Served, release, words
 
 SUMMARY = "TensorRT-LLM's trtllm-serve"
 CHECKED = "emitted only; keys and flags read in its source"
@@ -43,7 +43,7 @@ def flags(options: Any, served: Served) -> tuple[str, ...]:
         "--max_batch_size": options.batch_size or BATCH,
         "--max_seq_len": options.sequence_length or served.context,
     }
-    return tuple(word for name, value in told.items() for word in (name, str(value)))
+    return words(told)
 
 
 LIMITS = ("Length, batch and degree are those of `compile: {engine: tensorrt-llm}`: change them there.",)

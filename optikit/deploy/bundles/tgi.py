@@ -15,16 +15,17 @@ HEADS = "/data/heads"
 """Where TGI is given the heads as its model: their configuration names the base model."""
 
 
-def environment(served: Served, *, context: int, concurrency: int, shards: int) -> dict[str, str]:
+def environment(options: Any, served: Served, method: str) -> dict[str, str]:
     """Return the launcher's settings as its variables: the same in a container and on SageMaker."""
+    context = options.sequence_length or served.context
     found = {
-        "NUM_SHARD": str(shards),
+        "NUM_SHARD": str(options.tensor_parallel or served.gpus),
         "MAX_TOTAL_TOKENS": str(context),
         "MAX_INPUT_TOKENS": str(context - 1),
-        "MAX_CONCURRENT_REQUESTS": str(concurrency),
+        "MAX_CONCURRENT_REQUESTS": str(options.batch_size or BATCH),
         "HF_HUB_OFFLINE": "1",
     }
-    if speculation("tgi", served)[0] == "lookup":
+    if method == "lookup":
         found["SPECULATE"] = str(max(int(each) for each in served.speculation["lengths"].values()))
     return found
 
@@ -37,18 +38,14 @@ def base_config(config: Mapping[str, object], base: str) -> str:
 def bundle(options: Any, served: Served) -> Bundle:
     """Return how to start TGI; with heads, on a directory of links whose configuration names the base model."""
     name = options.name or served.name
-    method, place = speculation("tgi", served)
+    version = release(options.version, VERSION)
+    method, place = speculation("tgi", served, version)
     heads = method == "medusa"
     return Bundle(
-        image=options.image or f"ghcr.io/huggingface/text-generation-inference:{release(options.version, VERSION)}",
+        image=options.image or f"ghcr.io/huggingface/text-generation-inference:{version}",
         command=("sh", f"{ROOT}/serve/tgi/start.sh") if heads else (),
         arguments=() if heads else ("--model-id", f"{ROOT}/model", "--port", "8080"),
-        environment=environment(
-            served,
-            context=options.sequence_length or served.context,
-            concurrency=(options.batch_size or BATCH),
-            shards=options.tensor_parallel or served.gpus,
-        ),
+        environment=environment(options, served, method),
         port=8080,
         health="/health",
         api="openai",

@@ -20,8 +20,8 @@ VERSION = "26.05"
 def bundle(options: Any, served: Served) -> Bundle:
     """Return a model repository of one model: config.pbtxt, and vLLM's engine arguments in 1/model.json."""
     name = options.name or served.name
-    arguments = vllm.engine_arguments("vllm", options, served)
-    _, place = speculation("vllm", served)
+    arguments = vllm.engine_arguments("vllm", vllm.VERSION, options, served)
+    _, place = speculation("vllm", served, vllm.VERSION)
     return Bundle(
         image=options.image or f"nvcr.io/nvidia/tritonserver:{release(options.version, VERSION)}-vllm-python-py3",
         command=("tritonserver",),

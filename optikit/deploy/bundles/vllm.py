@@ -20,11 +20,12 @@ CACHE_GIB = 4
 """Memory for the cache on a CPU."""
 
 
-def engine_arguments(server: str, options: Any, served: Served, root: str = ROOT) -> dict[str, Any]:
+def engine_arguments(server: str, version: str, options: Any, served: Served, root: str = ROOT) -> dict[str, Any]:
     """Return vLLM's engine arguments: what its own command line, LMI and Triton's backend all take.
 
     Args:
         server: Whose vLLM it is, as support.toml calls it.
+        version: Its release, as support.toml counts them.
         options: What the recipe says of it.
         served: The artifact.
         root: Where the output is seen.
@@ -42,7 +43,7 @@ def engine_arguments(server: str, options: Any, served: Served, root: str = ROOT
     found |= {name: value for name, value in told.items() if value is not None}
     if served.gpus:
         found["tensor_parallel_size"] = options.tensor_parallel or served.gpus // (options.pipeline_parallel or 1)
-    method, place = speculation(server, served)
+    method, place = speculation(server, served, version)
     if method:
         found["speculative_config"] = speculative(options, served, f"{root}/{place}" if place else "")
         found["speculative_config"] |= dict(options.speculative_config or {})
@@ -73,16 +74,16 @@ def flags(arguments: Mapping[str, Any]) -> tuple[str, ...]:
 
 def bundle(options: Any, served: Served) -> Bundle:
     """Return how to start vLLM on the model directory."""
-    name = options.name or served.name
-    arguments = engine_arguments("vllm", options, served)
+    name, version = options.name or served.name, release(options.version, VERSION)
+    arguments = engine_arguments("vllm", version, options, served)
     environment = {"HF_HUB_OFFLINE": "1"}
     if served.gpus:
         arguments["gpu_memory_utilization"] = options.gpu_memory_utilization or 0.9
     else:
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(CACHE_GIB)
-    _, place = speculation("vllm", served)
+    _, place = speculation("vllm", served, version)
     return Bundle(
-        image=options.image or IMAGES[served.target.device] + release(options.version, VERSION),
+        image=options.image or IMAGES[served.target.device] + version,
         arguments=(*flags(arguments), "--served-model-name", name, "--host", EVERYWHERE, "--port", "8000"),
         environment=environment,
         port=8000,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from optikit.deploy.bundle import BATCH, EVERYWHERE, ROOT, Bundle, Served
+from optikit.deploy.bundle import BATCH, EVERYWHERE, ROOT, Bundle, Served, words
 
 SUMMARY = "vLLM with AWS' Neuron plugin"
 CHECKED = "emitted only; the folder's own self-check runs on the instance"
@@ -45,7 +45,7 @@ def flags(options: Any, served: Served) -> tuple[str, ...]:
         "--max-num-seqs": options.batch_size or BATCH,
         "--max-model-len": options.sequence_length or served.context,
     }
-    return tuple(word for name, value in told.items() for word in (name, str(value)))
+    return words(told)
 
 
 LIMITS = (
