@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal, cast
 
 Unit = Literal["steps", "epochs", "tokens"]
@@ -10,11 +9,6 @@ Budget = tuple[Unit, int]
 """So many of them."""
 Schedule = Literal["cosine", "constant"]
 """How the learning rate goes on after its warm-up: down to a tenth, or not at all."""
-SCHEDULES: Mapping[Schedule, Literal["cosine_warmup_with_min_lr", "constant_with_warmup"]] = {
-    "cosine": "cosine_warmup_with_min_lr",
-    "constant": "constant_with_warmup",
-}
-"""Names that `training.loop.Settings` has for them."""
 
 
 def budget(default: Budget, **given: int | None) -> Budget:

@@ -47,7 +47,7 @@ class Settings:
         budget: How much: optimizer steps, passes over all items, or tokens, in whole steps, at least one.
         batch: Items per step.
         learning_rate: After the warm-up.
-        schedule: transformers' name: a tenth of the learning rate remains at the end of the cosine.
+        schedule: `cosine`: down to a tenth of the learning rate at the end. `constant`: not at all.
         warmup: Below 1 a share of all steps, else their number; the rate rises linearly meanwhile.
         weight_decay: AdamW's.
         clip: Largest norm of a step's gradient; larger ones are scaled down to it.
@@ -59,7 +59,7 @@ class Settings:
     budget: tuple[Literal["steps", "epochs", "tokens"], int]
     batch: int
     learning_rate: float
-    schedule: Literal["cosine_warmup_with_min_lr", "constant_with_warmup"] = "cosine_warmup_with_min_lr"
+    schedule: Literal["cosine", "constant"] = "cosine"
     warmup: float = 0.05
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -80,8 +80,8 @@ class Settings:
         return amount if unit == "steps" else max(1, amount // (self.batch * item_tokens))
 
 
-SCHEDULE_OPTIONS = {"cosine_warmup_with_min_lr": {"min_lr_rate": 0.1}, "constant_with_warmup": {}}
-"""What transformers is told about a schedule beside the numbers of steps."""
+LOWEST = {"cosine": 0.1, "constant": 1.0}
+"""Share of the learning rate that a schedule ends with. transformers' own constant one begins with a step at rate 0."""
 
 
 def _nothing(_: Tensor) -> dict[str, float]:
@@ -203,11 +203,11 @@ class _Run:
         self.per_epoch = max(1, math.ceil(len(task.items) / settings.batch))
         self.optimizer = _optimizer(_groups(task, settings), settings, job.device)
         self.schedule = get_scheduler(
-            settings.schedule,
+            "cosine_warmup_with_min_lr",
             self.optimizer,
             num_warmup_steps=_warmup(settings.warmup, self.steps),
             num_training_steps=self.steps,
-            scheduler_specific_kwargs=SCHEDULE_OPTIONS[settings.schedule],
+            scheduler_specific_kwargs={"min_lr_rate": LOWEST[settings.schedule]},
         )
         self.history = History()
         self.best: dict[str, Tensor] = {}

@@ -27,7 +27,7 @@ from optikit.models import eagle3 as drafters
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import ANY, MAIN, Estimate, Facts, Input, Job
-from optikit.stages._budget import SCHEDULES, Budget, Schedule, budget
+from optikit.stages._budget import Budget, Schedule, budget
 from optikit.stages.speculate import _prompts
 from optikit.stages.speculate._prompts import PromptOptions
 from optikit.targets import Target
@@ -340,7 +340,7 @@ def _settings(options: Options) -> Any:
         budget=options.budget(),
         batch=BATCH,
         learning_rate=options.learning_rate,
-        schedule=SCHEDULES[options.schedule],
+        schedule=options.schedule,
         warmup=WARMUP,
         clip=CLIP,
         optimizer=options.optimizer,

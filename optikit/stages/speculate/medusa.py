@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import ANY, MAIN, Estimate, Facts, Input, Job, no_objection
-from optikit.stages._budget import SCHEDULES, Budget, Schedule, budget
+from optikit.stages._budget import Budget, Schedule, budget
 from optikit.stages.speculate import _prompts
 from optikit.stages.speculate._prompts import PromptOptions
 from optikit.targets import Target
@@ -202,7 +202,7 @@ def run(options: Options, job: Job) -> Facts:
         budget=options.budget(),
         batch=BATCH,
         learning_rate=options.learning_rate,
-        schedule=SCHEDULES[options.schedule],
+        schedule=options.schedule,
         warmup=WARMUP,
         clip=math.inf,
         optimizer=options.optimizer,
