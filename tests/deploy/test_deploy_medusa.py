@@ -11,6 +11,7 @@ from torch import nn
 from optikit.algorithms.medusa import MedusaHeads
 from optikit.deploy import medusa, support
 from optikit.errors import UsageError
+from optikit.models import traits
 from optikit.stages.speculate.medusa import Layout
 
 VOCAB, HIDDEN = 260, 64
@@ -210,6 +211,7 @@ def test_support_has_rows_with_real_versions():
     for row in rows:
         SpecifierSet(row.versions)
         assert row.source
-    assert {*get_args(Layout), "sequential", "sagemaker", "draft", "lookup"} <= {row.what for row in rows}
+    drafters = {*get_args(Layout), "sequential", "sagemaker", "draft", "lookup", "eagle3"}
+    assert {row.what for row in rows} - set(traits.rows()) == drafters, "what isn't a speculator is a packing"
     assert "0.33.0" not in SpecifierSet(support.loads_in("vllm")["vllm"])
     assert "0.32.0" in SpecifierSet(support.loads_in("v1")["vllm"])
