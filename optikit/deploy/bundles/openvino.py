@@ -8,7 +8,7 @@ from typing import Any
 from optikit.deploy.bundle import BATCH, ROOT, Bundle, Served, release
 
 SUMMARY = "OpenVINO Model Server"
-CHECKED = "IR and tokenizer loaded by OpenVINO GenAI, which the server is built on; graph emitted only"
+CHECKED = "IR loaded and decoded by OpenVINO; the graph of the server emitted only"
 VERSION = "2026.4"
 HERE = f"{ROOT}/serve/openvino"
 
