@@ -23,7 +23,8 @@ from optikit.app import stacks
 from optikit.app.stacks import Goal, Judged, Shape, Stages
 from optikit.models import adapter
 from optikit.models.facts import ModelFacts
-from optikit.models.reader import read, read_gguf
+from optikit.models.gguf_reader import read_gguf
+from optikit.models.reader import read
 from optikit.plan.measure_steps import OPTIONAL
 from optikit.problems import Problem
 from optikit.stages import method_key

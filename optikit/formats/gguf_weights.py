@@ -17,10 +17,11 @@ from torch import Tensor
 from optikit.errors import IntegrityError
 from optikit.formats import ggml
 from optikit.formats.checkpoint import DTYPES
-from optikit.models import gguf_names, gguf_parts, gguf_tied
+from optikit.models import gguf_names, gguf_parts, gguf_reader, gguf_tied
 from optikit.models.facts import TensorFacts
+from optikit.models.gguf_reader import read_gguf
 from optikit.models.gguf_rows import read_rows
-from optikit.models.reader import gguf_architecture, gguf_dtype, read_gguf, tensor_shapes
+from optikit.models.reader import tensor_shapes
 
 if TYPE_CHECKING:
     from optikit.models.gguf_header import GgufTensor
@@ -54,7 +55,7 @@ class GgufWeights:
         self.path = path
         self.header = gguf_parts.read(path)
         self.facts = read_gguf(path)
-        self._row = gguf_architecture(self.header, path)
+        self._row = gguf_reader.architecture_of(self.header, path)
         self.shapes = tensor_shapes(self.facts)
         self.places = self._places()
 
@@ -78,7 +79,7 @@ class GgufWeights:
 
         Integer blocks are rounded to the model's; floats of another type are read once to see whether they fit.
         """
-        main = gguf_dtype(self.header)
+        main = gguf_reader.dtype_of(self.header)
         found = {}
         for name, shape in self.shapes.items():
             kind = self.places[name].tensor.type

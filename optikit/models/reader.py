@@ -1,8 +1,7 @@
-"""`ModelFacts` of a model that exists, a Hugging Face directory or a gguf file, from its headers: no weight is read."""
+"""`ModelFacts` of a Hugging Face directory, from its configuration and headers: no weight is read."""
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -18,11 +17,6 @@ from optikit.models import (
     config,
     expected,
     generic,
-    gguf_header,
-    gguf_names,
-    gguf_parts,
-    gguf_settings,
-    gguf_tied,
     headers,
     language_part,
     packed,
@@ -33,12 +27,11 @@ from optikit.models import (
 )
 from optikit.models.architectures import USUAL_KEYS, Architecture
 from optikit.models.facts import DTYPE_BYTES, ModelFacts, TensorFacts
-from optikit.models.gguf_header import GgufHeader
 from optikit.models.language_part import LanguagePart
 from optikit.models.traits import Storage
 from optikit.problems import did_you_mean
 
-_INCOMPLETE = "the checkpoint is incomplete or isn't what config.json describes: get it again"
+INCOMPLETE = "the checkpoint is incomplete or isn't what config.json describes: get it again"
 
 
 def read(directory: Path, *, promised: bool = False) -> ModelFacts:
@@ -64,7 +57,7 @@ def read(directory: Path, *, promised: bool = False) -> ModelFacts:
     expected.check_settings(architecture, settings, where)
     meant = architecture.meant(settings)
     meant["tie_word_embeddings"] = bool(meant.get("tie_word_embeddings", False))
-    sizes = _figures(architecture, meant, where) | _expert_figures(architecture, meant, where)
+    sizes = figures_of(architecture, meant, where) | expert_figures_of(architecture, meant, where)
     arithmetic.check(settings, where, layers=sizes["layers"], width=sizes["head_dim"])
     if promised and not headers.are_there(directory):
         return _promised(architecture, sizes, meant, told, directory)
@@ -98,9 +91,9 @@ def _held(
     linears = wanted
     if scheme.trait or architecture.generic:
         stated = _stated(scheme, wanted, tensors, directory, hollow=hollow)
-        linears = _linears(architecture, scheme, named, names, directory, stated)
+        linears = linears_of(architecture, scheme, named, names, directory, stated)
     left_dense = _left_dense(scheme, linears, named)
-    facts = _facts(
+    facts = facts_of(
         architecture,
         sizes,
         linears,
@@ -110,12 +103,12 @@ def _held(
         left_dense=left_dense,
         carried=language_part.kinds(part.carried),
     )
-    _check_tensors(architecture, scheme, facts, named, directory)
+    check_tensors(architecture, scheme, facts, named, directory)
     return replace(
         facts,
         linears={part.told(name): shape for name, shape in linears.items()},
         left_dense=frozenset(part.told(name) for name in left_dense),
-        routers=tuple(part.told(name) for name in _routers(architecture, facts)),
+        routers=tuple(part.told(name) for name in routers_of(architecture, facts)),
     )
 
 
@@ -124,11 +117,11 @@ def _language(
 ) -> LanguagePart:
     part = language_part.find(architecture, told, tensors, layers)
     if not part.stored:
-        raise IntegrityError(f"{directory} has no tensors of the language model in its text_config", fix=_INCOMPLETE)
+        raise IntegrityError(f"{directory} has no tensors of the language model in its text_config", fix=INCOMPLETE)
     return part
 
 
-def _routers(architecture: Architecture, facts: ModelFacts) -> Iterator[str]:
+def routers_of(architecture: Architecture, facts: ModelFacts) -> Iterator[str]:
     """Yield the matrices of a mixture's blocks that are no linears of its row."""
     for name, shape in tensor_shapes(facts).items() if facts.experts else ():
         module = name.removesuffix(".weight")
@@ -174,7 +167,7 @@ def _described(
         "tied": meant["tie_word_embeddings"],
         "traits": frozenset({scheme.trait} if scheme.trait else ()),
         "packing": "" if scheme.trait else packed.described(scheme),
-        "sliding_window": _window(language_part.settings_of(told)),
+        "sliding_window": window_of(language_part.settings_of(told)),
         "config": told,
         "generic": architecture if architecture.generic else None,
         "cached": expected.figure(architecture.cached, sizes, meant) if architecture.cached else 0,
@@ -198,7 +191,7 @@ def _promised(
     scheme = quantization.scheme(language_part.settings_of(told), where)
     linears = _wanted(architecture, sizes, meant)
     known = _described(architecture, scheme, sizes, meant, told, directory)
-    facts = _facts(architecture, sizes, linears, **known, dtype=config.dtype(told), weight_bytes=0)
+    facts = facts_of(architecture, sizes, linears, **known, dtype=config.dtype(told), weight_bytes=0)
     if facts.parameters > config.MOST_PARAMETERS:
         message = f"{where}: its figures make {facts.parameters:.3g} weights, more than {config.MOST_PARAMETERS:.0e}"
         raise RecipeError(message, fix="the file is damaged, or not a decoder-only language model's")
@@ -244,112 +237,8 @@ def tensor_shapes(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
     architecture = facts.architecture or _architecture({"model_type": facts.model_type}, where)
     settings = {**architecture.meant(settings), "tie_word_embeddings": facts.tied}
     sizes = {name: getattr(facts, name) for name in USUAL_KEYS}
-    sizes |= _expert_figures(architecture, settings, Path("config.json"))
+    sizes |= expert_figures_of(architecture, settings, Path("config.json"))
     return expected.tensors(architecture, sizes, settings)
-
-
-def read_gguf(path: Path) -> ModelFacts:
-    """Read the facts of a gguf model, in one file or in parts, from its headers.
-
-    `dtype` is what its weights become when they are read, see `gguf_dtype`; `weight_bytes` are the file's own; it has
-    no traits, because no stage reads it before it is a model directory. `config` has the figures under their usual
-    names.
-
-    Raises:
-        InputMissingError: A part isn't there.
-        IntegrityError: The file is damaged, or lacks a tensor.
-        RecipeError: An architecture or figure that can't be worked with.
-    """
-    header = gguf_parts.read(path)
-    architecture = gguf_architecture(header, path)
-    figures = _gguf_figures(architecture, header, path)
-    settings = {
-        "model_type": architecture.model_type,
-        **_gguf_sizes(architecture, figures),
-        "tie_word_embeddings": gguf_tied.tied(header),
-        **gguf_settings.settings(path, header, architecture, figures),
-    }
-    figures |= _expert_figures(architecture, settings, path)
-    linears = figures["layers"] * max(1, figures.get("experts", 0))
-    if figures["layers"] > len(header.tensors) or linears > gguf_header.MOST_ENTRIES:
-        message = f"{path}: {figures['layers']} blocks with {figures.get('experts', 0)} experts, and "
-        raise IntegrityError(f"{message}{len(header.tensors)} tensors", fix=_INCOMPLETE)
-    tensors = _gguf_tensors(architecture, header, figures, path)
-    if settings["tie_word_embeddings"]:
-        tensors.pop(f"{architecture.head}.weight", None)
-    settings |= dict.fromkeys(expected.conditions(architecture, tensors), True)
-    names = tuple(expected.linears(architecture, figures, settings))
-    dense = traits.rows()[traits.DENSE]
-    facts = _facts(
-        architecture,
-        figures,
-        _linears(architecture, dense, tensors, names, path),
-        tied=settings["tie_word_embeddings"],
-        dtype=gguf_dtype(header),
-        weight_bytes=sum(tensor.bytes for tensor in header.tensors.values()),
-        traits=frozenset(),
-        sliding_window=_window(settings),
-        config=settings,
-    )
-    try:
-        _check_tensors(architecture, dense, facts, tensors, path)
-    except IntegrityError as error:
-        fix = (
-            "get it again, or start from the model's safetensors directory: the file may hold what isn't computed here"
-        )
-        raise IntegrityError(error.message, fix=fix) from error
-    return replace(facts, routers=tuple(_routers(architecture, facts)))
-
-
-def gguf_dtype(header: GgufHeader) -> str:
-    """Return the dtype that the weights of a gguf file become: F32, F16 or BF16, by what most matrices are.
-
-    Blocks of integers are no floats of two bytes exactly: they become BF16, or F16 where the matrices that aren't
-    quantized are.
-    """
-    kinds: Counter[str] = Counter()
-    for tensor in header.tensors.values():
-        if len(tensor.shape) > 1:
-            kinds[tensor.type] += math.prod(tensor.shape)
-    most = max(kinds, key=lambda kind: kinds[kind], default="F32")
-    if kinds.keys() <= {"F32", "F16", "BF16"}:
-        return most
-    return "F16" if kinds["F16"] > kinds["BF16"] else "BF16"
-
-
-def gguf_architecture(header: GgufHeader, path: Path) -> Architecture:
-    """Return the row of a gguf file's family.
-
-    Raises:
-        RecipeError: There is none.
-    """
-    family = header.metadata.get("general.architecture")
-    experts = isinstance(family, str) and bool(header.metadata.get(f"{family}.expert_count"))
-    architecture = architectures.of_gguf(family, experts=experts) if isinstance(family, str) and family else None
-    if architecture is None:
-        fix = did_you_mean(str(family), architectures.gguf_names())
-        raise RecipeError(f"{path}: gguf architecture {family!r} isn't known here", fix=fix)
-    return architecture
-
-
-def _gguf_figures(architecture: Architecture, header: GgufHeader, path: Path) -> dict[str, int]:
-    embedding = header.tensors.get(gguf_tied.EMBEDDING)
-    if embedding is None or len(embedding.shape) != 2:
-        raise IntegrityError(f"{path} has no {gguf_tied.EMBEDDING}", fix=_INCOMPLETE)
-    keys = {name: f"{architecture.gguf}.{key}" for name, key in gguf_settings.FIGURES.items()}
-    known = {**header.metadata, "vocab": embedding.shape[0]}
-    return _figures(replace(architecture, keys={**keys, "vocab": "vocab"}), known, path)
-
-
-def _gguf_sizes(architecture: Architecture, figures: Mapping[str, int]) -> dict[str, int]:
-    """Return the figures in words of config.json; shared heads and their width only where the family has such keys."""
-    derived = {"kv_heads": figures["heads"], "head_dim": figures["hidden"] // figures["heads"]}
-    own = any(word in words for words in architecture.tensors.values() for word in ("keys", "all_heads"))
-    return {
-        key: figures[name]
-        for name, key in architecture.keys.items()
-        if name in figures and (own or figures[name] != derived.get(name))
-    }
 
 
 def architecture_of(directory: Path, settings: Mapping[str, Any]) -> Architecture:
@@ -397,7 +286,7 @@ def _check_required(architecture: Architecture, settings: Mapping[str, Any], whe
         raise RecipeError(message, fix="get the model's config.json again")
 
 
-def _figures(architecture: Architecture, settings: Mapping[str, Any], where: Path) -> dict[str, int]:
+def figures_of(architecture: Architecture, settings: Mapping[str, Any], where: Path) -> dict[str, int]:
     """Return every figure; those that may be left out (kv_heads, head_dim, intermediate) come from others."""
     optional = {"kv_heads", "head_dim", "intermediate"}
     keys = architecture.keys
@@ -415,7 +304,7 @@ def _figures(architecture: Architecture, settings: Mapping[str, Any], where: Pat
     return figures
 
 
-def _linears(
+def linears_of(
     architecture: Architecture,
     scheme: Storage,
     tensors: Mapping[str, TensorFacts],
@@ -423,18 +312,23 @@ def _linears(
     where: Path,
     stated: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> dict[str, tuple[int, int]]:
+    """Return the shape (out, in) of every linear by name, packed or not.
+
+    Raises:
+        IntegrityError: One has no weights.
+    """
     found = {}
     prefix = architecture.blocks.partition(".")[0] + "."
     for name in names:
         told = stated.get(name, stated.get(name.removeprefix(prefix)))
         shape = told or scheme.shape(name, tensors, transposed=architecture.transposed)
         if shape is None:
-            raise IntegrityError(f"{where} has no weights for {name}", fix=_INCOMPLETE)
+            raise IntegrityError(f"{where} has no weights for {name}", fix=INCOMPLETE)
         found[name] = shape
     return found
 
 
-def _expert_figures(architecture: Architecture, settings: Mapping[str, Any], where: Path) -> dict[str, int]:
+def expert_figures_of(architecture: Architecture, settings: Mapping[str, Any], where: Path) -> dict[str, int]:
     """Return experts, experts_chosen and expert_width of a family that has experts."""
     experts = architecture.experts
     if experts is None:
@@ -453,7 +347,7 @@ def _expert_figures(architecture: Architecture, settings: Mapping[str, Any], whe
     return found
 
 
-def _check_tensors(
+def check_tensors(
     architecture: Architecture, scheme: Storage, facts: ModelFacts, found: Mapping[str, TensorFacts], where: Path
 ) -> None:
     """Hold names and shapes of all tensors to what config.json describes."""
@@ -463,9 +357,10 @@ def _check_tensors(
     expected.check(architecture, scheme, tensor_shapes(facts), found, shapes, where)
 
 
-def _facts(
+def facts_of(
     architecture: Architecture, figures: Mapping[str, int], linears: Mapping[str, tuple[int, int]], **rest: Any
 ) -> ModelFacts:
+    """Return facts of a family's figures and linears; `rest` are the other fields."""
     last = linears.get(f"{architecture.block(0)}.{architecture.linears[-1]}")
     if last is not None:
         figures = {"intermediate": last[1], **figures}  # the MLP's way back has its width as input
@@ -483,48 +378,9 @@ def _main_dtype(tensors: Mapping[str, TensorFacts]) -> str:
     return max(floats or weights, key=lambda dtype: weights[dtype], default="F32")
 
 
-def _window(settings: Mapping[str, Any]) -> int | None:
+def window_of(settings: Mapping[str, Any]) -> int | None:
+    """Return the attention window, tokens; None where attention sees everything."""
     window = settings.get("sliding_window")
     if type(window) is not int or window < 1 or settings.get("use_sliding_window") is False:
         return None
     return window
-
-
-def _gguf_tensors(
-    architecture: Architecture, header: GgufHeader, figures: Mapping[str, int], path: Path
-) -> dict[str, TensorFacts]:
-    """Return the tensors of a gguf file under their names in the model directory that it becomes.
-
-    Raises:
-        RecipeError: Naming one that is no part of it.
-        IntegrityError: A tensor stacks another number of experts.
-    """
-    experts, dtype = figures.get("experts", 0), gguf_dtype(header)
-    places = gguf_names.places(architecture, header.tensors, experts)
-    found: dict[str, TensorFacts] = {}
-    for stored, tensor in header.tensors.items():
-        names = places.get(stored, ())
-        if not names and stored not in gguf_settings.TABLES:
-            message = f"{path}: tensor {stored} isn't understood: {architecture.model_type} has no place for it here"
-            raise RecipeError(message, fix="start from the model's safetensors directory")
-        shape = tensor.shape
-        if architecture.experts is not None and names and f".{architecture.experts.name}." in names[0]:
-            shape = tensor.shape[1:]
-            if tensor.shape[0] != experts:
-                message = f"{path}: tensor {stored} stacks {tensor.shape[0]} experts, and there are {experts}"
-                raise IntegrityError(message, fix=_INCOMPLETE)
-        turned = architecture.transposed and _is_turned(architecture, names)
-        facts = TensorFacts(dtype=dtype, shape=shape[::-1] if turned else _row(architecture, names, shape))
-        found |= dict.fromkeys(names, facts)
-    return found
-
-
-def _is_turned(architecture: Architecture, names: Iterable[str]) -> bool:
-    """Return whether a tensor is a linear's weight, which GPT-2 stores across."""
-    return any(f".{linear}.weight" in name for name in names for linear in architecture.linears)
-
-
-def _row(architecture: Architecture, names: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return a vector's shape as the matrix of one row that the family has there."""
-    one = any(architecture.tensors.get(f"*.{name.split('.', 3)[-1]}", "").startswith("1 ") for name in names)
-    return (1, *shape) if one and len(shape) == 1 else shape

@@ -12,7 +12,8 @@ from optikit.environments import cuda
 from optikit.errors import RecipeError
 from optikit.models import adapter, eagle3, traits
 from optikit.models.facts import ModelFacts
-from optikit.models.reader import read, read_gguf
+from optikit.models.gguf_reader import read_gguf
+from optikit.models.reader import read
 from optikit.plan import check_gates, room, serve_section
 from optikit.plan.check_texts import problems as text_problems
 from optikit.plan.context import Context, Found, at, given, resolve_models, resolve_texts

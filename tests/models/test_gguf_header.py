@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from optikit.errors import IntegrityError, RecipeError
-from optikit.models import architectures, gguf_names, reader
+from optikit.models import architectures, gguf_names, gguf_reader
 from optikit.models.gguf_header import BLOCKS, read_header
 from tests.models import gguf_files
 
@@ -75,7 +75,7 @@ def test_it_reads_what_the_packages_own_reader_reads(llama: Path) -> None:
 
 
 def test_facts(llama: Path) -> None:
-    facts = reader.read_gguf(llama)
+    facts = gguf_reader.read_gguf(llama)
     assert (facts.model_type, facts.hidden, facts.intermediate, facts.layers) == ("llama", 64, 96, 2)
     assert (facts.heads, facts.kv_heads, facts.head_dim, facts.vocab) == (4, 2, 16, 260)
     assert (facts.max_positions, facts.tied, facts.dtype, facts.traits) == (128, True, "BF16", frozenset())
@@ -92,22 +92,22 @@ def test_what_is_missing_or_unknown_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     gguf_files.write(path, leave_out="blk.1.ffn_down.weight")
     with pytest.raises(IntegrityError, match=r"no weights for model\.layers\.1\.mlp\.down_proj"):
-        reader.read_gguf(path)
+        gguf_reader.read_gguf(path)
     gguf_files.write(path, leave_out="token_embd.weight")
     with pytest.raises(IntegrityError, match=r"token_embd\.weight"):
-        reader.read_gguf(path)
+        gguf_reader.read_gguf(path)
     gguf_files.write(path, "mamba")
     with pytest.raises(RecipeError, match="'mamba' isn't known") as raised:
-        reader.read_gguf(path)
+        gguf_reader.read_gguf(path)
     assert "llama" in raised.value.fix
     gguf_files.write(path, split__count=3)
     with pytest.raises(IntegrityError, match="says that it is one of 3 parts, and by its name it is one of 1"):
-        reader.read_gguf(path)
+        gguf_reader.read_gguf(path)
 
 
 def test_a_width_that_is_not_told_is_taken_from_the_weights(tmp_path: Path) -> None:
     gguf_files.write(tmp_path / "a.gguf", intermediate=False)
-    assert reader.read_gguf(tmp_path / "a.gguf").intermediate == 96
+    assert gguf_reader.read_gguf(tmp_path / "a.gguf").intermediate == 96
 
 
 def _text(text: str) -> bytes:
@@ -187,4 +187,4 @@ def test_a_spoilt_file_is_read_or_refused_never_worse(
     path = tmp_path / "a.gguf"
     path.write_bytes(bytes(content)[:length])
     with contextlib.suppress(IntegrityError, RecipeError):
-        reader.read_gguf(path)
+        gguf_reader.read_gguf(path)

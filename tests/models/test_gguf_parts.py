@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from optikit.cli.app import main
 from optikit.errors import InputMissingError, IntegrityError
 from optikit.models import gguf_parts
-from optikit.models.reader import read_gguf
+from optikit.models.gguf_reader import read_gguf
 from optikit.stage import Job
 from optikit.stages.acquire import gguf as stage
 from optikit.store import hub, sources

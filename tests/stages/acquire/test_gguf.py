@@ -12,7 +12,8 @@ import pytest
 
 from optikit.errors import IntegrityError, RecipeError
 from optikit.models.gguf_header import read_header
-from optikit.models.reader import read, read_gguf
+from optikit.models.gguf_reader import read_gguf
+from optikit.models.reader import read
 from optikit.stage import Job
 from optikit.stages.acquire import gguf as stage
 from optikit.targets import find

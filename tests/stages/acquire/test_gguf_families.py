@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from optikit.formats.gguf_weights import GgufWeights
 from optikit.models import architectures, gguf_header
-from optikit.models.reader import read, read_gguf
+from optikit.models.gguf_reader import read_gguf
+from optikit.models.reader import read
 from optikit.stage import Job
 from optikit.stages.acquire import gguf as stage
 from tests import families

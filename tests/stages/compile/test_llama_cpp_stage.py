@@ -17,7 +17,8 @@ from optikit import targets
 from optikit.errors import IntegrityError, StageFailedError
 from optikit.models import architectures, gguf_cuts
 from optikit.models.gguf_header import read_header
-from optikit.models.reader import read, read_gguf
+from optikit.models.gguf_reader import read_gguf
+from optikit.models.reader import read
 from optikit.stage import Job
 from optikit.stages.acquire import gguf as acquire
 from optikit.stages.compile import _gguf_tokenizer, _gguf_verify, _gguf_write, llama_cpp
