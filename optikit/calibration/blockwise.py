@@ -8,7 +8,7 @@ see resume.py.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from optikit import host
 from optikit.algorithms.awq import SEARCH_ROWS
 from optikit.algorithms.precision import compute_dtype
-from optikit.calibration import calibration_set, distributed, expert_walk
+from optikit.calibration import calibration_set, data_free, distributed, expert_walk
+from optikit.calibration.block_changes import Block, Blocks, Change, group_of
 from optikit.calibration.budget import BATCH_TOKENS, PAUSED_MOST, PAUSED_SHARE, paused_bytes_per_token
 from optikit.calibration.cache_ranges import SUFFIXES, CacheRanges
 from optikit.calibration.empty_model import Call, EmptyModel
@@ -40,16 +41,13 @@ from optikit.calibration.method import (
     Walked,
 )
 from optikit.calibration.paused_forward import CapturePoint, answered, capture_hooks
-from optikit.calibration.resume import AIM, HiddenStates, ResumeState
-from optikit.calibration.source_model import DOWN, Linear, Linears, SourceModel
+from optikit.calibration.resume import HiddenStates, ResumeState
+from optikit.calibration.source_model import Linears, SourceModel
 from optikit.errors import StageFailedError
 from optikit.formats.checkpoint import Checkpoint
 from optikit.models import language_part
 from optikit.process.allocator import one_arena, return_memory, settle
 from optikit.stage import Facts, Job
-
-Change = tuple[Linears, Callable[[], Result]]
-"""A group, and the method's `apply` bound to it and to its finished statistic."""
 
 
 class Outcome(NamedTuple):
@@ -99,10 +97,10 @@ def run(
         if source.row.generic:
             EmptyModel(source, dtype=torch.bfloat16, device="meta")  # holds the row to transformers' class
         if isinstance(method, RowMethod):
-            _by_rows(job, source, method, state, ignore)
-            changed = _nothing()
+            data_free.by_rows(job, source, method, state, ignore)
+            changed = data_free.nothing()
         else:
-            changed = _data_free(job, source, method, state, ignore)
+            changed = data_free.blocks(job, source, method, state, ignore)
     with torch.no_grad(), closing(changed) as blocks:
         for block, groups in blocks:
             for linears, apply in groups:
@@ -141,114 +139,6 @@ def _corrections(rows: Mapping[str, Mapping[str, Any]]) -> Facts:
         "linears_corrected": sum(each > 0 for each in factors),
         "linears_uncorrected": sum(each == 0 for each in factors),
     }
-
-
-class _Block:
-    """New tensors of one block; `forward` puts new weights into the module that computes its outputs."""
-
-    def __init__(self, source: SourceModel, forward: Callable[[Linears, tuple[Tensor, ...]], None] | None) -> None:
-        self._source, self._forward = source, forward
-        self.tensors: dict[str, Tensor] = {}
-        self.linears: list[str] = []
-        self.facts: dict[str, Any] = {}
-
-    def take(self, linears: Linears, result: Result) -> None:
-        """Take a group in: its packed tensors, or its new weights where a method packs nothing."""
-        if self._forward is not None:
-            self._forward(linears, result.weights)
-        self.tensors.update(result.tensors or self._dense(linears, result.weights))
-        self.tensors.update({f"{AIM}{name}": tensor for name, tensor in result.aims.items()})
-        self.linears += [linear.name for linear in linears]
-        self.tell(result.facts)
-
-    def tell(self, facts: Mapping[str, Mapping[str, Any]]) -> None:
-        """Add facts about linears, by name."""
-        for name, found in facts.items():
-            self.facts[name] = {**self.facts.get(name, {}), **found}
-
-    def put_aside(self, state: ResumeState) -> None:
-        """Keep new tensors on disk, of an expert that is finished."""
-        state.stash(self.tensors)
-        self.tensors = {}
-
-    def _dense(self, linears: Linears, weights: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        pairs = zip(linears, weights, strict=True)
-        return {f"{linear.name}.weight": self._source.as_checkpoint(linear, weight) for linear, weight in pairs}
-
-
-COMMIT_BYTES = 1 << 28
-"""Of dense weights that are rounded between two commits."""
-Blocks = Generator[tuple[_Block, Iterable[Change]]]
-"""Blocks with their groups; before the next block is asked for, all groups of the last must be taken in."""
-
-
-def _group(job: Job, source: SourceModel, linears: Linears, previous: PreviousOp | None = None) -> Group:
-    weights = tuple(source.weight(linear).to(job.device) for linear in linears)
-    return Group(names=tuple(linear.name for linear in linears), weights=weights, previous=previous)
-
-
-def _data_free(
-    job: Job, source: SourceModel, method: DataFreeMethod, state: ResumeState, ignore: Callable[[str], bool]
-) -> Blocks:
-    """Yield the blocks that are not done yet, of a walk without calibration text."""
-    for index in range(state.done, source.layers):
-        block = _Block(source, forward=None)
-        yield block, _data_free_changes(job, source, method, state, block, source.groups(index, ignore))
-        state.commit(block.tensors, block.linears, block.facts, "")
-        job.progress(index + 1, source.layers, "block")
-
-
-def _data_free_changes(
-    job: Job, source: SourceModel, method: DataFreeMethod, state: ResumeState, block: _Block, groups: Iterable[Linears]
-) -> Iterator[Change]:
-    for linears in groups:
-        yield linears, partial(method.apply, _group(job, source, linears))
-        if linears[0].part == DOWN:
-            block.put_aside(state)
-
-
-def _nothing() -> Blocks:
-    """Yield no block."""
-    yield from ()
-
-
-def _by_rows(
-    job: Job, source: SourceModel, method: RowMethod, state: ResumeState, ignore: Callable[[str], bool]
-) -> None:
-    """Round linears that aren't done yet, strip by strip.
-
-    What is committed together is a block, or of a large one as many linears as fit into `COMMIT_BYTES`.
-    """
-    units = [unit for block in range(source.layers) for unit in _units(source, block, ignore)]
-    for index, linears in enumerate(units[state.done :], state.done):
-        # Handed on at once: a name for them would keep them in memory while the next are made.
-        state.commit(_rounded(job, source, method, linears), [linear.name for linear in linears], {}, "")
-        job.progress(index + 1, len(units), "block" if len(units) == source.layers else "part of a block")
-
-
-def _rounded(job: Job, source: SourceModel, method: RowMethod, linears: Linears) -> dict[str, Tensor]:
-    """Return the packed tensors of linears by full name."""
-    packing, tensors = method.layout.packing, dict[str, Tensor]()
-    for linear in linears:
-        strips = (method.rows(weight.to(job.device), linear.name) for _, weight in source.strips(linear))
-        packed = packing.joined(strips, source.rows(linear))
-        tensors |= {f"{linear.name}.{suffix}": tensor for suffix, tensor in packed.items()}
-    return tensors
-
-
-def _units(source: SourceModel, block: int, ignore: Callable[[str], bool]) -> Iterator[Linears]:
-    """Yield the linears of a block in runs whose dense weights take `COMMIT_BYTES` at most, or one that takes more."""
-    unit: list[Linear] = []
-    size = 0
-    for linear in (each for group in source.groups(block, ignore) for each in group):
-        entry = source.checkpoint.entries[f"{linear.name}.weight"]
-        size += entry.stop - entry.start
-        if unit and size > COMMIT_BYTES:
-            yield tuple(unit)
-            unit, size = [], entry.stop - entry.start
-        unit.append(linear)
-    if unit:
-        yield tuple(unit)
 
 
 def _finite(hidden: Tensor) -> bool:
@@ -391,7 +281,7 @@ class _Calibrated:
                 call, hidden, keep = self._calls[index], self._states(path), self._kept(groups)
                 each = ForwardPasses(module, call, hidden, keep=keep, device=self._job.device)
                 passes.append(stack.enter_context(closing(each)))
-            block = _Block(self._source, partial(self._take, filled))
+            block = Block(self._source, partial(self._take, filled))
             stack.enter_context(self._cache.watching(filled))
             yield block, self._changes(index, filled, block, passes, seen)
             after = zip(passes, self._paths(index + 1), strict=True)
@@ -414,7 +304,7 @@ class _Calibrated:
         self,
         index: int,
         module: nn.Module,
-        block: _Block,
+        block: Block,
         passes: list[ForwardPasses],
         seen: tuple[tuple[str, ...], ...],
     ) -> Iterator[Change]:
@@ -423,7 +313,7 @@ class _Calibrated:
             if linears is None:
                 yield from self._expert_changes(index, module, block, passes)
                 continue
-            group = _group(self._job, self._source, linears, self._previous(index, block, linears))
+            group = group_of(self._job, self._source, linears, self._previous(index, block, linears))
             joint = partial(self._joint_scale, index, block) if self._is_shared(index, linears) else None
             yield linears, self._gathered(group, self._batches(passes, linears), block, joint)
 
@@ -432,13 +322,13 @@ class _Calibrated:
         experts = self._source.row.experts
         return experts is not None and self._source.is_sparse(index) and linears[0].inside in experts.shared
 
-    def _joint_scale(self, index: int, block: _Block, gram: Callable[[], Tensor]) -> Tensor | None:
+    def _joint_scale(self, index: int, block: Block, gram: Callable[[], Tensor]) -> Tensor | None:
         """Return what is divided out of the norm before a block's experts, found once; None where nothing is."""
         if index not in self._joint:
             self._joint = {index: self._found_scale(index, block, gram)}
         return self._joint[index]
 
-    def _found_scale(self, index: int, block: _Block, gram: Callable[[], Tensor]) -> Tensor | None:
+    def _found_scale(self, index: int, block: Block, gram: Callable[[], Tensor]) -> Tensor | None:
         method = self._method
         read = self._source.joint(index, self._ignore) if isinstance(method, JointMethod) else None
         if read is None or not isinstance(method, JointMethod):
@@ -455,7 +345,7 @@ class _Calibrated:
         return scale
 
     def _expert_changes(
-        self, index: int, module: nn.Module, block: _Block, passes: list[ForwardPasses]
+        self, index: int, module: nn.Module, block: Block, passes: list[ForwardPasses]
     ) -> Iterator[Change]:
         (point,) = self._experts_module(index)
         paths = [expert_walk.hidden_path(self._job.scratch, which) for which in range(len(passes))]
@@ -481,7 +371,7 @@ class _Calibrated:
             path.unlink()
         self._experts = None
 
-    def _finished(self, block: _Block) -> None:
+    def _finished(self, block: Block) -> None:
         """Put an expert's new tensors on disk."""
         if self._experts is not None:
             block.tell(self._experts.facts)
@@ -495,14 +385,14 @@ class _Calibrated:
         elif self._experts is not None:
             self._experts.take(linears, weights)
 
-    def _previous(self, index: int, block: _Block, linears: Linears) -> PreviousOp | None:
+    def _previous(self, index: int, block: Block, linears: Linears) -> PreviousOp | None:
         return self._source.previous_op(index, linears, self._ignore, block.tensors)
 
     def _gathered(
         self,
         group: Group,
         batches: Iterator[Batch],
-        block: _Block,
+        block: Block,
         joint: Callable[[Callable[[], Tensor]], Tensor | None] | None,
     ) -> Callable[[], Result]:
         statistic = self._method.statistic(group)
