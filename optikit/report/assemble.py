@@ -37,8 +37,8 @@ from optikit.plan.measurements import SCORING
 from optikit.plan.model import BASELINE
 from optikit.recipe import limits
 from optikit.recipe.schema import as_written
+from optikit.report import caveats, speculation_table
 from optikit.report import judge as judging
-from optikit.report import speculation_table
 from optikit.report.judge import Value
 from optikit.stage import VERIFIED
 from optikit.text import duration, redact
@@ -58,13 +58,7 @@ NLL = "nll.npy"
 SECTIONS = frozenset(Quality.model_fields)
 """Facts of a quality or tasks step that are the measurement itself; the rest is detail."""
 FEW_WINDOWS = 8
-FOR_P95 = 90
-"""`statistics.requests_needed(0.95)`; written out, because that module loads numpy."""
 FLOAT_TYPES = frozenset({"F32", "F16", "BF16", "F64"})
-BUSY = 1.5
-"""Load per thread above which others were at work; the step before leaves up to 1."""
-MUCH_STEAL = 0.05
-MUCH_NOISE = 0.05
 
 
 def report(
@@ -418,34 +412,13 @@ class _Run:
         yield from self._verified()
         if self.speculation is not None and self.speculation["chosen"] == "off":
             yield f"Speculation by {self.speculation['method']} was measured and is switched off: it doesn't pay here."
-        if self.timing is not None:
-            yield from self._timing_warnings(self.timing)
+        timed = [step.name for step in self.plan.measures if step.method in SPEED]
+        yield from caveats.of_timing(self.timing, stored="cached" in map(self.statuses.get, timed))
 
     def _source_types(self) -> frozenset[str]:
         """Return the tensor types of the file that the model was unpacked from."""
         unpacked = [self.artifacts[step.key].manifest.facts for step in self.plan.steps if step.writes == "source"]
         return frozenset(name for facts in unpacked for name in facts.get("tensor_types", ()))
-
-    def _timing_warnings(self, timing: Timing) -> Iterator[str]:
-        if any(self.statuses.get(step.name) == "cached" for step in self.plan.measures if step.method in SPEED):
-            yield "Speed was timed in an earlier run on this machine and taken from the store."
-        before = timing.host.before
-        load = before["load_average_1min"]
-        if load is not None and load > BUSY * before["threads"]:
-            on = f"a load of {load:.1f} on {before['threads']} threads"
-            yield f"When timing began the machine was already busy: {on}."
-        steal = timing.host.steal_share
-        if steal is not None and steal > MUCH_STEAL:
-            yield f"While timing, the hypervisor gave {steal:.0%} of the processor time to other machines."
-        floor = timing.noise["decode"].noise_floor
-        if floor > MUCH_NOISE:
-            yield f"The machine was noisy: the baseline differs from itself by up to {floor:.0%} in decode speed."
-        timed = next(iter(timing.arms.values()))
-        runs = timed.repetitions
-        if timed.ttft_ms_p95 is None:
-            yield f"95th percentiles are left out: {runs} repetitions are too few, {FOR_P95} are needed."
-        if timing.prompts < runs:
-            yield f"The text has only {timing.prompts} prompts of that length: some were decoded more than once."
 
 
 def _perplexity(measurement: Measurement) -> float | None:

@@ -26,7 +26,7 @@ from optikit.recipe.schema import (
     SpeedOptions,
     StageEntry,
 )
-from optikit.report import assemble, wording
+from optikit.report import assemble, caveats, wording
 from optikit.report.headline import headline
 from optikit.stage import Estimate, StageOptions
 from optikit.store.keys import cache_key
@@ -321,7 +321,7 @@ def test_warnings_say_what_to_distrust(tmp_path, artifacts):
     assert "differs from itself by up to 8% in decode speed" in warnings
     assert "the machine was already busy: a load of 7.5 on 2 threads" in warnings
     assert "95th percentiles are left out: 2 repetitions are too few, 90 are needed" in warnings
-    assert statistics.requests_needed(0.95) == assemble.FOR_P95
+    assert statistics.requests_needed(0.95) == caveats.FOR_P95
     assert "weights came from a Q4_1 file" in warnings
     assert "only 1 prompts of that length" in warnings
 
