@@ -20,6 +20,7 @@ import numpy as np
 
 from optikit.evaluation.results import Interval, Ratio
 from optikit.evaluation.statistics import (
+    LEVEL,
     Floats,
     median_interval,
     noise_floor,
@@ -116,17 +117,25 @@ def tail(values: Floats, percentile: float) -> float | None:
 
 
 def compare(
-    baseline: Sequence[Trace], candidate: Sequence[Trace], *, noise: Mapping[str, Ratio] | None = None, seed: int = 0
+    baseline: Sequence[Trace],
+    candidate: Sequence[Trace],
+    *,
+    noise: Mapping[str, Ratio] | None = None,
+    seed: int = 0,
+    level: float = LEVEL,
 ) -> dict[str, Ratio]:
     """Compare paired requests: `decode` by TPOT, `prefill` by TTFT; above one, the candidate is faster.
 
+    Pairs are of one round; of the side that has more rounds, those that the other doesn't have are left out.
+
     `noise` is this comparison of the baseline with itself; None makes it: its own interval is its noise floor.
     """
-    sides = {"decode": [each.tpot_ms for each in baseline], "prefill": [each.ttft_ms for each in baseline]}
-    other = {"decode": [each.tpot_ms for each in candidate], "prefill": [each.ttft_ms for each in candidate]}
+    pairs = list(zip(baseline, candidate, strict=False))
+    sides = {"decode": [each.tpot_ms for each, _ in pairs], "prefill": [each.ttft_ms for each, _ in pairs]}
+    other = {"decode": [each.tpot_ms for _, each in pairs], "prefill": [each.ttft_ms for _, each in pairs]}
     found = {}
     for what, times in sides.items():
-        value, interval = paired_ratio(np.array(times), np.array(other[what]), seed=seed)
+        value, interval = paired_ratio(np.array(times), np.array(other[what]), seed=seed, level=level)
         floor = noise_floor(interval) if noise is None else noise[what].noise_floor
         verdict = speed_change(value, interval, floor)
         found[what] = Ratio(value=value, ci95=interval, noise_floor=floor, verdict=verdict)

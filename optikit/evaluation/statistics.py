@@ -32,21 +32,21 @@ REPETITIONS = 10_000
 FEWEST_BLOCKS = 8
 """Below this many windows the bootstrap of a mean has too few distinct draws; Student's t is used."""
 
-FEWEST_PAIRS = 6
-"""Below this many pairs no interval of a median reaches 95 % (the range of n samples misses with 2¹⁻ⁿ)."""
+LEVEL = 0.95
+"""Confidence of every interval, unless one of several looks at the same test asks for more."""
 
 
-def mean_interval(values: Floats, *, seed: int = 0) -> Interval:
-    """Return the 95 % interval of the mean of `values` (n,), one value per independent block.
+def mean_interval(values: Floats, *, seed: int = 0, level: float = LEVEL) -> Interval:
+    """Return the interval, 95 % unless told otherwise, of the mean of `values` (n,), one value per independent block.
 
     Raises:
         ValueError: Fewer than two values: one block says nothing about how blocks differ.
     """
     blocks = _at_least_two(values)
     if blocks < FEWEST_BLOCKS:
-        return _student_interval(values)
+        return _student_interval(values, level)
     means = [values[draws].mean(axis=1) for draws in _draws(blocks, seed)]
-    return _expanded_percentiles(np.concatenate(means), blocks)
+    return _expanded_percentiles(np.concatenate(means), blocks, level)
 
 
 def block_means(values: Floats) -> Floats:
@@ -66,7 +66,9 @@ def block_means(values: Floats) -> Floats:
     return linear
 
 
-def perplexity_ratio(baseline: Floats, candidate: Floats, *, seed: int = 0) -> tuple[float, Interval]:
+def perplexity_ratio(
+    baseline: Floats, candidate: Floats, *, seed: int = 0, level: float = LEVEL
+) -> tuple[float, Interval]:
     """Return exp of the mean difference of two (windows, tokens) arrays of negative log-likelihoods, and its interval.
 
     The same windows through both models: the difference per window is what is drawn. Shorter windows end with NaN.
@@ -75,26 +77,38 @@ def perplexity_ratio(baseline: Floats, candidate: Floats, *, seed: int = 0) -> t
         msg = f"negative log-likelihoods of different windows: {baseline.shape} and {candidate.shape}"
         raise ValueError(msg)
     difference = block_means(candidate - baseline)
-    low, high = mean_interval(difference, seed=seed)
+    low, high = mean_interval(difference, seed=seed, level=level)
     return math.exp(float(difference.mean())), (math.exp(low), math.exp(high))
 
 
-def median_interval(values: Floats, *, seed: int = 0) -> Interval:
-    """Return the 95 % interval of the median of `values` (n,); below six values, Student's interval of the mean."""
+def fewest_for_a_median(level: float) -> int:
+    """Return how many samples an interval of their median needs: the range of n samples misses it with 2¹⁻ⁿ.
+
+    >>> fewest_for_a_median(0.95), fewest_for_a_median(0.99)
+    (6, 8)
+    """
+    return math.ceil(1 - math.log2(1 - level))
+
+
+def median_interval(values: Floats, *, seed: int = 0, level: float = LEVEL) -> Interval:
+    """Return the interval of the median of `values` (n,); where they are too few, Student's interval of the mean.
+
+    At 95 %, six are needed, see `fewest_for_a_median`.
+    """
     count_ = _at_least_two(values)
-    if count_ < FEWEST_PAIRS:
-        return _student_interval(values)
+    if count_ < fewest_for_a_median(level):
+        return _student_interval(values, level)
     middle = [(count_ - 1) // 2, count_ // 2]
     medians = [np.sort(values[draws], axis=1)[:, middle].mean(axis=1) for draws in _draws(count_, seed)]
-    return _expanded_percentiles(np.concatenate(medians), count_)
+    return _expanded_percentiles(np.concatenate(medians), count_, level)
 
 
-def paired_ratio(baseline: Floats, candidate: Floats, *, seed: int = 0) -> tuple[float, Interval]:
-    """Return the median over pairs of baseline / candidate times (n,), and its 95 % interval over pairs.
+def paired_ratio(baseline: Floats, candidate: Floats, *, seed: int = 0, level: float = LEVEL) -> tuple[float, Interval]:
+    """Return the median over pairs of baseline / candidate times (n,), and its interval over pairs.
 
     Times in, so a value above one means that the candidate is faster. The ratio is taken within each pair, because what
-    slows the machine for a while slows both of them; then no burst can move the median far. Below six pairs: the
-    geometric mean of the ratios with Student's interval.
+    slows the machine for a while slows both of them; then no burst can move the median far. Where pairs are too few
+    for a median's interval: the geometric mean of the ratios with Student's interval.
     """
     if baseline.shape != candidate.shape:
         msg = f"times are not paired: {baseline.shape} and {candidate.shape}"
@@ -103,8 +117,8 @@ def paired_ratio(baseline: Floats, candidate: Floats, *, seed: int = 0) -> tuple
         msg = "times must be positive"
         raise ValueError(msg)
     logs = np.log(baseline / candidate)
-    low, high = median_interval(logs, seed=seed)
-    middle = np.median(logs) if len(logs) >= FEWEST_PAIRS else logs.mean()
+    low, high = median_interval(logs, seed=seed, level=level)
+    middle = np.median(logs) if len(logs) >= fewest_for_a_median(level) else logs.mean()
     return math.exp(float(middle)), (math.exp(low), math.exp(high))
 
 
@@ -275,14 +289,14 @@ def _at_least_two(values: Floats) -> int:
     return len(values)
 
 
-def _student_interval(values: Floats) -> Interval:
+def _student_interval(values: Floats, level: float) -> Interval:
     mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
-    half = student_quantile(0.975, len(values) - 1) * error
+    half = student_quantile((1 + level) / 2, len(values) - 1) * error
     return mean - half, mean + half
 
 
-def _expanded_percentiles(draws: Floats, samples: int) -> Interval:
-    reach = math.sqrt(samples / (samples - 1)) * student_quantile(0.975, samples - 1)
+def _expanded_percentiles(draws: Floats, samples: int, level: float) -> Interval:
+    reach = math.sqrt(samples / (samples - 1)) * student_quantile((1 + level) / 2, samples - 1)
     tail = NormalDist().cdf(-reach)
     low, high = np.quantile(draws, [tail, 1 - tail])
     return float(low), float(high)

@@ -116,7 +116,9 @@ class SpeedOptions(_Frozen):
     new_tokens: int = Field(default=64, ge=2, le=65536)
     """Tokens decoded per prompt; end-of-text is ignored so that every run does the same work."""
     repetitions: int = Field(default=8, ge=2, le=10000)
-    """Measured pairs per arm."""
+    """Measured pairs per arm, at most."""
+    precision: float = Field(default=0.1, ge=0, le=1)
+    """Share to which a decode ratio has to be known before its pairs end early; 0 measures them all."""
     warmup: int = Field(default=2, ge=1, le=1000)
     """Runs per arm before measuring; the first of them is reported as the cold run."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from optikit import text
-from optikit.evaluation.results import Measurement, Report, StepReport
+from optikit.evaluation.results import Measurement, Report, Speed, StepReport
 from optikit.plan.check_gates import PRICE
 from optikit.report.speculation_table import not_used
 
@@ -107,10 +107,7 @@ def conditions(report: Report) -> tuple[str, ...]:
             f"Quality: protocol {quality.perplexity.protocol}, {quality.perplexity.tokens:,} scored tokens, {through}."
         )
     if speed:
-        said.append(
-            f"Speed: prompts of {speed.prompt_tokens} tokens, {speed.new_tokens} new tokens, "
-            f"{text.plural(speed.repetitions, 'repetition')}{'' if measured_only(report) else ' of each, alternating'}."
-        )
+        said.append(_speed_conditions(report, speed))
     if report.speedup.decode:
         said.append(
             f"Noise floor of the decode ratio on this machine: ±{100 * report.speedup.decode.noise_floor:.1f} %."
@@ -119,6 +116,19 @@ def conditions(report: Report) -> tuple[str, ...]:
     if cost and cost.price_source:
         said.append(f"Price: {cost.price_source}.")
     return tuple(text.clean(line) for line in said)
+
+
+def _speed_conditions(report: Report, speed: Speed) -> str:
+    """Say how speed was timed; the baseline may have written fewer tokens, in fewer rounds."""
+    said = f"Speed: prompts of {speed.prompt_tokens} tokens, {speed.new_tokens} new tokens, "
+    said += text.plural(speed.repetitions, "repetition")
+    before = report.baseline.speed
+    if measured_only(report) or before is None:
+        return f"{said}."
+    if (before.new_tokens, before.repetitions) == (speed.new_tokens, speed.repetitions):
+        return f"{said} of each, alternating."
+    other = f"{before.new_tokens} new tokens, {text.plural(before.repetitions, 'repetition')}"
+    return f"{said}, alternating with the baseline ({other})."
 
 
 def _unpriced(report: Report) -> bool:

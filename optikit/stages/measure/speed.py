@@ -4,6 +4,8 @@ Every arm is a process of its own that loads its model once. All arms decode the
 one, and every other round runs backwards (A B B A), so that a machine that slows down slows everyone. The first arm is
 the baseline; it runs a second time in every round, and that ratio of the baseline to itself is the noise floor.
 
+An arm's rounds end when its ratios are known, see `looks`. Slow arms write only as many tokens as their pace needs.
+
 Where an arm speculates, prompts whose answer repeats itself (the same 8 tokens twice) are timed in rounds of their own:
 drafts come easily there, and a speed-up that rests on them is nobody's.
 
@@ -26,8 +28,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from optikit.errors import StageFailedError
-from optikit.evaluation import texts
-from optikit.evaluation.results import Machine, Repeating, Speed, Timing
+from optikit.evaluation import looks, texts
+from optikit.evaluation.looks import Look
+from optikit.evaluation.results import Machine, Ratios, Repeating, Speed, Timing
 from optikit.evaluation.speed_client import Arm
 from optikit.evaluation.speed_schedule import (
     AGAIN,
@@ -109,6 +112,10 @@ COMPILED = {"onnxruntime", "openvino", "llama-cpp"}
 """Runtimes that compute on the processor, whatever the step's device: who is compared with them has to, too."""
 PREFILL_FLOPS = 60e9
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+SLOW = 2.0
+"""`speed_stopping.SLOW`; written out, because that module loads numpy."""
+USUAL_TOKENS = 16
+"""That a slow arm writes, whose pace scatters by 8 %."""
 
 
 class ArmOptions(BaseModel):
@@ -138,7 +145,9 @@ class Options(StageOptions):
     new_tokens: int = Field(default=64, ge=2)
     """Tokens decoded per prompt."""
     repetitions: int = Field(default=8, ge=2)
-    """Measured rounds; each decodes one prompt with every arm."""
+    """Measured rounds at most; each decodes one prompt with every arm."""
+    precision: float = Field(default=0.1, ge=0, le=1)
+    """Share to which a ratio has to be known before its rounds end early; 0 makes them all."""
     warmup: int = Field(default=2, ge=1)
     """Runs per arm before measuring; the first of them is reported as the cold run."""
     chain: tuple[str, ...] = ()
@@ -172,21 +181,28 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
     """Estimate: decoding reads all weights per token, prefill does two operations per weight and token."""
-    runs = options.warmup + options.repetitions
     sizes = [_weight_bytes(arm, facts) for arm in options.arms]
     prefill = 2 * facts.parameters * options.prompt_tokens / PREFILL_FLOPS
     costs = [COSTS[arm.runtime] for arm in options.arms]
-    seconds = [
-        prefill + options.new_tokens * size / each.bytes_per_second for size, each in zip(sizes, costs, strict=True)
-    ]
+    paces = [size / each.bytes_per_second for size, each in zip(sizes, costs, strict=True)]
+    whole = [prefill + options.new_tokens * pace for pace in paces]
+    usual = [prefill + _usual_tokens(options, pace, min(paces)) * pace for pace in paces]
+    rounds = _looks(options)[len(_looks(options)) // 2].samples
+    runs = options.warmup - 1 + rounds
     peaks = [int(1.1 * size) + each.overhead for size, each in zip(sizes, costs, strict=True)]
-    seen = SEEN_PER_ROUND * options.repetitions * seconds[-1] if any(arm.speculator for arm in options.arms) else 0
+    seen = SEEN_PER_ROUND * options.repetitions * whole[-1] if any(arm.speculator for arm in options.arms) else 0
     served = [peak for peak, arm in zip(peaks, options.arms, strict=True) if arm.runtime == "vllm"]
     return Estimate(
-        seconds=sum(each.start_s for each in costs) + runs * sum(seconds) + options.repetitions * seconds[0] + seen,
+        seconds=sum(each.start_s for each in costs) + sum(whole) + runs * sum(usual) + rounds * usual[0] + seen,
         peak_bytes=max(sum(served), *peaks),
-        disk_bytes=runs * len(sizes) * options.new_tokens * 20,
+        disk_bytes=(options.warmup + options.repetitions) * len(sizes) * options.new_tokens * 20,
     )
+
+
+def _usual_tokens(options: Options, pace: float, fastest: float) -> int:
+    """Return how many tokens an arm writes on a quiet machine, from its and the fastest arm's seconds per token."""
+    cut = options.precision and pace >= SLOW * fastest
+    return min(options.new_tokens, USUAL_TOKENS) if cut else options.new_tokens
 
 
 def _weight_bytes(arm: ArmOptions, facts: ModelFacts) -> int:
@@ -218,7 +234,7 @@ def run(options: Options, job: Job) -> Facts:
             arms[arm.name] = stack.enter_context(_start(arm, options, job))
             loaded[arm.name] = _load(arms[arm.name], arm, options, job)
         found, prompts, rounds = _sorted(options, job, arms, prompts)
-        samples = list(conduct(arms, prompts, rounds, job.progress, meter, found.repeating if found else ()))
+        samples = conduct(arms, prompts, rounds, job.progress, meter, found.repeating if found else ())
         peaks = {name: arm.ask("peak") for name, arm in arms.items()}
     steal = machine_state.steal_share(ticks, machine_state.cpu_times())
     machine = Machine(before=before, after=machine_state.state(), steal_share=steal)
@@ -232,6 +248,29 @@ def run(options: Options, job: Job) -> Facts:
     timing = _timing(samples, options, about, job.seed, machine=machine, prompts=len(prompts))
     timing = timing.model_copy(update={"repeating": _repeating(found, samples, options, job.seed) if found else None})
     return timing.model_dump(mode="json") | held | {"files": [SAMPLES]}
+
+
+def _looks(options: Options) -> tuple[Look, ...]:
+    return looks.design(options.repetitions) if options.precision else looks.only(options.repetitions)
+
+
+def _pairs(options: Options) -> tuple[tuple[str, str], ...]:
+    """Return the arms whose ratio is asked for: each baseline and the last, and neighbours in the chain."""
+    *others, last = (arm.name for arm in options.arms)
+    baselines = [name for name in others if name not in options.chain[1:]]
+    return tuple(dict.fromkeys([*((name, last) for name in baselines), *pairwise(options.chain)]))
+
+
+def _rounds(options: Options, seed: int) -> Rounds:
+    from optikit.evaluation.speed_stopping import Stopping
+
+    return Rounds(
+        options.warmup,
+        options.repetitions,
+        options.new_tokens,
+        stopping=Stopping(_pairs(options), _looks(options), options.precision, seed) if options.precision else None,
+        plain=frozenset(arm.name for arm in options.arms if not arm.speculator),
+    )
 
 
 def _drafts(options: Options) -> bool:
@@ -253,7 +292,7 @@ def _sorted(
     options: Options, job: Job, arms: Mapping[str, Arm], prompts: list[list[int]]
 ) -> tuple[Sorted | None, list[list[int]], Rounds]:
     """Return prompts to time, those whose answer repeats itself apart from them, and how often."""
-    rounds = Rounds(options.warmup, options.repetitions, options.new_tokens)
+    rounds = _rounds(options, job.seed)
     if not _drafts(options):
         return None, prompts, rounds
     found = sort_prompts(arms[options.arms[-1].name], prompts[options.warmup :] or prompts, rounds, job.progress)
@@ -321,30 +360,30 @@ def _timing(
     from optikit.evaluation import speed
 
     traces = {arm.name: select(samples, arm.name, "measured") for arm in options.arms}
+    written = {sample.arm: len(sample.tokens) for sample in samples if sample.phase == "measured"}
     summaries = {name: speed.summarize(each, seed=seed) for name, each in traces.items()}
     first, *others = traces
     last = others[-1] if others else first
     again = select(samples, first, AGAIN)
     noise = speed.compare(traces[first], again, seed=seed)
-    ratios = {name: speed.compare(traces[first], traces[name], noise=noise, seed=seed) for name in others}
+
+    def ratio(one: str, other: str) -> Ratios:
+        level = looks.level(_looks(options), min(len(traces[one]), len(traces[other])))
+        return speed.compare(traces[one], traces[other], noise=noise, seed=seed, level=level)
+
     cold = {name: select(samples, name, "cold")[0].e2e_ms for name in traces}
     return Timing(
         arms={
-            name: _speed(summary, options, {**about[name], "first_call_ms": cold[name]})
+            name: _speed(summary, options, {**about[name], "first_call_ms": cold[name], "new_tokens": written[name]})
             for name, summary in summaries.items()
         },
         intervals={
             name: {"ttft_ms_p50": summary.ttft_ms_p50_ci95, "tpot_ms_p50": summary.tpot_ms_p50_ci95}
             for name, summary in summaries.items()
         },
-        ratios=ratios,
-        last_against={
-            name: speed.compare(traces[name], traces[last], noise=noise, seed=seed) for name in others if name != last
-        },
-        chain={
-            name: speed.compare(traces[before], traces[name], noise=noise, seed=seed)
-            for before, name in pairwise(options.chain)
-        },
+        ratios={name: ratio(first, name) for name in others},
+        last_against={name: ratio(name, last) for name in others if name != last},
+        chain={name: ratio(before, name) for before, name in pairwise(options.chain)},
         noise=noise,
         prompts=prompts,
         host=machine,
@@ -371,13 +410,13 @@ def _speed(summary: Summary, options: Options, about: Mapping[str, Any]) -> Spee
         "peak_memory_mib",
         "device",
         "device_memory_mib",
+        "new_tokens",
     ]
     read_back += ["joules_per_output_token", "energy_source", "energy_reason"]
     found = ("ttft_ms_p50", "ttft_ms_p95", "tpot_ms_p50", "tpot_ms_p95", "prefill_tokens_per_s", "decode_tokens_per_s")
     return Speed(
         prompt_tokens=options.prompt_tokens,
-        new_tokens=options.new_tokens,
-        repetitions=options.repetitions,
+        repetitions=summary.requests,
         **{name: about[name] for name in read_back},
         **{name: getattr(summary, name) for name in found},
     )

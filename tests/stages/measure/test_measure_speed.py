@@ -11,9 +11,10 @@ import pytest
 from pydantic import ValidationError
 
 from optikit.errors import InputMissingError, StageFailedError
+from optikit.evaluation import speed_stopping
 from optikit.evaluation.results import Machine, Speed
 from optikit.evaluation.speed import Trace
-from optikit.evaluation.speed_schedule import AGAIN, REPEATING, Rounds, Sample, schedule, select, sort_prompts
+from optikit.evaluation.speed_schedule import AGAIN, REPEATING, Rounds, Sample, conduct, schedule, select, sort_prompts
 from optikit.stage import Job
 from optikit.stages.measure import speed
 
@@ -35,9 +36,11 @@ def test_the_first_run_of_every_arm_is_cold():
     runs = list(schedule("AB", Rounds(3, 2, 8)))
     assert runs[:6] == [
         ("A", "cold", 0),
+        ("B", "cold", 0),
         ("A", "warmup", 1),
         ("A", "warmup", 2),
-        *[("B", p, i) for _, p, i in runs[:3]],
+        ("B", "warmup", 1),
+        ("B", "warmup", 2),
     ]
 
 
@@ -228,3 +231,70 @@ def test_prompts_whose_answer_repeats_itself_are_timed_apart():
     plan = list(schedule("AB", Rounds(1, 2, 8, repeating=2)))
     assert plan[-4:] == [("A", REPEATING, 0), ("B", REPEATING, 0), ("B", REPEATING, 1), ("A", REPEATING, 1)]
     assert all(phase != REPEATING for _, phase, _ in plan[:-4])
+
+
+class Paced:
+    """An arm that takes a given time per token, with a little scatter, on a clock of its own."""
+
+    def __init__(self, ms, scatter, seed):
+        self.ms, self.scatter, self.draw, self.asked = ms, scatter, np.random.default_rng(seed), []
+
+    def ask(self, verb, *, prompt, new_tokens):
+        assert (verb, prompt) == ("decode", [1, 2])
+        self.asked.append(new_tokens)
+        run = np.exp(self.draw.normal(0, self.scatter))
+        gaps = 1e6 * self.ms * run * np.exp(self.draw.normal(0, 0.01, new_tokens))
+        times = [int(at) for at in np.cumsum(gaps)]
+        return {"start_ns": 0, "token_ns": times, "tokens": [1] * new_tokens}
+
+
+def session(paces, scatter=0.01, precision=0.1, repetitions=12, chain=(), seed=0):
+    """Conduct a session of made-up arms as the step does; return the arms, and what is told of it."""
+    listed = [ARMS[0] | {"name": name} for name in paces]
+    options = speed.Options(
+        arms=listed, prompt_tokens=2, new_tokens=48, repetitions=repetitions, precision=precision, chain=chain
+    )
+    arms = {name: Paced(ms, scatter, seed + place) for place, (name, ms) in enumerate(paces.items())}
+    samples = conduct(arms, [[1, 2]], speed._rounds(options, 0), lambda *_: None)
+    about = {name: ABOUT | {"peak_memory_mib": 100.0} for name in paces}
+    return arms, facts_of(samples, options, about)
+
+
+def test_a_slow_baseline_writes_few_tokens_in_few_rounds():
+    arms, told = session({"baseline": 60.0, "result": 10.0})
+    whole, _ = session({"baseline": 60.0, "result": 10.0}, precision=0)
+    assert arms["baseline"].asked[0] == 48
+    assert set(arms["baseline"].asked[1:]) == {9}
+    assert set(arms["result"].asked) == {48}
+    assert len(arms["result"].asked) == 2 + 4  # known at the second look
+    assert whole["baseline"].asked == [48] * (2 + 2 * 12)
+    assert sum(arms["baseline"].asked) < 0.15 * sum(whole["baseline"].asked)
+    ratio = told["ratios"]["result"]["decode"]
+    assert ratio["value"] == pytest.approx(6, rel=0.05)
+    assert ratio["ci95"][0] < 6 < ratio["ci95"][1]
+    assert [told["arms"][name]["new_tokens"] for name in arms] == [9, 48]
+    assert [told["arms"][name]["repetitions"] for name in arms] == [4, 4]
+
+
+def test_what_is_not_known_is_timed_to_the_end():
+    arms, told = session({"baseline": 10.0, "result": 9.95}, scatter=0.03)
+    assert len(arms["result"].asked) == 2 + 12
+    assert told["ratios"]["result"]["decode"]["verdict"] == "no measurable change"
+
+
+def test_the_baseline_stops_first_while_stages_are_told_apart():
+    chain = ("baseline", "engine", "result")
+    arms, told = session({"baseline": 60.0, "engine": 10.0, "result": 9.95}, scatter=0.03, chain=chain)
+    assert len(arms["baseline"].asked) < 2 + 2 * 12
+    assert [told["arms"][name]["repetitions"] for name in chain][1:] == [12, 12]
+    assert told["chain"]["engine"]["decode"]["value"] == pytest.approx(6, rel=0.1)
+
+
+def test_an_arm_that_speculates_writes_whole_answers():
+    listed = [ARMS[0], ARMS[1] | {"speculator": "made"}]
+    options = speed.Options(arms=listed, new_tokens=48)
+    assert speed._rounds(options, 0).plain == {"baseline"}
+
+
+def test_the_estimate_knows_which_arms_are_slow():
+    assert speed.SLOW == speed_stopping.SLOW
