@@ -118,21 +118,21 @@ def schedule(
     >>> "".join(name for name, phase, _ in schedule("AB", Rounds(1, 2, 8)) if phase != "cold")
     'ABAABA'
     """
-    for name in names:
-        yield name, "cold", 0
-    for name in names:
-        for index in range(1, rounds.warmup):
-            yield name, "warmup", index
+    yield from _warming_up(names, rounds)
     there: list[tuple[str, Phase]] = [(name, "measured") for name in names]
     there.append((names[0], AGAIN))
     for index in range(rounds.repetitions):
         asked = names if wanted is None else wanted(index)
-        for name, phase in there if index % 2 == 0 else reversed(there):
-            if name in asked:
-                yield name, phase, index
+        turns = there if index % 2 == 0 else reversed(there)
+        yield from ((name, phase, index) for name, phase in turns if name in asked)
     for index in range(rounds.repeating):
         for name in names if index % 2 == 0 else reversed(names):
             yield name, REPEATING, index
+
+
+def _warming_up(names: Sequence[str], rounds: Rounds) -> Iterator[tuple[str, Phase, int]]:
+    yield from ((name, "cold", 0) for name in names)
+    yield from ((name, "warmup", index) for name in names for index in range(1, rounds.warmup))
 
 
 class _Session:

@@ -351,7 +351,7 @@ def _load(process: Arm, arm: ArmOptions, options: Options, job: Job) -> dict[str
 def _timing(
     samples: Sequence[Sample],
     options: Options,
-    about: Mapping[str, Mapping[str, Any]],
+    about: Mapping[str, dict[str, Any]],
     seed: int,
     *,
     machine: Machine,
@@ -360,23 +360,22 @@ def _timing(
     from optikit.evaluation import speed
 
     traces = {arm.name: select(samples, arm.name, "measured") for arm in options.arms}
-    written = {sample.arm: len(sample.tokens) for sample in samples if sample.phase == "measured"}
     summaries = {name: speed.summarize(each, seed=seed) for name, each in traces.items()}
     first, *others = traces
     last = others[-1] if others else first
     again = select(samples, first, AGAIN)
     noise = speed.compare(traces[first], again, seed=seed)
 
+    def seen(name: str) -> dict[str, Any]:
+        cold = select(samples, name, "cold")[0]
+        return {"first_call_ms": cold.e2e_ms, "new_tokens": len(traces[name][0].token_ns)}
+
     def ratio(one: str, other: str) -> Ratios:
         level = looks.level(_looks(options), min(len(traces[one]), len(traces[other])))
         return speed.compare(traces[one], traces[other], noise=noise, seed=seed, level=level)
 
-    cold = {name: select(samples, name, "cold")[0].e2e_ms for name in traces}
     return Timing(
-        arms={
-            name: _speed(summary, options, {**about[name], "first_call_ms": cold[name], "new_tokens": written[name]})
-            for name, summary in summaries.items()
-        },
+        arms={name: _speed(summary, options, about[name] | seen(name)) for name, summary in summaries.items()},
         intervals={
             name: {"ttft_ms_p50": summary.ttft_ms_p50_ci95, "tpot_ms_p50": summary.tpot_ms_p50_ci95}
             for name, summary in summaries.items()
