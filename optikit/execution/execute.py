@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -23,6 +23,7 @@ from optikit.execution import check_backend, supervise
 from optikit.fileio import write_json
 from optikit.process.failure import raise_failure
 from optikit.stage import EMITTED, RETURNED, VERIFIED, Emitting, Stage
+from optikit.store.lease import Lease, LeaseLostError
 from optikit.store.sources import require_unchanged
 from optikit.store.store import Artifact, Manifest, Store, cache_key
 
@@ -140,11 +141,14 @@ class _Executor:
             return found, "verified" if VERIFIED in found.manifest.facts else "cached"
         status: Status = "cached"
         artifact = self.store.find(step.key)
-        if artifact is None:
-            with self.store.lock(step.key, timeout=self.settings.lock_timeout, waiting=self.progress.note):
+        while artifact is None:
+            with (
+                suppress(LeaseLostError),  # it was held up: whoever took over goes on with it
+                self.store.lock(step.key, timeout=self.settings.lock_timeout, waiting=self.progress.note) as lease,
+            ):
                 artifact = self.store.find(step.key)
                 if artifact is None:
-                    artifact, status = self._perform(step, emitted), "executed"
+                    artifact, status = self._perform(step, emitted, lease), "executed"
         if VERIFIED in artifact.manifest.facts:
             return artifact, "verified"
         if not artifact.manifest.facts.get(EMITTED):
@@ -162,8 +166,12 @@ class _Executor:
             self.progress.note(f"{step.name} stays emitted: {why}")
         return self.settings.resume and not why
 
-    def _perform(self, step: Step, emitted: Path | None) -> Artifact:
-        """Do a step in a process of its own and keep its result; with `emitted`, finish that folder."""
+    def _perform(self, step: Step, emitted: Path | None, lease: Lease) -> Artifact:
+        """Do a step in a process of its own and keep its result; with `emitted`, finish that folder.
+
+        Raises:
+            LeaseLostError: This process was held up for so long that another may do it now.
+        """
         self._require_intact(step)
         directory = self.store.job_dir(step.key)
         shutil.rmtree(directory, ignore_errors=True)
@@ -179,6 +187,7 @@ class _Executor:
                     step.name,
                     directory,
                     timeout=self.plan.recipe.timeout,
+                    between=lease.require,
                     observe=observe,
                     note=self.progress.note,
                     environment=environment,
@@ -188,6 +197,7 @@ class _Executor:
             if step.backend != stages.OURS and step.writes == "model":
                 source = Path(request["source"])
                 response["facts"] |= check_backend.require(step.name, step.backend, source, dest, step.after)
+            lease.require()
             artifact = self.store.commit(step.key, dest, _manifest(step, request, response))
         finally:
             shutil.rmtree(dest, ignore_errors=True)

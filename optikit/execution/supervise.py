@@ -24,6 +24,7 @@ def respond(
     timeout: float | None,
     observe: Callable[[int, int, str], None],
     note: Callable[[str], None] = lambda _: None,
+    between: Callable[[], None] = lambda: None,
     environment: environments.Environment | None = None,
 ) -> dict[str, Any]:
     """Do the work that `directory` asks for in a process of its own, and return what that answered.
@@ -34,6 +35,7 @@ def respond(
         timeout: Seconds that it may take; None is as long as it wants.
         observe: Told (done, total, what) as the work goes on.
         note: Told what the stage wants a user to know.
+        between: Called twenty times a second; what it raises ends the process.
         environment: Whose interpreter does it; None is this one's.
 
     Raises:
@@ -46,6 +48,7 @@ def respond(
     events = child.NewLines(directory / "events.jsonl")
 
     def observe_events() -> None:
+        between()
         for line in events.read():
             event = json.loads(line)
             if "note" in event:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from optikit.errors import IntegrityError, LockedError
+from optikit.errors import IntegrityError
 from optikit.store import files, in_use
 from optikit.store.keys import is_key
 from optikit.store.manifest import NAME, Damage, damages, load
@@ -107,7 +107,7 @@ def gc(store: Store, keep: set[str], max_bytes: int | None = None, *, dry_run: b
     for entry in present:
         if max_bytes is None or left <= max_bytes:
             break
-        if entry.name in keep or _is_locked(store, entry.name):
+        if entry.name in keep or store.is_locked(entry.name):
             continue
         if _remove(store, entry.path, dry_run=dry_run):
             removed.append(entry)
@@ -166,15 +166,7 @@ def _is_given_up(store: Store, entry: Entry) -> bool:
         return old
     if not is_key(entry.name):
         return True
-    return (old or store.artifact_path(entry.name).exists()) and not _is_locked(store, entry.name)
-
-
-def _is_locked(store: Store, key: str) -> bool:
-    try:
-        with store.lock(key, timeout=0):
-            return False
-    except LockedError:
-        return True
+    return (old or store.artifact_path(entry.name).exists()) and not store.is_locked(entry.name)
 
 
 def _remove(store: Store, path: Path, *, dry_run: bool) -> bool:

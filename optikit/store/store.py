@@ -2,7 +2,7 @@
 
     ROOT/artifacts/KEY/     files + artifact.json           scratch/KEY/   half-done work, kept for the resume
          tmp/               being written, not yet sealed   downloads/     files of models and texts
-         locks/             one writer per key, by flock    corrupt/       what didn't match its seal
+         locks/             one writer per key: `lease`    corrupt/       what didn't match its seal
          jobs/KEY/          request and log of a step       digests.json   sha256 remembered by size, times, inode
 
 Writing: a fresh directory in tmp/ → files → fsync → artifact.json → fsync → rename → fsync. Killed anywhere, the store
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import json
 import os
 import re
 import sys
@@ -24,15 +23,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
 
 from optikit import text
 from optikit.errors import CannotCreateError, IntegrityError, LockedError
-from optikit.fileio import read_regular
-from optikit.store import fault_points, files, in_use
+from optikit.store import fault_points, files, in_use, lease
 from optikit.store.digests import Digests
 from optikit.store.keys import cache_key, is_key, valid
 from optikit.store.manifest import NAME, Artifact, Damage, Manifest, damages, load, seal
@@ -40,6 +37,7 @@ from optikit.store.manifest import NAME, Artifact, Damage, Manifest, damages, lo
 __all__ = ["Artifact", "Damage", "Manifest", "Store", "cache_key"]
 
 Verify = Literal["full", "size"]
+LOCK_POLL_SECONDS = 0.1
 DIRECTORIES = ("artifacts", "tmp", "locks", "scratch", "downloads", "corrupt", "jobs")
 ENVIRONMENTS = "environments"
 """Directory of the managed environments, made with the first: what lies there is executed."""
@@ -317,8 +315,8 @@ class Store:
         *,
         timeout: float | None = None,
         waiting: Callable[[str], None] = lambda _: None,
-    ) -> Iterator[None]:
-        """Hold the lock of a key: one process at a time, freed by the kernel when its holder dies.
+    ) -> Iterator[lease.Lease]:
+        """Hold the lock of a key: one process of all machines at a time, free when its holder dies; see `lease`.
 
         Args:
             key: Cache key.
@@ -328,31 +326,36 @@ class Store:
         Raises:
             LockedError: If it is still held after `timeout`.
         """
-        from filelock import FileLock, Timeout
-
         path = self.root / "locks" / f"{valid(key)}.lock"
         if path.is_symlink() or (path.exists() and not path.is_file()):
             self.set_aside(path, [Damage(path.name, "is no file")])
-        holder = path.with_suffix(".holder")
-        lock = FileLock(path, mode=0o600)
-        with files.disk_errors(self.root, f"lock {path}"):
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                waiting(f"waiting for {_holder(holder)}, which works on {key[:12]}")
-                try:
-                    lock.acquire(timeout=-1 if timeout is None else timeout)
-                except Timeout:
-                    message = f"{_holder(holder)} still works on {key[:12]} after {timeout:g} s"
-                    raise LockedError(message, fix="wait for it, or raise --lock-timeout") from None
+        kernel, held = lease.KernelLock(path), lease.Lease(path.with_suffix(".lease"))
+        deadline, told = None if timeout is None else time.monotonic() + timeout, False
         try:
-            with suppress(OSError):
-                holder.write_text(json.dumps(_ourselves()), encoding="utf-8")
-            yield
+            with files.disk_errors(self.root, f"lock {path}"):
+                while not (kernel.take() and held.take(alone_here=kernel.works)):
+                    if not told:
+                        waiting(f"waiting for {held.holder()}, which works on {key[:12]}")
+                        told = True
+                    if deadline is not None and time.monotonic() >= deadline:
+                        message = f"{held.holder()} still works on {key[:12]} after {timeout:g} s"
+                        raise LockedError(message, fix="wait for it, or raise --lock-timeout")
+                    time.sleep(LOCK_POLL_SECONDS)
+            yield held
         finally:
-            with suppress(OSError):
-                holder.unlink()
-            lock.release()
+            held.give_back()
+            kernel.let_go()
+
+    def is_locked(self, key: str) -> bool:
+        """Return whether anybody works on a key."""
+        path = self.root / "locks" / f"{valid(key)}.lock"
+        kernel = lease.KernelLock(path)
+        try:
+            with files.disk_errors(self.root, f"lock {path}"):
+                free = not path.exists() or kernel.take()
+                return not free or lease.is_held(path.with_suffix(".lease"), alone_here=kernel.works)
+        finally:
+            kernel.let_go()
 
     def _sweep(self) -> None:
         """Remove what dead processes of this machine left in tmp/."""
@@ -395,17 +398,3 @@ def _warn(warnings: list[str], also: Callable[[str], None] | None, what: str) ->
 
 def _to_stderr(what: str) -> None:
     sys.stderr.write(f"warning: {text.clean(what)}\n")
-
-
-def _ourselves() -> dict[str, str | int]:
-    since = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"pid": os.getpid(), "host": os.uname().nodename, "since": since}
-
-
-def _holder(path: Path) -> str:
-    """Describe who holds a lock, from what the holder wrote beside it."""
-    try:
-        who = json.loads(read_regular(path))
-        return f"process {who['pid']} on {who['host']} (since {who['since']})"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
