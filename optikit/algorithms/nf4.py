@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ LEVELS = (
     1.0,
 )
 """What codes 0 … 15 stand for, in units of the largest magnitude of a block. Source: the paper's appendix E."""
+HALF_GAP = max(upper - lower for lower, upper in pairwise(LEVELS)) / 2
+"""How far a weight can be from its level, in the same units."""
 
 
 @dataclass(frozen=True)

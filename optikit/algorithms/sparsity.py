@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,42 @@ def smallest(scores: Tensor, pattern: Pattern, *, per_row: bool = False) -> Tens
     if per_row:
         return _smallest_per_row(scores, round(pattern.sparsity * width))
     return _smallest_anywhere(scores, round(pattern.sparsity * scores.numel()))
+
+
+def threshold(scores: Callable[[], Iterable[Tensor]], sparsity: float) -> tuple[float, int]:
+    """Return the largest of the scores that are the smallest, exactly, without having them in memory together.
+
+    Bits of floats that aren't negative are ordered as the floats are: two histograms find it, of the upper and of the
+    lower sixteen bits.
+
+    Args:
+        scores: Reads them, float32, none negative, some at a time; asked twice.
+        sparsity: Share of them that is wanted.
+
+    Returns:
+        The score, and how many that are equal to it belong to the smallest.
+    """
+    upper = sum(torch.bincount(_bits(part) >> 16, minlength=1 << 15) for part in scores())
+    assert isinstance(upper, Tensor)  # noqa: S101 - of at least one strip
+    count = round(sparsity * int(upper.sum()))
+    if not count:
+        return 0.0, 0
+    high, count = _place(upper, count)
+    lower = sum(torch.bincount(bits[bits >> 16 == high] & 0xFFFF, minlength=1 << 16) for bits in map(_bits, scores()))
+    assert isinstance(lower, Tensor)  # noqa: S101
+    low, count = _place(lower, count)
+    return float(torch.tensor((high << 16) | low, dtype=torch.int32).view(torch.float32)), count
+
+
+def _bits(scores: Tensor) -> Tensor:
+    return scores.reshape(-1).view(torch.int32)
+
+
+def _place(counts: Tensor, number: int) -> tuple[int, int]:
+    """Return the bin of a histogram that has element `number`, counted from 1, and which of the bin's it is."""
+    upto = counts.cumsum(0)
+    place = int((upto < number).sum())
+    return place, number - int(upto[place] - counts[place])
 
 
 def holds(weight: Tensor, pattern: Pattern) -> bool:

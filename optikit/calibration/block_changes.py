@@ -19,7 +19,7 @@ Change = tuple[Linears, Callable[[], Result]]
 class Block:
     """New tensors of one block; `forward` puts new weights into the module that computes its outputs."""
 
-    def __init__(self, source: SourceModel, forward: Callable[[Linears, tuple[Tensor, ...]], None] | None) -> None:
+    def __init__(self, source: SourceModel, forward: Callable[[Linears, tuple[Tensor, ...]], None]) -> None:
         self._source, self._forward = source, forward
         self.tensors: dict[str, Tensor] = {}
         self.linears: list[str] = []
@@ -27,8 +27,7 @@ class Block:
 
     def take(self, linears: Linears, result: Result) -> None:
         """Take a group in: its packed tensors, or its new weights where a method packs nothing."""
-        if self._forward is not None:
-            self._forward(linears, result.weights)
+        self._forward(linears, result.weights)
         self.tensors.update(result.tensors or self._dense(linears, result.weights))
         self.tensors.update({f"{AIM}{name}": tensor for name, tensor in result.aims.items()})
         self.linears += [linear.name for linear in linears]

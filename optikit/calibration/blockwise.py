@@ -37,7 +37,6 @@ from optikit.calibration.method import (
     Method,
     PreviousOp,
     Result,
-    RowMethod,
     Walked,
 )
 from optikit.calibration.paused_forward import CapturePoint, answered, capture_hooks
@@ -64,7 +63,7 @@ class Outcome(NamedTuple):
 
 def run(
     job: Job,
-    method: Method[Any] | DataFreeMethod | RowMethod,
+    method: Method[Any] | DataFreeMethod,
     *,
     identity: str,
     ignore: Callable[[str], bool],
@@ -90,22 +89,18 @@ def run(
     facts: Facts = {}
     if isinstance(method, Method):
         walk = _Calibrated(job, source, method, identity, ignore, experts, cache)
-        state, changed = walk.state, walk.blocks()
+        state = walk.state
         facts["compute_dtype"] = str(walk.dtype).removeprefix("torch.")
+        with torch.no_grad(), closing(walk.blocks()) as blocks:
+            for block, groups in blocks:
+                for linears, apply in groups:
+                    block.take(linears, apply())
+                    del apply  # with its statistic, before the next one is made
     else:
         state = ResumeState(job.scratch, {"method": identity}, job.note)
         if source.row.generic:
             EmptyModel(source, dtype=torch.bfloat16, device="meta")  # holds the row to transformers' class
-        if isinstance(method, RowMethod):
-            data_free.by_rows(job, source, method, state, ignore)
-            changed = data_free.nothing()
-        else:
-            changed = data_free.blocks(job, source, method, state, ignore)
-    with torch.no_grad(), closing(changed) as blocks:
-        for block, groups in blocks:
-            for linears, apply in groups:
-                block.take(linears, apply())
-                del apply  # with its statistic, before the next one is made
+        data_free.walk(job, source, method, state, ignore)
     written = method.layout.write(job, _walked(source, state, ignore))
     if source.row.generic:
         facts |= {"walk": "no row: generic walk"}

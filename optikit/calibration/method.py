@@ -212,37 +212,38 @@ class JointMethod(Protocol):
         ...
 
 
+class StripLayout(Layout, Protocol):
+    """A layout of linears that are changed strip by strip."""
+
+    def packing_for(self, dtype: torch.dtype, *, transposed: bool) -> Packing:
+        """Return how a linear is packed whose weight the source has in a dtype, as (in, out) if transposed."""
+        ...
+
+
+Strips = Callable[[], Iterator[Tensor]]
+"""Reads the weight of a linear from its first output on, some outputs (rows, in) float32 at a time."""
+
+
 class DataFreeMethod(Protocol):
-    """A technique that looks at weights alone, at those of a group together."""
+    """A technique that looks at weights alone, a strip of one linear's outputs at a time: it takes any size."""
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> StripLayout:
         """File layout of the results."""
         ...
 
-    def apply(self, group: Group) -> Result:
-        """Change a group's weights."""
+    def strips(self, weight: Strips, name: str, /) -> Iterator[Mapping[str, Tensor]]:
+        """Yield the new tensors of each strip of a linear (full name) by suffix; it may be read more than once."""
         ...
 
 
-class PackedLayout(Layout, Protocol):
-    """A layout of packed linears."""
+class RowMethod:
+    """What methods have in common that look at each output by itself."""
 
-    @property
-    def packing(self) -> Packing:
-        """How a linear is packed."""
-        ...
-
-
-@runtime_checkable
-class RowMethod(Protocol):
-    """A technique that looks at weights alone and rounds each output by itself: it takes a linear of any size."""
-
-    @property
-    def layout(self) -> PackedLayout:
-        """File layout of the results."""
-        ...
+    def strips(self, weight: Strips, name: str) -> Iterator[Mapping[str, Tensor]]:
+        """Yield the packed tensors of each strip."""
+        return (self.rows(rows, name) for rows in weight())
 
     def rows(self, weight: Tensor, name: str, /) -> Mapping[str, Tensor]:
         """Return the packed tensors of some outputs of a linear by suffix, from their weight (rows, in) float32."""
-        ...
+        raise NotImplementedError

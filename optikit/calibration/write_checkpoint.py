@@ -26,7 +26,7 @@ from optikit.errors import StageFailedError
 from optikit.fileio import write_json
 from optikit.formats.checkpoint import Checkpoint, read_entry, same_bytes
 from optikit.formats.directory import write_model
-from optikit.formats.packing import IntegerPacking, Packing, integers, off_grid
+from optikit.formats.packing import IntegerPacking, Packing, dense, integers, off_grid
 from optikit.stage import Facts, Job
 
 LARGEST_BEHIND_NORM = 0.4
@@ -301,6 +301,10 @@ class RoundedLayout:
     config: Mapping[str, Any]
     beside: Mapping[str, Any] = field(default_factory=dict)
 
+    def packing_for(self, dtype: torch.dtype, *, transposed: bool) -> Packing:  # noqa: ARG002 - all linears alike
+        """Return the packing."""
+        return self.packing
+
     def write(self, job: Job, walked: Walked) -> Facts:
         """Write `job.dest` and verify it against `job.source`; facts and errors are those of `verify_rounded`."""
         write_model(job.source, job.dest, walked.entries, changes={"quantization_config": dict(self.config)})
@@ -333,6 +337,10 @@ class SparseLayout:
 
     pattern: Pattern
 
+    def packing_for(self, dtype: torch.dtype, *, transposed: bool) -> Packing:
+        """Return how the source has weights."""
+        return dense(dtype, transposed=transposed)
+
     def write(self, job: Job, walked: Walked) -> Facts:
         """Write `job.dest` and verify it against `job.source`.
 
@@ -344,28 +352,48 @@ class SparseLayout:
         """
         source = SourceModel(Checkpoint(job.source))
         write_model(job.source, job.dest, source.stacked(walked.entries), changes={})
-        written = SourceModel(Checkpoint(job.dest)).checkpoint
-        pruned = {f"{name}.weight" for name in walked.linears}
-        if set(source.checkpoint) != set(written):
-            odd = min(set(source.checkpoint) ^ set(written))
-            raise StageFailedError(f"{odd} is in only one of source and result", fix=FIX)
-        for name in sorted(set(written) - pruned):
-            if not same_bytes(source.checkpoint.entries[name], written.entries[name]):
-                raise StageFailedError(f"{name} should be untouched and differs from the source", fix=FIX)
+        written = SourceModel(Checkpoint(job.dest))
+        _check_others(source.checkpoint, written.checkpoint, {f"{name}.weight" for name in walked.linears})
         shares, zeros = [], 0
-        for name in sorted(pruned):
-            weight, before = written.read(name), source.read(name)
-            if weight.shape != before.shape or weight.dtype != before.dtype:
-                raise StageFailedError(f"{name} changed its shape or dtype", fix=FIX)
-            if not torch.isfinite(weight).all():
-                raise StageFailedError(f"{name} became NaN or infinite", fix="raise damp, or use wanda")
-            if not holds(weight.T if source.row.transposed else weight, self.pattern):
-                raise StageFailedError(f"{name} lacks zeros that were promised", fix=FIX)
-            shares.append(float((weight == 0).float().mean()))
-            zeros += int((weight == 0).sum())
+        for name in sorted(walked.linears):
+            here, elements = _zeros(Linear("", name), written, self.pattern)
+            shares.append(here / elements)
+            zeros += here
         return {
             "linears_pruned": len(shares),
             "sparsity_mean": round(sum(shares) / len(shares), 4),
             "sparsity_least": round(min(shares), 4),
             "zeros": zeros,
         }
+
+
+def _check_others(source: Checkpoint, written: Checkpoint, pruned: set[str]) -> None:
+    """Check that there are the same tensors, of the same kinds; those that were not pruned have their bytes."""
+    if set(source) != set(written):
+        odd = min(set(source) ^ set(written))
+        raise StageFailedError(f"{odd} is in only one of source and result", fix=FIX)
+    for name, entry in source.entries.items():
+        new = written.entries[name]
+        if name not in pruned and not same_bytes(entry, new):
+            raise StageFailedError(f"{name} should be untouched and differs from the source", fix=FIX)
+        if (new.shape, new.dtype) != (entry.shape, entry.dtype):
+            raise StageFailedError(f"{name} changed its shape or dtype", fix=FIX)
+
+
+def _zeros(linear: Linear, written: SourceModel, pattern: Pattern) -> tuple[int, int]:
+    """Return how many weights of a pruned linear are zero, and how many there are, read a strip at a time.
+
+    Raises:
+        StageFailedError: Zeros are missing that the pattern asks for.
+        IntegrityError: It holds NaN or infinity.
+    """
+    zeros = elements = rows = 0
+    for _, weight in written.strips(linear):
+        if pattern.group and not holds(weight, pattern):
+            raise StageFailedError(f"{linear.name} lacks zeros that were promised", fix=FIX)
+        zeros += int((weight == 0).sum())
+        elements += weight.numel()
+        rows += len(weight)
+    if not pattern.group and zeros < pattern.sparsity * elements - rows:
+        raise StageFailedError(f"{linear.name} lacks zeros that were promised", fix=FIX)
+    return zeros, elements

@@ -17,7 +17,7 @@ Source: bitsandbytes 0.50, functional.py, QuantState.as_dict(packed=True).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,21 +41,26 @@ def pack(codes: Tensor, absmax: Tensor | nf4.Constants, shape: tuple[int, int], 
         dtype: What a server computes in, as torch names it: `bfloat16`.
     """
     even = torch.nn.functional.pad(codes, (0, len(codes) % 2), value=nf4.ZERO)
-    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": nf4.BLOCK, "dtype": dtype, "shape": list(shape)}
-    tensors = {
-        "weight": ((even[::2] << 4) | even[1::2]).unsqueeze(1),
-        "weight.quant_map": torch.tensor(nf4.LEVELS),
-    }
+    state = {"quant_type": "nf4", "blocksize": nf4.BLOCK, "dtype": dtype, "shape": list(shape)}
+    return _tensors(((even[::2] << 4) | even[1::2]).unsqueeze(1), absmax, state)
+
+
+def _tensors(codes: Tensor, absmax: Tensor | nf4.Constants, state: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of one linear from codes as they are packed, constants, and what is stated of them."""
+    tensors = {"weight": codes, "weight.quant_map": torch.tensor(nf4.LEVELS)}
     if isinstance(absmax, nf4.Constants):
         tensors["weight.absmax"] = absmax.codes
         tensors["weight.nested_absmax"] = absmax.scales
         tensors["weight.nested_quant_map"] = nf4.dynamic_map().clone()
-        state |= {"nested_blocksize": nf4.CONSTANTS_BLOCK, "nested_dtype": "float32"}
+        state = {**state, "nested_blocksize": nf4.CONSTANTS_BLOCK, "nested_dtype": "float32"}
         state["nested_offset"] = float(absmax.offset)
     else:
         tensors["weight.absmax"] = absmax
-    tensors[NF4_STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-    return tensors
+    return {**tensors, NF4_STATE: _told(state)}
+
+
+def _told(state: Mapping[str, Any]) -> Tensor:
+    return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
 
 def unpack(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -76,6 +81,45 @@ def unpack(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Any
     if tensors["weight.quant_map"].shape != (16,):
         raise IntegrityError(f"a map of {tensors['weight.quant_map'].numel()} levels", fix=FIX)
     return codes, absmax.float(), state
+
+
+def outputs(tensors: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    """Return the tensors of outputs `start` to `stop` of a linear, their constants in float32.
+
+    Blocks of constants begin with `start`: it is a multiple of 64, or the width is.
+    """
+    state = parse_object(bytes(tensors[NF4_STATE].tolist()))
+    width, size = state["shape"][1], state["blocksize"]
+    first, last = start * width, stop * width
+    blocks = slice(first // size, -(-last // size))
+    absmax = tensors["weight.absmax"][blocks]
+    if "weight.nested_absmax" in tensors:
+        number = torch.arange(blocks.start, blocks.start + len(absmax)) // state["nested_blocksize"]
+        spread = tensors["weight.nested_absmax"][number]
+        absmax = tensors["weight.nested_quant_map"][absmax.int()] * spread + torch.tensor(state["nested_offset"])
+    told = {key: value for key, value in state.items() if not key.startswith("nested")}
+    return {
+        "weight": tensors["weight"][first // 2 : -(-last // 2)],
+        "weight.absmax": absmax,
+        "weight.quant_map": tensors["weight.quant_map"],
+        NF4_STATE: _told({**told, "shape": [stop - start, width]}),
+    }
+
+
+def joined(strips: Sequence[Mapping[str, Tensor]], rows: int, *, double_quant: bool) -> dict[str, Tensor]:
+    """Return the tensors of a linear of so many outputs from those of its strips, as `outputs` cuts them."""
+    state = parse_object(bytes(strips[0][NF4_STATE].tolist()))
+    codes, absmax = (torch.cat([strip[suffix] for strip in strips]) for suffix in ("weight", "weight.absmax"))
+    constants = nf4.quantize_constants(absmax) if double_quant else absmax
+    return _tensors(codes, constants, {**state, "shape": [rows, state["shape"][1]]})
+
+
+def bound(weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return how far each weight of some outputs (out, in) may be off: half a gap, and what its constant is off."""
+    flat = torch.nn.functional.pad(weight.reshape(-1), (0, -weight.numel() % nf4.BLOCK))
+    largest, stored = flat.view(-1, nf4.BLOCK).abs().amax(dim=1), tensors["weight.absmax"]
+    off = largest * nf4.HALF_GAP + (stored - largest).abs()
+    return off.mul_(1.0001).repeat_interleave(nf4.BLOCK)[: weight.numel()].view_as(weight)
 
 
 def _spread(constants: Tensor, state: Mapping[str, Any], key: str, count: int) -> Tensor:

@@ -17,7 +17,7 @@ from optikit.algorithms.fp4 import LEVELS
 from optikit.algorithms.fp8 import BLOCK, E4M3
 from optikit.algorithms.grid import Grid
 from optikit.errors import IntegrityError
-from optikit.formats import awq, compressed_tensors, fp4, fp8, gptq
+from optikit.formats import awq, compressed_tensors, fp4, fp8, gptq, llm_int8, nf4
 from optikit.formats.gptq import pack_words, unpack_words
 
 Tensors = Mapping[str, Tensor]
@@ -78,6 +78,84 @@ class Packing:
         if SHAPE in whole:
             whole[SHAPE] = torch.tensor([rows, int(whole[SHAPE][1])])
         return whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class DensePacking(Packing):
+    """A weight as the source has it, of strips in float32.
+
+    Attributes:
+        dtype: Of its elements.
+        transposed: It is stored (in, out).
+    """
+
+    dtype: torch.dtype
+    transposed: bool
+
+    def joined(self, strips: Iterable[Tensors], rows: int) -> dict[str, Tensor]:
+        """Return the weight of a linear from its strips, (rows, in) each."""
+        return super().joined(({"weight": self._stored(strip["weight"])} for strip in strips), rows)
+
+    def _stored(self, weight: Tensor) -> Tensor:
+        return (weight.T if self.transposed else weight).to(self.dtype)
+
+
+def dense(dtype: torch.dtype, *, transposed: bool) -> DensePacking:
+    """Return how a linear that isn't packed lies in a checkpoint."""
+    return DensePacking(
+        dtypes={"weight": dtype},
+        outputs={"weight": (int(transposed), 1)},
+        dequantize=lambda tensors: (tensors["weight"].T if transposed else tensors["weight"]).float(),
+        dtype=dtype,
+        transposed=transposed,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nf4Packing(Packing):
+    """NF4 of bitsandbytes, whose blocks run over the weights of all outputs; of strips with constants in float32.
+
+    Attributes:
+        double_quant: Constants of a whole linear are rounded to 8 bits.
+    """
+
+    double_quant: bool
+
+    def strip(self, tensors: Tensors, start: int, stop: int) -> dict[str, Tensor]:
+        """Return the tensors of outputs `start` to `stop`, a multiple of 64 or the last, of a whole linear's."""
+        return nf4.outputs(tensors, start, stop)
+
+    def joined(self, strips: Iterable[Tensors], rows: int) -> dict[str, Tensor]:
+        """Return the tensors of a linear of so many outputs from those of its strips, in order."""
+        return nf4.joined(list(strips), rows, double_quant=self.double_quant)
+
+
+def nf4_blocks(*, double_quant: bool) -> Nf4Packing:
+    """Return `bitsandbytes` with NF4; constants in 8 bits, or in float32."""
+    constants = torch.uint8 if double_quant else torch.float32
+    nested = dict.fromkeys(("weight.nested_absmax", "weight.nested_quant_map") if double_quant else (), torch.float32)
+    dtypes = {"weight": torch.uint8, "weight.absmax": constants, "weight.quant_map": torch.float32}
+    return Nf4Packing(
+        dtypes={**dtypes, **nested, nf4.NF4_STATE: torch.uint8},
+        outputs={},
+        dequantize=nf4.dequantize,
+        bound=nf4.bound,
+        double_quant=double_quant,
+    )
+
+
+def _int8_off(weight: Tensor, tensors: Tensors) -> Tensor:
+    """Return half the distance of the codes around each weight, and a little for arithmetic in float32."""
+    return (tensors["SCB"] * (0.50005 / llm_int8.LEVELS) + 1e-30)[:, None].expand_as(weight)
+
+
+LLM_INT8 = Packing(
+    dtypes={"weight": torch.int8, "SCB": torch.float32, "weight_format": torch.uint8},
+    outputs={"weight": (0, 1), "SCB": (0, 1)},
+    dequantize=llm_int8.dequantize,
+    bound=_int8_off,
+)
+"""LLM.int8() of bitsandbytes: a scale per output."""
 
 
 @dataclass(frozen=True, kw_only=True)

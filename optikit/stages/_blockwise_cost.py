@@ -23,7 +23,16 @@ GRAM_S = 1.05e-11
 """Per weight and token: the Gram matrix of inputs, or what outputs lack."""
 BASE_BYTES = 360_000_000
 """Libraries."""
+DATA_FREE_BYTES = 430_000_000
+"""The same, and some strips in float32."""
 BF16, FLOAT = 2, 4
+
+
+def data_free_peak(facts: ModelFacts, *, element_bytes: int = 1) -> int:
+    """Return the peak memory, in bytes, of a walk that holds strips of weights and what one commit takes of results."""
+    largest = max((rows * columns for rows, columns in facts.linears.values()), default=0)
+    block = facts.linear_elements // max(facts.layers, 1)
+    return DATA_FREE_BYTES + element_bytes * max(largest, min(block, 1 << 27))
 
 
 class Held(NamedTuple):

@@ -54,6 +54,19 @@ def test_smallest_removes_exactly_as_many_as_asked_and_never_a_larger_before_a_s
     assert holds(tensor.masked_fill(mask, 0), Pattern(sparsity, group=group))
 
 
+@given(
+    values=st.lists(st.lists(st.integers(-3, 3), min_size=8, max_size=8), min_size=1, max_size=9),
+    noise=st.sampled_from([0.0, 1e-3]),
+    pattern=st.sampled_from([Pattern(0.0), *PATTERNS, Pattern(0.9)]),
+    step=st.integers(1, 4),
+)
+def test_a_weight_read_in_strips_loses_the_same_weights(values, noise, pattern, step):
+    weight = torch.tensor(values, dtype=torch.float32)
+    weight += noise * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(values)))
+    strips = torch.split(weight, step)
+    assert torch.equal(torch.cat(list(magnitude.masks(lambda: iter(strips), pattern))), magnitude.mask(weight, pattern))
+
+
 def test_equal_scores_go_by_position():
     assert smallest(torch.ones(2, 4), Pattern(0.5)).int().tolist() == [[1, 1, 1, 1], [0, 0, 0, 0]]
     assert smallest(torch.ones(2, 4), Pattern(0.5), per_row=True).int().tolist() == [[1, 1, 0, 0]] * 2

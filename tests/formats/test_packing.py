@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optikit.algorithms import rtn
+from optikit.algorithms import int8, nf4, rtn
 from optikit.algorithms.grid import Grid, dequantize
 from optikit.calibration.methods.fp8 import by_block, by_channel
 from optikit.errors import IntegrityError
-from optikit.formats import packing
+from optikit.formats import llm_int8, packing
+from optikit.formats import nf4 as nf4_format
 from optikit.formats.packing import FP8_BLOCK, STRIP_ROWS, float_quantized, integers
 
 FORMS = [("gptq", 4, True), ("gptq", 8, False), ("awq", 4, False), ("pack-quantized", 4, True),
@@ -69,6 +70,58 @@ def test_fp8_of_strips_is_that_of_the_whole(rows, seed):
             assert torch.equal(new, packed.dequantize(whole)[a:b])
             assert packed.bound is not None
             assert bool(((new - weight[a:b]).abs() <= packed.bound(weight[a:b], part)).all())
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 300), st.sampled_from([64, 192, 100]), st.booleans(), st.integers(0, 2**31))
+def test_bitsandbytes_of_strips_is_that_of_the_whole(rows, width, double, seed):
+    """100 inputs: blocks run from one output into the next, and the last is short."""
+    weight = torch.randn((rows, width), generator=torch.Generator().manual_seed(seed))
+    codes, absmax = nf4.quantize(weight)
+    constants = nf4.quantize_constants(absmax) if double else absmax
+    four = [nf4_format.pack(*nf4.quantize(weight[a:b]), (b - a, width), "bfloat16") for a, b in strips(rows)]
+    eight = [llm_int8.pack(int8.quantize(weight[a:b], s), s) for a, b in strips(rows) for s in [scales(weight[a:b])]]
+    for packed, whole, parts in (
+        (packing.nf4_blocks(double_quant=double), nf4_format.pack(codes, constants, (rows, width), "bfloat16"), four),
+        (packing.LLM_INT8, llm_int8.pack(int8.quantize(weight, scales(weight)), scales(weight)), eight),
+    ):
+        same(packed.joined(parts, rows), whole)
+        assert {suffix: tensor.dtype for suffix, tensor in whole.items()} == dict(packed.dtypes)
+        for a, b in strips(rows):
+            part = packed.strip(whole, a, b)
+            new = packed.dequantize(part)
+            assert torch.equal(new, packed.dequantize(whole)[a:b])
+            assert bool(((new - weight[a:b]).abs() <= packed.bound(weight[a:b], part)).all())
+
+
+def scales(weight):
+    return int8.scales_of(weight)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 300), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_a_dense_weight_of_strips_is_the_whole(rows, transposed, dtype):
+    weight = torch.randn((rows, 48), generator=torch.Generator().manual_seed(rows))
+    packed = packing.dense(dtype, transposed=transposed)
+    joined = packed.joined(({"weight": weight[a:b]} for a, b in strips(rows)), rows)
+    same(joined, {"weight": (weight.T if transposed else weight).to(dtype)})
+    for a, b in strips(rows):
+        assert torch.equal(packed.dequantize(packed.strip(joined, a, b)), weight[a:b].to(dtype).float())
+
+
+def test_the_bound_of_nf4_notices_a_code_two_further():
+    weight = torch.randn((64, 64), generator=torch.Generator().manual_seed(0))
+    packed = packing.nf4_blocks(double_quant=True)
+    codes, absmax = nf4.quantize(weight)
+    found = 0
+    for place in range(0, 4096, 64):
+        moved = codes.clone()
+        moved[place] = moved[place] + 4 if moved[place] < 8 else moved[place] - 4
+        tensors = nf4_format.pack(moved, nf4.quantize_constants(absmax), (64, 64), "bfloat16")
+        off = (packed.dequantize(tensors) - weight).abs() > packed.bound(weight, packed.strip(tensors, 0, 64))
+        assert int(off.sum()) == int(off.view(-1)[place])
+        found += int(off.sum())
+    assert found >= 60
 
 
 def test_the_bound_notices_one_code_next_to_the_right_one():

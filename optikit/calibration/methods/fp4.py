@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from optikit.algorithms import fp4
+from optikit.calibration.method import RowMethod
 from optikit.calibration.source_model import SourceModel
 from optikit.calibration.write_checkpoint import RoundedLayout
 from optikit.formats.fp4 import pack
 
 
 @dataclass(frozen=True)
-class Nvfp4Rows:
+class Nvfp4Rows(RowMethod):
     """Round each output to NVFP4.
 
     Attributes:
@@ -28,7 +29,7 @@ class Nvfp4Rows:
     common: Mapping[str, Tensor]
     search: bool
 
-    def rows(self, weight: Tensor, name: str) -> dict[str, Tensor]:
+    def rows(self, weight: Tensor, name: str, /) -> dict[str, Tensor]:
         """Round some outputs."""
         common = self.common[name].to(weight.device)
         codes, scales = fp4.nvfp4(weight, common, search=self.search)
@@ -36,13 +37,13 @@ class Nvfp4Rows:
 
 
 @dataclass(frozen=True)
-class Mxfp4Rows:
+class Mxfp4Rows(RowMethod):
     """Round each output to MXFP4."""
 
     layout: RoundedLayout
     search: bool
 
-    def rows(self, weight: Tensor, _: str) -> dict[str, Tensor]:
+    def rows(self, weight: Tensor, _: str, /) -> dict[str, Tensor]:
         """Round some outputs."""
         codes, exponents = fp4.mxfp4(weight, search=self.search)
         return {"weight_packed": pack(codes), "weight_scale": exponents}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optikit.algorithms import fp8
 from optikit.calibration import distributed
-from optikit.calibration.method import Batch, Group, Result
+from optikit.calibration.method import Batch, Group, Result, RowMethod
 from optikit.calibration.write_checkpoint import RoundedLayout
 
 Rounds = Callable[[Tensor], dict[str, Tensor]]
@@ -35,13 +35,13 @@ def by_block(weight: Tensor, *, largest: float, search: bool) -> dict[str, Tenso
 
 
 @dataclass(frozen=True)
-class Fp8Rows:
+class Fp8Rows(RowMethod):
     """Round each output by itself, without calibration."""
 
     layout: RoundedLayout
     rounds: Rounds
 
-    def rows(self, weight: Tensor, _: str) -> dict[str, Tensor]:
+    def rows(self, weight: Tensor, _: str, /) -> dict[str, Tensor]:
         """Round some outputs."""
         return self.rounds(weight)
 

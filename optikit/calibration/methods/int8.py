@@ -10,9 +10,9 @@ from torch import Tensor
 from optikit.algorithms import awq, int8, smoothquant
 from optikit.calibration import distributed
 from optikit.calibration.gram import Gram
-from optikit.calibration.method import Batch, Group, Result
+from optikit.calibration.method import Batch, Group, Result, RowMethod
 from optikit.calibration.methods.fold import fold
-from optikit.calibration.write_checkpoint import ScaledLayout
+from optikit.calibration.write_checkpoint import RoundedLayout, ScaledLayout
 from optikit.formats import compressed_tensors, llm_int8
 
 SAMPLE_TOKENS = 512
@@ -20,21 +20,15 @@ SAMPLE_TOKENS = 512
 
 
 @dataclass(frozen=True)
-class LlmInt8:
+class LlmInt8(RowMethod):
     """Round weights to int8 with a scale per output channel, for bitsandbytes to serve."""
 
-    layout: ScaledLayout
+    layout: RoundedLayout
 
-    def apply(self, group: Group) -> Result:
-        """Round every linear of a group."""
-        weights: list[Tensor] = []
-        tensors: dict[str, Tensor] = {}
-        for name, weight in zip(group.names, group.weights, strict=True):
-            scales = int8.scales_of(weight)
-            codes = int8.quantize(weight, scales)
-            tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in llm_int8.pack(codes, scales).items()}
-            weights.append(int8.dequantize(codes, scales))
-        return Result(weights=tuple(weights), tensors=tensors)
+    def rows(self, weight: Tensor, _: str, /) -> dict[str, Tensor]:
+        """Round some outputs."""
+        scales = int8.scales_of(weight)
+        return llm_int8.pack(int8.quantize(weight, scales), scales)
 
 
 class Ranges:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from optikit.algorithms import magnitude
 from optikit.algorithms.sparsity import Pattern
 from optikit.calibration import distributed
 from optikit.calibration.gram import Gram, gram_of
-from optikit.calibration.method import Batch, Group, Result
+from optikit.calibration.method import Batch, Group, Result, Strips
 from optikit.calibration.write_checkpoint import SparseLayout
 
-DataFreeKernel = Callable[[Tensor, Pattern], Tensor]
-"""Weight (out, in) → (out, in) bool: True becomes zero."""
 NormKernel = Callable[[Tensor, Tensor, Pattern], Tensor]
-"""The same, with the squared norm (in,) float64 of each input channel."""
+"""Weight (out, in), and the squared norm (in,) float64 of each input channel → (out, in) bool: True becomes zero."""
 GramKernel = Callable[[Sequence[Tensor], Tensor, Pattern], tuple[list[Tensor], Mapping[str, Any]]]
 """Weights (out, in) that see the same input, and its Gram matrix (in, in) → new weights, and facts."""
 
@@ -48,15 +47,14 @@ def _result(group: Group, pruned: Iterable[Tensor], facts: Mapping[str, Any]) ->
 
 @dataclass(frozen=True)
 class DataFreePruning:
-    """Zeros what a kernel chooses by the weights alone."""
+    """Zeros the smallest weights of a linear."""
 
     layout: SparseLayout
-    kernel: DataFreeKernel
 
-    def apply(self, group: Group) -> Result:
-        """Prune every linear of the group on its own."""
-        pattern = self.layout.pattern
-        return _result(group, (w.masked_fill(self.kernel(w, pattern), 0) for w in group.weights), {})
+    def strips(self, weight: Strips, _: str) -> Iterator[dict[str, Tensor]]:
+        """Yield each strip of a linear with zeros."""
+        masks = magnitude.masks(weight, self.layout.pattern)
+        return ({"weight": rows.masked_fill(mask, 0)} for rows, mask in zip(weight(), masks, strict=True))
 
 
 @dataclass(frozen=True)

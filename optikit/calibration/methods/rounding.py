@@ -12,7 +12,7 @@ from torch import Tensor
 from optikit.algorithms.grid import Grid, Quantized, Rounded, dequantize, pruned_mask
 from optikit.calibration import aims
 from optikit.calibration.gram import Gram, gram_of
-from optikit.calibration.method import Group, Result
+from optikit.calibration.method import Group, Result, RowMethod
 from optikit.calibration.write_checkpoint import GridLayout
 from optikit.formats.packing import IntegerPacking
 
@@ -30,13 +30,13 @@ DataFreeKernel = Callable[[Tensor, Grid], Quantized]
 
 
 @dataclass(frozen=True)
-class DataFreeRounding:
+class DataFreeRounding(RowMethod):
     """Rounds each output by a kernel that looks at nothing else."""
 
     layout: GridLayout
     kernel: DataFreeKernel
 
-    def rows(self, weight: Tensor, _: str) -> dict[str, Tensor]:
+    def rows(self, weight: Tensor, _: str, /) -> dict[str, Tensor]:
         """Round some outputs; zeros stay zero on every grid."""
         return self.layout.packing.pack(*self.kernel(weight, self.layout.grid))
 

@@ -3,7 +3,7 @@
 Paper   Han et al. 2015, arXiv:1506.02626, without its retraining
 Helps   first looks; the trivial baseline that every other pruning here is judged against
 Hurts   at half the weights a language model is badly damaged; use wanda or sparsegpt
-Cost    seconds; memory of one block
+Cost    seconds; the memory of one linear, however large the model; the weights are read three times
 Differs nothing
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, directory_bytes, no_objection, no_row, nothing
+from optikit.stages import _blockwise_cost
 from optikit.stages.prune._pattern import PatternOptions, after_pattern, check_pattern, ignore, pattern_of
 from optikit.targets import Target
 
@@ -46,7 +47,7 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     """Estimate one sort of every layer and one copy of the weights."""
     return Estimate(
         seconds=3 + facts.linear_elements * 1e-7,
-        peak_bytes=290_000_000 + 16 * facts.walked_elements,
+        peak_bytes=_blockwise_cost.data_free_peak(facts, element_bytes=4 if facts.dtype == "F32" else 2),
         disk_bytes=directory_bytes(facts.weight_bytes, facts.vocab),
         scratch_bytes=facts.weight_bytes,
     )
@@ -54,10 +55,9 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 
 def run(options: Options, job: Job) -> Facts:
     """Zero the smallest weights of every linear of every block."""
-    from optikit.algorithms import magnitude
     from optikit.calibration import blockwise
     from optikit.calibration.methods.pruning import DataFreePruning
     from optikit.calibration.write_checkpoint import SparseLayout
 
-    method = DataFreePruning(SparseLayout(pattern_of(options)), kernel=magnitude.mask)
+    method = DataFreePruning(SparseLayout(pattern_of(options)))
     return blockwise.run(job, method, identity=f"magnitude {options!r}", ignore=ignore(options)).facts

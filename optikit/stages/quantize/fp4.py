@@ -32,6 +32,7 @@ from optikit.stage import (
     no_row,
     nothing,
 )
+from optikit.stages import _blockwise_cost
 from optikit.stages.quantize._grid import GridOptions, check_grid, chosen, compressed_ignore, ignored
 from optikit.targets import Target
 
@@ -128,11 +129,10 @@ def after(options: Options, facts: ModelFacts) -> ModelFacts:
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
     """Estimate one pass over the weights, or one for every scale that is tried."""
     written = after(options, facts).weight_bytes
-    largest = max((rows * columns for rows, columns in facts.linears.values()), default=0)
     tried = {"nvfp4": 8, "mxfp4": 2}[options.scheme] if options.mse else 1
     return Estimate(
         seconds=4 + facts.linear_elements * 2e-8 * (2 + tried),
-        peak_bytes=430_000_000 + max(largest, min(facts.linear_elements // max(facts.layers, 1), 1 << 27)),
+        peak_bytes=_blockwise_cost.data_free_peak(facts),
         disk_bytes=directory_bytes(written, facts.vocab),
         scratch_bytes=written,
     )

@@ -211,10 +211,9 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
             written_bytes=written,
             held=_blockwise_cost.NORMS,
         )
-    largest = max((rows * columns for rows, columns in facts.linears.values()), default=0)
     return Estimate(
         seconds=4 + facts.linear_elements * (9e-8 if options.mse else 1.5e-8),
-        peak_bytes=430_000_000 + max(largest, min(facts.linear_elements // max(facts.layers, 1), 1 << 27)),
+        peak_bytes=_blockwise_cost.data_free_peak(facts),
         disk_bytes=directory_bytes(written, facts.vocab),
         scratch_bytes=written,
     )

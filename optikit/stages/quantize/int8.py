@@ -156,7 +156,7 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     if options.scheme == "llm_int8":
         return Estimate(
             seconds=4 + 1e-8 * facts.linear_elements,
-            peak_bytes=315_000_000 + 8 * facts.walked_elements,
+            peak_bytes=_blockwise_cost.data_free_peak(facts),
             disk_bytes=directory_bytes(written, facts.vocab),
             scratch_bytes=written,
         )
@@ -221,16 +221,9 @@ def _with_activations(options: Options, job: Job) -> Method[Any]:
 
 
 def _llm_int8(options: Options, job: Job) -> DataFreeMethod:
-    import torch
-
     from optikit.calibration.methods.int8 import LlmInt8
-    from optikit.calibration.write_checkpoint import ScaledLayout
-    from optikit.formats import llm_int8
+    from optikit.calibration.write_checkpoint import RoundedLayout
+    from optikit.formats.packing import LLM_INT8
     from optikit.models.reader import read
 
-    layout = ScaledLayout(
-        dtypes={"weight": torch.int8, "SCB": torch.float32, "weight_format": torch.uint8},
-        unpack=llm_int8.dequantize,
-        config=quantization_config(options, read(job.source)),
-    )
-    return LlmInt8(layout)
+    return LlmInt8(RoundedLayout(packing=LLM_INT8, config=quantization_config(options, read(job.source))))

@@ -4,7 +4,7 @@ Paper   Dettmers et al. 2023, arXiv:2305.14314 (QLoRA), section 3
 Helps   memory, without any calibration: a fifth less squared error on normal weights than 4-bit integers that span the
         extremes of the same blocks, and as much as they have once their scales are searched (`rtn`)
 Hurts   speed: weights are made float again for every forward pass; and few servers load it
-Cost    seconds; memory of one block
+Cost    seconds; the memory of a strip of one linear, however large the model
 Differs the constants of blocks round to the nearest 8-bit value where bitsandbytes' CPU kernel takes a neighbour for
         one in five hundred; everything else is the same bit for bit
 """
@@ -19,6 +19,7 @@ from typing import Any
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, StageOptions, directory_bytes, no_objection, nothing
+from optikit.stages import _blockwise_cost
 from optikit.stages.quantize._grid import GridOptions, check_grid, chosen, ignored
 from optikit.targets import Target
 
@@ -117,7 +118,7 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     written = after(options, facts).weight_bytes
     return Estimate(
         seconds=4 + 8e-8 * facts.linear_elements,
-        peak_bytes=370_000_000 + 10 * facts.walked_elements,
+        peak_bytes=_blockwise_cost.data_free_peak(facts),
         disk_bytes=directory_bytes(written, facts.vocab),
         scratch_bytes=written,
     )
@@ -125,22 +126,14 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 
 def run(options: Options, job: Job) -> Facts:
     """Round every linear of every block."""
-    import torch
-
     from optikit.calibration import blockwise
     from optikit.calibration.methods.nf4 import Nf4
-    from optikit.calibration.write_checkpoint import ScaledLayout
-    from optikit.formats import nf4
-    from optikit.models import traits
-    from optikit.models.quantization import NF4_STATE
+    from optikit.calibration.write_checkpoint import RoundedLayout
+    from optikit.formats.packing import nf4_blocks
     from optikit.models.reader import read
 
     config = quantization_config(options, read(job.source))
-    row = traits.rows()["nf4"]
-    dtypes = dict.fromkeys((*row.suffixes, *(row.optional * options.double_quant)), torch.float32)
-    dtypes |= dict.fromkeys(("weight", NF4_STATE), torch.uint8)
-    dtypes["weight.absmax"] = torch.uint8 if options.double_quant else torch.float32
-    layout = ScaledLayout(dtypes=dtypes, unpack=nf4.dequantize, config=config)
-    method = Nf4(layout, double_quant=options.double_quant, dtype=config["bnb_4bit_compute_dtype"])
+    layout = RoundedLayout(packing=nf4_blocks(double_quant=options.double_quant), config=config)
+    method = Nf4(layout, dtype=config["bnb_4bit_compute_dtype"])
     ignore = partial(ignored, patterns=options.ignore)
     return blockwise.run(job, method, identity=f"nf4 {options!r}", ignore=ignore).facts

@@ -15,6 +15,7 @@ from functools import partial
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import DENSE, MAIN, Estimate, Facts, Job, directory_bytes, no_objection, no_row, nothing
+from optikit.stages import _blockwise_cost
 from optikit.stages.quantize._grid import GridOptions, after_grid, check_grid, grid, ignored, quantization_config
 from optikit.targets import Target
 
@@ -49,10 +50,9 @@ def after(options: Options, facts: ModelFacts) -> ModelFacts:
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
     """Estimate from the count of weights: the grid search reads each about a hundred times."""
     written = after(options, facts).weight_bytes
-    largest = max((rows * columns for rows, columns in facts.linears.values()), default=0)
     return Estimate(
         seconds=3 + facts.linear_elements * (4e-8 if options.mse else 1e-9),
-        peak_bytes=430_000_000 + max(largest, min(facts.linear_elements // max(facts.layers, 1), 1 << 27)),
+        peak_bytes=_blockwise_cost.data_free_peak(facts),
         disk_bytes=directory_bytes(written, facts.vocab),
         scratch_bytes=written,
     )
