@@ -19,6 +19,7 @@ from optikit.algorithms.grid import Grid
 from optikit.errors import IntegrityError
 from optikit.formats import awq, compressed_tensors, fp4, fp8, gptq, llm_int8, nf4
 from optikit.formats.gptq import pack_words, unpack_words
+from optikit.models.quantization import NF4_STATE
 
 Tensors = Mapping[str, Tensor]
 SHAPE = "weight_shape"
@@ -136,7 +137,7 @@ def nf4_blocks(*, double_quant: bool) -> Nf4Packing:
     nested = dict.fromkeys(("weight.nested_absmax", "weight.nested_quant_map") if double_quant else (), torch.float32)
     dtypes = {"weight": torch.uint8, "weight.absmax": constants, "weight.quant_map": torch.float32}
     return Nf4Packing(
-        dtypes={**dtypes, **nested, nf4.NF4_STATE: torch.uint8},
+        dtypes={**dtypes, **nested, NF4_STATE: torch.uint8},
         outputs={},
         dequantize=nf4.dequantize,
         bound=nf4.bound,

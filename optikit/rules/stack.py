@@ -162,6 +162,7 @@ def _facts(facts: ModelFacts | None) -> dict[str, Any]:
         "hidden": facts.hidden,
         "intermediate": facts.intermediate,
         "layers": facts.layers,
+        "experts": facts.experts,
         "heads": facts.heads,
         "kv_heads": facts.kv_heads,
         "head_dim": facts.head_dim,

@@ -11,6 +11,7 @@ FACTS: Mapping[str, str] = MappingProxyType(
         "hidden": "width of the residual stream",
         "intermediate": "width inside the MLP",
         "layers": "decoder blocks",
+        "experts": "routed experts of a block; 0 where there are none",
         "heads": "query heads",
         "kv_heads": "key-value heads",
         "head_dim": "width of a head",

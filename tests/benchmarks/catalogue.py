@@ -36,9 +36,9 @@ from optikit.models.facts import ModelFacts
 from optikit.models.reader import read
 from optikit.stage import Calibration, Changing, Job
 from optikit.stages.compile import _genai_builder
+from tests import mixtures
 from tests.benchmarks import record
 from tests.families import CONFIGS, save
-from tests.stages import test_mixtures
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "examples" / "catalogue.md"
@@ -247,7 +247,7 @@ def cells(work: Path, families: list[str]) -> Iterator[tuple[str, str, dict[str,
     for family in families:
         source, place = work / family / "source", work / family / "place"
         if not (source / "tokenizer_config.json").is_file():
-            (test_mixtures.save if family in test_mixtures.FAMILIES else save)(family, source)
+            (mixtures.save if family in mixtures.FAMILIES else save)(family, source)
         for name in ("dense", *STAGES, *(["unproven"] if family in UNPROVEN else [])):
             kept = work / family / f"{name.replace(' ', '-')}.json"
             if not kept.is_file():
@@ -388,7 +388,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--only", default="")
     arguments = parser.parse_args()
-    families = arguments.only.split(",") if arguments.only else [*CONFIGS, *test_mixtures.FAMILIES]
+    families = arguments.only.split(",") if arguments.only else [*CONFIGS, *mixtures.FAMILIES]
     torch.set_num_threads(1)
     found = {(family, name): each for family, name, each in cells(arguments.work, families)}
     PAGE.write_text(page(found), encoding="utf-8")

@@ -14,7 +14,7 @@ from tests.families import CONFIGS, model_of
 
 ROWS = tuple(
     name for name, row in architectures.rows().items() if not row.experts and not row.computed_as
-)  # test_mixtures.py has those
+)  # mixtures.py has those
 
 
 def row_of(name: str) -> Architecture:

@@ -21,7 +21,7 @@ VARIANTS |= {"biased": {"attention_bias": True, "mlp_bias": True}}
 
 ROWS = {
     name: row for name, row in architectures.rows().items() if not row.experts and not row.computed_as
-}  # test_mixtures.py has those
+}  # mixtures.py has those
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -18,7 +18,7 @@ from optikit.models import architectures, expected
 from optikit.models.facts import ModelFacts
 from optikit.models.reader import read
 from optikit.targets.estimate import decode_floor, prefill_operations
-from tests.stages.test_mixtures import COMMON, FAMILIES
+from tests.mixtures import COMMON, FAMILIES
 
 MIXTURES = tuple(name for name, row in architectures.rows().items() if row.experts)
 

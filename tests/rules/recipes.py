@@ -33,6 +33,8 @@ KEYS = {
     "hidden": "hidden_size",
     "intermediate": "intermediate_size",
     "layers": "num_hidden_layers",
+    "experts": "num_local_experts",
+    "experts_chosen": "num_experts_per_tok",
     "heads": "num_attention_heads",
     "kv_heads": "num_key_value_heads",
     "head_dim": "head_dim",

@@ -7,7 +7,6 @@ on with (the router's mixture, not every expert's), and what a rare expert is ca
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from optikit import stages, targets
-from optikit.algorithms import gptq
-from optikit.algorithms.grid import Grid, dequantize
+from optikit.algorithms.grid import Grid
 from optikit.calibration import blockwise, write_checkpoint
 from optikit.calibration.method import Group, Result, Walked
 from optikit.calibration.methods.pruning import Norms
-from optikit.calibration.methods.rounding import relative_loss
 from optikit.calibration.source_model import SourceModel
 from optikit.errors import StageFailedError
 from optikit.formats import census, dense_model, dequantized_state, loadable
@@ -33,36 +30,8 @@ from optikit.models import architectures, stacked_experts
 from optikit.models.reader import read
 from optikit.runtime.decoders.transformers import load_model
 from optikit.stage import Calibration, Job
-from tests.conftest import byte_tokenizer
+from tests.mixtures import FAMILIES, losses, save
 
-COMMON = {
-    "vocab_size": 260, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "num_experts_per_tok": 2, "bos_token_id": 0,
-    "eos_token_id": 1, "pad_token_id": 2,
-}  # fmt: skip
-SHARED = {"moe_intermediate_size": 32, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_shared_experts": 1}
-LATENT = {
-    "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
-}  # fmt: skip
-FAMILIES: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 4},
-    "phimoe": {"num_local_experts": 4, "attention_bias": True},
-    "granitemoe": {"num_local_experts": 4, "residual_multiplier": 0.5},
-    "olmoe": {"num_experts": 4},
-    "qwen2_moe": {
-        "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "mlp_only_layers": [0],
-    },
-    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16},
-    "glm4_moe": SHARED | {"head_dim": 16, "use_qk_norm": True},
-    "deepseek_v2": SHARED | LATENT | {"q_lora_rank": None},
-    "deepseek_v3": SHARED | LATENT | {"n_group": 1, "topk_group": 1},
-    "gpt_oss": {"num_local_experts": 4, "intermediate_size": 32, "head_dim": 16, "sliding_window": 16},
-    "llama4_text": {
-        "num_local_experts": 4, "intermediate_size": 32, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 2,
-        "head_dim": 16, "attention_chunk_size": 16, "no_rope_layers": [1, 0], "floor_scale": 4,
-    },
-}  # fmt: skip
 CASES = [
     *(("quantize", "gptq", {"group_size": 32}, name) for name in FAMILIES),
     *(
@@ -78,27 +47,6 @@ CASES = [
     ("quantize", "awq", {"group_size": 32, "steps": 4}, "qwen2_moe"),
     ("quantize", "nf4", {"ignore": ["*self_attn*", "down_proj"]}, "qwen3_moe"),
 ]
-
-
-ROUTED = re.compile(r"\.gate\.|router|experts")
-
-
-def save(name: str, directory: Path) -> Path:
-    """Write a seeded tiny model of a family, in bf16, its norms, biases and routers far from ones and zeros."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **(COMMON | FAMILIES[name]))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    for key, parameter in model.named_parameters():
-        scale = 0.3 if "norm" in key or key.endswith(("bias", "sinks")) else 0.1 if ROUTED.search(key) else 0
-        parameter.data += scale * torch.randn_like(parameter)
-    for key, buffer in model.named_buffers():
-        if key.endswith("e_score_correction_bias"):
-            buffer.add_(torch.randn_like(buffer))
-    model.save_pretrained(directory)
-    byte_tokenizer(directory)
-    return directory
 
 
 @pytest.fixture(scope="session")
@@ -271,49 +219,11 @@ def test_a_row_with_gate_and_up_swapped_is_noticed(name, mixture, prose, tmp_pat
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_an_expert_loses_what_its_linears_lose_alone(name, mixture, prose, tmp_path):
-    """Each linear quantized alone with the same data; attention is left as it is, so that the first block's data is."""
-    from optikit.calibration import calibration_set
-
-    source, row = mixture(name), architectures.find(name)
-    (tmp_path / "dest").mkdir()
-    stage = stages.load("quantize", "gptq")
-    options = stage.Options(group_size=32, correct=False, ignore=["*.self_attn.*"])
-    rows = _rows_of(stage, options, Job(
-        source=source, dest=tmp_path / "dest", scratch=tmp_path,
-        calibration=Calibration(text=prose, samples=8, length=64),
-    ))  # fmt: skip
-    model, *_ = dense_model.load(source, torch.float32)
-    given: list[Tensor] = []
-    experts = model.model.layers[0].get_submodule(row.experts.module)
-    experts.register_forward_pre_hook(lambda _, args: given.append(args[0]))
-    with torch.no_grad():
-        model(calibration_set.draw(source, prose, samples=8, length=64, seed=0))
-    inputs, state = given[0], dict(dequantized_state(tmp_path / "dest"))
-    grid, dense = Grid(bits=4, group_size=32, sym=True), Checkpoint(source)
-    for expert in range(4):
-        gate, up, down = (f"{row.block(0)}.{row.experts.linear(expert, part)}" for part in range(3))
-        inner = torch.nn.functional.silu(inputs @ state[f"{gate}.weight"].T) * (inputs @ state[f"{up}.weight"].T)
-        for linear, seen in ((gate, inputs), (up, inputs), (down, inner)):
-            weight, gram = dense.read(f"{linear}.weight").float(), seen.T @ seen / len(seen)
-            alone = relative_loss(weight, dequantize(*gptq.quantize(weight, gram, grid).quantized), gram)
-            ours = relative_loss(weight, state[f"{linear}.weight"], gram)
-            assert ours <= 1.05 * alone
-            assert rows[linear]["loss"] > 0
-
-
-def _rows_of(stage: Any, options: Any, job: Job) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    run = blockwise.run
-
-    def spied(*args: Any, **named: Any) -> Any:
-        outcome = run(*args, **named)
-        found.update(outcome.rows)
-        return outcome
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(blockwise, "run", spied)
-        stage.run(options, job)
-    return found
+    """Each linear quantized alone with the same data."""
+    found = list(losses(name, mixture(name), prose, tmp_path))
+    assert len(found) == 12
+    for linear, walked, alone in found:
+        assert 0 < walked <= 1.05 * alone, linear
 
 
 def test_rare_experts_are_rounded_and_named(mixture, prose, tmp_path):

@@ -37,7 +37,7 @@ from optikit.stages.quantize._grid import GridOptions, check_grid, chosen, compr
 from optikit.targets import Target
 
 if TYPE_CHECKING:
-    from optikit.calibration.method import RowMethod
+    from optikit.calibration.method import DataFreeMethod
 
 SUMMARY = "FP4: 4-bit float weights without calibration, NVFP4 or MXFP4, for vLLM on GPUs"
 NEEDS = DENSE
@@ -146,7 +146,7 @@ def run(options: Options, job: Job) -> Facts:
     return blockwise.run(job, _method(options, job), identity=f"fp4 {options!r}", ignore=ignore).facts
 
 
-def _method(options: Options, job: Job) -> RowMethod:
+def _method(options: Options, job: Job) -> DataFreeMethod:
     from optikit.calibration.methods import fp4
     from optikit.calibration.source_model import SourceModel
     from optikit.calibration.write_checkpoint import RoundedLayout

@@ -36,7 +36,7 @@ from optikit.stages.quantize._grid import GridOptions, check_grid, chosen, compr
 from optikit.targets import Target
 
 if TYPE_CHECKING:
-    from optikit.calibration.method import Method, RowMethod
+    from optikit.calibration.method import DataFreeMethod, Method
 
 SUMMARY = "FP8: 8-bit float weights and activations, dynamic, static or in blocks of 128 x 128"
 NEEDS = DENSE
@@ -236,7 +236,7 @@ def run(options: Options, job: Job) -> Facts:
     return {**facts, "largest_input": {"linear": widest, "value": seen[widest]}}
 
 
-def _method(options: Options, job: Job) -> Method[Any] | RowMethod:
+def _method(options: Options, job: Job) -> Method[Any] | DataFreeMethod:
     import torch
 
     from optikit.calibration.methods import fp8

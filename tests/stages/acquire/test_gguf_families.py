@@ -17,9 +17,8 @@ from optikit.models.gguf_reader import read_gguf
 from optikit.models.reader import read
 from optikit.stage import Job
 from optikit.stages.acquire import gguf as stage
-from tests import families
+from tests import families, mixtures
 from tests.models import gguf_files
-from tests.stages import test_mixtures
 
 READ = tuple(name for name, row in architectures.rows().items() if row.gguf)
 CHANGES: dict[str, dict[str, Any]] = {
@@ -38,7 +37,7 @@ QUANTIZED = [name for name, block, _ in gguf_header.BLOCKS.values() if block > 1
 def save(name: str, directory: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    told = families.CONFIGS.get(name) or test_mixtures.COMMON | test_mixtures.FAMILIES[name]
+    told = families.CONFIGS.get(name) or mixtures.COMMON | mixtures.FAMILIES[name]
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, **(told | {"vocab_size": 260} | CHANGES.get(name, {}) | changes))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -20,7 +20,8 @@ from optikit.models.reader import read
 from optikit.stage import Job
 from optikit.stages.acquire import dequantize as stage
 from tests.conftest import byte_tokenizer
-from tests.stages.test_mixtures import COMMON, FAMILIES, logits
+from tests.mixtures import COMMON, FAMILIES
+from tests.stages.test_mixtures import logits
 
 SIZES = COMMON | FAMILIES["gpt_oss"]
 

@@ -19,7 +19,7 @@ from optikit.models.reader import read
 from optikit.stage import Job
 from optikit.stages.acquire import dequantize as stage
 from tests.formats.packings import PACKINGS, TRAITS, write
-from tests.stages.test_mixtures import save
+from tests.mixtures import save
 from tests.stages.test_wrapped import saved
 
 FAMILIES = {"mixtral": save, "qwen3_moe": save, "deepseek_v3": save, "gemma3": saved, "llava": saved}
