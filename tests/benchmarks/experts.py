@@ -1,10 +1,11 @@
-"""Memory of a walk over experts: the same blocks with 4 and with 64 experts, each stage in a process of its own.
+"""Memory of a walk over experts, and what each of them loses beside the same linears quantized alone.
 
-    python tests/benchmarks/experts.py --out examples/experts.md
+    python tests/benchmarks/experts.py --out examples/experts.md [--work DIR] [--only gptq …]
 
-A random Qwen3-MoE of two blocks is saved, block by block, and taken through a stage; peak memory is the kernel's count
-of the process. What a block holds besides experts, and one expert, are counted from their shapes. A bound that held all
-experts of a block would grow with their number; this one doesn't.
+A random Qwen3-MoE of two blocks with 4 and with 64 experts is taken through a stage, in a process of its own; peak
+memory is the kernel's count of it. What a block holds besides experts, and one expert, are counted from their shapes. A
+bound that held all experts of a block would grow with their number; this one doesn't. What was measured before is kept
+in DIR. The losses are of tiny models, as the tests have them.
 """
 
 from __future__ import annotations
@@ -22,20 +23,32 @@ import torch
 
 from optikit import host
 
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.benchmarks.record import commit  # noqa: E402
+from tests.conftest import byte_tokenizer  # noqa: E402
+from tests.mixtures import losses, save  # noqa: E402
+
 EXPERTS = (4, 64)
 HIDDEN, WIDTH, BLOCKS = 512, 1024, 2
-STAGES: dict[str, dict[str, Any]] = {
-    "rtn": {"group_size": 64},
-    "gptq": {"group_size": 64},
-    "gptq, routed": {"group_size": 64, "experts": "routed"},
+STAGES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gptq": ("quantize", "gptq", {"group_size": 64}),
+    "gptq, routed": ("quantize", "gptq", {"group_size": 64, "experts": "routed"}),
+    "wanda": ("prune", "wanda", {}),
+    "rtn": ("quantize", "rtn", {"group_size": 64, "mse": False}),
+    "fp8": ("quantize", "fp8", {"mse": False}),
+    "nf4": ("quantize", "nf4", {}),
+    "int8 llm_int8": ("quantize", "int8", {"scheme": "llm_int8"}),
+    "magnitude": ("prune", "magnitude", {}),
 }
 ONE = """
 import json, resource, sys, time
 from pathlib import Path
 from optikit import stages
 from optikit.stage import Calibration, Job
-method, options, source, work, text = sys.argv[1:]
-stage, work = stages.load("quantize", method), Path(work)
+verb, method, options, source, work, text = sys.argv[1:]
+stage, work = stages.load(verb, method), Path(work)
 (work / "model").mkdir(parents=True); (work / "scratch").mkdir()
 job = Job(source=Path(source), dest=work / "model", scratch=work / "scratch",
           calibration=Calibration(text=Path(text), samples=8, length=128))
@@ -51,9 +64,6 @@ def build(directory: Path, experts: int) -> None:
     """Save a random model."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from tests.conftest import byte_tokenizer
-
     config = AutoConfig.for_model(
         "qwen3_moe", vocab_size=260, hidden_size=HIDDEN, intermediate_size=WIDTH, moe_intermediate_size=WIDTH,
         num_hidden_layers=BLOCKS, num_attention_heads=8, num_key_value_heads=2, head_dim=64, num_experts=experts,
@@ -66,54 +76,86 @@ def build(directory: Path, experts: int) -> None:
 
 def measured(name: str, source: Path, work: Path, text: Path) -> dict[str, Any]:
     """Return peak memory and seconds of a stage in a process of its own."""
-    method = name.partition(",")[0]
-    command = [sys.executable, "-c", ONE, method, json.dumps(STAGES[name]), str(source), str(work), str(text)]
+    verb, method, options = STAGES[name]
+    command = [sys.executable, "-c", ONE, verb, method, json.dumps(options), str(source), str(work), str(text)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
+def lost(work: Path, text: Path) -> list[str]:
+    """Return a row for each tiny model: how many linears, what they lose, and the largest ratio to themselves alone."""
+    rows = []
+    for name in ("mixtral", "qwen3_moe"):
+        source = save(name, work / name)
+        found = list(losses(name, source, text, work / f"{name}-alone"))
+        walked = [each.walked for each in found]
+        ratios = [each.walked / each.alone for each in found]
+        figures = (f"{each:.4f}" for each in (min(walked), max(walked), max(ratios)))
+        rows.append(f"| {name} | {len(found)} | {' | '.join(figures)} |")
+    return rows
+
+
 def main() -> None:
     """Measure and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    out: Path = parser.parse_args().out
-    rows: list[str] = []
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--only", nargs="*", choices=STAGES, default=list(STAGES))
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        text = work / "text.txt"
-        text.write_text(
-            (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8") * 2, encoding="utf-8"
-        )
-        found: dict[tuple[str, int], dict[str, Any]] = {}
+        work: Path = given.work or Path(folder)
+        work.mkdir(exist_ok=True)
+        text, kept = work / "text.txt", work / "found.json"
+        text.write_text((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8") * 2, encoding="utf-8")
+        found: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.is_file() else {}
         for experts in EXPERTS:
-            build(work / str(experts), experts)
-            for name in STAGES:
-                found[name, experts] = measured(name, work / str(experts), work / f"{name}-{experts}", text)
-        for name in STAGES:
-            few, many = (found[name, experts] for experts in EXPERTS)
-            peaks = few["peak_mib"], many["peak_mib"], many["peak_mib"] - few["peak_mib"]
-            cells = [*(f"{each:.0f}" for each in peaks), f"{few['seconds']:.0f}", f"{many['seconds']:.0f}", many["few"]]
-            rows.append(f"| {name} | {' | '.join(map(str, cells))} |")
-    out.write_text(page(rows), encoding="utf-8")
+            source = work / str(experts)
+            if not (source / "config.json").is_file():
+                build(source, experts)
+            for name in given.only:
+                with tempfile.TemporaryDirectory(dir=work) as place:
+                    found.setdefault(name, {})[str(experts)] = measured(name, source, Path(place), text)
+                kept.write_text(json.dumps(found))
+        with tempfile.TemporaryDirectory(dir=work) as place:
+            told = lost(Path(place), text)
+    given.out.write_text(page([row(name, found[name]) for name in STAGES if name in found], told), encoding="utf-8")
 
 
-PAGE = """# Memory of a mixture's walk
+def row(name: str, found: dict[str, Any]) -> str:
+    """Return a row of memory."""
+    few, many = (found[str(experts)] for experts in EXPERTS)
+    peaks = few["peak_mib"], many["peak_mib"], many["peak_mib"] - few["peak_mib"]
+    cells = [*(f"{each:.0f}" for each in peaks), f"{few['seconds']:.0f}", f"{many['seconds']:.0f}", many["few"]]
+    return f"| {name} | {' | '.join(map(str, cells))} |"
+
+
+PAGE = """# Mixtures of experts: memory of a walk, and losses
 
 A random Qwen3-MoE of {blocks} blocks, hidden {hidden}, experts of {width}, in bfloat16; 8 windows of 128 tokens.
-{machine}, {gib:.0f} GiB, torch {torch}; `python tests/benchmarks/experts.py --out examples/experts.md`.
+{machine}, {gib:.0f} GiB, torch {torch}, at {commit}, with other work beside it;
+`python tests/benchmarks/experts.py --out examples/experts.md`.
 
 An expert is {expert:.0f} MiB in float32, a block without experts {block:.0f} MiB. With {many} experts instead of {few}
 a block holds {more:.0f} MiB more in bfloat16, {wide:.0f} MiB more in float32: a walk that held all of them would need
 that much more.
 
 | stage | peak MiB, {few} experts | {many} experts | difference | seconds, {few} | {many} | linears with few tokens |
-|---|---|---|---|---|---|---|
+|---|---:|---:|---:|---:|---:|---:|
 {rows}
+
+## What an expert loses
+
+Relative loss of outputs by GPTQ (4 bits, groups of 32) of every linear of the experts of a tiny random model's first
+block, calibrated on all tokens, beside the same linear quantized alone on the same inputs.
+
+| model | linears | least | most | largest ratio to alone |
+|---|---:|---:|---:|---:|
+{lost}
 """
 
 
-def page(rows: list[str]) -> str:
+def page(rows: list[str], told: list[str]) -> str:
     """Return the page."""
     expert, block, more = 3 * HIDDEN * WIDTH, HIDDEN * (8 * 64 * 2 + 2 * 64 * 2), EXPERTS[1] - EXPERTS[0]
     return PAGE.format(
@@ -130,6 +172,8 @@ def page(rows: list[str]) -> str:
         more=2 * more * expert / 2**20,
         wide=4 * more * expert / 2**20,
         rows="\n".join(rows),
+        lost="\n".join(told),
+        commit=commit(),
     )
 
 
