@@ -228,7 +228,8 @@ def _tensors(facts: Mapping[str, Any], config: Mapping[str, Any], trait: str) ->
     architecture = architectures.find(facts["model_type"]) or architectures.find("llama")
     dtype = facts.get("dtype", "F16")
     settings = {**config, "tie_word_embeddings": facts["tied"]}
-    for name, shape in expected.tensors(architecture, facts, settings).items():
+    sizes = {**facts, "expert_width": facts["intermediate"]}
+    for name, shape in expected.tensors(architecture, sizes, settings).items():
         linear = name.removesuffix(".weight")
         if trait and linear.endswith(tuple(architecture.linears)) and name != linear:
             packed = dict.fromkeys(traits.rows()[trait].suffixes, _zeros("F16", 1))
