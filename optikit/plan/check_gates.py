@@ -41,6 +41,8 @@ NEEDS: Mapping[str, str] = {
 """Which part of `evaluate:` measures what a gate limits; "" is known without measuring."""
 
 
+RATIOS = ("decode_speedup", "prefill_speedup")
+"""What needs the baseline's speed."""
 PRICE = "usd_per_million_output_tokens"
 
 
@@ -89,12 +91,24 @@ def _obstacles(each: Asked, recipe: Recipe, target: Target | None) -> Iterator[O
         yield "judges a result, but the recipe has no stages", "add a stage, or remove the gate"
     elif part and not getattr(recipe.evaluate, part):
         yield _left_out(part)
-    elif part == "speed" and recipe.stages[-1].stage.WRITES != "engine":
-        yield "limits speed, which is timed on a compiled artifact", "end the stages with `compile`, or remove the gate"
+    elif part == "speed" and (obstacle := _untimed(each, recipe)):
+        yield obstacle
     elif each.metric == PRICE and target is not None and (target.usd_per_hour is None or target.device != "cpu"):
         why = "has no price per hour" if target.usd_per_hour is None else "charges for an accelerator, not timed here"
         fix = "name a target with a price (`optikit targets`), or add a row with usd_per_hour by --targets"
         yield f"limits a price, and target {target.name} {why}", fix
+
+
+def _untimed(each: Asked, recipe: Recipe) -> Obstacle | None:
+    """Return why the speed that a gate limits isn't timed, and what to change."""
+    if each.metric in RATIOS and recipe.evaluate.baseline.runtime == "none":
+        return "compares with a baseline, and the recipe has none", "remove `baseline: {runtime: none}`, or the gate"
+    if recipe.stages[-1].stage.WRITES != "engine":
+        return (
+            "limits speed, which is timed on a compiled artifact",
+            "end the stages with `compile`, or remove the gate",
+        )
+    return None
 
 
 def _step_obstacles(each: Asked, recipe: Recipe, scored: Collection[str] | None) -> Iterator[Obstacle]:

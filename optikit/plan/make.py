@@ -18,7 +18,7 @@ from optikit.plan import check_gates, room, serve_section
 from optikit.plan.check_texts import problems as text_problems
 from optikit.plan.context import Context, Found, at, given, resolve_models, resolve_texts
 from optikit.plan.measure_served import problems as served_problems
-from optikit.plan.measure_steps import length_problems, measure_steps, runtime_problems
+from optikit.plan.measure_steps import ENGINE_BASELINE, length_problems, measure_steps, runtime_problems
 from optikit.plan.measurements import scored_steps
 from optikit.plan.model import Plan, Step, original_key
 from optikit.problems import Problem
@@ -74,6 +74,7 @@ def make_plan(
         *length_problems(context, measures),
         *runtime_problems(steps, measures),
     ]
+    problems += _no_baseline(context, steps, measures)
     problems += serve_section.problems(context, steps, tuple(_fitting_drafts(context, steps)))
     problems += _on_the_cpu(context, (*steps, *measures))
     problems += room.problems(recipe, (*steps, *measures), limit, store)
@@ -235,17 +236,19 @@ def _model_facts(context: Context, index: int) -> Iterator[tuple[str, ModelFacts
 
 
 def _engine_steps(context: Context, steps: Sequence[Step]) -> tuple[Step, ...]:
-    """Return the steps that compile the model as it was before each stage, as the result is compiled.
+    """Return the steps that compile the model as it was before stages, as the result is compiled, to be timed.
 
-    Nothing where the recipe doesn't ask for attribution, or the engine can't take one of these models.
+    Before each stage where the recipe asks for attribution, the untouched one where it is the baseline. Nothing where
+    the engine can't take one of these models.
     """
-    if not (steps and steps[-1].writes == "engine" and _attributed(context)):
+    most = _timed_before(context, steps)
+    if not most:
         return ()
     index = len(context.recipe.stages) - 1
     acquired = [step for step in steps if step.writes == "source"]
     written = [step for step in steps if step.writes == "model"]
     found = []
-    for count in range(len(written)):
+    for count in range(most):
         before = [*acquired, *written[:count]]
         facts = before[-1].after if before else context.facts
         if _is_refused(context, index, facts):
@@ -259,10 +262,31 @@ def _is_refused(context: Context, index: int, facts: ModelFacts) -> bool:
     return any(problem.level == "error" for problem in _stage_problems(context, index, facts))
 
 
-def _attributed(context: Context) -> bool:
-    """Tell whether the recipe asks what each stage does for speed."""
+def _timed_before(context: Context, steps: Sequence[Step]) -> int:
+    """Return of how many models before the result the speed is asked for, as the engine runs them."""
     wanted = context.recipe.evaluate
-    return wanted.attribution and wanted.speed is not None
+    if not steps or steps[-1].writes != "engine" or wanted.speed is None:
+        return 0
+    written = sum(step.writes == "model" for step in steps)
+    return max(written if wanted.attribution else 0, int(_is_the_baseline(context)))
+
+
+def _is_the_baseline(context: Context) -> bool:
+    """Tell whether speed is compared with the untouched model as the engine runs it."""
+    return context.recipe.evaluate.baseline.runtime == "engine"
+
+
+def _no_baseline(context: Context, steps: Sequence[Step], measures: Sequence[Step]) -> Iterator[Problem]:
+    """Yield why the untouched model can't be timed on the recipe's engine."""
+    wanted = context.recipe.evaluate
+    if wanted.speed is None or not _is_the_baseline(context) or wanted.runtime == "vllm":
+        return
+    if not any(step.name == ENGINE_BASELINE for step in measures):
+        compiled = steps and steps[-1].writes == "engine"
+        why = f"{steps[-1].method} can't take the untouched model" if compiled else "the recipe compiles for no engine"
+        fix = "set runtime to transformers, or to none"
+        message = f"the baseline is to run on the recipe's engine, and {why}"
+        yield Problem(code="baseline-engine", message=message, fix=fix, loc=("evaluate", "baseline", "runtime"))
 
 
 def _stage_step(context: Context, index: int, facts: ModelFacts, before: Sequence[Step]) -> Step:

@@ -60,9 +60,10 @@ def _inputs(context: Context, steps: Sequence[Step], original: str, before: Sequ
 
 def _speed(context: Context, wanted: SpeedOptions, served: Step, original: str) -> Step:
     """Return the step that times the result and the untouched model in turns, each on a server of its own."""
+    compared = context.recipe.evaluate.baseline.runtime != "none"
     drafting = {"speculator": "speculator"} if "speculator" in served.inputs else {}
     arms = [
-        {"name": "baseline", "role": "baseline", "runtime": "vllm"},
+        *([{"name": "baseline", "role": "baseline", "runtime": "vllm"}] if compared else []),
         {"name": "result", "role": "result", "runtime": "vllm", **drafting},
     ]
     options = {"arms": arms, **wanted.model_dump(exclude={"prompts"})}

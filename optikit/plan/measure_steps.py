@@ -17,6 +17,8 @@ from optikit.stage import Speculating
 COMPILED_RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "gguf": "llama-cpp"}
 """Which runtime on this machine loads a compiled artifact, by trait."""
 
+ENGINE_BASELINE = "engine-baseline"
+"""Name of the step that compiles the untouched model, to be timed."""
 SPECULATION = "measure-speculation"
 """Name of the step that judges a speculator."""
 OPTIONAL = {"openvino": ("openvino", "optikit[openvino]"), "llama-cpp": ("llama_cpp", "optikit[llama-cpp]")}
@@ -132,26 +134,46 @@ def _speed(
     engines: Sequence[Step],
 ) -> Step:
     result = written[-1]
-    arms = _baseline_arms(context)
-    speculator = {"speculator": "speculator"} if choices else {}
     loaded = {"runtime": runtime(result), "dtype": "auto"}
-    own_arms = [{"name": step.name, "role": step.name, **loaded} for step in engines]
-    if engines and choices:  # the result without its speculation
-        own_arms.append({"name": f"engine-{written[-2].name}", "role": "result", **loaded})
-    arms += own_arms
-    chain = ["baseline", *(arm["name"] for arm in own_arms), "result"] if engines else []
-    arms.append({"name": "result", "role": "result", "runtime": runtime(result), "dtype": "auto", **speculator})
-    inputs = {"baseline": original, "result": result.key, "tokenizer": original}
-    inputs |= {step.name: step.key for step in engines}
+    baselines = _baseline_arms(context, loaded)
+    own = _own_arms(context, written, choices, engines, loaded)
+    own = [arm for arm in own if arm["role"] not in {arm["role"] for arm in baselines}]
+    attributed = context.recipe.evaluate.attribution and engines
+    chain = [*(arm["name"] for arm in (*baselines[:1], *own)), "result"] if attributed else []
+    speculator = {"speculator": "speculator"} if choices else {}
+    arms = [*baselines, *own, {"name": "result", "role": "result", **loaded, **speculator}]
+    models = {"baseline": original, "result": result.key, **{step.name: step.key for step in engines}}
+    inputs = {role: models[role] for role in {arm["role"]: None for arm in arms}} | {"tokenizer": original}
     # What the stage made and what was chosen of it, as they lie together in the output.
     inputs |= {"speculator": choices[-1].key, "made": choices[-1].inputs["speculator"]} if choices else {}
     options = {"arms": arms, "chain": chain, **wanted.model_dump(exclude={"prompts"})}
     return speed_step(context, options, result.key, {role: Found(key=key) for role, key in inputs.items()})
 
 
-def _baseline_arms(context: Context) -> list[dict[str, str]]:
-    """Return how the untouched model is timed: as the recipe says first, then in the other precisions it names."""
+def _own_arms(
+    context: Context,
+    written: Sequence[Step],
+    choices: Sequence[Step],
+    engines: Sequence[Step],
+    loaded: Mapping[str, str],
+) -> list[dict[str, str]]:
+    """Return what was compiled of the model before each stage, and the result without its speculation."""
+    arms = [{"name": step.name, "role": step.name, **loaded} for step in engines]
+    if context.recipe.evaluate.attribution and engines and choices:
+        arms.append({"name": f"engine-{written[-2].name}", "role": "result", **loaded})
+    return arms
+
+
+def _baseline_arms(context: Context, compiled: Mapping[str, str]) -> list[dict[str, str]]:
+    """Return how the untouched model is timed: as the recipe says first, then in the other precisions it names.
+
+    Args:
+        context: With the recipe.
+        compiled: How this machine loads what the recipe compiles.
+    """
     against = context.recipe.evaluate.baseline
+    if against.runtime == "none":
+        return []
     own = "bfloat16" if context.facts.dtype == "BF16" else "float32"
     dtype = own if against.dtype == "auto" else against.dtype
     others = [
@@ -159,4 +181,6 @@ def _baseline_arms(context: Context) -> list[dict[str, str]]:
         for other in against.also
         if other != dtype
     ]
+    if against.runtime == "engine":
+        return [{"name": "baseline", "role": ENGINE_BASELINE, **compiled}, *others]
     return [{"name": "baseline", "role": "baseline", "runtime": against.runtime, "dtype": dtype}, *others]

@@ -144,11 +144,21 @@ class TaskOptions(Text):
 class BaselineOptions(_Frozen):
     """What the result is compared with: the untouched model in the runtime its user would otherwise use."""
 
-    runtime: Literal["transformers"] = "transformers"
+    runtime: Literal["transformers", "engine", "none"] = "transformers"
+    """What runs the untouched model while speed is measured. `engine`: the one that the recipe compiles for, so that
+    the ratio is the stages' alone, and measuring costs less. `none`: nothing does, speed is the result's alone. Where
+    vLLM measures, it serves both."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the baseline's weights and arithmetic while its speed is measured; `auto` is the checkpoint's own."""
     also: tuple[Literal["float32", "bfloat16"], ...] = ()
     """Further baselines, measured in the same interleaved session."""
+
+    @model_validator(mode="after")
+    def _something_to_compare(self) -> BaselineOptions:
+        if self.runtime == "none" and self.also:
+            msg = "runtime: none leaves every baseline out; remove `also`, or name a runtime"
+            raise ValueError(msg)
+        return self
 
 
 class Evaluate(_Frozen):

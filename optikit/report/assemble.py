@@ -230,6 +230,8 @@ class _Run:
             yield (
                 "speed: the recipe has no `evaluate: {speed: …}`"
                 if wanted.speed is None
+                else "speed: the recipe has `baseline: {runtime: none}`"
+                if arm == BASELINE and wanted.baseline.runtime == "none"
                 else "speed: timed only where the last step compiled for a runtime on this machine"
             )
 
@@ -377,6 +379,8 @@ class _Run:
         if self.timing is None or not self.timing.chain:
             return {}
         chain = self.timing.chain
+        if step.writes == "engine" and "engine-baseline" not in chain:
+            return {}  # the baseline runs on the engine, too
         name = "engine-baseline" if step.writes == "engine" else f"engine-{step.name}"
         decode = chain.get(name, chain["result"])["decode"]
         return {"decode_speedup": {"value": decode.value, "ci95": list(decode.ci95)}}

@@ -175,6 +175,47 @@ def test_attribution_compiles_the_model_before_each_stage_once_and_times_them_in
     assert {step.key for step in engines} <= set(timed.inputs.values())
 
 
+ON_AN_ENGINE = [{"quantize": {"method": "rtn", "group_size": 32}}, {"compile": {"engine": "onnxruntime"}}]
+
+
+@pytest.mark.parametrize("attribution", [False, True])
+@pytest.mark.parametrize(
+    ("runtime", "first"),
+    [
+        ("transformers", ("baseline", "baseline", "transformers")),
+        ("engine", ("baseline", "engine-baseline", "onnxruntime")),
+        ("none", None),
+    ],
+)
+def test_speed_is_compared_with_the_baseline_that_the_recipe_names(
+    make: Make, runtime: str, first: tuple[str, str, str] | None, *, attribution: bool
+) -> None:
+    speed = {"prompt_tokens": 8, "new_tokens": 4, "repetitions": 2}
+    evaluate = make().recipe.evaluate.model_dump(mode="json", include={"perplexity"}) | {"speed": speed}
+    evaluate |= {"baseline": {"runtime": runtime}, "attribution": attribution}
+    plan = make(stages=ON_AN_ENGINE, evaluate=evaluate)
+    arms = [(arm.name, arm.role, arm.runtime) for arm in plan.measures[-1].options.arms]  # type: ignore[attr-defined]
+    chain = plan.measures[-1].options.chain  # type: ignore[attr-defined]
+    engine = ("engine-baseline", "engine-baseline", "onnxruntime")
+    own = [engine] if attribution and runtime != "engine" else []
+    assert arms == [*([first] if first else []), *own, ("result", "result", "onnxruntime")]
+    assert list(chain) == ([name for name, _, _ in arms] if attribution else [])
+    needed = attribution or runtime == "engine"
+    assert [step.name for step in plan.measures if step.verb == "compile"] == ["engine-baseline"] * needed
+
+
+def test_a_baseline_on_no_engine_is_refused(make: Make) -> None:
+    evaluate = make().recipe.evaluate.model_dump(mode="json", include={"perplexity"})
+    evaluate |= {"speed": {"prompt_tokens": 8, "new_tokens": 4, "repetitions": 2}, "baseline": {"runtime": "engine"}}
+    with pytest.raises(RecipeError) as caught:
+        make(stages=ON_AN_ENGINE[:1], evaluate=evaluate)
+    assert [problem.code for problem in caught.value.problems] == ["baseline-engine"]
+    evaluate["baseline"] = {"runtime": "none"}
+    with pytest.raises(RecipeError) as caught:
+        make(stages=ON_AN_ENGINE, evaluate=evaluate, gates={"decode_speedup": {"min": 1}})
+    assert [problem.code for problem in caught.value.problems] == ["gate-not-measured"]
+
+
 def test_a_runtime_that_only_measuring_needs_is_missed_at_plan_time(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
