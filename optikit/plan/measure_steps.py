@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 
 from optikit import stages
@@ -136,8 +136,7 @@ def _speed(
     result = written[-1]
     loaded = {"runtime": runtime(result), "dtype": "auto"}
     baselines = _baseline_arms(context, loaded)
-    own = _own_arms(context, written, choices, engines, loaded)
-    own = [arm for arm in own if arm["role"] not in {arm["role"] for arm in baselines}]
+    own = _own_arms(context, written, choices, engines, loaded, {arm["role"] for arm in baselines})
     attributed = context.recipe.evaluate.attribution and engines
     chain = [*(arm["name"] for arm in (*baselines[:1], *own)), "result"] if attributed else []
     speculator = {"speculator": "speculator"} if choices else {}
@@ -156,9 +155,13 @@ def _own_arms(
     choices: Sequence[Step],
     engines: Sequence[Step],
     loaded: Mapping[str, str],
+    taken: Collection[str],
 ) -> list[dict[str, str]]:
-    """Return what was compiled of the model before each stage, and the result without its speculation."""
-    arms = [{"name": step.name, "role": step.name, **loaded} for step in engines]
+    """Return what was compiled of the model before each stage, and the result without its speculation.
+
+    Roles in `taken` are a baseline's already.
+    """
+    arms = [{"name": step.name, "role": step.name, **loaded} for step in engines if step.name not in taken]
     if context.recipe.evaluate.attribution and engines and choices:
         arms.append({"name": f"engine-{written[-2].name}", "role": "result", **loaded})
     return arms
