@@ -89,8 +89,9 @@ def gc(
     if as_json:
         print(dump_json({"dry_run": dry_run} | _as_json(done), indent=1))
         return
-    for one in done.removed:
-        print(f"{'would remove' if dry_run else 'removed'} {one.kind} {one.name} ({in_units(one.size_bytes)})")
+    if done.removed:
+        word = "would remove" if dry_run else "removed"
+        print("\n".join(f"{word} {one.kind} {one.name} ({in_units(one.size_bytes)})" for one in done.removed))
     if done.in_use:
         size = in_units(sum(one.size_bytes for one in done.in_use))
         print(f"{len(done.in_use)} more ({size}) are in use by a running process")
@@ -111,6 +112,8 @@ def _named(store: Store, beginnings: list[str]) -> set[str]:
     from optikit.errors import InputMissingError
     from optikit.store import maintenance
 
+    if not beginnings:
+        return set()
     names = [entry.name for entry in maintenance.entries(store)]
     for beginning in beginnings:
         if not any(name.startswith(beginning) for name in names):

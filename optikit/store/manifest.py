@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from optikit.errors import IntegrityError, RefusedError
 from optikit.store import fault_points, files
 from optikit.store.keys import is_key
 
+T = TypeVar("T")
 NAME = "artifact.json"
 SCHEMA_VERSION = 2
 UNSEALED_VERSION = 1
@@ -151,6 +152,19 @@ def read(directory: Path) -> tuple[Manifest, dict[str, Any]]:
     Raises:
         IntegrityError: If it is missing, torn, changed after it was sealed, or names files outside the directory.
     """
+    return _readable(directory, lambda loaded: (_parse(loaded), loaded))
+
+
+def peek(directory: Path) -> tuple[str, str, float]:
+    """Return verb, method and seconds of a stage without checking the seal: lists show thousands of them.
+
+    Raises:
+        IntegrityError: If there is none to read.
+    """
+    return _readable(directory, lambda loaded: (loaded["verb"], loaded["method"], float(loaded["seconds"])))
+
+
+def _readable(directory: Path, use: Callable[[Any], T]) -> T:
     path = directory / NAME
     fix = "what it describes is unfinished or damaged: make it again"
     try:
@@ -158,8 +172,7 @@ def read(directory: Path) -> tuple[Manifest, dict[str, Any]]:
             content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
             raise IntegrityError(f"{path} is larger than {files.in_units(MOST_BYTES)}", fix=fix)
-        loaded = json.loads(content)
-        return _parse(loaded), loaded
+        return use(json.loads(content))
     except FileNotFoundError:
         raise IntegrityError(f"{directory} has no {NAME}", fix=fix) from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

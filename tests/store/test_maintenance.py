@@ -262,3 +262,19 @@ def test_the_cache_on_the_command_line(full: Store, monkeypatch: pytest.MonkeyPa
         run("cache", "gc", "--max-size", "much")
     with pytest.raises(InputMissingError, match="no such entry"):
         run("cache", "gc", "--keep", "zzz")
+
+
+def test_lists_need_no_seal_that_holds_and_say_what_they_cannot_read(full: Store) -> None:
+    changed, torn = (full.artifact_path(key) / NAME for key in KEYS[:2])
+    changed.write_text(changed.read_text(encoding="utf-8").replace('"rtn"', '"gptq"'), encoding="utf-8")
+    torn.write_text("{", encoding="utf-8")
+    told = [maintenance.describe(full, entry) for entry in maintenance.entries(full)]
+    assert told[0] == "quantize gptq, 2 s to make"
+    assert "can't be read" in told[1]
+    assert maintenance.fsck(full).keys() == set(KEYS[:2])
+
+
+def test_looking_for_locks_leaves_no_lock_files(full: Store) -> None:
+    before = sorted((full.root / "locks").iterdir())
+    maintenance.gc(full, set(), 0, dry_run=True)
+    assert sorted((full.root / "locks").iterdir()) == before
