@@ -36,7 +36,7 @@ def list_(as_json: AsJson = False) -> None:
         {
             "kind": entry.kind,
             "name": entry.name,
-            "what": maintenance.describe(store, entry),
+            "what": maintenance.describe(entry),
             "size_bytes": entry.size_bytes,
             "used": datetime.fromtimestamp(entry.used, UTC).isoformat(timespec="seconds"),
         }

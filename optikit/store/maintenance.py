@@ -60,7 +60,7 @@ def entries(store: Store) -> tuple[Entry, ...]:
     return tuple(sorted((row for row in rows if row is not None), key=lambda row: (row.used, row.name)))
 
 
-def describe(store: Store, entry: Entry) -> str:
+def describe(entry: Entry) -> str:
     """Say in a few words what an entry is: the stage that made it, or the file that was fetched."""
     if entry.kind != "artifact":
         return next((path.name for path in sorted(entry.path.iterdir())), "") if entry.path.is_dir() else "text"

@@ -268,7 +268,7 @@ def test_lists_need_no_seal_that_holds_and_say_what_they_cannot_read(full: Store
     changed, torn = (full.artifact_path(key) / NAME for key in KEYS[:2])
     changed.write_text(changed.read_text(encoding="utf-8").replace('"rtn"', '"gptq"'), encoding="utf-8")
     torn.write_text("{", encoding="utf-8")
-    told = [maintenance.describe(full, entry) for entry in maintenance.entries(full)]
+    told = [maintenance.describe(entry) for entry in maintenance.entries(full)]
     assert told[0] == "quantize gptq, 2 s to make"
     assert "can't be read" in told[1]
     assert maintenance.fsck(full).keys() == set(KEYS[:2])
