@@ -20,7 +20,6 @@ from optikit.errors import (
     CannotCreateError,
     InputMissingError,
     IntegrityError,
-    RefusedError,
     UnavailableError,
     UsageError,
 )
@@ -29,9 +28,6 @@ from optikit.store import files, manifest
 CARD = "README.md"
 RECORDS = "optikit"
 """Folder of what tells how it was made."""
-TEXTS = (".yaml", ".json", ".md", ".html", ".lock", ".txt", ".jinja")
-MOST_SEARCHED = 16 * 2**20
-"""Larger text files, tokenizers above all, aren't searched for credentials."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +106,7 @@ def _stage(request: Request, staged: Path) -> str:
     for name in sealed.files:
         if place_of(name) == CARD or name.startswith("serve/"):
             continue  # the base model's card isn't ours; paths of an output's servers don't hold there
-        _require_clean(request.directory / name)
+        files.require_no_credential(request.directory / name)
         target = staged / place_of(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(request.directory / name, target)
@@ -128,16 +124,6 @@ def _stage(request: Request, staged: Path) -> str:
 
 def _without_self(said: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in said.items() if name != manifest.SELF}
-
-
-def _require_clean(path: Path) -> None:
-    """Refuse a text that holds what looks like a credential."""
-    if path.suffix not in TEXTS or path.stat().st_size > MOST_SEARCHED:
-        return
-    content = path.read_text(encoding="utf-8", errors="replace")
-    if text.redact(content) != content:
-        message = f"{path} holds what looks like a password or a token"
-        raise RefusedError(message, fix="take it out of the recipe, and run it again")
 
 
 def _licence(card: Path) -> str:

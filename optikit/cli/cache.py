@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from optikit.store.maintenance import Collected
-    from optikit.store.store import Store
+    from optikit.store.store import Artifact, Store
 
 app = typer.Typer(
     help="Look after the store of finished steps and downloads.",
@@ -119,6 +120,75 @@ def _named(store: Store, beginnings: list[str]) -> set[str]:
         if not any(name.startswith(beginning) for name in names):
             raise InputMissingError(f"--keep {beginning}: no such entry", fix="`optikit cache list` lists them")
     return {name for name in names if name.startswith(tuple(beginnings))}
+
+
+Names = Annotated[
+    list[str] | None, typer.Argument(metavar="[NAME]...", help="Artifacts, or beginnings of their names; else all.")
+]
+
+
+@app.command()
+def export(
+    archive: Annotated[Path, typer.Argument(metavar="FILE.tar", help="Archive to write.", show_default=False)],
+    names: Names = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write artifacts to a tar file, with their seals, for `optikit cache import` elsewhere."""
+    from optikit.store import archive as tar
+    from optikit.store.store import Store
+
+    store = Store.default()
+    _tell(tar.export(store, _artifacts(store, names or []), archive), f"written to {archive}", as_json=as_json)
+
+
+@app.command("import")
+def import_(
+    archive: Annotated[Path, typer.Argument(metavar="FILE.tar", help="What export wrote.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Put an archive's artifacts in the store: all of them, as sealed, or none (exit 76). Import what you trust."""
+    from optikit.store import archive as tar
+    from optikit.store.store import Store
+
+    store = Store.default()
+    _tell(tar.bring_in(store, archive), f"in {store.root}", as_json=as_json)
+
+
+@app.command()
+def push(names: Names = None, as_json: AsJson = False) -> None:
+    """Put artifacts into the second store, $OPTIKIT_REMOTE_STORE: s3://BUCKET/PREFIX, gs://, file://."""
+    from optikit.errors import UsageError
+    from optikit.store import remote
+    from optikit.store.store import Store
+
+    url = remote.configured()
+    if not url:
+        raise UsageError(f"{remote.URL} isn't set", fix=f"export {remote.URL}=s3://BUCKET/PREFIX")
+    store, there = Store.default(), remote.Remote(url)
+    found = [artifact for key in _artifacts(store, names or []) if (artifact := store.find(key))]
+    _tell([each for each in found if there.put(store, each)], f"put in {url}", as_json=as_json)
+
+
+def _artifacts(store: Store, beginnings: list[str]) -> list[str]:
+    """Return the keys of the artifacts that the given texts are the beginnings of; all for none."""
+    from optikit.errors import InputMissingError
+
+    keys = store.keys()
+    for beginning in beginnings:
+        if not any(key.startswith(beginning) for key in keys):
+            raise InputMissingError(f"{beginning}: no such artifact", fix="`optikit cache list` lists them")
+    return [key for key in keys if not beginnings or key.startswith(tuple(beginnings))]
+
+
+def _tell(artifacts: list[Artifact], where: str, *, as_json: bool) -> None:
+    from optikit.store.files import in_units
+    from optikit.text import dump_json
+
+    size = sum(artifact.manifest.size_bytes for artifact in artifacts)
+    if as_json:
+        print(dump_json({"artifacts": [artifact.key for artifact in artifacts], "size_bytes": size}, indent=1))
+    else:
+        print(f"{len(artifacts)} artifacts, {in_units(size)}, {where}")
 
 
 @app.command()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from optikit.fileio import write_json
 from optikit.process.failure import raise_failure
 from optikit.stage import EMITTED, RETURNED, VERIFIED, Emitting, Stage
 from optikit.store.lease import Lease, LeaseLostError
+from optikit.store.remote import ReadThrough
 from optikit.store.sources import require_unchanged
 from optikit.store.store import Artifact, Manifest, Store, cache_key
 
@@ -129,6 +130,11 @@ class _Executor:
     reread: list[str] = field(default_factory=list)
     """Digest of the model that the recipe names, once all of it was read again."""
 
+    @cached_property
+    def elsewhere(self) -> ReadThrough:
+        """The second store, that a step is fetched from where this one hasn't got it."""
+        return ReadThrough(self.store, self.progress.note)
+
     def bring(self, step: Step, emitted: Path | None = None) -> tuple[Artifact, Status]:
         """Return what a step made, now or before; of what was emitted, what became of it where its tools are.
 
@@ -146,9 +152,10 @@ class _Executor:
                 suppress(LeaseLostError),  # it was held up: whoever took over goes on with it
                 self.store.lock(step.key, timeout=self.settings.lock_timeout, waiting=self.progress.note) as lease,
             ):
-                artifact = self.store.find(step.key)
+                artifact = self.store.find(step.key) or self.elsewhere.find(step.key)
                 if artifact is None:
                     artifact, status = self._perform(step, emitted, lease), "executed"
+                    self.elsewhere.keep(artifact)
         if VERIFIED in artifact.manifest.facts:
             return artifact, "verified"
         if not artifact.manifest.facts.get(EMITTED):

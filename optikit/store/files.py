@@ -12,11 +12,15 @@ from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 
+from optikit import text
 from optikit.errors import CannotCreateError, DiskError, IntegrityError, RefusedError
 from optikit.store import fault_points
 
 CHUNK = 1 << 20
 GC_FIX = "free some space, for example with `optikit cache gc`, and run again"
+TEXTS = (".yaml", ".json", ".md", ".html", ".lock", ".txt", ".jinja")
+MOST_SEARCHED = 16 * 2**20
+"""Larger text files, tokenizers above all, aren't searched for credentials."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -135,6 +139,20 @@ def require_own(path: Path) -> None:
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         who = "anybody" if found.st_mode & stat.S_IWOTH else "every member of its group"
         raise RefusedError(f"{who} may write to {path}", fix=f"chmod go-w {path}")
+
+
+def require_no_credential(path: Path) -> None:
+    """Refuse a text that holds what looks like a credential, before it leaves this machine.
+
+    Raises:
+        RefusedError: Naming the file.
+    """
+    if path.suffix not in TEXTS or path.stat().st_size > MOST_SEARCHED:
+        return
+    content = path.read_text(encoding="utf-8", errors="replace")
+    if text.redact(content) != content:
+        message = f"{path} holds what looks like a password or a token"
+        raise RefusedError(message, fix="take it out of the recipe, and run it again")
 
 
 def sha256(file: BufferedReader) -> str:

@@ -262,6 +262,41 @@ class Store:
         self._digests.save()
         return artifact
 
+    def adopt(self, key: str, directory: Path) -> Artifact:
+        """Publish a sealed directory from `staging` whose files came from another store, after reading every byte.
+
+        Args:
+            key: Cache key that it has to be sealed with.
+            directory: Its files are on disk for good; gone afterwards, whether this succeeds or fails.
+
+        Raises:
+            IntegrityError: It isn't what its seal says.
+            DiskError: If the disk is full.
+        """
+        try:
+            manifest = self.require_sealed(key, directory)
+            with files.disk_errors(self.root, f"storing {key[:12]}"):
+                files.sync_tree(directory)
+                artifact = self._publish(directory, Artifact(key, self.artifact_path(key), manifest))
+        finally:
+            files.remove_tree(directory)
+        self._digests.save()
+        return artifact
+
+    def require_sealed(self, key: str, directory: Path) -> Manifest:
+        """Return the seal of a directory that came from elsewhere, after reading every byte of it.
+
+        Raises:
+            IntegrityError: It isn't what was sealed under this key.
+        """
+        fix = "copy it again from where it was made"
+        manifest = load(directory)
+        if manifest.key != key:
+            raise IntegrityError(f"{key[:12]} has the seal of {manifest.key[:12]!r}", fix=fix)
+        if found := damages(directory, manifest, digest=self._digests.of):
+            raise IntegrityError(f"{key[:12]} isn't as it was sealed: {found[0]}", fix=fix)
+        return manifest
+
     def _publish(self, directory: Path, artifact: Artifact) -> Artifact:
         for _ in range(3):
             try:

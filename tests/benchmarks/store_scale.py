@@ -87,7 +87,7 @@ def page(count: int, filling: float, found: dict[str, list[tuple[float, float]]]
         f"# A store of {count:,} artifacts\n\n"
         f"```sh\npython tests/benchmarks/store_scale.py --work WORK --count {count}\n```\n\n"
         f"Commit {commit()}. {host.cpu_model()}, {host.threads()} threads, load {os.getloadavg()[0]:.1f} at the end.\n"
-        f"Whole commands, start-up included, over {len(found['plan'])} rounds; `--max-size` collects a hundredth of the\n"
+        f"Whole commands, start-up included, {len(found['plan'])} rounds; `--max-size` collects a hundredth of the\n"
         f"store. Other work on the machine lengthens wall times; the processor time is the command's own.{made}\n\n"
         f"| command | wall s, median | range | processor s | goal s |\n|---|---|---|---|---|\n{rows}"
     )

@@ -67,6 +67,25 @@ def test_a_step_is_done_once_and_found_again(planned, store):
     }
 
 
+def test_a_step_that_the_second_store_has_is_fetched_and_one_that_was_run_is_put_there(
+    planned, store, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPTIKIT_REMOTE_STORE", (tmp_path / "there").as_uri())
+    monkeypatch.setenv("OPTIKIT_REMOTE_PUSH", "1")
+    plan, told, other = planned(PRUNED, RTN), Told(), Store(tmp_path / "other")
+    execute(plan, store, Told(), Settings())
+    shutil.rmtree(tmp_path / "there" / "artifacts" / plan.steps[1].key)
+    again = execute(plan, other, told, Settings())
+    assert again.statuses == {"1-prune-magnitude": "cached", "2-quantize-rtn": "executed"}
+    assert [note.split(" ")[1] for note in told.notes] == ["fetched", "put"]
+    for key, found in again.artifacts.items():
+        made = store.find(key)
+        assert made is not None
+        assert {n: each.sha256 for n, each in made.manifest.files.items()} == {
+            n: each.sha256 for n, each in found.manifest.files.items()
+        }
+
+
 def test_until_leaves_out_what_comes_after(planned, store):
     plan = planned(PRUNED, RTN)
     assert execute(plan, store, Told(), Settings(until="1-prune-magnitude")).statuses == {
