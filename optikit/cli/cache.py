@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,9 +91,8 @@ def gc(
     if as_json:
         print(dump_json({"dry_run": dry_run} | _as_json(done), indent=1))
         return
-    if done.removed:
-        word = "would remove" if dry_run else "removed"
-        print("\n".join(f"{word} {one.kind} {one.name} ({in_units(one.size_bytes)})" for one in done.removed))
+    word = "would remove" if dry_run else "removed"
+    sys.stdout.write("".join(f"{word} {one.kind} {one.name} ({in_units(one.size_bytes)})\n" for one in done.removed))
     if done.in_use:
         size = in_units(sum(one.size_bytes for one in done.in_use))
         print(f"{len(done.in_use)} more ({size}) are in use by a running process")

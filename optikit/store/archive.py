@@ -120,15 +120,19 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, IO[bytes]]]:
     """Yield key, name and content of each file; anything but plain files below a key is refused."""
     for member in tar:
         key, _, name = member.name.partition("/")
-        path = PurePosixPath(name)
-        plain = (
-            member.isreg() and not member.issparse() and is_key(key) and name == str(path) and not path.is_absolute()
-        )
-        content = tar.extractfile(member) if plain and ".." not in path.parts and "\0" not in name else None
-        if content is None or name in ("", ".") or (name == NAME and member.size > MOST_BYTES):
+        content = tar.extractfile(member) if _is_ours(member, key, name) else None
+        if content is None:
             message = f"{member.name!r} is no file of an artifact"
             raise tarfile.ReadError(message)
         yield key, name, content
+
+
+def _is_ours(member: tarfile.TarInfo, key: str, name: str) -> bool:
+    """Return whether a member is a plain file below a key, and a seal of a size that one has."""
+    path = PurePosixPath(name)
+    inside = name == str(path) != "." and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    plain = member.isreg() and not member.issparse()
+    return plain and inside and is_key(key) and (name != NAME or member.size <= MOST_BYTES)
 
 
 def _require_end(tar: tarfile.TarFile, archive: Path) -> None:
