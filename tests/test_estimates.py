@@ -1,9 +1,10 @@
-"""The table of estimates against recorded runs: its arithmetic; the recorded page is what the command writes."""
+"""The table of estimates against recorded runs: its arithmetic, and which measurement of a step counts."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tests.report.conftest import full
@@ -19,7 +20,7 @@ def test_every_step_has_its_ratios():
     report = full()
     steps = [report.steps[0].model_copy(update={"estimate_disk_bytes": 250_000_000}), *report.steps[1:]]
     steps[2] = steps[2].model_copy(update={"status": "emitted"})
-    found = list(estimates.rows("x", report.model_copy(update={"steps": tuple(steps)})))
+    found = list(estimates.rows("x", report.model_copy(update={"steps": tuple(steps)}), {}))
     assert [row.step for row in found] == ["prune sparsegpt", "quantize gptq"] + [
         f"measure {name}" for name in ("quality baseline", "quality result", "speed")
     ]
@@ -33,8 +34,14 @@ def test_every_step_has_its_ratios():
     assert said[2].startswith("size: 0 of 1 steps within 2%")
 
 
-def test_the_recorded_page_is_what_the_command_writes():
-    root = path.parents[2]
-    places = sorted(report.parent for report in (root / "examples").glob("*/report.json"))
-    found = [row for place in places for row in estimates.rows(place.name, estimates.write.load(place))]
-    assert (root / "examples" / "estimates.md").read_text(encoding="utf-8") == estimates.page(found)
+def test_what_several_runs_share_counts_once_as_measured_last():
+    (first, *_) = estimates.rows("a", full(), {})
+    later = replace(first, run="b", when="2999", time=(1.0, 2.0))
+    assert estimates.newest([later, first]) == estimates.newest([first, later]) == [later]
+    other = replace(first, key="another", run="0")
+    assert estimates.newest([first, later, other]) == [other, later]
+
+
+def test_a_recorded_recipe_is_said_in_words_of_today():
+    recorded = {"stages": [{"speculate": {"method": "lookup", "judged": 24, "draft": ""}}], "gates": {}, "seed": 0}
+    assert estimates._said(recorded) == {"stages": [{"speculate": {"method": "lookup", "eval_prompts": 24}}], "seed": 0}

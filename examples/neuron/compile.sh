@@ -2,6 +2,7 @@
 # Compiles for inf2 with optimum-neuron, then decodes 8 tokens if a device is here.
 set -eu
 cd "$(dirname "$0")"
+[ ! -f env/bin/activate ] || . env/bin/activate
 export NEURON_COMPILE_CACHE_URL="${NEURON_COMPILE_CACHE_URL:-/var/tmp/neuron-compile-cache}"
 export NEURON_RT_VISIBLE_CORES="${NEURON_RT_VISIBLE_CORES:-0}"  # of the model, and of what drafts for it
 python3 job.py prepare "${MODEL:-../../model}"
@@ -22,7 +23,7 @@ optimum-cli export neuron \
 python3 job.py result "$OUT" "$(($(date +%s) - began))"
 fi
 if [ -e /dev/neuron0 ]; then
-python3 job.py smoke "$OUT" > smoke.log 2>&1 || { cat smoke.log >&2; exit 70; }
+python3 job.py smoke "$OUT" > smoke.log 2> smoke.err || { cat smoke.log smoke.err >&2; exit 70; }
 cat smoke.log
 python3 check.py record "$(python3 job.py seconds "$OUT")"
 fi

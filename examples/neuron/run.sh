@@ -3,9 +3,14 @@
 # Run it again after an interruption: what is finished stays.
 set -eu
 cd "$(dirname "$0")"
-[ ! -d env ] || . env/bin/activate
+[ ! -f env/bin/activate ] || . env/bin/activate
 python3 check.py packages 2> /dev/null || {
-  python3 -m venv env
+  python=python3
+  for each in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do
+    if "$each" check.py python 2> /dev/null; then python=$each; break; fi
+  done
+  "$python" check.py python
+  "$python" -m venv env
   . env/bin/activate
   pip install --quiet -r requirements.txt
 }

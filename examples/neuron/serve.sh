@@ -2,6 +2,7 @@
 # Serves the compiled model with an OpenAI-compatible API.
 set -eu
 cd "$(dirname "$0")"
+[ ! -f env/bin/activate ] || . env/bin/activate
 export NEURON_COMPILE_CACHE_URL="${NEURON_COMPILE_CACHE_URL:-/var/tmp/neuron-compile-cache}"
 export NEURON_RT_VISIBLE_CORES="${NEURON_RT_VISIBLE_CORES:-0}"  # of the model, and of what drafts for it
 python3 job.py prepare "${MODEL:-../../model}"

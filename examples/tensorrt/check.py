@@ -4,6 +4,7 @@ Copied into the folder as check.py:
 
     python3 check.py                   is everything here: files, Python, packages, devices, memory, disk?
     python3 check.py packages          are the packages here? (run.sh asks before it installs them)
+    python3 check.py python            does this Python run it?
     python3 check.py record [SECONDS]  write result.json: what smoke.log decoded, where, and with which versions
 
 Exit codes: 0 all is here; 69 something isn't, each thing told with what to do; 76 a file was changed.
@@ -71,9 +72,18 @@ def installed(name: str) -> str:
         return ""
 
 
+def python() -> Iterator[str]:
+    """Yield why this Python doesn't run it."""
+    low, high = (tuple(each) for each in wanted()["python"])
+    if not low <= sys.version_info[:2] < high:
+        have = platform.python_version()
+        yield f"Python {have} runs this, not {low[0]}.{low[1]} to {high[0]}.{high[1] - 1}: use another python3"
+
+
 def packages() -> Iterator[str]:
     """Yield packages that aren't here, or in another version."""
-    for name, pattern in wanted()["packages"].items():
+    for names, pattern in wanted()["packages"].items():
+        name = next(filter(installed, names.split("|")), names.split("|")[0])
         version = installed(name)
         if not version:
             yield f"{name} isn't installed: pip install -r requirements.txt"
@@ -90,10 +100,7 @@ def devices() -> list[str]:
 def lacking() -> Iterator[str]:
     """Yield what this machine lacks."""
     want = wanted()
-    low, high = (tuple(each) for each in want["python"])
-    if not low <= sys.version_info[:2] < high:
-        have = platform.python_version()
-        yield f"Python {have} runs this, not {low[0]}.{low[1]} to {high[0]}.{high[1] - 1}: use another python3"
+    yield from python()
     yield from packages()
     for tool in want["tools"]:
         if not any(map(shutil.which, tool.split("|"))):
@@ -151,7 +158,7 @@ def record(seconds: str = "0") -> None:
     said = log.read_text(encoding="utf-8", errors="replace").strip() if log.is_file() else ""
     if not said:
         tell(["smoke.log is empty: nothing was decoded, so there is nothing to record"], MISSING)
-    names = sorted({*wanted()["packages"], *wanted()["versions"]})
+    names = sorted({*"|".join(wanted()["packages"]).split("|"), *wanted()["versions"]} - {""})
     written = {
         "job": sha256(HERE / "check.json"),
         "target": wanted()["target"],
@@ -171,6 +178,8 @@ def main(verb: str = "check", *arguments: str) -> None:
     """Do what the command line says."""
     if verb == "packages":
         tell(list(packages()), MISSING)
+    elif verb == "python":
+        tell(list(python()), MISSING)
     elif verb == "record":
         record(*arguments)
     else:

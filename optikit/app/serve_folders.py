@@ -49,6 +49,7 @@ def describe(place: Path, loaded: LoadedRecipe, plan: Plan) -> Served:
         context=facts.max_positions,
         speculation=_speculation(place),
         target=plan.target,
+        facts=facts,
     )
 
 

@@ -295,8 +295,8 @@ def _first_legal(made: Made, end: End, target: Target, shapes: list[Shape]) -> J
 
 @cache
 def _of_degrees() -> frozenset[str]:
-    """Return the codes of what another degree may mend: rules that point at it, and a stage's own check."""
-    return frozenset(rule.id for rule in rules().values() if rule.at == "serve.tensor_parallel") | {"heads-not-shared"}
+    """Return the codes of what another degree may mend: rules that point at it."""
+    return frozenset(rule.id for rule in rules().values() if rule.at == "serve.tensor_parallel")
 
 
 def _lengths(length: int) -> Iterator[int]:
@@ -323,16 +323,9 @@ def _order(stored: ModelFacts, target: Target) -> Any:
 
 
 def _fits(facts: ModelFacts, target: Target, shape: Shape) -> bool:
-    room = part_bytes(target, shape)
+    room = part(target, shape).memory_bytes
     caches = cache_bytes(facts, batch=shape.batch, length=shape.length) * parallel.cache_copies(facts, shape.tensor)
     return room is None or facts.weight_bytes + caches < room
-
-
-def part_bytes(target: Target, shape: Shape) -> int | None:
-    """Return the memory of the accelerators or cores that one copy of a model takes."""
-    if target.core_memory_gb is not None:
-        return int(target.core_memory_gb * 1e9 * shape.devices)
-    return part(target, shape).memory_bytes
 
 
 def as_served(facts: ModelFacts, end: End) -> ModelFacts:
@@ -345,26 +338,12 @@ def as_served(facts: ModelFacts, end: End) -> ModelFacts:
 
 def part(target: Target, shape: Shape) -> Target:
     """Return the part of a target that one copy of the model takes, at its share of the price."""
-    devices = target.count * shape.devices / (target.cores or target.count)
-
-    def scaled(value: float | None) -> float | None:
-        return None if value is None else value * devices
-
-    return replace(
-        target,
-        count=1,
-        memory_gib=scaled(target.memory_gib),
-        bandwidth_gb_s=scaled(target.bandwidth_gb_s),
-        bf16_tflops=scaled(target.bf16_tflops),
-        fp16_tflops=scaled(target.fp16_tflops),
-        int8_tops=scaled(target.int8_tops),
-        usd_per_hour=None if target.usd_per_hour is None else target.usd_per_hour / copies(target, shape),
-    )
+    return target.part(shape.devices)
 
 
 def copies(target: Target, shape: Shape) -> int:
     """Return how many copies of a model a target has room for side by side."""
-    return max(1, (target.cores or target.count) // shape.devices)
+    return target.copies(shape.devices)
 
 
 def per_token(facts: ModelFacts, target: Target, shape: Shape) -> float:

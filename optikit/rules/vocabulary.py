@@ -46,6 +46,7 @@ TARGET: Mapping[str, str] = MappingProxyType(
         "accelerator": "product name",
         "count": "accelerators",
         "compute_capability": "CUDA compute capability times ten",
+        "capability": "CUDA compute capability as NVIDIA writes it",
         "cores": "Neuron cores",
         "tensor_parallel": "set: degrees that the hardware allows",
         "older_tensor_parallel": "set: degrees that only older texts allow",
@@ -74,6 +75,9 @@ FIT: Mapping[str, str] = MappingProxyType(
         "padded_kv_heads": "key-value heads after padding and replication (Neuron)",
         "padding_gb": "what that adds to the weights, 10⁹ bytes (Neuron)",
         "cache_gb": "caches of model and draft, 10⁹ bytes (Neuron)",
+        "pipeline": "groups of accelerators that share the layers; 1 where none were named",
+        "accelerators": "GPUs that one server uses",
+        "cache_copies": "how many times the cache lies on them together",
         "memory_gb": "memory of the cores or accelerators used, 10⁹ bytes",
         "shard_width": "width of a row-parallel linear on one of tensor_parallel accelerators",
     }

@@ -166,7 +166,8 @@ def told(found: Floors, target: Target) -> list[str]:
         rate = found.batch / found.decode_seconds
         lines.append(f"  decode   at least {1e3 * found.decode_seconds:.3g} ms a step, at most {rate:.4g} tokens/s")
     if found.prefill_seconds is not None:
-        lines.append(f"  prefill  at least {1e3 * found.prefill_seconds:.3g} ms for {found.length} tokens")
+        prompts = f"{found.batch} × {found.length}" if found.batch > 1 else f"{found.length}"
+        lines.append(f"  prefill  at least {1e3 * found.prefill_seconds:.3g} ms for {prompts} tokens")
     if price := price_words(found):
         lines.append(f"  price    {price}")
     return lines

@@ -107,7 +107,7 @@ def resident(facts: ModelFacts, degree: int, shapes: Shapes) -> Resident:
     A tied embedding is loaded twice, as the libraries clone it for the output layer.
     """
     size, found = shapes.element_bytes, sharding(facts.heads, facts.kv_heads, degree)
-    stored = _weight_bytes(facts, shapes)
+    stored = compiled_bytes(facts, shapes)
     added = 2 * (found.heads - facts.heads) + 2 * (found.kv_heads - facts.kv_heads)
     per_token = facts.cached or 2 * found.kv_heads * facts.head_dim
     return Resident(
@@ -119,7 +119,7 @@ def resident(facts: ModelFacts, degree: int, shapes: Shapes) -> Resident:
     )
 
 
-def _weight_bytes(facts: ModelFacts, shapes: Shapes) -> int:
+def compiled_bytes(facts: ModelFacts, shapes: Shapes) -> int:
     """Return the size of weights in the dtype that is compiled in; what a quantizer packed stays as it is."""
     if "dense" not in facts.traits:
         return facts.weight_bytes
@@ -176,6 +176,11 @@ def place(degree: int, models: Sequence[ModelFacts], shapes: Shapes, *, medusa_h
 def degrees(target: Target) -> tuple[int, ...]:
     """Return degrees of tensor parallelism to try, the smallest first: the documented ones, else powers of two."""
     return target.tensor_parallel or tuple(2**power for power in range((target.cores or 1).bit_length()))
+
+
+def widest(target: Target, facts: ModelFacts) -> int:
+    """Return the largest degree whose cores a model's heads can be shared out among without padding."""
+    return max((degree for degree in degrees(target) if facts.heads % degree == 0), default=1)
 
 
 def fitting(target: Target, models: Sequence[ModelFacts], shapes: Shapes, *, medusa_heads: int = 0) -> tuple[int, ...]:

@@ -18,7 +18,6 @@ class Sharing:
 
     kv_heads: Literal["replicate", "divide"]
     pipeline: bool
-    default: int
     source: str
 
     def takes(self, facts: ModelFacts, tensor: int) -> bool:
@@ -46,6 +45,16 @@ def rows() -> Mapping[str, Sharing]:
     """Return how each server shares models out, by its name in rules."""
     text = resources.files("optikit.targets").joinpath("parallel.toml").read_text(encoding="utf-8")
     return {name: Sharing(**row) for name, row in tomllib.loads(text).items()}
+
+
+def widest(server: str, facts: ModelFacts, accelerators: int) -> int:
+    """Return the largest tensor-parallel degree that a server takes of so many accelerators; 1 where no row says.
+
+    It is what a server's folder names, and what rules judge, where a recipe names none.
+    """
+    row = rows().get(server)
+    degrees = range(1, accelerators + 1) if row else ()
+    return max((degree for degree in degrees if row and row.takes(facts, degree)), default=1)
 
 
 def cache_copies(facts: ModelFacts, tensor: int) -> int:

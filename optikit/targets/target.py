@@ -65,8 +65,43 @@ class Target:
 
     @property
     def memory_bytes(self) -> int | None:
-        """Memory of all accelerators together."""
+        """Memory of all accelerators together; of Neuron's what its cores may hold, where that is known."""
+        if self.core_memory_gb is not None and self.cores is not None:
+            return int(self.core_memory_gb * 1e9 * self.cores)
         return None if self.memory_gib is None else int(self.memory_gib * self.count * 2**30)
+
+    @property
+    def capability(self) -> str | None:
+        """CUDA compute capability as NVIDIA writes it: 8.9."""
+        return None if self.compute_capability is None else f"{self.compute_capability / 10:.1f}"
+
+    @property
+    def devices(self) -> int:
+        """Accelerators, or Neuron cores: what degrees of parallelism count."""
+        return self.cores or self.count
+
+    def copies(self, devices: int) -> int:
+        """Return how many copies of a model that takes so many devices have room side by side."""
+        return max(1, self.devices // devices)
+
+    def part(self, devices: int) -> Target:
+        """Return the part that one copy of a model takes which lies on so many devices, at its share of the price."""
+        share = self.count * devices / self.devices
+
+        def scaled(value: float | None) -> float | None:
+            return None if value is None else value * share
+
+        return replace(
+            self,
+            count=1,
+            cores=None if self.cores is None else devices,
+            memory_gib=scaled(self.memory_gib),
+            bandwidth_gb_s=scaled(self.bandwidth_gb_s),
+            bf16_tflops=scaled(self.bf16_tflops),
+            fp16_tflops=scaled(self.fp16_tflops),
+            int8_tops=scaled(self.int8_tops),
+            usd_per_hour=None if self.usd_per_hour is None else self.usd_per_hour / self.copies(devices),
+        )
 
 
 _TYPES: Mapping[str, type | tuple[type, ...]] = {

@@ -1,10 +1,12 @@
-"""What `optikit plan` expected against what runs measured: seconds, memory and size of every step, with ratios.
+"""What `optikit plan` expects against what runs measured: seconds, memory and size of every step, with ratios.
 
-    python tests/benchmarks/estimates.py                  # every examples/*/report.json → examples/estimates.md
+    python tests/benchmarks/estimates.py                  # every recorded report → examples/estimates.md
     python tests/benchmarks/estimates.py out/ other/out/   # other runs, printed only
 
-A step that was found in the store counts with the time it took when it was made. Sizes are those of everything that a
-step wrote. Measured steps are left out of the size column: what they keep is not shipped.
+The recipe of each report is planned again, so that what is judged are the estimates of today. A step counts once,
+however many runs found it in their store: the newest measurement of what has the same key today. Where a recipe can't
+be planned here (a hub is asked for), the estimates of then stand. Sizes are those of everything that a step wrote.
+Measured steps are left out of the size column: what they keep is not shipped.
 """
 
 from __future__ import annotations
@@ -12,16 +14,30 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from optikit import text
+from optikit.errors import OptikitError
 from optikit.evaluation.results import Report, StepReport
+from optikit.models.strict_json import read_object
+from optikit.plan.make import make_plan
+from optikit.plan.model import Step
+from optikit.recipe.load import load
 from optikit.report import markdown, wording, write
+from optikit.store.store import Store
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "examples" / "estimates.md"
+RECORDED = ("*/report.json", "estimates/*/report.json")
+"""Below examples/: runs that are examples themselves, and runs that were only made to see what steps take."""
+RENAMED = {"judged": "eval_prompts", "most_tokens": "max_tokens"}
+"""Keys of recorded recipes → what recipes call them today."""
 MIB = 2**20
 CLOSE = {"time": 0.30, "memory": 0.15, "size": 0.02}
 """How far an actual figure may be from its estimate to count as close."""
@@ -33,6 +49,8 @@ class Row:
 
     run: str
     step: str
+    key: str
+    when: str
     time: tuple[float, float]
     memory: tuple[float, float]
     size: tuple[float, float] | None
@@ -43,24 +61,62 @@ class Row:
         return pair[1] / pair[0] if pair and pair[0] > 0 else None
 
 
-def rows(name: str, report: Report) -> Iterator[Row]:
-    """Yield the steps of a report."""
+def rows(name: str, report: Report, planned: Mapping[str, Step]) -> Iterator[Row]:
+    """Yield the steps of a report, with the estimates and keys of the same steps as they are planned today, if any."""
     for step in (*report.steps, *report.measures):
         if step.status == "emitted":
             continue
+        today = planned.get(step.name)
         yield Row(
             run=name,
             step=wording.step_label(step),
-            time=(step.estimate_seconds, step.seconds),
-            memory=(step.estimate_peak_memory_mib * MIB, step.peak_memory_mib * MIB),
-            size=_size(step),
+            key=today.key if today else step.key,
+            when=str(report.created),
+            time=(today.estimate.seconds if today else step.estimate_seconds, step.seconds),
+            memory=(
+                today.estimate.peak_bytes if today else step.estimate_peak_memory_mib * MIB,
+                step.peak_memory_mib * MIB,
+            ),
+            size=_size(step, today),
         )
 
 
-def _size(step: StepReport) -> tuple[float, float] | None:
+def replanned(place: Path) -> dict[str, Step]:
+    """Return the steps of a recorded recipe by name as they are planned today; none where it can't be planned here."""
+    recipe = read_object(place / "report.json")["recipe"]
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "recipe.yaml"
+        path.write_text(yaml.safe_dump(_said(recipe), sort_keys=False), encoding="utf-8")
+        try:
+            plan = make_plan(load(path), Store.default(), weights=False, digests=False)
+        except OptikitError as error:
+            print(f"estimates of then: {error}", file=sys.stderr)
+            return {}
+    return {step.name: step for step in (*plan.steps, *plan.measures)}
+
+
+def _said(value: Any) -> Any:
+    """Return a recorded recipe in today's words, without what it left open."""
+    if isinstance(value, Mapping):
+        kept = {name: _said(each) for name, each in value.items() if each not in (None, "", [], {})}
+        return {RENAMED.get(name, name): each for name, each in kept.items()}
+    return [_said(each) for each in value] if isinstance(value, list) else value
+
+
+def newest(found: Iterable[Row]) -> list[Row]:
+    """Return each step once, as it was measured last."""
+    kept: dict[str, Row] = {}
+    for row in found:
+        if row.key not in kept or row.when > kept[row.key].when:
+            kept[row.key] = row
+    return sorted(kept.values(), key=lambda row: row.run)
+
+
+def _size(step: StepReport, today: Step | None) -> tuple[float, float] | None:
     if step.verb == "measure" or step.estimate_disk_bytes is None:
         return None
-    return float(step.estimate_disk_bytes), float(step.artifact_bytes)
+    expected = step.estimate_disk_bytes if today is None else today.estimate.disk_bytes
+    return float(expected), float(step.artifact_bytes)
 
 
 def summary(found: Sequence[Row]) -> Iterator[str]:
@@ -106,8 +162,9 @@ def page(found: Sequence[Row]) -> str:
     lines = [
         "# Estimated and measured",
         "",
-        "Written by `python tests/benchmarks/estimates.py` from every `examples/*/report.json`: for each step the",
-        "estimate of `optikit plan`, what the recorded run took, and actual / estimated.",
+        "Written by `python tests/benchmarks/estimates.py` from every recorded report: for each step what",
+        "`optikit plan` expects of it today, what the newest run that made it took, and the ratio. A step that several",
+        "runs share counts once.",
         "",
         *(f"- {line[0].upper()}{line[1:]}." for line in summary(found)),
         "",
@@ -121,8 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, help="output directories; none takes the recorded examples")
     given = parser.parse_args(arguments)
-    places = given.runs or sorted(path.parent for path in (ROOT / "examples").glob("*/report.json"))
-    found = [row for place in places for row in rows(place.name, write.load(place))]
+    recorded = (path.parent for pattern in RECORDED for path in (ROOT / "examples").glob(pattern))
+    places = given.runs or sorted(recorded)
+    found = newest(row for place in places for row in rows(place.name, write.load(place), replanned(place)))
     if not found:
         print("no steps were found", file=sys.stderr)
         return 1

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from optikit.deploy.bundle import Served
 from optikit.deploy.servers import DIRECTORY, SERVERS
 from optikit.errors import RecipeError
+from optikit.plan import serve_section
 from optikit.plan.make import make_plan
 from optikit.plan.render import as_json, render
 from optikit.recipe.jsonschema import export
 from optikit.recipe.load import load, loads
+from optikit.recipe.schema import ServeEntry
 from optikit.stages import methods
 from optikit.store.store import Store
 from optikit.targets import rows
@@ -21,6 +25,7 @@ from tests.rules import recipes
 
 
 def planned(directory: Path, serve: object, *, stages: object = (), target: str = "l4"):
+    directory.mkdir(exist_ok=True)
     recipes.write_model(directory / "model", {})
     (directory / "prose.txt").write_text(recipes.TEXT, encoding="utf-8")
     path = directory / "recipe.yaml"
@@ -64,8 +69,8 @@ def test_each_server_is_seen_on_its_own(tmp_path):
     found = refused(tmp_path, ["tgi", {"server": "vllm", "tensor_parallel": 3}], stages=stages, target="g6.12xlarge")
     codes = [code for code, _, _ in found]
     assert codes.count("tgi-maintenance") == 1
-    assert "vllm-heads" in codes
-    heads = next(line for code, _, line in found if code == "vllm-heads")
+    assert "parallel-heads" in codes
+    heads = next(line for code, _, line in found if code == "parallel-heads")
     text = (tmp_path / "recipe.yaml").read_text().splitlines()
     assert "tensor_parallel" in text[heads - 1]
 
@@ -104,3 +109,28 @@ def test_editors_know_it():
     assert not list(check.iter_errors(json.loads(json.dumps(good))))
     for wrong in ([{"server": "tgi", "shards": 2}], ["vlm"], "vllm", [{"version": "3"}]):
         assert list(check.iter_errors({"model": "m", "serve": wrong}))
+
+
+MODEL = {"hidden": 256, "heads": 8, "kv_heads": 2, "intermediate": 704}
+
+
+@pytest.mark.parametrize(
+    ("server", "options", "degree"),
+    [("vllm", {}, 4), ("vllm", {"pipeline_parallel": 2}, 2), ("tgi", {}, 2), ("vllm", {"tensor_parallel": 2}, 2)],
+)
+def test_a_server_is_judged_and_started_at_the_same_degree(server, options, degree):
+    """Where the recipe names none, at the largest that the server takes: 2 key-value heads are 2 GPUs for TGI."""
+    facts = SimpleNamespace(**MODEL, cached=0, layers=2)
+    asked = SERVERS[server].Options(**options)
+    target = rows()["g6.12xlarge"]
+    entry = ServeEntry(server=server, options=asked)
+    judged = {**serve_section._degree(entry, target, facts), **entry.words}["tensor_parallel"]
+    artifact = Served(name="m", folders=frozenset(), files=frozenset(), size=1, context=64, target=target, facts=facts)
+    assert artifact.tensor_parallel(entry.row.engine, asked) == judged == degree
+
+
+def test_floors_are_those_of_the_part_that_serves(tmp_path):
+    plan, store = planned(tmp_path, [{"server": "vllm", "tensor_parallel": 2, "batch_size": 4}], target="g6.12xlarge")
+    assert "serving on 2 of 4 GPUs of g6.12xlarge, batch 4" in render(plan, store)
+    whole, store = planned(tmp_path / "whole", ["vllm"], target="g6.12xlarge")
+    assert "serving on g6.12xlarge, batch 1" in render(whole, store)

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from optikit.stages.compile import neuron
+from optikit.stages.compile._neuron_options import Options
 from optikit.targets import rows
-from optikit.targets.neuron import Shapes, degrees, fitting, medusa_bytes, place, resident, sharding, told
+from optikit.targets.neuron import Shapes, degrees, fitting, medusa_bytes, place, resident, sharding, told, widest
 from tests.shapes import llama2_7b, llama2_70b
 
 TRN1, INF2 = rows()["trn1.32xlarge"], rows()["inf2.48xlarge"]
@@ -118,3 +120,23 @@ def test_what_does_not_fit_says_so():
 def test_degrees_that_no_page_documents_are_powers_of_two():
     assert degrees(rows()["trn3"]) == (1, 2, 4)
     assert degrees(INF2) == (1, 2, 4, 8, 24)
+
+
+def test_without_padding_the_largest_degree_divides_the_heads():
+    assert widest(rows()["trn2.48xlarge"], llama2_7b()) == 32  # of 64 cores
+    assert widest(INF2, llama2_70b()) == 8
+    assert all(llama2_70b().heads % widest(row, llama2_70b()) == 0 for row in rows().values() if row.device == "neuron")
+
+
+def test_a_part_has_its_share_of_everything():
+    eight = INF2.part(8)
+    assert eight.memory_bytes == 128e9
+    assert (eight.copies(8), INF2.copies(8)) == (1, 3)
+    assert eight.bandwidth_gb_s == pytest.approx(INF2.bandwidth_gb_s * INF2.count / 3)
+    assert eight.usd_per_hour == pytest.approx(INF2.usd_per_hour / 3)
+
+
+@pytest.mark.parametrize(("dtype", "times"), [("bfloat16", 1), ("float32", 2)])
+def test_what_the_instance_holds_has_the_dtype_that_is_compiled_in(dtype, times):
+    facts = llama2_7b()
+    assert neuron.after(Options(dtype=dtype), facts).weight_bytes == 2 * times * facts.parameters

@@ -38,7 +38,7 @@ def flags(options: Any, served: Served) -> tuple[str, ...]:
         "--host": EVERYWHERE,
         "--port": 8000,
         "--served_model_name": options.name or served.name,
-        "--tp_size": options.tensor_parallel or served.gpus // (options.pipeline_parallel or 1),
+        "--tp_size": served.tensor_parallel("tensorrt-llm", options),
         "--pp_size": options.pipeline_parallel or 1,
         "--max_batch_size": options.batch_size or BATCH,
         "--max_seq_len": options.sequence_length or served.context,

@@ -19,7 +19,7 @@ def environment(options: Any, served: Served, method: str) -> dict[str, str]:
     """Return the launcher's settings as its variables: the same in a container and on SageMaker."""
     context = options.sequence_length or served.context
     found = {
-        "NUM_SHARD": str(options.tensor_parallel or served.gpus),
+        "NUM_SHARD": str(served.tensor_parallel("tgi", options)),
         "MAX_TOTAL_TOKENS": str(context),
         "MAX_INPUT_TOKENS": str(context - 1),
         "MAX_CONCURRENT_REQUESTS": str(options.batch_size or BATCH),

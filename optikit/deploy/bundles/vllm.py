@@ -42,7 +42,7 @@ def engine_arguments(server: str, version: str, options: Any, served: Served, ro
     }
     found |= {name: value for name, value in told.items() if value is not None}
     if served.gpus:
-        found["tensor_parallel_size"] = options.tensor_parallel or served.gpus // (options.pipeline_parallel or 1)
+        found["tensor_parallel_size"] = served.tensor_parallel(server, options)
     method, place = speculation(server, served, version)
     if method:
         found["speculative_config"] = speculative(options, served, f"{root}/{place}" if place else "")
@@ -58,9 +58,8 @@ def speculative(options: Any, served: Served, directory: str) -> dict[str, Any]:
     if options.num_speculative_tokens is not None:
         found["num_speculative_tokens"] = options.num_speculative_tokens
     if "draft_tensor_parallel_size" in found:
-        found["draft_tensor_parallel_size"] = (
-            options.draft_tensor_parallel or options.tensor_parallel or max(served.gpus, 1)
-        )
+        shared = options.draft_tensor_parallel or served.tensor_parallel("vllm", options)
+        found["draft_tensor_parallel_size"] = shared
     return found
 
 

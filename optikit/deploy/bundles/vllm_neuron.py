@@ -41,7 +41,7 @@ def flags(options: Any, served: Served) -> tuple[str, ...]:
         "--host": EVERYWHERE,
         "--port": 8000,
         "--served-model-name": options.name or served.name,
-        "--tensor-parallel-size": options.tensor_parallel or served.target.cores or 1,
+        "--tensor-parallel-size": served.tensor_parallel("vllm-neuron", options),
         "--max-num-seqs": options.batch_size or BATCH,
         "--max-model-len": options.sequence_length or served.context,
     }

@@ -27,7 +27,7 @@ class Wanted:
         devices: Pattern of its device files.
         device_count: How many there have to be.
         python: First version that runs it, and first that doesn't.
-        packages: Distribution → regular expression of its version.
+        packages: Distribution → regular expression of its version; `a|b` is either.
         versions: More distributions whose versions the result names.
         tools: Programs on PATH; `a|b` is either.
         disk_bytes: Free disk.
@@ -63,31 +63,44 @@ def _as_json(wanted: Wanted, target: Target) -> dict[str, Any]:
     return {"target": target.name, **asdict(wanted)}
 
 
-ENVIRONMENT = """\
-[ ! -d env ] || . env/bin/activate
+ACTIVATE = "[ ! -f env/bin/activate ] || . env/bin/activate\n"
+"""Of every script: what run.sh has installed, also for whoever starts it from another shell."""
+ENVIRONMENT = (
+    ACTIVATE
+    + """\
 python3 check.py packages 2> /dev/null || {
-  python3 -m venv env
+  python=python3
+  for each in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do
+    if "$each" check.py python 2> /dev/null; then python=$each; break; fi
+  done
+  "$python" check.py python
+  "$python" -m venv env
   . env/bin/activate
   pip install --quiet -r requirements.txt
 }
 python3 check.py
 """
+)
 """Of run.sh: installs what is missing, into an environment of its own, then checks everything."""
 HEAD = """\
 #!/bin/sh
 # The one command: {what}
-# Run it again after an interruption: what is finished stays.
+# Run it again after an interruption{stays}.
 set -eu
 cd "$(dirname "$0")"
 """
 SERVED = """\
 SERVER=$! ; export SERVER
-trap 'kill "$SERVER" 2> /dev/null || true' EXIT
-sh smoke.sh > smoke.log
+sh smoke.sh > smoke.log &
+ASKED=$!
+trap 'kill "$SERVER" "$ASKED" 2> /dev/null || true' EXIT
+trap 'exit 130' INT ; trap 'exit 143' TERM HUP
+wait "$ASKED"
 cat smoke.log
 python3 check.py record
 """
-"""Of run.sh, after a server was started behind it: asks it for 8 tokens, stops it, writes result.json."""
+"""Of run.sh, after a server was started behind it: asks it for 8 tokens, stops it, writes result.json. A shell heeds
+a signal only between two commands, or while it waits for what runs behind it; and of that it ends nothing by itself."""
 SMOKE = """\
 #!/bin/sh
 # Waits for the server and asks it for 8 tokens.
@@ -107,7 +120,7 @@ curl -sf "$URL/v1/completions" -H 'Content-Type: application/json' \\
 
 def begin(what: str) -> str:
     """Return how run.sh begins where something has to be installed: what it does, an environment, the check."""
-    return HEAD.format(what=what) + ENVIRONMENT
+    return HEAD.format(what=what, stays=": what is finished stays") + ENVIRONMENT
 
 
 def smoke(port: int, minutes: int) -> str:

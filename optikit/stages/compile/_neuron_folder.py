@@ -88,8 +88,9 @@ def write(options: Options, job: Job) -> Facts:
     files |= {f"model/{name}": json.dumps(value, indent=2) + "\n" for name, value in overlay(job.source, options.dtype)}
     placed = placement(options, facts, () if draft is None or kind == "eagle3" else (read(draft),), heads)
     names = [*files, "check.py", "check.json", *(["draft/"] if draft else []), *(["medusa_tree.json"] if heads else [])]
-    files["README.md"] = _neuron_readme.render(options, facts, target, names, placed, kind)
-    written = _folder.write(job.dest, files, wanted(options, target, placed), target)
+    wants = wanted(options, target, placed)
+    files["README.md"] = _neuron_readme.render(options, facts, target, names, placed, wants, kind)
+    written = _folder.write(job.dest, files, wants, target)
     return {EMITTED: True, "backend": options.backend, "finish": "sh run.sh", "files": written, "key": record["key"]}
 
 
@@ -183,7 +184,8 @@ def _scripts(
 
 
 DOCKERFILE = """\
-# Compiles without a Neuron device, too. To run the result: --device=/dev/neuron0, and the driver on the host.
+# Compiles without a Neuron device, too. To run the result: --device=/dev/neuron0 and so on for each
+# chip that is used, and the driver on the host.
 FROM public.ecr.aws/docker/library/python:3.11-slim-bookworm
 COPY requirements.txt /requirements.txt
 RUN pip install --no-cache-dir -r /requirements.txt
@@ -195,7 +197,7 @@ BEGIN = """\
 # {what}
 set -eu
 cd "$(dirname "$0")"
-export NEURON_COMPILE_CACHE_URL="${{NEURON_COMPILE_CACHE_URL:-{cache}}}"
+{activate}export NEURON_COMPILE_CACHE_URL="${{NEURON_COMPILE_CACHE_URL:-{cache}}}"
 export NEURON_RT_VISIBLE_CORES="${{NEURON_RT_VISIBLE_CORES:-{cores}}}"  # of the model, and of what drafts for it
 python3 job.py prepare "${{MODEL:-../../model}}"
 OUT="compiled-$(python3 job.py key)"
@@ -208,7 +210,7 @@ began=$(date +%s)
 python3 job.py result "$OUT" "$(($(date +%s) - began))"
 fi
 if [ -e /dev/neuron0 ]; then
-{smoke} > smoke.log 2>&1 || {{ cat smoke.log >&2; exit 70; }}
+{smoke} > smoke.log 2> smoke.err || {{ cat smoke.log smoke.err >&2; exit 70; }}
 cat smoke.log
 python3 check.py record "$(python3 job.py seconds "$OUT")"
 fi
@@ -218,7 +220,9 @@ echo "$OUT"
 
 
 def _begin(what: str, options: Options) -> str:
-    return BEGIN.format(what=what, cache=_inside_quotes(options.cache), cores=core_set(options))
+    return BEGIN.format(
+        what=what, activate=_folder.ACTIVATE, cache=_inside_quotes(options.cache), cores=core_set(options)
+    )
 
 
 def _inside_quotes(text: str) -> str:
@@ -358,7 +362,7 @@ def vllm_serve(options: Options, kind: Kind = "") -> str:
         "--port": '"${PORT:-8000}"',
     }
     text = "#!/bin/sh\n# Serves the model with the vLLM Neuron plugin; the first start compiles.\n"
-    text += 'set -eu\ncd "$(dirname "$0")"\n'
+    text += 'set -eu\ncd "$(dirname "$0")"\n' + _folder.ACTIVATE
     text += f'export VLLM_CACHE_ROOT="${{VLLM_CACHE_ROOT:-{_inside_quotes(options.cache)}}}"\n'
     text += f'export NEURON_RT_VISIBLE_CORES="${{NEURON_RT_VISIBLE_CORES:-{core_set(options)}}}"\n'
     text += 'python3 job.py prepare "${MODEL:-../../model}"\n'

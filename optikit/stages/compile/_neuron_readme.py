@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from optikit.models.facts import ModelFacts
+    from optikit.stages.compile._folder import Wanted
     from optikit.stages.compile._neuron_options import Kind, Options
     from optikit.targets import Target
     from optikit.targets.neuron import Placement
@@ -35,21 +36,26 @@ SETUP = {
 
 
 def render(
-    options: Options, facts: ModelFacts, target: Target, files: Iterable[str], placed: Placement, kind: Kind
+    options: Options,
+    facts: ModelFacts,
+    target: Target,
+    files: Iterable[str],
+    placed: Placement,
+    wanted: Wanted,
+    kind: Kind,
 ) -> str:
     """Return the page."""
-    return "\n\n".join(_parts(options, facts, target, sorted(files), placed, kind)) + "\n"
+    table = _table(options, target, placed, wanted, kind)
+    return "\n\n".join(_parts(options, facts, target, sorted(files), table)) + "\n"
 
 
-def _parts(
-    options: Options, facts: ModelFacts, target: Target, files: list[str], placed: Placement, kind: Kind
-) -> Iterator[str]:
+def _parts(options: Options, facts: ModelFacts, target: Target, files: list[str], table: str) -> Iterator[str]:
     yield f"# {facts.model_type}, {facts.parameters / 1e6:.0f} M weights, for {target.name} ({options.backend})"
     yield (
         "Written by `optikit run`. Nothing here was compiled or timed: that needs Neuron's compiler and, to run, a "
         "Neuron device. The commands below do it on the instance."
     )
-    yield _table(options, facts, target, placed, kind)
+    yield table
     shown = ["model/" if name.startswith("model/") else name for name in files]
     yield "\n".join(f"- `{name}`: {WHAT[name]}" for name in dict.fromkeys(shown))
     yield "## On the instance\n\n" + _commands(options)
@@ -63,7 +69,7 @@ def _parts(
     yield "## If it fails\n\n" + "\n".join(f"- {line}" for line in _failures(options, target))
 
 
-def _table(options: Options, facts: ModelFacts, target: Target, placed: Placement, kind: Kind) -> str:
+def _table(options: Options, target: Target, placed: Placement, wanted: Wanted, kind: Kind) -> str:
     from optikit.stages.compile._neuron_options import core_set
 
     rows = {
@@ -74,6 +80,9 @@ def _table(options: Options, facts: ModelFacts, target: Target, placed: Placemen
         "weights and caches on them, estimated": f"{placed.need_bytes / 1e9:.2f} GB",
         "the instance's own memory while loading, about": f"{placed.host_bytes / 1e9:.1f} GB",
     }
+    low, high = wanted.python
+    rows["Python there"] = f"{low[0]}.{low[1]} to {high[0]}.{high[1] - 1}, as the libraries have wheels"
+    rows["disk for compiled files there, about"] = f"{wanted.disk_bytes / 1e9:.1f} GB, and what the libraries take"
     if target.core_memory_gb:
         rows["memory of those cores"] = f"{target.core_memory_gb * options.tensor_parallel:g} GB"
     if kind == "medusa":
@@ -137,7 +146,7 @@ def _cache(options: Options) -> str:
             "\n\nGraphs that Hugging Face has compiled already are fetched from its hub cache where it can be reached: "
             "`optimum-cli neuron cache lookup HUB_ID` lists them by shapes and degree."
         )
-    where += " `optikit cache neuron` lists what is in it, on any machine."
+    where += " `optikit cache neuron` lists what is in the cache, on any machine."
     if options.cache.startswith("s3://"):
         where += " Reading and writing S3 needs the instance's role to allow it."
     return where
@@ -146,6 +155,10 @@ def _cache(options: Options) -> str:
 def _failures(options: Options, target: Target) -> Iterator[str]:
     yield "`isn't the file that this job was made for`: `model/` is not the one written with this folder; set `MODEL=`"
     if options.backend == "optimum-neuron":
+        yield (
+            "`Python 3.12 runs this`: install another beside it (`apt install python3.11 python3.11-venv`), or compile "
+            "in the container"
+        )
         yield "`neuronx-cc` 1.* is the public index's placeholder: requirements.txt names Amazon's index beside it"
         yield "`compiled for … cannot run on a … instance`: the folder is for " + target.name
         yield "`inconsistent with the one used to export`: serve with the shapes of the table, as serve.sh does"

@@ -47,7 +47,7 @@ def write(options: Options, job: Job) -> Facts:
         packages={
             "onnxruntime": r"1\.(?:2[4-9]|[3-9]\d)\..*",
             "onnxruntime-genai": r"0\.18\..*",
-            "onnxruntime-ep-nv-tensorrt-rtx": r".*",
+            "onnxruntime-ep-nv-tensorrt-rtx|onnxruntime-ep-nv-tensorrt-rtx-cu12": r".*",
         },
         disk_bytes=2 * facts.weight_bytes,
         host_bytes=facts.weight_bytes,
@@ -107,13 +107,14 @@ def readme(options: Options, facts: ModelFacts, target: Target, found: dict[str,
     opsets = ", ".join(f"{name} {version}" for name, version in found["opset"].items())
     yield f"- `model.onnx`, `model.onnx.data`: the graph ({opsets}) and its weights ({', '.join(found['typed'])})"
     yield (
-        "## On the GPU\n\nAn NVIDIA GPU of Ampere or newer with a driver for CUDA 13 (for CUDA 12 install "
-        "`onnxruntime-ep-nv-tensorrt-rtx-cu12` instead). `onnxruntime-gpu` must not be installed beside it.\n\n```sh\n"
+        "## On the GPU\n\nAn NVIDIA GPU of Ampere or newer with a driver for CUDA 13. For CUDA 12, before `run.sh`, "
+        "in this folder: `python3 -m venv env && env/bin/pip install 'onnxruntime>=1.24' 'onnxruntime-genai==0.18.*' "
+        "onnxruntime-ep-nv-tensorrt-rtx-cu12`. `onnxruntime-gpu` must not be installed beside it.\n\n```sh\n"
         "rsync -a out/ INSTANCE:out/\nssh INSTANCE sh out/compiled/tensorrt/run.sh    # makes the engine\n"
         "rsync INSTANCE:out/compiled/tensorrt/result.json out/compiled/tensorrt/\n"
         "optikit run RECIPE --out out/ --resume    # the report then says what was decoded, and where\n```\n\n"
         "`run.sh` installs what is missing, checks files, packages and devices (`check.py`), decodes 8 tokens and "
-        'writes `result.json`; after that `python3 run.py "PROMPT" 32` decodes what you like.'
+        'writes `result.json`; after that `env/bin/python run.py "PROMPT" 32` decodes what you like.'
     )
     yield (
         "## If it fails\n\n- `No TensorRT RTX EP devices`: the driver is too old, or the GPU is older than Ampere\n"

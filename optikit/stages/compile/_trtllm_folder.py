@@ -56,14 +56,17 @@ def write(options: Options, job: Job) -> Facts:
 DRAFT = "draft"
 """The draft's directory as serve.sh, which starts the server in its own directory, names it."""
 RUN = (
-    _folder.HEAD.format(what="checks this machine, starts the server, decodes 8 tokens, stops it, writes result.json.")
+    _folder.HEAD.format(
+        what="checks this machine, starts the server, decodes 8 tokens, stops it, writes result.json.", stays=""
+    )
     + """\
 python3 check.py
 if command -v trtllm-serve > /dev/null; then
 sh serve.sh > server.log 2>&1 &
 else
+echo "no trtllm-serve here: in NVIDIA's container, which is pulled the first time" >&2
 docker build -q -t trtllm-model . > /dev/null
-docker run --rm --gpus all --ipc host --ulimit memlock=-1 --ulimit stack=67108864 \\
+docker run --rm --init --gpus all --ipc host --ulimit memlock=-1 --ulimit stack=67108864 \\
   -p "${PORT:-8000}:8000" -v "$(cd ../.. && pwd):/out" trtllm-model > server.log 2>&1 &
 fi
 """
@@ -147,7 +150,7 @@ def readme(options: Options, facts: ModelFacts, target: Target) -> Iterator[str]
     )
     yield (
         "## On the GPU\n\nThe driver and the NVIDIA container toolkit are needed; TensorRT-LLM comes with the "
-        "container.\n\n```sh\n"
+        "container, which takes far more disk than the model.\n\n```sh\n"
         "# the whole output directory of `optikit run` is needed: model/ and compiled/tensorrt-llm/\n"
         "rsync -a out/ INSTANCE:out/\nssh INSTANCE\ncd out\n"
         "sh compiled/tensorrt-llm/run.sh      # checks, serves, decodes 8 tokens, writes result.json\n```\n\n"
@@ -155,7 +158,7 @@ def readme(options: Options, facts: ModelFacts, target: Target) -> Iterator[str]
         "rsync INSTANCE:out/compiled/tensorrt-llm/result.json out/compiled/tensorrt-llm/\n"
         "optikit run RECIPE --out out/ --resume\n```\n\nTo serve it, there:\n\n```sh\n"
         "docker build -t trtllm-model compiled/tensorrt-llm\n"
-        "docker run -d --gpus all --ipc host --ulimit memlock=-1 --ulimit stack=67108864 \\\n"
+        "docker run -d --init --gpus all --ipc host --ulimit memlock=-1 --ulimit stack=67108864 \\\n"
         '  -p 8000:8000 -v "$PWD:/out" trtllm-model\n```'
     )
     if options.draft:

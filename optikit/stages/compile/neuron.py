@@ -15,6 +15,7 @@ Note    `optimum-neuron` compiles Llama-like models and serves them through its 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from optikit.models import architectures
 from optikit.models.facts import ModelFacts
@@ -33,7 +34,7 @@ from optikit.stages.compile._neuron_options import (
     shapes,
 )
 from optikit.targets import Target
-from optikit.targets.neuron import fitting, told
+from optikit.targets.neuron import compiled_bytes, fitting, told
 
 SUMMARY = "job folder for AWS Inferentia and Trainium: scripts and configuration, compiled on the instance"
 NEEDS = ANY
@@ -175,7 +176,7 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
 
 def after(options: Options, facts: ModelFacts) -> ModelFacts:
     """Return the facts of the model that the instance will hold: its weights, in the dtype that is compiled in."""
-    return facts.having("neuron")
+    return replace(facts.having("neuron"), weight_bytes=compiled_bytes(facts, shapes(options)))
 
 
 def run(options: Options, job: Job) -> Facts:

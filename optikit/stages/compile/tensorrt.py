@@ -43,7 +43,7 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
         fix = f"it runs {', '.join(target.engines)}" if target.engines else "choose an NVIDIA target"
         yield Problem(code="engine-not-on-target", message=message, fix=fix)
     elif (target.compute_capability or LEAST_CAPABILITY) < LEAST_CAPABILITY:
-        message = f"TensorRT for RTX needs compute capability 8.0, and {target.name} has {target.compute_capability}/10"
+        message = f"TensorRT for RTX needs compute capability 8.0, and {target.name} has {target.capability}"
         yield Problem(code="gpu-too-old", message=message, fix="choose an Ampere or newer GPU")
     yield from _genai_builder.problems(facts)
 

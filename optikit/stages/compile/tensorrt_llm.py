@@ -59,15 +59,8 @@ def check(options: Options, facts: ModelFacts, target: Target) -> Iterator[Probl
         message = f"sequence_length {options.sequence_length} is beyond the model's {facts.max_positions} positions"
         fix = f"use {facts.max_positions} or less"
         yield Problem(code="longer-than-model", message=message, fix=fix, loc=("sequence_length",))
-    if facts.heads % options.tensor_parallel:
-        message = f"{facts.heads} attention heads can't be shared out evenly among {options.tensor_parallel} GPUs"
-        fix = f"choose a tensor_parallel that divides {facts.heads}"
-        yield Problem(code="heads-not-shared", message=message, fix=fix, loc=("tensor_parallel",))
-    if options.tensor_parallel > target.count:
-        message = f"tensor_parallel {options.tensor_parallel} needs as many GPUs, and {target.name} has {target.count}"
-        yield Problem(code="too-few-gpus", message=message, fix="choose a larger target", loc=("tensor_parallel",))
     if options.kv_cache_dtype == "fp8" and (target.compute_capability or FP8_CAPABILITY) < FP8_CAPABILITY:
-        message = f"an fp8 cache needs compute capability 8.9, and {target.name} has {target.compute_capability}/10"
+        message = f"an fp8 cache needs compute capability 8.9, and {target.name} has {target.capability}"
         yield Problem(code="no-fp8", message=message, fix="use kv_cache_dtype: auto", loc=("kv_cache_dtype",))
     yield from _check_speculation(options, facts)
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import yaml
 
 from optikit.stage import Job
-from optikit.stages.compile import _speculators, neuron, tensorrt_llm
+from optikit.stages.compile import _folder, _speculators, neuron, tensorrt_llm
 from optikit.stages.compile._neuron_options import Options
 from optikit.stages.compile._trtllm_options import Options as TrtllmOptions
 from tests.stages.compile.conftest import target_row
@@ -85,6 +88,46 @@ class TestCheck:
         assert found["versions"]["torch"]
         assert not (copy / "result.json.part").exists()
 
+    def test_a_python_that_the_libraries_have_no_wheels_for_is_found_before_they_are_installed(self, folder, tmp_path):
+        copy = tmp_path / "x"
+        shutil.copytree(folder, copy)
+        assert check(copy, "python") == (0, "")
+        wants = json.loads((copy / "check.json").read_text()) | {"python": [[3, 4], [3, 5]]}
+        (copy / "check.json").write_text(json.dumps(wants))
+        code, said = check(copy, "python")
+        assert (code, "not 3.4 to 3.4: use another python3" in said) == (69, True)
+
+    def test_either_of_two_packages_will_do(self, folder, tmp_path):
+        copy = tmp_path / "x"
+        shutil.copytree(folder, copy)
+        wants = json.loads((copy / "check.json").read_text())
+        (copy / "check.json").write_text(json.dumps(wants | {"packages": {"no-such-package|pytest": ".*"}}))
+        assert check(copy, "packages") == (0, "")
+        (copy / "check.json").write_text(json.dumps(wants | {"packages": {"no-such-package|nor-this": ".*"}}))
+        assert check(copy, "packages")[0] == 69
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_leaves_no_server_behind(tmp_path, stop):
+    script = f"#!/bin/sh\nset -eu\n{sys.executable} server.py &\n{_folder.SERVED}"
+    (tmp_path / "run.sh").write_text(script)
+    (tmp_path / "smoke.sh").write_text(_folder.smoke(1, 10))  # nobody answers at port 1
+    (tmp_path / "server.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n")
+    with subprocess.Popen(
+        ["sh", "run.sh"], cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as started:
+        server = int(started.stdout.readline())
+        while not (tmp_path / "smoke.log").exists():
+            time.sleep(0.01)
+        os.killpg(started.pid, stop) if stop == signal.SIGINT else started.send_signal(stop)
+        assert started.wait(timeout=30) == 128 + stop
+    for _ in range(3000):
+        if not Path(f"/proc/{server}/cmdline").exists() or not Path(f"/proc/{server}/cmdline").read_text():
+            return
+        time.sleep(0.01)
+    os.kill(server, signal.SIGKILL)
+    pytest.fail("the server runs on")
+
 
 EXPORT = """#!/bin/sh
 for out; do :; done            # the last argument
@@ -119,6 +162,13 @@ def test_an_interrupted_compilation_begins_again_and_a_finished_one_stays(tiny_l
     assert (made / "cores").read_text() == "4-5\n"
     (tools / "optimum-cli").write_text("#!/bin/sh\nexit 9\n")
     assert run(["sh", "compile.sh"], dest, PATH=path)[0] == 0
+    (dest / "env" / "bin").mkdir(parents=True)  # what run.sh has installed is used from another shell, too
+    (dest / "env" / "bin" / "activate").write_text(f"PATH={tmp_path / 'installed'}:$PATH")
+    (tmp_path / "installed").mkdir()
+    (tmp_path / "installed" / "optimum-cli").write_text('#!/bin/sh\necho "installed $*"\n')
+    (tmp_path / "installed" / "optimum-cli").chmod(0o755)
+    code, said = run(["sh", "serve.sh"], dest, PATH=path)
+    assert (code, said.startswith(f"installed neuron serve --model {made.name}")) == (0, True)
 
 
 @pytest.fixture

@@ -54,8 +54,6 @@ def test_what_works_has_no_problems(facts):
     [
         ("t4", {}, "engine-not-on-target"),
         ("l4", {"sequence_length": 513}, "longer-than-model"),
-        ("g5.12xlarge", {"tensor_parallel": 3}, "heads-not-shared"),
-        ("l4", {"tensor_parallel": 2}, "too-few-gpus"),
         ("a100-80", {"kv_cache_dtype": "fp8"}, "no-fp8"),
         ("l4", {"speculation": "draft"}, "half-a-speculation"),
         ("l4", {"draft": "org/small"}, "half-a-speculation"),
