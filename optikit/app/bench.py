@@ -8,29 +8,29 @@ from __future__ import annotations
 
 import platform
 import shlex
-import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from optikit import __version__, host, records
+from optikit import __version__, host
 from optikit.app.output_dir import require_no_seal
-from optikit.errors import InputMissingError, OptikitError, UnavailableError, UsageError
+from optikit.errors import UsageError
 from optikit.evaluation import bench_results, load_test
-from optikit.evaluation.bench_results import Bench, Kind, Level, Limits, Reply, Row, Sample, Variant
-from optikit.process import env_variables, server
+from optikit.evaluation.bench_results import Bench, Reply, Sample, Variant
+from optikit.evaluation.cost import Hour
+from optikit.evaluation.results import Limits, LoadRow
 from optikit.progress import make as make_progress
-from optikit.runtime.completions_client import Client, Streamed
+from optikit.runtime.completions_client import Client
+from optikit.serving import started
 
 START_SECONDS = 300
 """How long a server that is started here may take to load."""
-WARM = 2
-"""Requests to each variant before any is counted, beside the one that asks which parameters it takes."""
+RATE_BATCH = 16
+"""Answers at once of a server that is started for requests at random times."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,7 @@ class Request:
         new_tokens: Tokens of an answer whose prompt doesn't say.
         limits: What a good request keeps.
         usd_per_hour: Price of the machine.
+        discount: Share that is taken off it.
         seed: Of the times of open loops.
         timeout_s: Seconds without an answer that count as hung.
         model: Which model of the servers; None is their first.
@@ -63,6 +64,7 @@ class Request:
     new_tokens: int = 64
     limits: Limits = field(default_factory=Limits)
     usd_per_hour: float | None = None
+    discount: float = 0.0
     seed: int = 0
     timeout_s: float = 120
     model: str | None = None
@@ -70,31 +72,13 @@ class Request:
     progress: str = "auto"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """A prompt, and how many tokens its answer gets."""
-
-    prompt: str
-    new_tokens: int
-
-
 @dataclass
 class _Target:
-    """A variant with its client, and what it answered."""
+    """A variant with its server, and what it answered first."""
 
     variant: Variant
-    client: Client
-    extra: Mapping[str, Any]
+    loading: load_test.Loading
     first: list[Reply] = field(default_factory=list)
-
-    def send(self, asked: Sequence[_Asked]) -> load_test.Send:
-        """Return what asks for the answer to a prompt, by its number."""
-
-        def ask(number: int) -> Streamed:
-            one = asked[number]
-            return self.client.stream(self.variant.model, one.prompt, one.new_tokens, extra=self.extra)
-
-        return ask
 
 
 def bench(request: Request) -> Bench:
@@ -111,21 +95,22 @@ def bench(request: Request) -> Bench:
     require_no_seal(request.out)
     if not (request.clients or request.rates):
         raise UsageError("no load is asked for", fix="give --clients or --rate")
-    asked = _prompts(request)
+    asked = load_test.read_prompts(request.prompts, request.new_tokens)
     with ExitStack() as stack:
         progress = stack.enter_context(make_progress(request.progress))
-        targets = [stack.enter_context(_open(each, request, asked[0], progress.note)) for each in _names(request)]
-        rows, samples = _measured(targets, asked, request, progress.note)
+        targets = [stack.enter_context(_open(each, request, asked, progress.note)) for each in _names(request)]
+        rows, samples = _measured(targets, request, progress.note)
     result = Bench(
         variants=tuple(each.variant for each in targets),
         rows=tuple(rows),
-        identity=tuple(bench_results.identity(targets[0].first, each.variant.name, each.first) for each in targets[1:]),
+        identity=tuple(bench_results.identities([(each.variant.name, each.first) for each in targets])),
         limits=request.limits,
         usd_per_hour=request.usd_per_hour,
+        discount=request.discount,
         seed=request.seed,
         new_tokens=request.new_tokens,
         prompts=len(asked),
-        end_of_text_ignored=all("ignore_eos" in each.extra for each in targets),
+        end_of_text_ignored=all("ignore_eos" in each.loading.extra for each in targets),
         host=host.describe(),
         versions={"optikit": __version__, "python": platform.python_version()},
         seconds=time.monotonic() - started,
@@ -149,24 +134,10 @@ def _is_url(target: str) -> bool:
     return target.startswith(("http://", "https://"))
 
 
-def _prompts(request: Request) -> list[_Asked]:
-    """Read the prompts, each with the length of its answer."""
-    text = records.read(request.prompts)
-    found = []
-    for number, entry in records.parse(text, request.prompts):
-        prompt, tokens = entry.get("prompt"), entry.get("max_tokens", request.new_tokens)
-        if not isinstance(prompt, str) or not prompt or type(tokens) is not int or tokens < 2:
-            message = f"{request.prompts}: record {number} has no `prompt`, or a `max_tokens` below 2"
-            raise UsageError(message, fix='write {"prompt": "…"} or {"prompt": "…", "max_tokens": 64}')
-        found.append(_Asked(prompt=prompt, new_tokens=tokens))
-    found = found or [_Asked(prompt=line, new_tokens=request.new_tokens) for _, line in records.lines(text)]
-    if not found:
-        raise InputMissingError(f"{request.prompts} holds no prompts", fix='write {"prompt": "…"} per line')
-    return found
-
-
 @contextmanager
-def _open(named: tuple[str, str], request: Request, first: _Asked, note: Callable[[str], None]) -> Iterator[_Target]:
+def _open(
+    named: tuple[str, str], request: Request, asked: Sequence[load_test.Asked], note: Callable[[str], None]
+) -> Iterator[_Target]:
     """Return a target that answers, and is warm; one that isn't a server yet is served until the block ends."""
     name, place = named
     with ExitStack() as stack:
@@ -174,11 +145,8 @@ def _open(named: tuple[str, str], request: Request, first: _Asked, note: Callabl
         client = stack.enter_context(Client(url, timeout_s=request.timeout_s, key=request.key))
         model = request.model or client.models()[0]
         more = {"return_token_ids": True} if not _is_url(place) else {}
-        extra = {**load_test.accepted(client, model, first.prompt, first.new_tokens, more), **more}
-        for _ in range(WARM):
-            client.stream(model, first.prompt, first.new_tokens, extra=extra)
         variant = Variant(name=name, url=client.url, model=model, started_here=not _is_url(place))
-        yield _Target(variant=variant, client=client, extra=extra)
+        yield _Target(variant=variant, loading=load_test.warmed(client, model, asked, more))
 
 
 @contextmanager
@@ -187,69 +155,32 @@ def _serving(directory: Path, request: Request, note: Callable[[str], None]) -> 
     from optikit.app import door
 
     door.enter(directory)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    most = max([*request.clients, *(16 for _ in request.rates)])
-    command = [sys.executable, "-m", "optikit", "serve", str(directory.resolve()), "--port", str(port)]
-    command += ["--batch", str(most), "--queue", str(max(64, request.requests))]
-    environ = env_variables.kept() | env_variables.OFFLINE | ({"OPTIKIT_API_KEY": request.key} if request.key else {})
-    url = f"http://127.0.0.1:{port}"
     request.out.mkdir(parents=True, exist_ok=True)
-    log = request.out / f"serve-{port}.log"
     note(f"serving {directory}")
-    with server.running(
-        f"optikit serve {directory}",
-        command,
-        environ=environ,
-        log=log,
-        answers=lambda: _answers(url, request.key),
-        start_s=START_SECONDS,
-    ):
+    most = max([*request.clients, *(RATE_BATCH for _ in request.rates)])
+    how = started.Serving(directory=directory, batch=most, queue=max(64, request.requests), key=request.key)
+    log = request.out / f"serve-{directory.resolve().name}.log"
+    with started.serving(how, log=log, start_s=START_SECONDS) as (url, _):
         yield url
     log.unlink(missing_ok=True)
 
 
-def _answers(url: str, key: str) -> bool:
-    with Client(url, timeout_s=5, key=key) as client:
-        try:
-            return bool(client.models())
-        except OptikitError:
-            return False
-
-
 def _measured(
-    targets: Sequence[_Target], asked: Sequence[_Asked], request: Request, note: Callable[[str], None]
-) -> tuple[list[Row], list[Sample]]:
+    targets: Sequence[_Target], request: Request, note: Callable[[str], None]
+) -> tuple[list[LoadRow], list[Sample]]:
     """Run all levels, each of every target before the next."""
-    loads: list[tuple[Kind, float]] = [("clients", float(each)) for each in request.clients]
-    loads += [("rate", each) for each in request.rates]
     rows, samples = [], []
-    for kind, load in loads:
-        for target in targets:
-            level = Level(target.variant.name, kind, load)
-            note(f"{level.variant}: {load:g} {'clients' if kind == 'clients' else 'requests per s'}")
-            replies = _run(target, level, asked, request)
-            rows.append(bench_results.row(level, replies, request.limits, usd_per_hour=request.usd_per_hour))
+    price = request.usd_per_hour
+    hour = None if price is None else Hour(usd=price, discount=request.discount)
+    of_each = [load_test.levels(each.variant.name, request.clients, request.rates) for each in targets]
+    for number in range(len(of_each[0])):
+        for target, own in zip(targets, of_each, strict=True):
+            level = own[number]
+            note(f"{level.variant}: {level.load:g} {'clients' if level.kind == 'clients' else 'requests per s'}")
+            prompts = len(target.loading.asked)
+            replies = load_test.run(target.loading.send, level, prompts, requests=request.requests, seed=request.seed)
+            rows.append(bench_results.row(level, replies, request.limits, hour=hour))
             begun = min(each.due_ns for each in replies)
             samples += [bench_results.sample(level, each, begun) for each in replies]
             target.first = target.first or replies
     return rows, samples
-
-
-def _run(target: _Target, level: Level, asked: Sequence[_Asked], request: Request) -> list[Reply]:
-    """Run one level of one target.
-
-    Raises:
-        UnavailableError: It answered nothing.
-    """
-    count = max(request.requests, 2 * int(level.load) if level.kind == "clients" else 2)
-    numbers = [i % len(asked) for i in range(count)]
-    send = target.send(asked)
-    if level.kind == "clients":
-        replies = load_test.closed_loop(send, numbers, int(level.load))
-    else:
-        replies = load_test.open_loop(send, numbers, level.load, request.seed)
-    if all(each.streamed is None for each in replies):
-        raise UnavailableError(f"{level.variant} answered nothing: {replies[0].error}", fix="see its log")
-    return replies

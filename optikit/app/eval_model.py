@@ -22,11 +22,11 @@ from optikit.errors import InputMissingError, UsageError
 from optikit.execution.execute import Settings, execute
 from optikit.models import reader
 from optikit.models.facts import ModelFacts
-from optikit.plan import measurements, room
+from optikit.plan import measurements, price, room
 from optikit.plan.context import Context, Found, resolve_texts
 from optikit.plan.model import BASELINE, Plan, Step
 from optikit.progress import make as make_progress
-from optikit.recipe.schema import Evaluate, Gate, Recipe
+from optikit.recipe.schema import Evaluate, Gate, Price, Recipe
 from optikit.report import assemble
 from optikit.store.sources import ModelSource
 from optikit.store.store import Store
@@ -62,6 +62,7 @@ class Request:
     out: Path
     wanted: Evaluate
     gates: Mapping[str, Gate] = field(default_factory=dict)
+    cost: Price = field(default_factory=Price)
     base: Path = Path()
     offline: bool = False
     progress: str = "auto"
@@ -154,9 +155,12 @@ def measure(request: Request) -> Report:
 
 def make(subject: Subject, request: Request, store: Store, *, note: Callable[[str], None]) -> Plan:
     """Return a plan of measuring steps only: the model is its own baseline and result."""
-    recipe = Recipe(model=str(subject.named), evaluate=request.wanted, gates=request.gates)
+    recipe = Recipe(model=str(subject.named), evaluate=request.wanted, gates=request.gates, cost=request.cost)
     target = targets.find("cpu")
     assert target is not None  # noqa: S101 - a row of our own
+    target, problems = price.priced(target, request.cost)
+    if problems:
+        raise UsageError(problems[0].message, fix=problems[0].fix)
     names = tuple(sorted(path.name for path in subject.place.iterdir() if path.is_file()))
     named = str(subject.named)
     source = ModelSource(

@@ -16,20 +16,23 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from optikit import __version__, host, records
+from optikit import __version__, host, records, targets
 from optikit.app.output_dir import require_no_seal
 from optikit.errors import InputMissingError, UsageError
+from optikit.evaluation.cost import Hour
 from optikit.evaluation.load_test import Load, time_server
-from optikit.evaluation.results import Measurement, Perplexity, Quality, Report, Served
+from optikit.evaluation.results import Cost, Measurement, Perplexity, Quality, Report, Served
+from optikit.plan import check_gates, price
 from optikit.progress import make as make_progress
-from optikit.recipe.schema import Evaluate, Gate, Text
-from optikit.report import judge
+from optikit.recipe.schema import Evaluate, Gate, Price, Text
+from optikit.report import judge, pricing
 from optikit.runtime.completions_client import Client
 from optikit.store.sources import resolve_text
 from optikit.store.store import Store
 
 CHARACTERS_PER_TOKEN = 4
 """What a prompt of so many tokens is cut to: only the server knows its tokens."""
+UNPRICED = "what its machine costs wasn't said: give --usd-per-hour or --instance"
 NEEDS_LOGPROBS = "the server doesn't echo the log-probabilities of a prompt"
 
 
@@ -41,6 +44,7 @@ class Request:
     out: Path
     wanted: Evaluate
     gates: Mapping[str, Gate] = field(default_factory=dict)
+    cost: Price = field(default_factory=Price)
     base: Path = Path()
     concurrency: tuple[int, ...] = (1, 2, 4, 8)
     requests: int = 16
@@ -179,8 +183,13 @@ def _quality(client: Client, model: str, path: Path, wanted: Evaluate, note: Cal
 def _report(
     request: Request, url: str, model: str, served: Served | None, quality: Quality | None, *, seconds: float
 ) -> Report:
-    found = Measurement(size_bytes=None, quality=quality, reason="size and memory: a server doesn't tell them")
-    judged = judge.judge(request.gates, values(served))
+    hour = _hour(request.cost)
+    served = served and pricing.priced(served, hour)
+    reason = "" if hour else UNPRICED
+    cost = pricing.under_load(hour, pricing.of_clients(None, served), request.cost.concurrency, reason)
+    missing = "size and memory: a server doesn't tell them"
+    found = Measurement(size_bytes=None, quality=quality, cost=cost, reason=missing)
+    judged = judge.judge(request.gates, values(served, cost))
     return Report(
         verdict=judge.overall(judged),
         recipe={
@@ -203,12 +212,30 @@ def _report(
     )
 
 
-def values(served: Served | None) -> dict[str, judge.Value]:
-    """Return what gates may limit: what one client alone sees."""
+def _hour(wanted: Price) -> Hour | None:
+    """Return what an hour of the server's machine costs, as it was said or as a target's row does.
+
+    Raises:
+        UsageError: No row with a price has the name that was given.
+    """
+    if wanted.usd_per_hour is not None:
+        return Hour(usd=wanted.usd_per_hour, discount=wanted.discount, source=wanted.source or price.SAID)
+    if not wanted.instance:
+        return None
+    row = targets.rows().get(wanted.instance)
+    if row is None or row.usd_per_hour is None:
+        fix = "see `optikit targets`, or give --usd-per-hour"
+        raise UsageError(f"there is no instance {wanted.instance!r} with a price", fix=fix)
+    return Hour(usd=row.usd_per_hour, discount=wanted.discount, source=f"as {row.name}: {row.price_source}")
+
+
+def values(served: Served | None, cost: Cost) -> dict[str, judge.Value]:
+    """Return what gates may limit: what one client alone sees, and the price."""
     alone = next((row for row in served.speed if row.concurrency == 1), None) if served else None
+    priced = {check_gates.PRICE: judge.Value(value=cost.usd_per_million_output_tokens, reason=cost.reason)}
     if alone is None:
-        return {}
-    return {
+        return priced
+    return priced | {
         "ttft_ms_p50": judge.Value(value=alone.ttft_ms_p50, ci95=alone.ttft_ms_p50_ci95),
         "tpot_ms_p50": judge.Value(value=alone.tpot_ms_p50, ci95=alone.tpot_ms_p50_ci95),
     }

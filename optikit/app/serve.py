@@ -40,6 +40,7 @@ class Settings:
         max_tokens: Longest text, prompt and answer together; None is the model's context.
         threads: CPU threads; None is all.
         device: Where a model for transformers computes.
+        speculator: Directory of its speculation; None is the one that a run left beside the model.
     """
 
     directory: Path
@@ -53,6 +54,7 @@ class Settings:
     max_tokens: int | None = None
     threads: int | None = None
     device: str = "cpu"
+    speculator: Path | None = None
 
 
 def serve(settings: Settings, ready: Callable[[str], None]) -> None:
@@ -82,6 +84,7 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> None:
     limits = Limits(api_key=settings.api_key, most_bytes=settings.most_bytes)
     with _bound(settings.host, settings.port) as listening:
         how: dict[str, Any] = {"threads": settings.threads, "max_tokens": settings.max_tokens}
+        how["speculator"] = settings.speculator or "auto"
         decoder = runtime.load(settings.directory, device=choose(settings.device), **how)
         generator = TextGenerator(decoder, place)
         name = settings.name or settings.directory.resolve().name

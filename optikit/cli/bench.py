@@ -31,6 +31,7 @@ def bench(
     usd_per_hour: Annotated[
         float | None, typer.Option(min=0, help="Price of the machine that serves.", show_default=False)
     ] = None,
+    discount: Annotated[float, typer.Option(min=0, max=0.99, help="Share off that price, e.g. a savings plan's.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of the random times.")] = 0,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds without an answer that count as hung.")] = 120,
     model: Annotated[str | None, typer.Option(help="Which model; by default the first that each serves.")] = None,
@@ -47,7 +48,7 @@ def bench(
     from optikit.app.bench import Request
     from optikit.app.bench import bench as run
     from optikit.app.eval_server import read_key
-    from optikit.evaluation.bench_results import Limits
+    from optikit.evaluation.results import Limits
     from optikit.report import bench_page
     from optikit.text import dump_json
 
@@ -61,6 +62,7 @@ def bench(
         new_tokens=new_tokens,
         limits=Limits(ttft_ms=ttft_ms, tpot_ms=tpot_ms, e2e_ms=e2e_ms),
         usd_per_hour=usd_per_hour,
+        discount=discount,
         seed=seed,
         timeout_s=timeout,
         model=model,

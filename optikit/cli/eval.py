@@ -11,7 +11,10 @@ from optikit.app.device import DeviceChoice
 
 if TYPE_CHECKING:
     from optikit.evaluation.results import Report
-    from optikit.recipe.schema import Evaluate, Gate
+
+Key = Annotated[str | None, typer.Option(metavar="VARIABLE", help="URL: environment variable with its API key.")]
+Usd = Annotated[float | None, typer.Option(min=0, help="Price of the machine that serves.", show_default=False)]
+Instance = Annotated[str, typer.Option(help="A row of `optikit targets` whose price counts.", show_default=False)]
 
 
 def eval_(
@@ -35,9 +38,10 @@ def eval_(
     requests: Annotated[int, typer.Option(min=2, help="URL: requests per concurrency.")] = 16,
     timeout: Annotated[float, typer.Option(min=0.1, help="URL: seconds without an answer that count as hung.")] = 60,
     model: Annotated[str | None, typer.Option(help="URL: which model; the first that it serves if left out.")] = None,
-    key_from: Annotated[
-        str | None, typer.Option(metavar="VARIABLE", help="URL: environment variable that holds its API key.")
-    ] = None,
+    key_from: Key = None,
+    usd_per_hour: Usd = None,
+    instance: Instance = "",
+    discount: Annotated[float, typer.Option(min=0, max=0.99, help="Share off that price, e.g. a savings plan's.")] = 0,
     device: Annotated[DeviceChoice, typer.Option(help="DIR: where it computes.")] = DeviceChoice.CPU,
     offline: Annotated[bool, typer.Option("--offline", help="Use only what is on this machine.")] = False,
     progress: Annotated[str, typer.Option(envvar="OPTIKIT_PROGRESS", help="auto, plain, json or none.")] = "auto",
@@ -51,9 +55,9 @@ def eval_(
     from optikit.cli.run import code_of
     from optikit.text import dump_json
 
-    wanted, gates, base = _wanted(recipe, text=text, prompts=prompts, tasks=task or [], new_tokens=new_tokens)
-    asked: dict[str, Any] = {"out": out, "wanted": wanted, "gates": gates, "base": base}
-    asked |= {"offline": offline, "progress": progress}
+    asked = _asked(recipe, text=text, prompts=prompts, tasks=task or [], new_tokens=new_tokens)
+    asked |= _priced(usd_per_hour=usd_per_hour, instance=instance or None, discount=discount or None)
+    asked |= {"out": out, "offline": offline, "progress": progress}
     if subject.startswith(("http://", "https://")):
         from optikit.app import eval_server
 
@@ -81,10 +85,24 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 app.command("eval")(eval_)
 
 
-def _wanted(
+def _priced(**options: float | str | None) -> dict[str, Any]:
+    """Return the price that options tell; nothing where they tell none: then a recipe's counts."""
+    from pydantic import ValidationError
+
+    from optikit.errors import UsageError
+    from optikit.recipe.schema import Price
+
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        return {"cost": Price.model_validate(given)} if given else {}
+    except ValidationError as error:
+        raise UsageError(f"--usd-per-hour: {error.errors()[0]['msg']}", fix="give one price, above zero") from error
+
+
+def _asked(
     recipe: Path | None, *, text: str | None, prompts: str | None, tasks: list[str], new_tokens: int
-) -> tuple[Evaluate, dict[str, Gate], Path]:
-    """Return what to measure and the gates: a recipe's, or what the options say; and where relative paths start."""
+) -> dict[str, Any]:
+    """Return what to measure, gates and price: a recipe's, or what the options say; and where relative paths start."""
     from pydantic import ValidationError
 
     from optikit.errors import UsageError
@@ -95,14 +113,15 @@ def _wanted(
         if text or prompts or tasks:
             raise UsageError("--recipe says all that is measured", fix="leave out --text, --prompts and --task")
         loaded = load(recipe)
-        return loaded.recipe.evaluate, dict(loaded.recipe.gates), loaded.base
+        found = loaded.recipe
+        return {"wanted": found.evaluate, "gates": dict(found.gates), "base": loaded.base, "cost": found.cost}
     given: dict[str, Any] = {"tasks": [_task(each) for each in tasks]}
     if text:
         given["perplexity"] = {"text": text}
     if text or prompts:
         given["speed"] = {"prompts": prompts or "", "new_tokens": new_tokens}
     try:
-        return Evaluate.model_validate(given), {}, Path()
+        return {"wanted": Evaluate.model_validate(given)}
     except ValidationError as error:
         raise UsageError(f"can't measure that: {error.errors()[0]['msg']}", fix="see `optikit eval --help`") from error
 

@@ -30,6 +30,10 @@ def serve(
         typer.Option(min=2, help="Longest text, prompt and answer; by default the context.", show_default=False),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default all.", show_default=False)] = None,
+    speculator: Annotated[
+        Path | None,
+        typer.Option(help="Directory of its speculation; by default the run's own.", show_default=False),
+    ] = None,
     device: Annotated[DeviceChoice, typer.Option(help="Where a model for transformers computes.")] = DeviceChoice.CPU,
 ) -> None:
     """Serve what a run wrote behind OpenAI's API: completions, chats, streams, log-probabilities, metrics.
@@ -51,5 +55,6 @@ def serve(
         max_tokens=max_length,
         threads=threads,
         device=device,
+        speculator=speculator,
     )
     run(settings, lambda address: typer.echo(f"{address}/v1", err=True))

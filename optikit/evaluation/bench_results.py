@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from optikit.evaluation import cost, statistics
-from optikit.evaluation.results import Interval
+from optikit.evaluation import statistics
+from optikit.evaluation.cost import Hour
+from optikit.evaluation.results import Interval, Kind, Limits, LoadRow
 from optikit.evaluation.speed import tail
 from optikit.runtime.completions_client import Streamed
-
-Kind = Literal["clients", "rate"]
 
 
 class _Frozen(BaseModel):
@@ -31,51 +30,12 @@ class Variant(_Frozen):
     """Whether it was started for this, on this machine."""
 
 
-class Limits(_Frozen):
-    """What a request must keep to be good, ms; null is no limit."""
-
-    ttft_ms: float | None = None
-    tpot_ms: float | None = None
-    e2e_ms: float | None = None
-
-    @property
-    def any(self) -> bool:
-        """Whether there is one."""
-        return (self.ttft_ms, self.tpot_ms, self.e2e_ms) != (None, None, None)
-
-
-class Row(_Frozen):
-    """What clients of one variant saw under one load; times from when a request was due, medians over requests."""
-
-    variant: str
-    kind: Kind
-    load: float
-    """Clients that each ask again when they are answered, or requests per second on average, whatever comes back."""
-    requests: int
-    errors: int
-    ttft_ms_p50: float | None
-    ttft_ms_p50_ci95: Interval | None
-    ttft_ms_p95: float | None
-    tpot_ms_p50: float | None
-    tpot_ms_p50_ci95: Interval | None
-    tpot_ms_p95: float | None
-    e2e_ms_p50: float | None
-    e2e_ms_p95: float | None
-    output_tokens_per_s: float
-    """Of all requests together, from the first that was due to the last token."""
-    requests_per_s: float
-    good_share: float | None
-    """Of all requests, those that kept every limit; an error keeps none. Null without limits."""
-    goodput_per_s: float | None
-    """Good requests per second."""
-    usd_per_million_output_tokens: float | None
-    usd_per_million_blended_tokens: float | None
-
-
 class Identity(_Frozen):
-    """How far a variant's greedy answers are those of the first one."""
+    """How far a variant's greedy answers are those of another one before it."""
 
     variant: str
+    against: str = ""
+    """Empty in results of versions that compared with the first one only."""
     prompts: int
     first_token: int
     whole: int
@@ -105,10 +65,13 @@ class Bench(_Frozen):
 
     schema_version: Literal[1] = 1
     variants: tuple[Variant, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[LoadRow, ...]
     identity: tuple[Identity, ...]
     limits: Limits
     usd_per_hour: float | None
+    """List price of the machine that serves."""
+    discount: float = 0.0
+    """Share that was taken off it."""
     seed: int
     new_tokens: int
     prompts: int
@@ -165,22 +128,21 @@ class Level(NamedTuple):
     load: float
 
 
-def row(level: Level, replies: Sequence[Reply], limits: Limits, *, usd_per_hour: float | None) -> Row:
+def row(level: Level, replies: Sequence[Reply], limits: Limits, *, hour: Hour | None) -> LoadRow:
     """Return the figures of one level.
 
     Args:
         level: Whose, under which load.
         replies: Of all requests, at least one.
         limits: What a good one keeps.
-        usd_per_hour: Price of the machine.
+        hour: Price of the machine; None where it isn't known.
     """
     came = [each.streamed for each in replies if each.streamed is not None]
     begun = min(each.due_ns for each in replies)
     seconds = max(1e-9, (max((each.piece_ns[-1] for each in came), default=begun) - begun) / 1e9)
     per_second = sum(each.tokens for each in came) / seconds
     ttft, tpot, e2e = (_middle(replies, name) for name in ("ttft_ms", "tpot_ms", "e2e_ms"))
-    good = sum(each.keeps(limits) for each in replies) if limits.any else None
-    return Row(
+    return LoadRow(
         **level._asdict(),
         requests=len(replies),
         errors=len(replies) - len(came),
@@ -192,19 +154,42 @@ def row(level: Level, replies: Sequence[Reply], limits: Limits, *, usd_per_hour:
         tpot_ms_p95=tpot[2],
         e2e_ms_p50=e2e[0],
         e2e_ms_p95=e2e[2],
+        e2e_ms_mean=_mean_e2e(replies),
         output_tokens_per_s=per_second,
         requests_per_s=len(came) / seconds,
-        good_share=None if good is None else good / len(replies),
-        goodput_per_s=None if good is None else good / seconds,
-        usd_per_million_output_tokens=_priced(usd_per_hour, per_second),
-        usd_per_million_blended_tokens=_blended(usd_per_hour, level, tpot[0]),
+        **_goodput(replies, limits, seconds),
+        usd_per_million_output_tokens=hour.output(per_second) if hour and per_second else None,
+        usd_per_million_blended_tokens=_blended(hour, level, tpot[0]),
+        reason="; ".join(_missing(level, replies, limits, hour)),
     )
 
 
-def _priced(usd_per_hour: float | None, per_second: float) -> float | None:
-    if usd_per_hour is None or per_second == 0:
-        return None
-    return cost.usd_per_million_output(usd_per_hour, per_second)
+def _goodput(replies: Sequence[Reply], limits: Limits, seconds: float) -> dict[str, float | None]:
+    """Return which share of requests kept every limit, and how many did per second; nothing without limits."""
+    if not limits.any:
+        return {"good_share": None, "goodput_per_s": None}
+    good = sum(each.keeps(limits) for each in replies)
+    return {"good_share": good / len(replies), "goodput_per_s": good / seconds}
+
+
+def _mean_e2e(replies: Sequence[Reply]) -> float | None:
+    found = [each.e2e_ms for each in replies if each.e2e_ms is not None]
+    return sum(found) / len(found) if found else None
+
+
+def _missing(level: Level, replies: Sequence[Reply], limits: Limits, hour: Hour | None) -> Iterator[str]:
+    """Yield why figures of a level are null."""
+    came = sum(each.streamed is not None for each in replies)
+    if not came:
+        yield f"times: all {len(replies)} requests failed"
+    elif came < statistics.requests_needed(0.95):
+        yield f"95th percentiles: {came} answers are too few, {statistics.requests_needed(0.95)} are needed"
+    if not limits.any:
+        yield "goodput: no limits were given"
+    if hour is None:
+        yield "price: what the machine costs wasn't said"
+    elif level.kind == "rate":
+        yield "blended price: it is that of a fixed number of requests at a time"
 
 
 def _middle(replies: Sequence[Reply], name: str) -> tuple[float | None, Interval | None, float | None]:
@@ -216,11 +201,11 @@ def _middle(replies: Sequence[Reply], name: str) -> tuple[float | None, Interval
     return float(np.median(array)), interval, tail(array, 0.95)
 
 
-def _blended(usd_per_hour: float | None, level: Level, tpot_ms: float | None) -> float | None:
+def _blended(hour: Hour | None, level: Level, tpot_ms: float | None) -> float | None:
     """Return the blended price; only a closed loop has a number of requests at a time."""
-    if usd_per_hour is None or level.kind == "rate" or not tpot_ms:
+    if hour is None or level.kind == "rate" or not tpot_ms:
         return None
-    return cost.usd_per_million_blended(usd_per_hour, tpot_ms=tpot_ms, concurrency=int(level.load))
+    return hour.blended(tpot_ms=tpot_ms, concurrency=int(level.load))
 
 
 def sample(level: Level, reply: Reply, begun_ns: int) -> Sample:
@@ -246,13 +231,26 @@ def sample(level: Level, reply: Reply, begun_ns: int) -> Sample:
     )
 
 
-def identity(first: Sequence[Reply], variant: str, replies: Sequence[Reply]) -> Identity:
-    """Compare a variant's answers with those of the first one, prompt by prompt: tokens where both tell them."""
+Answered = tuple[str, Sequence[Reply]]
+"""A variant and what became of its requests."""
+
+
+def identities(found: Sequence[Answered]) -> Iterator[Identity]:
+    """Compare each variant's answers with those of each before it, prompt by prompt."""
+    for number, each in enumerate(found):
+        for before in found[:number]:
+            yield identity(before, each)
+
+
+def identity(before: Answered, after: Answered) -> Identity:
+    """Compare the answers of two variants, prompt by prompt: tokens where both tell them."""
+    (against, first), (variant, replies) = before, after
     theirs = {each.prompt: each.streamed for each in first if each.streamed is not None}
     prompts = {each.prompt: each.streamed for each in replies if each.streamed is not None}
     shared = [(theirs[number], came) for number, came in prompts.items() if number in theirs]
     return Identity(
         variant=variant,
+        against=against,
         prompts=len(shared),
         first_token=sum(_written(one)[:1] == _written(other)[:1] for one, other in map(_alike, shared)),
         whole=sum(_written(one) == _written(other) for one, other in map(_alike, shared)),

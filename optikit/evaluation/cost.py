@@ -8,8 +8,41 @@ prompt and ignores waiting, so it is labelled an estimate wherever it is printed
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 SECONDS_PER_HOUR = 3600
 MILLION = 1e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hour:
+    """What an hour of a machine costs.
+
+    Attributes:
+        usd: List price.
+        discount: Share that is taken off.
+        source: Where the price was read.
+    """
+
+    usd: float
+    discount: float = 0.0
+    source: str = ""
+
+    def output(self, tokens_per_s: float) -> float:
+        """Return the price of a million output tokens at a measured throughput."""
+        return (1 - self.discount) * usd_per_million_output(self.usd, tokens_per_s)
+
+    def blended(self, *, tpot_ms: float, concurrency: int) -> float:
+        """Return the estimated price of a million tokens, input and output together.
+
+        >>> round(Hour(usd=10).blended(tpot_ms=20, concurrency=8), 4)
+        1.7361
+        """
+        return usd_per_million_blended(self.usd, tpot_ms=tpot_ms, concurrency=concurrency, discount=self.discount)
+
+    def of(self, seconds: float) -> float:
+        """Return what the machine costs for some time."""
+        return (1 - self.discount) * self.usd * seconds / SECONDS_PER_HOUR
 
 
 def usd_per_million_output(usd_per_hour: float, output_tokens_per_s: float) -> float:

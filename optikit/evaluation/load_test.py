@@ -1,4 +1,4 @@
-"""What clients of a server see: prompts one after another, then several at a time, in a closed loop.
+"""What clients of a server see: prompts one after another, several at a time in a closed loop, or at random times.
 
 Each client sends its next prompt when its last is answered. Lengths are fixed where the server lets one ask for that.
 """
@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from optikit.errors import StageTimeoutError, UnavailableError
-from optikit.evaluation.bench_results import Reply
+from optikit import records
+from optikit.errors import InputMissingError, StageTimeoutError, UnavailableError, UsageError
+from optikit.evaluation.bench_results import Level, Reply
 from optikit.evaluation.results import Served, ServedSpeed
 from optikit.runtime.completions_client import Client, Prompt, RefusedByServerError, Streamed
 
@@ -139,6 +141,110 @@ def _row(level: int, answers: Sequence[Streamed], begun: int) -> ServedSpeed:
 
 Send = Callable[[int], Streamed]
 """From the number of a prompt to its answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A prompt, and how many tokens its answer gets."""
+
+    prompt: Prompt
+    new_tokens: int
+
+
+def read_prompts(path: Path, new_tokens: int) -> list[Asked]:
+    """Read prompts, each with the length of its answer: JSON Lines of {prompt, max_tokens}, or lines of text.
+
+    Args:
+        path: Where they are.
+        new_tokens: Of an answer whose prompt doesn't say.
+
+    Raises:
+        InputMissingError: There are none.
+        UsageError: A record has no prompt, or asks for less than two tokens.
+    """
+    text = records.read(path)
+    found = []
+    for number, entry in records.parse(text, path):
+        said = entry if isinstance(entry, dict) else {}
+        prompt, tokens = said.get("prompt"), said.get("max_tokens", new_tokens)
+        if not isinstance(prompt, str) or not prompt or type(tokens) is not int or tokens < 2:
+            message = f"{path}: record {number} has no `prompt`, or a `max_tokens` below 2"
+            raise UsageError(message, fix='write {"prompt": "…"} or {"prompt": "…", "max_tokens": 64}')
+        found.append(Asked(prompt=prompt, new_tokens=tokens))
+    found = found or [Asked(prompt=line, new_tokens=new_tokens) for _, line in records.lines(text)]
+    if not found:
+        raise InputMissingError(f"{path} holds no prompts", fix='write {"prompt": "…"} per line')
+    return found
+
+
+def levels(variant: str, clients: Sequence[int], rates: Sequence[float]) -> list[Level]:
+    """Return the loads of one variant, closed loops first."""
+    closed = [Level(variant, "clients", float(each)) for each in clients]
+    return closed + [Level(variant, "rate", each) for each in rates]
+
+
+def run(send: Send, level: Level, prompts: int, *, requests: int, seed: int) -> list[Reply]:
+    """Put a server under one load.
+
+    Args:
+        send: Asks it.
+        level: The load.
+        prompts: How many prompts there are, asked in turn.
+        requests: At least so many requests.
+        seed: Of the times of an open loop.
+
+    Raises:
+        UnavailableError: It answered nothing.
+    """
+    count = max(requests, 2 * int(level.load) if level.kind == "clients" else 2)
+    numbers = [i % prompts for i in range(count)]
+    if level.kind == "clients":
+        replies = closed_loop(send, numbers, int(level.load))
+    else:
+        replies = open_loop(send, numbers, level.load, seed)
+    if all(each.streamed is None for each in replies):
+        raise UnavailableError(f"{level.variant} answered nothing: {replies[0].error}", fix="see its log")
+    return replies
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """A server that is warm, and what is asked of it."""
+
+    client: Client
+    model: str
+    asked: Sequence[Asked]
+    extra: Mapping[str, Any]
+
+    def send(self, number: int) -> Streamed:
+        """Return the answer to a prompt."""
+        one = self.asked[number]
+        return self.client.stream(self.model, one.prompt, one.new_tokens, extra=self.extra)
+
+
+WARM = 2
+"""Requests before any is counted, beside the one that asks which parameters a server takes."""
+
+
+def warmed(client: Client, model: str, asked: Sequence[Asked], more: Mapping[str, Any]) -> Loading:
+    """Return a server that has answered, and is asked in the words that it takes.
+
+    Args:
+        client: The server.
+        model: Which of its models.
+        asked: What it will be asked.
+        more: Further parameters of every request.
+
+    Raises:
+        UnavailableError: It takes none of the parameters, drops connections, or answers with an error.
+        StageTimeoutError: It hangs.
+    """
+    first = asked[0]
+    extra = {**accepted(client, model, first.prompt, first.new_tokens, more), **more}
+    found = Loading(client=client, model=model, asked=asked, extra=extra)
+    for _ in range(WARM):
+        found.send(0)
+    return found
 
 
 def closed_loop(send: Send, prompts: Sequence[int], clients: int) -> list[Reply]:

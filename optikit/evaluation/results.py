@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 GateVerdict = Literal["pass", "fail", "inconclusive"]
 Verdict = Literal["pass", "fail", "inconclusive", "emitted"]
@@ -161,7 +161,24 @@ class Cost(_Frozen):
 
     usd_per_million_output_tokens: float | None = None
     usd_per_million_blended_tokens: float | None = None
+    usd_per_hour: float | None = None
+    """List price of the machine."""
+    discount: float = 0.0
+    """Share that was taken off it."""
+    concurrency: int = 1
+    """Requests at a time that were timed for it."""
     price_source: str = ""
+    reason: str = ""
+
+
+class Payback(_Frozen):
+    """What optimizing cost on the machine that is priced, and after how many tokens that is saved."""
+
+    optimization_seconds: float
+    """Of all steps that made the artifact, those found cached included; measuring isn't counted."""
+    optimization_usd: float
+    output_tokens: float | None = None
+    """Output tokens until what one costs less, at one request at a time, has paid for it."""
     reason: str = ""
 
 
@@ -308,6 +325,74 @@ class ServedSpeed(_Frozen):
     output_tokens_per_s: float
     """Of all requests together, from the first call to the last token."""
     requests_per_s: float
+    usd_per_million_output_tokens: float | None = None
+    """Null where the machine has no price: `cost` of the result says why."""
+    usd_per_million_blended_tokens: float | None = None
+
+
+Kind = Literal["clients", "rate"]
+"""Closed loop of clients, or open loop of a request rate."""
+
+
+class Limits(_Frozen):
+    """What a request must keep to be good, ms; null is no limit."""
+
+    ttft_ms: float | None = Field(default=None, ge=0)
+    tpot_ms: float | None = Field(default=None, ge=0)
+    e2e_ms: float | None = Field(default=None, ge=0)
+
+    @property
+    def any(self) -> bool:
+        """Whether there is one."""
+        return (self.ttft_ms, self.tpot_ms, self.e2e_ms) != (None, None, None)
+
+
+class LoadRow(_Frozen):
+    """What clients of one variant saw under one load; times from when a request was due, medians over requests."""
+
+    variant: str
+    kind: Kind
+    load: float
+    """Clients that each ask again when they are answered, or requests per second on average, whatever comes back."""
+    requests: int
+    errors: int
+    ttft_ms_p50: float | None
+    ttft_ms_p50_ci95: Interval | None
+    ttft_ms_p95: float | None
+    tpot_ms_p50: float | None
+    tpot_ms_p50_ci95: Interval | None
+    tpot_ms_p95: float | None
+    e2e_ms_p50: float | None
+    e2e_ms_p95: float | None
+    e2e_ms_mean: float | None = None
+    output_tokens_per_s: float
+    """Of all requests together, from the first that was due to the last token."""
+    requests_per_s: float
+    good_share: float | None
+    """Of all requests, those that kept every limit; an error keeps none. Null without limits."""
+    goodput_per_s: float | None
+    """Good requests per second."""
+    usd_per_million_output_tokens: float | None
+    usd_per_million_blended_tokens: float | None
+    reason: str = ""
+    """Why a null above is null."""
+
+
+class Loaded(_Frozen):
+    """The result under load, as the clients of a server saw it that was started for this on this machine."""
+
+    server: str
+    """`optikit serve` or `vLLM`."""
+    rows: tuple[LoadRow, ...]
+    limits: Limits
+    seed: int
+    """Of the times of open loops, and of the choice of prompts."""
+    prompts: int
+    """How many there were, asked in turn."""
+    end_of_text_ignored: bool
+    """Whether every answer was as long as asked, whatever the text."""
+    peak_memory_mib: float
+    """Of all processes of the server together."""
 
 
 class Served(_Frozen):
@@ -344,6 +429,10 @@ class Report(_Frozen):
     speculation: dict[str, Any] | None = None
     served: Served | None = None
     """Where a server was measured."""
+    loaded: Loaded | None = None
+    """Where the result was served and loaded: `evaluate: {serving: …}`."""
+    payback: Payback | None = None
+    """Null where baseline or result has no price: their `cost` says why."""
     gates: tuple[GateResult, ...] = ()
     warnings: tuple[str, ...] = ()
     seconds: float

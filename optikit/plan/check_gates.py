@@ -36,6 +36,12 @@ NEEDS: Mapping[str, str] = {
     "ttft_ms_p50": "speed",
     "usd_per_million_output_tokens": "speed",
     "joules_per_output_token": "speed",
+    "serving_tokens_per_s": "serving",
+    "serving_ttft_ms_p50": "serving",
+    "serving_tpot_ms_p50": "serving",
+    "serving_e2e_ms_p50": "serving",
+    "serving_good_rate": "serving",
+    "serving_error_rate": "serving",
     "size_ratio": "",
 }
 """Which part of `evaluate:` measures what a gate limits; "" is known without measuring."""
@@ -43,6 +49,9 @@ NEEDS: Mapping[str, str] = {
 
 RATIOS = ("decode_speedup", "prefill_speedup")
 """What needs the baseline's speed."""
+LAST = ("speed", "tasks", "serving")
+"""Parts of `evaluate:` that measure the result only."""
+GOOD = "serving_good_rate"
 PRICE = "usd_per_million_output_tokens"
 
 
@@ -75,13 +84,13 @@ def unmeasurable(recipe: Recipe, *, target: Target | None = None, scored: Collec
 
 def _too_late(name: str, gate: Limit) -> Iterator[tuple[str, str]]:
     """Yield why a gate can't do what it should when it fails: it has nothing to judge of the steps before the last."""
-    if gate.on_fail != "keep_going" and NEEDS.get(name) in ("speed", "tasks"):
+    if gate.on_fail != "keep_going" and NEEDS.get(name) in LAST:
         message = f"gate {name} can't {gate.on_fail}: it is measured of the result only"
         yield message, f"leave on_fail out, or limit what is measured after every step: {_after_steps()}"
 
 
 def _after_steps() -> str:
-    return ", ".join(name for name, part in NEEDS.items() if part not in ("speed", "tasks"))
+    return ", ".join(name for name, part in NEEDS.items() if part not in LAST)
 
 
 def _obstacles(each: Asked, recipe: Recipe, target: Target | None) -> Iterator[Obstacle]:
@@ -93,9 +102,17 @@ def _obstacles(each: Asked, recipe: Recipe, target: Target | None) -> Iterator[O
         yield _left_out(part)
     elif part == "speed" and (obstacle := _untimed(each, recipe)):
         yield obstacle
+    elif each.metric in (GOOD, PRICE):
+        yield from _unsaid(each, recipe, target)
+
+
+def _unsaid(each: Asked, recipe: Recipe, target: Target | None) -> Iterator[Obstacle]:
+    """Yield what a gate needs that the recipe doesn't say: what a good request keeps, or a price."""
+    if each.metric == GOOD and recipe.evaluate.serving and not recipe.evaluate.serving.limits.any:
+        yield "limits what keeps `serving: {limits: …}`, and there are none", "say for example limits: {ttft_ms: 200}"
     elif each.metric == PRICE and target is not None and (target.usd_per_hour is None or target.device != "cpu"):
         why = "has no price per hour" if target.usd_per_hour is None else "charges for an accelerator, not timed here"
-        fix = "name a target with a price (`optikit targets`), or add a row with usd_per_hour by --targets"
+        fix = "say `cost: {usd_per_hour: …}`, or name a target with a price (`optikit targets`)"
         yield f"limits a price, and target {target.name} {why}", fix
 
 
@@ -116,7 +133,7 @@ def _step_obstacles(each: Asked, recipe: Recipe, scored: Collection[str] | None)
     part, named = NEEDS.get(each.metric, ""), steps_named(recipe, each.step)
     if len(named) != 1:
         return
-    if part in ("speed", "tasks"):
+    if part in LAST:
         fix = f"limit it without `steps`, or limit what is measured after every step: {_after_steps()}"
         yield f"can't judge {named[0]}: {part} is measured of the result only", fix
     elif "-speculate-" in named[0]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from optikit import environments, host, stages
@@ -58,7 +58,8 @@ class Context:
     Attributes:
         device: torch device that stages will compute on.
         facts: Facts of the untouched model.
-        texts: Resolved texts by role: `calibration`, `perplexity`, `prompts`, `tasks.NAME`, `stages[0].prompts`.
+        texts: Resolved texts by role: `calibration`, `perplexity`, `prompts`, `serving`, `tasks.NAME`,
+            `stages[0].prompts`.
         models: Resolved models that stages name besides the recipe's, by role: `stages[0].draft`.
     """
 
@@ -163,7 +164,8 @@ class Context:
 
     def _surroundings(self, stage: Stage, declared: Mapping[str, Input]) -> dict[str, Any]:
         """Return what else decides a result: the target, this machine, the instructions that its arithmetic has."""
-        found: dict[str, Any] = {"target": asdict(self.target)} if stage.USES_TARGET else {}
+        unpriced = replace(self.target, usd_per_hour=None, price_source="")
+        found: dict[str, Any] = {"target": asdict(unpriced)} if stage.USES_TARGET else {}
         kinds = {one.of for one in declared.values()}
         if "machine" in kinds:
             found["machine"] = {"cpu": host.cpu_model(), "threads": host.threads()}
@@ -209,6 +211,9 @@ def named_texts(recipe: Recipe) -> dict[str, Text]:
     speed = recipe.evaluate.speed
     if speed is not None and speed.prompts:
         named["prompts"] = Text(text=speed.prompts)
+    serving = recipe.evaluate.serving
+    if serving is not None and serving.prompts:
+        named["serving"] = Text(text=serving.prompts)
     named |= {f"tasks.{task.name}": task for task in recipe.evaluate.tasks}
     for index, _, role, wanted in stage_inputs(recipe):
         if wanted.of == "prompts" and wanted.spec:

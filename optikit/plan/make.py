@@ -14,10 +14,11 @@ from optikit.models import adapter, eagle3, traits
 from optikit.models.facts import ModelFacts
 from optikit.models.gguf_reader import read_gguf
 from optikit.models.reader import read
-from optikit.plan import check_gates, room, serve_section
+from optikit.plan import check_gates, price, room, serve_section
 from optikit.plan.check_texts import problems as text_problems
 from optikit.plan.context import Context, Found, at, given, resolve_models, resolve_texts
 from optikit.plan.measure_served import problems as served_problems
+from optikit.plan.measure_serving import problems as serving_problems
 from optikit.plan.measure_steps import ENGINE_BASELINE, length_problems, measure_steps, runtime_problems
 from optikit.plan.measurements import scored_steps
 from optikit.plan.model import Plan, Step, original_key
@@ -73,6 +74,7 @@ def make_plan(
         *text_problems(context, _acquired(steps, store)),
         *length_problems(context, measures),
         *runtime_problems(steps, measures),
+        *serving_problems(context, measures),
     ]
     problems += _no_baseline(context, steps, measures)
     problems += serve_section.problems(context, steps, tuple(_fitting_drafts(context, steps)))
@@ -122,7 +124,10 @@ def _target(loaded: LoadedRecipe, extra: Path | None) -> Target:
     if target is None:
         problem = targets.unknown(name, targets.names(extra))
         raise _error(loaded, [problem.at(loaded.marks.mark(problem.loc))])
-    return target
+    priced, problems = price.priced(target, loaded.recipe.cost, extra)
+    if problems:
+        raise _error(loaded, [each.at(loaded.marks.mark(each.loc)) for each in problems])
+    return priced
 
 
 def _refuse(loaded: LoadedRecipe, problems: Iterable[Problem]) -> tuple[Problem, ...]:

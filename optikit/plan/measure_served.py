@@ -91,9 +91,9 @@ def problems(context: Context, steps: Sequence[Step]) -> Iterator[Problem]:
     if wanted.runtime == "auto":
         return
     at = ("evaluate",)
-    if wanted.perplexity is None and wanted.speed is None:
+    if wanted.perplexity is None and wanted.speed is None and wanted.serving is None:
         message = f"runtime {wanted.runtime} is named, and nothing that it could measure"
-        fix = "add `perplexity: {text: …}` or `speed: {…}`, or leave runtime out"
+        fix = "add `perplexity: {text: …}`, `speed: {…}` or `serving: {…}`, or leave runtime out"
         yield Problem(code="nothing-to-serve", message=message, fix=fix, loc=(*at, "runtime"))
         return
     compiled = next((step for step in steps if step.writes == "engine"), None)

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from optikit import stages
 from optikit.plan.context import Context, Found, given
 from optikit.plan.measure_served import served_steps
+from optikit.plan.measure_serving import serving_step
 from optikit.plan.measurements import Subject, measuring, quality_step, speed_step, tasks_step
 from optikit.plan.model import BASELINE, Step, original_key
 from optikit.problems import Loc, Problem
@@ -38,18 +39,47 @@ def measure_steps(context: Context, steps: Sequence[Step], engines: Sequence[Ste
     original = original_key(steps)
     baseline = Subject(name=BASELINE, key=original, runtime="transformers", facts=context.facts)
     written = [step for step in steps if step.writes in ("model", "engine") and runtime(step)]
-    made = [Subject(name=step.name, key=step.key, runtime=runtime(step), facts=step.after) for step in written]
-    found: list[Step] = []
-    is_served = wanted.runtime == "vllm"
-    if wanted.perplexity is not None:
-        found += _each(quality_step, context, baseline, made[:-1] if is_served else made)
-    if wanted.tasks:  # logits tell what every step does; answers tell whether what is shipped still does its work
-        found += _each(tasks_step, context, baseline, made[-1:])
-    if is_served:
-        return (*found, *served_steps(context, steps, written, original, found))
-    if written and written[-1].writes == "engine":
+    subjects = [Subject(name=step.name, key=step.key, runtime=runtime(step), facts=step.after) for step in written]
+    found = _qualities(context, baseline, subjects)
+    if wanted.runtime == "vllm":
+        found += served_steps(context, steps, written, original, found) if wanted.perplexity or wanted.speed else ()
+    elif written and written[-1].writes == "engine":
         found += _compiled(context, steps, written, original, engines)
+    if wanted.serving is not None:
+        found += _serving(context, steps, found, original)
     return tuple(found)
+
+
+def _qualities(context: Context, baseline: Subject, subjects: Sequence[Subject]) -> list[Step]:
+    """Return the steps that score texts and put tasks; what vLLM serves is scored by its own step."""
+    wanted = context.recipe.evaluate
+    found: list[Step] = []
+    if wanted.perplexity is not None:
+        found += _each(quality_step, context, baseline, subjects[:-1] if wanted.runtime == "vllm" else subjects)
+    if wanted.tasks:  # logits tell what every step does; answers tell whether what is shipped still does its work
+        found += _each(tasks_step, context, baseline, subjects[-1:])
+    return found
+
+
+def _serving(context: Context, steps: Sequence[Step], measures: Sequence[Step], original: str) -> Iterator[Step]:
+    """Yield the step that loads the result behind a server, where one here serves it."""
+    ends = [step for step in steps if step.writes in ("model", "engine")]
+    result = ends[-1] if ends else None
+    if result is not None and not runtime(result):
+        return
+    served = context.recipe.evaluate.runtime == "vllm"
+    made = [Found(key=step.key) for step in steps if step.writes == "speculator"]
+    drafts = {"speculator": made[-1]} if served and made else _chosen(measures)
+    engine = "vllm" if served else runtime(result) if result else "transformers"
+    yield serving_step(context, result, engine, original, drafts)
+
+
+def _chosen(measures: Sequence[Step]) -> dict[str, Found]:
+    """Return what a stage made for drafting and what was chosen of it, as they lie together in the output."""
+    judged = [step for step in measures if step.method == "speculation"]
+    if not judged:
+        return {}
+    return {"speculator": Found(key=judged[-1].key), "made": Found(key=judged[-1].inputs["speculator"])}
 
 
 def _compiled(
@@ -81,6 +111,8 @@ LENGTHS: Mapping[str, Loc] = {
     "quality": ("evaluate", "perplexity"),
     "tasks": ("evaluate",),
     "speed": ("evaluate", "speed"),
+    "serving": ("evaluate",),
+    "served_load": ("evaluate",),
 }
 """Where the options of a measuring step are written; what a server can't serve is said in `measure_served`."""
 
@@ -144,9 +176,9 @@ def _speed(
     models = {"baseline": original, "result": result.key, **{step.name: step.key for step in engines}}
     inputs = {role: models[role] for role in {arm["role"]: None for arm in arms}} | {"tokenizer": original}
     # What the stage made and what was chosen of it, as they lie together in the output.
-    inputs |= {"speculator": choices[-1].key, "made": choices[-1].inputs["speculator"]} if choices else {}
     options = {"arms": arms, "chain": chain, **wanted.model_dump(exclude={"prompts"})}
-    return speed_step(context, options, result.key, {role: Found(key=key) for role, key in inputs.items()})
+    found = {role: Found(key=key) for role, key in inputs.items()} | _chosen(choices)
+    return speed_step(context, options, result.key, found)
 
 
 def _own_arms(

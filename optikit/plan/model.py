@@ -14,6 +14,8 @@ from optikit.stage import Estimate, StageOptions, Writes
 from optikit.store.sources import ModelSource, TextSource
 from optikit.targets import Target
 
+SERVING = "measure-serving"
+"""Name of the step that loads the result behind a server."""
 BASELINE = "baseline"
 """Subject of a step that measures the untouched model."""
 

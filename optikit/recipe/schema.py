@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from optikit import records, stages
 from optikit.deploy.servers import SERVERS, Server, Shared
+from optikit.evaluation.results import Limits
 from optikit.stage import Stage, StageOptions
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -123,6 +124,33 @@ class SpeedOptions(_Frozen):
     """Runs per arm before measuring; the first of them is reported as the cold run."""
 
 
+class ServingOptions(_Frozen):
+    """The result behind a server under load: `optikit serve` for what is loaded here, vLLM where `runtime` says so."""
+
+    prompts: str = ""
+    """JSON Lines of {prompt} or {prompt, max_tokens}, used as they are, or a text source; empty takes those of speed,
+    or passages of the perplexity text."""
+    prompt_tokens: int = Field(default=128, ge=1, le=131072)
+    """Tokens of a passage, where prompts are passages of prose."""
+    new_tokens: int = Field(default=64, ge=2, le=65536)
+    """Tokens of an answer whose prompt doesn't say; end-of-text is ignored."""
+    requests: int = Field(default=32, ge=2, le=100000)
+    """Requests of each load."""
+    clients: tuple[Annotated[int, Field(ge=1, le=256)], ...] = (1, 2, 4, 8)
+    """Closed loops: numbers of clients that ask again when they are answered."""
+    rates: tuple[Annotated[float, Field(gt=0, le=1024)], ...] = ()
+    """Open loops: requests per second, at random times."""
+    limits: Limits = Limits()
+    """What a good request keeps, ms: {ttft_ms: 200, tpot_ms: 50}."""
+
+    @model_validator(mode="after")
+    def _loaded(self) -> ServingOptions:
+        if not (self.clients or self.rates):
+            msg = "serving asks for no load; name clients or rates"
+            raise ValueError(msg)
+        return self
+
+
 class TaskOptions(Text):
     """Items with right answers, JSON Lines: choices, texts or SQL queries, as `prompt`, `answer`, `choices`, `schema`.
 
@@ -168,6 +196,8 @@ class Evaluate(_Frozen):
     tasks: tuple[TaskOptions, ...] = ()
     """Questions with right answers, put to the baseline and to the result."""
     speed: SpeedOptions | None = None
+    serving: ServingOptions | None = None
+    """Throughput, latency and goodput of the result behind a server, by load."""
     runtime: Literal["auto", "vllm"] = "auto"
     """Who measures the result. `auto`: the engine it was compiled for, else transformers. `vllm`: vLLM, which serves
     the model directory from an environment of its own; with a speculate stage it drafts."""
@@ -183,6 +213,10 @@ class Evaluate(_Frozen):
         if self.speed is not None and not self.speed.prompts and self.perplexity is None:
             msg = "speed needs prompts; name `prompts`, or a perplexity text to take passages from"
             raise ValueError(msg)
+        serving, others = self.serving, self.perplexity is not None or (self.speed is not None and self.speed.prompts)
+        if serving is not None and not serving.prompts and not others:
+            msg = "serving needs prompts; name `prompts`, or those of speed, or a perplexity text to take passages from"
+            raise ValueError(msg)
         return self
 
     @model_validator(mode="after")
@@ -191,6 +225,29 @@ class Evaluate(_Frozen):
         twice = next((name for name in names if names.count(name) > 1), "")
         if twice:
             msg = f"two tasks are called {twice!r}; give each a name of its own"
+            raise ValueError(msg)
+        return self
+
+
+class Price(_Frozen):
+    """What the machine that serves the result costs; left out, it is the price of the target's row."""
+
+    usd_per_hour: float | None = Field(default=None, gt=0)
+    """Price of the machine for an hour."""
+    source: str = ""
+    """Where that was read, and when; stands beside every figure that is made of it."""
+    instance: str = ""
+    """A row of `optikit targets` whose price counts, e.g. c7i.xlarge where this machine stands for one."""
+    discount: float = Field(default=0.0, ge=0, lt=1)
+    """Share that is taken off, e.g. 0.3 for a savings plan."""
+    concurrency: int = Field(default=1, ge=1, le=1024)
+    """Requests at a time that the result's price is of; more than one are a load of `evaluate: {serving: …}`, or of
+    vLLM's `concurrency`."""
+
+    @model_validator(mode="after")
+    def _one_price(self) -> Price:
+        if self.usd_per_hour is not None and self.instance:
+            msg = f"usd_per_hour and instance {self.instance!r} are two prices; leave one out"
             raise ValueError(msg)
         return self
 
@@ -285,6 +342,8 @@ class Recipe(_Frozen):
     """Servers that will load the result: a name, or {server: NAME, version: '…', …}. Each is checked against it."""
     evaluate: Evaluate = Evaluate()
     """What to measure."""
+    cost: Price = Price()
+    """What the machine that serves it costs."""
     gates: Mapping[str, Gate] = Field(default_factory=dict)
     """Limits by metric name; a failed gate ends the run with exit code 10."""
     max_memory: str = ""
@@ -315,6 +374,12 @@ GATE_METRICS: Mapping[str, str] = {
     "tpot_ms_p50": "median time per output token of the result, ms",
     "ttft_ms_p50": "median time to first token of the result, ms",
     "usd_per_million_output_tokens": "price of a million output tokens on the target, from the measured speed",
+    "serving_tokens_per_s": "output tokens per second of all requests, under the load that gives most",
+    "serving_ttft_ms_p50": "median time to first token under the last load of serving, ms",
+    "serving_tpot_ms_p50": "median time per output token under the last load of serving, ms",
+    "serving_e2e_ms_p50": "median time to the last token under the last load of serving, ms",
+    "serving_good_rate": "share of requests within serving's limits, under its last load",
+    "serving_error_rate": "share of requests of all loads that got no answer",
     "joules_per_output_token": "energy of the processor per output token of the result, where the machine tells",
 }
 """Metrics that a gate may limit, with their meaning."""

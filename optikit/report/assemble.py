@@ -15,13 +15,15 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
 
 from optikit import __version__, host
-from optikit.evaluation import cost
+from optikit.evaluation.cost import Hour
 from optikit.evaluation.results import (
     Cost,
     GateResult,
     Interval,
+    Loaded,
     Measurement,
     OtherBaseline,
+    Payback,
     Quality,
     Ratio,
     Report,
@@ -37,7 +39,7 @@ from optikit.plan.measurements import SCORING
 from optikit.plan.model import BASELINE
 from optikit.recipe import limits
 from optikit.recipe.schema import as_written
-from optikit.report import caveats, speculation_table
+from optikit.report import caveats, load_values, pricing, speculation_table
 from optikit.report import judge as judging
 from optikit.report.judge import Value
 from optikit.stage import VERIFIED
@@ -47,7 +49,6 @@ if TYPE_CHECKING:
     from optikit.models.facts import ModelFacts
     from optikit.plan import Plan, Step
     from optikit.store.store import Artifact
-    from optikit.targets import Target
 
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".onnx", ".data", ".bin", ".xml", ".engine", ".plan", ".neff"})
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "onnxruntime", "onnxruntime-genai")
@@ -98,6 +99,8 @@ def report(
         attribution=tuple(run.attribution()),
         speculation=run.speculation,
         served=run.served,
+        loaded=run.loaded,
+        payback=run.payback,
         gates=judged,
         warnings=(*filter(None, (rolled_back,)), *(problem.message for problem in plan.warnings), *run.warnings()),
         seconds=seconds,
@@ -191,7 +194,13 @@ class _Run:
         """What clients of a server saw, where the result was served; None where it wasn't."""
         kept = (self.artifacts[step.key].manifest.facts for step in self.plan.measures if step.key in self.artifacts)
         found = next((facts["served"] for facts in kept if "served" in facts), None)
-        return Served.model_validate(found) if found else None
+        return pricing.priced(Served.model_validate(found), self._hour) if found else None
+
+    @cached_property
+    def loaded(self) -> Loaded | None:
+        """What clients of the result saw under load, priced; None where it wasn't loaded."""
+        found = self._measured(("serving", "served_load"))
+        return pricing.loaded(Loaded.model_validate(found.manifest.facts["loaded"]), self._hour) if found else None
 
     def measurement(self, step: Step, *, last: bool | None = None) -> Measurement:
         """Return what was measured of the artifact of a step: its speed, too, if it is the last one."""
@@ -210,9 +219,30 @@ class _Run:
             size_bytes=size,
             quality=quality,
             speed=speed,
-            cost=price(self.plan.target, speed) if arm else None,
+            cost=self._cost(speed, arm),
             reason="; ".join(self._missing(quality, speed, arm)),
         )
+
+    def _cost(self, speed: Speed | None, arm: str) -> Cost | None:
+        """Return what an arm's tokens cost: the result's under the load that the recipe prices, others' alone."""
+        wanted = self.plan.recipe.cost
+        if arm == RESULT and wanted.concurrency > 1:
+            hour, reason = pricing.hour_of(self.plan.target, wanted), pricing.unpriced(self.plan.target)
+            rows = pricing.of_clients(self.loaded, self.served)
+            return pricing.under_load(hour, rows, wanted.concurrency, reason)
+        return pricing.alone(self.plan.target, wanted, speed) if arm else None
+
+    @cached_property
+    def _hour(self) -> Hour | None:
+        """What an hour of the machine costs, if what is measured here can be priced."""
+        target = self.plan.target
+        return None if pricing.unpriced(target) else pricing.hour_of(target, self.plan.recipe.cost)
+
+    @property
+    def payback(self) -> Payback | None:
+        """What optimizing cost, and when it has paid for itself."""
+        seconds = sum(self.artifacts[step.key].manifest.seconds for step in self.plan.steps)
+        return pricing.payback(self._hour, seconds, self.baseline, self.result) if self.plan.steps else None
 
     def _missing(self, quality: Quality | None, speed: Speed | None, arm: str) -> Iterator[str]:
         wanted = self.plan.recipe.evaluate
@@ -275,7 +305,8 @@ class _Run:
     @cached_property
     def values(self) -> Mapping[str, Value]:
         """What gates may limit, by metric name."""
-        return {**self._quality_values(), **self._speed_values()} | {
+        missing = Value(reason=self.result.reason or "the result was not loaded")
+        return {**self._quality_values(), **self._speed_values(), **load_values.values(self.loaded, missing)} | {
             "size_ratio": _ratio(self.result.size_bytes, self.baseline.size_bytes)
         }
 
@@ -445,7 +476,7 @@ def _priced(found: Cost | None, tpot_ms: Value) -> Value:
     if found is None or found.usd_per_million_output_tokens is None:
         return Value(reason=found.reason if found else "the result has no price")
     price_now = found.usd_per_million_output_tokens
-    if tpot_ms.value is None or tpot_ms.ci95 is None:
+    if tpot_ms.value is None or tpot_ms.ci95 is None or found.concurrency > 1:
         return Value(value=price_now)
     low, high = (price_now * end / tpot_ms.value for end in tpot_ms.ci95)
     return Value(value=price_now, ci95=(low, high))
@@ -486,22 +517,6 @@ def weight_bytes(artifact: Artifact) -> int:
     return sum(record.size for name, record in files.items() if PurePosixPath(name).suffix in WEIGHT_SUFFIXES)
 
 
-def price(target: Target, speed: Speed | None) -> Cost:
-    """Return what tokens cost on a target, or why that isn't known."""
-    if target.usd_per_hour is None:
-        return Cost(reason=f"target {target.name} has no price per hour")
-    if speed is None:
-        return Cost(reason="speed was not measured", price_source=target.price_source)
-    if target.device != "cpu":
-        reason = f"speed was measured on this machine's processor, and {target.name} charges for its accelerator"
-        return Cost(reason=reason, price_source=target.price_source)
-    return Cost(
-        usd_per_million_output_tokens=cost.usd_per_million_output(target.usd_per_hour, speed.decode_tokens_per_s),
-        usd_per_million_blended_tokens=cost.usd_per_million_blended(target.usd_per_hour, tpot_ms=speed.tpot_ms_p50),
-        price_source=target.price_source,
-    )
-
-
 def _recipe(plan: Plan) -> dict[str, Any]:
     written = plan.recipe.model_dump(mode="json", exclude={"stages"})
     return written | {"stages": [as_written(entry) for entry in plan.recipe.stages]}
@@ -528,5 +543,5 @@ def _model(plan: Plan) -> dict[str, Any]:
 
 def _details(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return a measuring step's facts without what the measurements already hold."""
-    shown = SECTIONS | {"served", "arms", "ratios", "last_against", "chain", "files", "speculation"}
+    shown = SECTIONS | {"served", "arms", "ratios", "last_against", "chain", "files", "speculation", "loaded"}
     return {name: value for name, value in facts.items() if name not in shown}

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from optikit import text
 from optikit.evaluation.results import GateResult, Measurement, Report, StepReport
-from optikit.report import drawing, figures, gates, server_table, svg, task_table, wording
+from optikit.report import drawing, figures, gates, load_table, server_table, svg, task_table, wording
 from optikit.report import speculation_table as speculating
 from optikit.report.definitions import DEFINITIONS, needed
 from optikit.report.headline import headline
@@ -79,6 +79,7 @@ MODULES: Mapping[str, Any] = {
     "gates_text": gates,
     "tasks": task_table,
     "served": server_table,
+    "loads": load_table,
     "text": text,
 }
 """What the template calls by name."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from optikit import text
 from optikit.evaluation.results import Report, StepReport
-from optikit.report import figures, gates, server_table, task_table, values, wording
+from optikit.report import figures, gates, load_table, server_table, task_table, values, wording
 from optikit.report import speculation_table as speculating
 from optikit.report.headline import headline
 
@@ -67,6 +67,7 @@ def _blocks(report: Report) -> Iterator[list[str]]:
     yield from _figures(report)
     yield from _tasks(report)
     yield from _served(report)
+    yield from _loaded(report)
     yield from _steps(report)
     yield from _attribution(report)
     yield from _speculation(report.speculation)
@@ -144,6 +145,14 @@ def _served(report: Report) -> Iterator[list[str]]:
         yield ["### By number of requests at a time"]
         yield table(server_table.HEADER, rows, "r" * len(server_table.HEADER))
         yield [f"- {escape(line)}" for line in server_table.conditions(report)]
+
+
+def _loaded(report: Report) -> Iterator[list[str]]:
+    if report.loaded:
+        rows = [[escape(cell) for cell in row[1:]] for row in load_table.rows(report.loaded.rows)]
+        yield ["### Under load"]
+        yield table(load_table.HEADER[1:], rows, "r" * (len(load_table.HEADER) - 1))
+        yield [f"- {escape(line)}" for line in load_table.conditions(report)]
 
 
 def _others(report: Report) -> list[str]:

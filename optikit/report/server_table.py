@@ -14,6 +14,8 @@ HEADER = (
     "End to end, median",
     "End to end, p95",
     "Tokens per second",
+    "$ per M out",
+    "$ per M blended",
 )
 
 
@@ -29,9 +31,15 @@ def rows(report: Report) -> tuple[tuple[str, ...], ...]:
             text.milliseconds(row.e2e_ms_p50),
             text.milliseconds(row.e2e_ms_p95) if row.e2e_ms_p95 is not None else "–",
             text.number(row.output_tokens_per_s),
+            _dollars(row.usd_per_million_output_tokens),
+            _dollars(row.usd_per_million_blended_tokens),
         )
         for row in (report.served.speed if report.served else ())
     )
+
+
+def _dollars(value: float | None) -> str:
+    return "–" if value is None else text.dollars(value)
 
 
 def conditions(report: Report) -> tuple[str, ...]:

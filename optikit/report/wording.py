@@ -6,11 +6,8 @@ above it, `figures` the table, `gates` what gates decided.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from optikit import text
-from optikit.evaluation.results import Measurement, Report, Speed, StepReport
-from optikit.plan.check_gates import PRICE
+from optikit.evaluation.results import Cost, Measurement, Payback, Report, Speed, StepReport
 from optikit.report.speculation_table import not_used
 
 
@@ -114,7 +111,9 @@ def conditions(report: Report) -> tuple[str, ...]:
         )
     cost = report.result.cost
     if cost and cost.price_source:
-        said.append(f"Price: {cost.price_source}.")
+        said.append(_price(cost))
+    if report.payback:
+        said.append(_payback(report.payback))
     return tuple(text.clean(line) for line in said)
 
 
@@ -131,11 +130,19 @@ def _speed_conditions(report: Report, speed: Speed) -> str:
     return f"{said}, alternating with the baseline ({other})."
 
 
-def _unpriced(report: Report) -> bool:
-    """Tell whether the target has no price and no gate asks for one: then its absence is no news."""
-    asked = report.recipe.get("gates")
-    wants_price = isinstance(asked, Mapping) and PRICE in asked
-    return report.target.get("usd_per_hour") is None and not wants_price
+def _price(cost: Cost) -> str:
+    hour = "" if cost.usd_per_hour is None else f"${cost.usd_per_hour:g} per hour"
+    less = f"less {text.percent(cost.discount)}" if cost.discount else ""
+    at = "" if cost.concurrency == 1 else f"{cost.concurrency} requests at a time"
+    return f"Price: {', '.join(filter(None, (hour, less, cost.price_source, at)))}."
+
+
+def _payback(found: Payback) -> str:
+    took, usd = text.duration(found.optimization_seconds), text.dollars(found.optimization_usd)
+    spent = f"Optimizing took {took}, {usd} at that price"
+    if found.output_tokens is None:
+        return f"{spent}, which is never paid back: {found.reason}."
+    return f"{spent}, paid back after {found.output_tokens:,.0f} output tokens, one request at a time."
 
 
 def reasons(report: Report) -> tuple[str, ...]:
@@ -146,7 +153,7 @@ def reasons(report: Report) -> tuple[str, ...]:
         parts = (
             ("", m.reason),
             ("quality", m.quality.reason if m.quality else ""),
-            ("cost", m.cost.reason if m.cost and not _unpriced(report) else ""),
+            ("cost", m.cost.reason if m.cost and name == "result" else ""),
         )
         named = [", ".join(filter(None, ("" if measured_only(report) else name, part))) for part, _ in parts]
         found += [": ".join(filter(None, (who, why))) for who, (_, why) in zip(named, parts, strict=True) if why]

@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 from optikit.cli.app import app
 from optikit.errors import InputMissingError, UnavailableError, UsageError
 from optikit.evaluation import bench_results, load_test
-from optikit.evaluation.bench_results import Level, Limits, Reply
+from optikit.evaluation.bench_results import Level, Reply
+from optikit.evaluation.cost import Hour
+from optikit.evaluation.results import Limits
 from optikit.runtime.completions_client import Streamed
 from tests.completions_server import Model, serving
 
@@ -55,7 +57,7 @@ def test_an_artifact_beside_a_server(model, tiny_onnx, tmp_path):
     ]
     here = tiny_onnx.name
     assert [row["variant"] for row in found["rows"][:2]] == [server.url, here]
-    assert found["identity"] == [{"variant": here, "prompts": 2, "first_token": 2, "whole": 2}]
+    assert found["identity"] == [{"variant": here, "against": server.url, "prompts": 2, "first_token": 2, "whole": 2}]
     for row in found["rows"]:
         assert (row["requests"], row["errors"], row["good_share"]) == (4, 0, 1.0)
         price = 2 / (row["output_tokens_per_s"] * 3600 / 1e6)
@@ -88,7 +90,7 @@ def test_a_server_that_answers_nothing_and_one_that_sometimes_fails(model, tmp_p
 
     replies = load_test.closed_loop(send, range(10), 3)
     assert [each.error for each in replies] == ["", "dropped"] * 5
-    row = bench_results.row(Level("a", "clients", 3), replies, Limits(tpot_ms=1e9), usd_per_hour=None)
+    row = bench_results.row(Level("a", "clients", 3), replies, Limits(tpot_ms=1e9), hour=None)
     assert (row.errors, row.good_share) == (5, 0.5)
 
 
@@ -149,12 +151,16 @@ def test_figures_of_one_answer(pieces, late):
 def test_price_of_a_closed_loop():
     """Amazon's example: 8 at a time, 20 ms per token, 10 $ per hour."""
     reply = Reply(prompt=0, due_ns=0, streamed=streamed(0, *range(20, 1020, 20)))
-    row = bench_results.row(Level("a", "clients", 8), [reply] * 8, Limits(), usd_per_hour=10)
+    row = bench_results.row(Level("a", "clients", 8), [reply] * 8, Limits(), hour=Hour(usd=10))
     assert row.usd_per_million_blended_tokens == pytest.approx(1.7361, abs=1e-4)
-    assert (
-        bench_results.row(Level("a", "rate", 8), [reply], Limits(), usd_per_hour=10).usd_per_million_blended_tokens
-        is None
-    )
+    less = bench_results.row(Level("a", "clients", 8), [reply] * 8, Limits(), hour=Hour(usd=10, discount=0.25))
+    assert less.usd_per_million_blended_tokens == pytest.approx(0.75 * 1.7361, abs=1e-4)
+    assert less.usd_per_million_output_tokens == pytest.approx(0.75 * row.usd_per_million_output_tokens)
+    rate = bench_results.row(Level("a", "rate", 8), [reply], Limits(), hour=Hour(usd=10))
+    assert rate.usd_per_million_blended_tokens is None
+    assert "blended price: it is that of a fixed number of requests at a time" in rate.reason
+    unpriced = bench_results.row(Level("a", "clients", 8), [reply], Limits(), hour=None)
+    assert "price: what the machine costs wasn't said" in unpriced.reason
 
 
 def test_identity_compares_tokens_where_both_tell_them():
@@ -165,5 +171,8 @@ def test_identity_compares_tokens_where_both_tell_them():
 
     first = replies(("ab", (1, 2)), ("cd", (3, 4)), ("ef", ()), ("gh", (7, 8)))
     other = replies(("ab", (1, 9)), ("cd", ()), ("ex", (5, 6)), ("gh", (6, 8)))
-    found = bench_results.identity(first, "b", other)
+    (found,) = bench_results.identities([("a", first), ("b", other)])
+    assert (found.variant, found.against) == ("b", "a")
     assert (found.prompts, found.first_token, found.whole) == (4, 3, 1)
+    pairs = [(each.variant, each.against) for each in bench_results.identities([(name, first) for name in "abc"])]
+    assert pairs == [("b", "a"), ("c", "a"), ("c", "b")]

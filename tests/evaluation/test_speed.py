@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from optikit.evaluation.bench_results import Level, Limits, Reply, row
+from optikit.evaluation.bench_results import Level, Reply, row
+from optikit.evaluation.results import Limits
 from optikit.evaluation.speed import Trace, summarize, tail
 from optikit.runtime.completions_client import Streamed
 
@@ -70,7 +71,7 @@ def under_load(traces, limits=NO_LIMITS):
         pieces = tuple(each.token_ns)
         came = Streamed(start_ns=each.start_ns, piece_ns=pieces, prompt_tokens=None, output_tokens=len(pieces))
         replies.append(Reply(prompt=0, due_ns=each.start_ns, streamed=came))
-    return row(Level("a", "clients", 1), replies, limits, usd_per_hour=None)
+    return row(Level("a", "clients", 1), replies, limits, hour=None)
 
 
 def test_goodput_counts_requests_within_every_limit():

@@ -101,3 +101,11 @@ def test_what_can_not_be_served_is_refused(make, stages, evaluate, code) -> None
     (problem,) = [each for each in caught.value.problems if each.code == code]
     assert problem.mark is not None
     assert problem.fix
+
+
+def test_what_is_loaded_is_served_by_vllm_and_drafts_too(make) -> None:
+    plan = make([QUANTIZE, LOOKUP], serving={"prompts": "prompts.jsonl", "clients": [1, 2]})
+    loaded = plan.measures[-1]
+    assert (loaded.name, loaded.method, loaded.environment) == ("measure-serving", "served_load", "vllm-cpu")
+    assert (loaded.source, loaded.inputs["speculator"]) == (plan.steps[0].key, plan.steps[1].key)
+    assert [step.method for step in plan.measures[-2:]] == ["served", "served_load"]

@@ -501,9 +501,10 @@ def test_a_gate_on_price_has_the_interval_of_the_time_per_token(tmp_path, artifa
     assert (energy.verdict, energy.reason) == ("inconclusive", "no counters")
 
 
-def test_a_machine_without_a_price_is_no_news_unless_a_gate_asks(tmp_path, artifacts):
+def test_a_machine_without_a_price_says_which_key_to_set(tmp_path, artifacts):
     unpriced = plan(tmp_path, target=Target(name="cpu", device="cpu"))
-    assert not any("price" in reason for reason in wording.reasons(report(unpriced, artifacts)))
+    (said,) = (reason for reason in wording.reasons(report(unpriced, artifacts)) if "price" in reason)
+    assert said.startswith("result, cost: target cpu has no price per hour: set cost.usd_per_hour")
     asked = unpriced.recipe.model_copy(update={"gates": {"usd_per_million_output_tokens": Gate(max=1)}})
     found = report(replace(unpriced, recipe=asked), artifacts)
     assert "cost: target cpu has no price per hour" in " ".join(wording.reasons(found))

@@ -281,3 +281,36 @@ def test_what_cannot_be_served(chatting, tmp_path):
     assert "choose another --port" in said
     assert failing(tmp_path / "absent")[0] == 66
     assert failing(chatting, "--host", "no such host.")[0] == 69
+
+
+LANGCHAIN = """
+import json, sys
+from langchain_openai import ChatOpenAI, OpenAI
+url, key = sys.argv[1:]
+how = {"base_url": url, "api_key": key, "model": "tiny", "temperature": 0, "max_tokens": 12, "max_retries": 0}
+completions = OpenAI(**how, extra_body={"ignore_eos": True})
+chat = ChatOpenAI(**how, extra_body={"ignore_eos": True})
+whole = chat.invoke("stone")
+print(json.dumps({
+    "completion": completions.invoke("stone"),
+    "batch": completions.batch(["stone", "a river"]),
+    "streamed": "".join(completions.stream("stone")),
+    "chat": whole.content,
+    "chat streamed": "".join(piece.content for piece in chat.stream("stone")),
+    "tokens": whole.usage_metadata["output_tokens"],
+}))
+"""
+
+
+@pytest.mark.slow
+def test_langchains_client(server, plain, tmp_path):
+    """In an environment of its own, from the package index."""
+    python = tmp_path / "env" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
+    subprocess.run([str(python), "-m", "pip", "install", "--quiet", "langchain-openai"], check=True)
+    done = subprocess.run([str(python), "-c", LANGCHAIN, server.url, KEY], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["completion"] == found["streamed"] == plain("stone", 12)
+    assert found["batch"] == [plain("stone", 12), plain("a river", 12)]
+    assert found["chat"] == found["chat streamed"] == plain("<user>stone\n<assistant>", 12)
+    assert found["tokens"] == 12

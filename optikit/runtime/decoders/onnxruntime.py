@@ -26,7 +26,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -39,11 +39,7 @@ from optikit.runtime.decoder import Logits, SinglePath, Tokens
 from optikit.runtime.decoders.checks import check_call, check_room, require_blocks
 from optikit.runtime.decoders.onnxruntime_session import (
     CHUNK,
-    FIRST_ROW,
-    LAST,
-    LENGTH,
-    STATES,
-    Layout,
+    Call,
     keep_activations,
     open_session,
     pass_lengths,
@@ -61,73 +57,6 @@ KEPT_CALLS = 16
 """Calls of up to this many tokens stay bound; a longer one is bound anew, which costs a thousandth of its run."""
 CACHE_BYTES = 4 << 30
 """Default bound on the address space of the cache; pages are taken only as they are filled."""
-
-
-class _Call:
-    """The inputs and outputs of a run of m tokens, bound by address."""
-
-    def __init__(
-        self,
-        session: onnxruntime.InferenceSession,
-        layout: Layout,
-        cache: list[NDArray[Any]],
-        m: int,
-        shown: Sequence[str] = (),
-    ) -> None:
-        self._session = session
-        self._layout = layout
-        self._binding = session.io_binding()
-        self._tokens = np.zeros((1, m), np.int64)
-        self._positions = np.zeros((1, m), np.int64)
-        self._steps = np.arange(m)
-        self._first_row = np.zeros(1, np.int64)
-        self._last, self._length = np.zeros(1, np.int32), np.zeros(1, np.int32)
-        self._results: tuple[NDArray[Any], NDArray[Any]] | None = None
-        wanted = {each.name for each in session.get_inputs()}
-        self._masked = layout.inputs["attention_mask"] in wanted
-        for name, array in (
-            (layout.inputs["input_ids"], self._tokens),
-            ("position_ids", self._positions),
-            (FIRST_ROW, self._first_row),
-            (LAST, self._last),
-            (LENGTH, self._length),
-        ):
-            if name in wanted:
-                self._bind(name, array)
-        for (past, present), buffer in zip(layout.cache_names, cache, strict=True):
-            self._bind(past, buffer)
-            self._output(present, buffer)
-        self.shown = [np.empty((1, m, layout.hidden), np.float32) for _ in shown]
-        for name, part in zip(shown, self.shown, strict=True):
-            self._output(name, part)
-
-    def _bind(self, name: str, array: NDArray[Any]) -> None:
-        self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-
-    def _output(self, name: str, array: NDArray[Any]) -> None:
-        self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-
-    def mask(self, ones: NDArray[np.int64]) -> None:
-        """Pass a mask (1, n) to a graph that still wants one."""
-        if self._masked:
-            self._bind(self._layout.inputs["attention_mask"], ones)
-
-    def results(self, logits: NDArray[np.float32], states: NDArray[np.float32]) -> None:
-        """Write logits (1, r, vocab) and states (1, r, width) of the last r tokens here from now on."""
-        if self._results is None or self._results[0] is not logits or self._results[1] is not states:
-            self._output(self._layout.outputs["logits"], logits)
-            self._output(STATES, states)
-            self._first_row[0] = self._tokens.shape[1] - logits.shape[1]
-            self._results = (logits, states)  # kept alive as long as they are bound
-
-    def run(self, tokens: Tokens | int, position: int) -> None:
-        """Run tokens (m,), or the only one."""
-        self._tokens[0] = tokens
-        np.add(self._steps, position, out=self._positions[0])
-        end = position + len(self._steps)
-        self._last[0] = end - 1
-        self._length[0] = end
-        self._session.run_with_iobinding(self._binding)
 
 
 class OnnxDecoder:
@@ -218,21 +147,48 @@ class OnnxDecoder:
         self._single = self._verify if path == "verify" else self._session
         self._calls.pop(1, None)
 
-    def _begin_cache(self) -> None:
-        shape = (1, self._layout.kv_heads, max(self.max_tokens, self._layout.window), self._layout.head_dim)
-        self._cache = [np.zeros(shape, np.float32) for _ in self._layout.cache_names]
-        self._calls: dict[int, _Call] = {}
+    def _buffers(self, texts: int) -> list[NDArray[np.float32]]:
+        shape = (texts, self._layout.kv_heads, max(self.max_tokens, self._layout.window), self._layout.head_dim)
+        return [np.zeros(shape, np.float32) for _ in self._layout.cache_names]
+
+    def _begin_cache(self, cache: Sequence[NDArray[np.float32]] | None = None) -> None:
+        self._cache = self._buffers(1) if cache is None else list(cache)
+        self._calls: dict[int, Call] = {}
         self._last_row = np.empty((1, 1, self.vocab), np.float32)
         self._last_state = np.empty((1, 1, self._layout.hidden), np.float32)
         self._states = self._last_state
         self._features = np.empty((0, 0), np.float32)
         self._filled = 0
 
-    def sibling(self) -> OnnxDecoder:
-        """Return a decoder with a cache of its own on the same session: what drafts for several texts need."""
+    def sibling(self, cache: Sequence[NDArray[np.float32]] | None = None) -> OnnxDecoder:
+        """Return a decoder with a cache of its own on the same session: what several texts need.
+
+        Args:
+            cache: Its buffers; None makes them.
+        """
         own = copy.copy(self)
-        own._begin_cache()  # noqa: SLF001 - it is one of these
+        own._begin_cache(cache)  # noqa: SLF001 - it is one of these
         return own
+
+    @property
+    def cache(self) -> Sequence[NDArray[np.float32]]:
+        """Key and value buffers (1, kv_heads, positions, head_dim), by `Layout.cache_names`; written in place."""
+        return self._cache
+
+    @property
+    def filled(self) -> int:
+        """Positions of the cache that hold a text."""
+        return self._filled
+
+    @filled.setter
+    def filled(self, positions: int) -> None:
+        """Say how many do, where somebody else has written into the cache."""
+        self._filled = positions
+
+    @property
+    def states(self) -> NDArray[np.float32]:
+        """What the output head read in the last `forward`, (1, rows, width)."""
+        return self._states
 
     def forward(self, tokens: Tokens, position: int, rows: int | None = None) -> Logits:
         """Run `tokens` (m,) at `position`; see `decoder.Decoder.forward`."""
@@ -269,14 +225,19 @@ class OnnxDecoder:
         return self._layout.hidden
 
     def batched(self, places: int) -> OnnxBatch:
-        """Return caches for several texts at once, on a second session of the same graph, which reads the weights anew.
+        """Return caches for several texts at once.
+
+        Texts of one token each are stacked, and one that is run without others goes as it is: both through this
+        decoder's sessions. Others need a session of a graph of their own, which reads the weights anew.
 
         Raises:
             UsageError: The graph has attention that can't be had once per text.
         """
         from optikit.runtime.decoders.onnxruntime_batch import OnnxBatch
 
-        return OnnxBatch(self._layout, places=places, max_tokens=self.max_tokens, threads=self.threads)
+        cache = self._buffers(max(0, places))
+        alone = [self.sibling([part[place : place + 1] for part in cache]) for place in range(places)]
+        return OnnxBatch(self._layout, alone, cache, self._verify)
 
     def greedy(self, prompt: Tokens, new_tokens: int) -> Iterator[int]:
         """Yield `new_tokens` greedy tokens after `prompt`; see `decoder.Decoder.greedy`."""
@@ -303,7 +264,7 @@ class OnnxDecoder:
         m = 1 if isinstance(tokens, int) else len(tokens)
         call = self._calls.get(m)
         if call is None:
-            call = _Call(self._single if m == 1 else self._verify, self._layout, self._cache, m, self._shown)
+            call = Call(self._single if m == 1 else self._verify, self._layout, self._cache, m, self._shown)
             if m <= KEPT_CALLS:
                 self._calls[m] = call
         end = position + m

@@ -1,9 +1,13 @@
-"""`OnnxBatch`: several texts through one onnxruntime graph at once, each at its own length.
+"""`OnnxBatch`: several texts through onnxruntime at once, each at its own length.
 
-GroupQueryAttention runs several tokens behind a cache for one text only: its description says that "`sequence_length >
-1` requires `batch_size == 1`", and it refuses anything else. So windows aren't stacked but laid end to end: all nodes
-but attention see one row of tokens, none of them padding. Each attention node is put into the graph in memory once per
-text, on that text's part of the row and on its own key-value buffers, which it writes in place as `OnnxDecoder` does.
+One token of each text is the common step, and attention takes that as it is: tokens are stacked, the graph is the one
+for a text alone, and the first places' caches are one buffer. A text run by itself goes as `OnnxDecoder` runs it.
+
+Drafts that are checked are several tokens of each text. GroupQueryAttention runs several tokens behind a cache for one
+text only: its description says that "`sequence_length > 1` requires `batch_size == 1`", and it refuses anything else.
+So windows aren't stacked but laid end to end: all nodes but attention see one row of tokens, none of them padding. Each
+attention node is put into the graph in memory once per text, on that text's part of the row and on its own key-value
+buffers, which it writes in place as `OnnxDecoder` does. That graph is opened when the first such windows come.
 
 An attention node that has no text in a forward is given the first token and a cache of one position: it refuses to run
 on nothing.
@@ -16,21 +20,23 @@ tokens are as likely but for rounding.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
+import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from optikit.errors import UsageError
-from optikit.runtime.decoder import Logits, Window
+from optikit.runtime.decoder import Logits, Tokens, Window
 from optikit.runtime.decoders.checks import check_call
 from optikit.runtime.decoders.onnxruntime_session import (
     CHUNK,
     LAST,
     LENGTH,
     STATES,
+    Call,
     Layout,
     drop_unread,
     find_head,
@@ -49,6 +55,28 @@ START, END = "optikit_start", "optikit_end"
 ZERO, AXIS = "optikit_zero", "optikit_axis"
 NOBODY = -1
 """Whose buffers an attention node without a text uses."""
+
+
+class OneText(Protocol):
+    """A decoder of one text whose cache others may write, too: `OnnxDecoder`."""
+
+    max_tokens: int
+    threads: int
+    filled: int
+
+    @property
+    def cache(self) -> Sequence[NDArray[np.float32]]:
+        """Key and value buffers."""
+        ...
+
+    @property
+    def states(self) -> NDArray[np.float32]:
+        """What the output head read in the last `forward`."""
+        ...
+
+    def forward(self, tokens: Tokens, position: int, rows: int | None = None) -> Logits:
+        """Run tokens; see `decoder.Decoder.forward`."""
+        ...
 
 
 def _of(name: str, text: int) -> str:
@@ -143,37 +171,30 @@ def _gather_before_head(graph: onnx.GraphProto, position: int) -> None:
     show_states(graph)
 
 
-class OnnxBatch:
-    """Caches for several texts on one graph; see `decoder.BatchDecoder`.
+class EndToEnd:
+    """Windows of several tokens through one graph, laid end to end; see this module.
 
     Args:
         layout: Of the compiled directory.
         places: Texts at once.
-        max_tokens: Longest sequence of each.
         threads: CPU threads.
 
     Raises:
         IntegrityError: A file is damaged, or onnxruntime can't run the graph.
-        UsageError: The graph has attention that can't be had once per text, or `places` is below 1.
+        UsageError: The graph has attention that can't be had once per text.
     """
 
-    runtime = "onnxruntime"
-
-    def __init__(self, layout: Layout, *, places: int, max_tokens: int, threads: int) -> None:
-        if places < 1:
-            raise UsageError(f"a batch of {places} texts holds none", fix="use 1 or more")
+    def __init__(self, layout: Layout, places: int, threads: int) -> None:
         model = read_graph(layout.verify or layout.graph)  # texts together are several tokens at once
         _gather_before_head(model.graph, find_head(model.graph, layout.graph))
         attend_apart(model.graph, layout, places)
-        self.places, self.max_tokens, self.vocab = places, max_tokens, layout.vocab
-        self._layout = layout
+        self._layout, self._places = layout, places
         self._session = open_session(model, layout, threads, spinning=True)
         self._binding = self._session.io_binding()
         self._positioned = "position_ids" in {each.name for each in self._session.get_inputs()}
-        self._caches = {place: self._buffers(max(max_tokens, layout.window)) for place in range(places)}
-        self._caches[NOBODY] = self._buffers(1)
+        shape = (1, layout.kv_heads, 1, layout.head_dim)
+        self._nobody = [np.zeros(shape, np.float32) for _ in layout.cache_names]
         self._attends: list[int | None] = [None] * places
-        self._filled = [0] * places
         self._total = np.zeros(1, np.int64)
         self._parts = np.zeros((2, places, 1), np.int64)
         self._lengths = np.zeros((2, places, 1), np.int32)
@@ -183,12 +204,6 @@ class OnnxBatch:
         for name, of_texts in numbers.items():
             for text in range(places):
                 self._bind(_of(name, text), of_texts[text])
-        self._first_rows = np.zeros(1, np.int64)
-        self._states = np.empty((1, 1, layout.hidden), np.float32)
-
-    def _buffers(self, positions: int) -> list[NDArray[np.float32]]:
-        shape = (1, self._layout.kv_heads, positions, self._layout.head_dim)
-        return [np.zeros(shape, np.float32) for _ in self._layout.cache_names]
 
     def _bind(self, name: str, array: NDArray[Any]) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
@@ -196,30 +211,15 @@ class OnnxBatch:
     def _output(self, name: str, array: NDArray[Any]) -> None:
         self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
-    def forward(self, windows: Sequence[Window]) -> list[Logits]:
-        """Run windows of different texts; see `decoder.BatchDecoder.forward`."""
-        for place, tokens, position, rows in windows:
-            filled = self._filled[place]
-            check_call(tokens, position, rows=rows, filled=filled, vocab=self.vocab, max_tokens=self.max_tokens)
-        last = [self._run_beginning(each) for each in windows]
-        logits = self._run(last)
-        rows_before = np.cumsum([0, *(each.rows for each in windows)])
-        self._first_rows = rows_before
-        return np.split(logits, rows_before[1:-1])
+    def run(self, windows: Sequence[Window], caches: Sequence[OneText]) -> tuple[Logits, NDArray[np.float32]]:
+        """Run windows; return the wanted logits (sum of rows, vocab) of all of them, and what the head read for them.
 
-    def _run_beginning(self, window: Window) -> Window:
-        """Run a long window but for its last chunk, whose logits alone are wanted; return what is left."""
-        place, tokens, position, rows = window
-        while len(tokens) - CHUNK >= rows:
-            self._run([Window(place, tokens[:CHUNK], position, 1)])
-            tokens, position = tokens[CHUNK:], position + CHUNK
-        return Window(place, tokens, position, rows)
-
-    def _run(self, windows: Sequence[Window]) -> Logits:
-        """Run windows; return the wanted logits (sum of rows, vocab) of all of them, and keep their states."""
-        counts = np.array([len(each.tokens) for each in windows])
-        ends = np.cumsum(counts)
-        self._attend(windows, ends)
+        Args:
+            windows: Of different texts.
+            caches: Whose buffers belong to each place.
+        """
+        ends = np.cumsum([len(each.tokens) for each in windows])
+        self._attend(windows, ends, caches)
         tokens = np.concatenate([each.tokens for each in windows])[None]
         self._bind(self._layout.inputs["input_ids"], tokens)
         positions = np.concatenate([each.position + np.arange(len(each.tokens)) for each in windows])[None]
@@ -227,17 +227,14 @@ class OnnxBatch:
             self._bind("position_ids", positions)
         wanted = np.concatenate([np.arange(end - each.rows, end) for end, each in zip(ends, windows, strict=True)])
         self._bind(WANTED, wanted)
-        logits = np.empty((1, len(wanted), self.vocab), np.float32)
-        self._states = np.empty((1, len(wanted), self._layout.hidden), np.float32)
+        logits = np.empty((1, len(wanted), self._layout.vocab), np.float32)
+        states = np.empty((1, len(wanted), self._layout.hidden), np.float32)
         self._output(self._layout.outputs["logits"], logits)
-        self._output(STATES, self._states)
+        self._output(STATES, states)
         self._session.run_with_iobinding(self._binding)
-        for each in windows:
-            self._filled[each.place] = each.position + len(each.tokens)
-        found: Logits = logits[0]
-        return found
+        return logits[0], states[0]
 
-    def _attend(self, windows: Sequence[Window], ends: NDArray[np.int64]) -> None:
+    def _attend(self, windows: Sequence[Window], ends: NDArray[np.int64], caches: Sequence[OneText]) -> None:
         """Tell each attention node whose tokens and whose buffers it works on."""
         self._total[0] = ends[-1]
         self._parts[:, :, 0] = [[0], [1]]
@@ -246,22 +243,112 @@ class OnnxBatch:
             length = each.position + len(each.tokens)
             self._parts[:, text, 0] = end - len(each.tokens), end
             self._lengths[:, text, 0] = length - 1, length
-        places = [each.place for each in windows] + [NOBODY] * (self.places - len(windows))
+        places = [each.place for each in windows] + [NOBODY] * (self._places - len(windows))
         for text, place in enumerate(places):
             if self._attends[text] != place:
                 self._attends[text] = place
-                for (past, present), buffer in zip(self._layout.cache_names, self._caches[place], strict=True):
+                buffers = self._nobody if place == NOBODY else caches[place].cache
+                for (past, present), buffer in zip(self._layout.cache_names, buffers, strict=True):
                     self._bind(_of(past, text), buffer)
                     self._output(_of(present, text), buffer)
 
+
+class OnnxBatch:
+    """Caches for several texts; see `decoder.BatchDecoder`.
+
+    Args:
+        layout: Of the compiled directory.
+        alone: A decoder of one text for each place, on one session, with the place's part of `cache`.
+        cache: Key and value buffers (places, kv_heads, positions, head_dim).
+        stacking: Session that runs a token of each of the first texts.
+
+    Raises:
+        IntegrityError: A file is damaged, or onnxruntime can't run the graph.
+        UsageError: The graph has attention that can't be had once per text, or there is no place.
+    """
+
+    runtime = "onnxruntime"
+
+    def __init__(
+        self,
+        layout: Layout,
+        alone: Sequence[OneText],
+        cache: Sequence[NDArray[np.float32]],
+        stacking: onnxruntime.InferenceSession,
+    ) -> None:
+        self.places = len(alone)
+        if self.places < 1:
+            raise UsageError(f"a batch of {self.places} texts holds none", fix="use 1 or more")
+        self.max_tokens, self.vocab = alone[0].max_tokens, layout.vocab
+        self._layout, self._alone, self._cache, self._stacking = layout, list(alone), cache, stacking
+        self._stacked: dict[int, Call] = {}
+        self._stacks = layout.inputs["attention_mask"] not in {each.name for each in stacking.get_inputs()}
+        self._end_to_end: EndToEnd | None = None
+        if not self._stacks:
+            self._end_to_end = self._opened()
+        self._first_rows = np.zeros(1, np.int64)
+        self._states = np.empty((1, layout.hidden), np.float32)
+
+    def _opened(self) -> EndToEnd:
+        """Return the session for windows of several tokens, which is opened when the first ones come."""
+        return self._end_to_end or EndToEnd(self._layout, self.places, self._alone[0].threads)
+
+    def forward(self, windows: Sequence[Window]) -> list[Logits]:
+        """Run windows of different texts; see `decoder.BatchDecoder.forward`."""
+        for place, tokens, position, rows in windows:
+            filled = self._alone[place].filled
+            check_call(tokens, position, rows=rows, filled=filled, vocab=self.vocab, max_tokens=self.max_tokens)
+        if len(windows) == 1:
+            return [self._run_alone(windows[0])]
+        if self._stacks and all(len(each.tokens) == 1 and each.place == i for i, each in enumerate(windows)):
+            logits = self._run_stacked(windows)
+        else:
+            last = [self._run_beginning(each) for each in windows]
+            self._end_to_end = self._opened()
+            logits, self._states = self._end_to_end.run(last, self._alone)
+        for each in windows:
+            self._alone[each.place].filled = each.position + len(each.tokens)
+        rows_before = np.cumsum([0, *(each.rows for each in windows)])
+        self._first_rows = rows_before
+        return np.split(logits, rows_before[1:-1])
+
+    def _run_alone(self, window: Window) -> Logits:
+        """Run a text without others; return its logits (rows, vocab)."""
+        decoder = self._alone[window.place]
+        logits = decoder.forward(window.tokens, window.position, window.rows)
+        self._states, self._first_rows = decoder.states[0], np.zeros(1, np.int64)
+        return logits
+
+    def _run_stacked(self, windows: Sequence[Window]) -> Logits:
+        """Run a token of each text: attention takes several texts where each brings one."""
+        count = len(windows)
+        if count not in self._stacked:
+            self._stacked[count] = Call(self._stacking, self._layout, [part[:count] for part in self._cache], 1)
+        call = self._stacked[count]
+        logits = np.empty((count, 1, self.vocab), np.float32)
+        states = np.empty((count, 1, self._layout.hidden), np.float32)
+        call.results(logits, states)
+        call.run_stacked(np.array([each.tokens[0] for each in windows]), np.array([each.position for each in windows]))
+        self._states = states[:, 0]
+        found: Logits = logits[:, 0]
+        return found
+
+    def _run_beginning(self, window: Window) -> Window:
+        """Run a long window but for its last chunk, whose logits alone are wanted; return what is left."""
+        place, tokens, position, rows = window
+        while len(tokens) - CHUNK >= rows:
+            self._alone[place].forward(tokens[:CHUNK], position, 1)
+            tokens, position = tokens[CHUNK:], position + CHUNK
+        return Window(place, tokens, position, rows)
+
     def hidden(self, window: int, row: int) -> NDArray[np.float32]:
         """Return what the output head read for a row of a window's logits; see `batch_loop.HiddenBatchDecoder`."""
-        state: NDArray[np.float32] = self._states[0, self._first_rows[window] + row]
+        state: NDArray[np.float32] = self._states[self._first_rows[window] + row]
         return state
 
     def move(self, source: int, target: int) -> None:
-        """Put the cache of `source` in that of `target`; see `decoder.BatchDecoder.move`. Nothing is copied."""
-        caches, filled = self._caches, self._filled
-        caches[source], caches[target] = caches[target], caches[source]
-        filled[target], filled[source] = filled[source], 0
-        self._attends = [None if each in (source, target) else each for each in self._attends]
+        """Put the cache of `source` in that of `target`; see `decoder.BatchDecoder.move`. What is filled is copied."""
+        filled = self._alone[source].filled
+        for part in self._cache:
+            part[target, :, :filled] = part[source, :, :filled]
+        self._alone[target].filled, self._alone[source].filled = filled, 0

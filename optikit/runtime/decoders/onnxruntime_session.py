@@ -10,15 +10,18 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from optikit.errors import InputMissingError, IntegrityError
 from optikit.models.onnx_files import VERIFY
+from optikit.runtime.decoder import Tokens
 
 CONFIG = "genai_config.json"
 HEAD = "/lm_head/MatMul"
@@ -155,7 +158,7 @@ def slice_before_head(graph: onnx.GraphProto, where: Path) -> None:
 
 def show_states(graph: onnx.GraphProto) -> None:
     """Make what the head reads an output, and say that there are as many rows of logits."""
-    graph.output.append(onnx.helper.make_tensor_value_info(STATES, onnx.TensorProto.FLOAT, [1, "rows", None]))
+    graph.output.append(onnx.helper.make_tensor_value_info(STATES, onnx.TensorProto.FLOAT, ["texts", "rows", None]))
     for output in graph.output:
         if output.name == "logits":
             output.type.tensor_type.shape.dim[1].dim_param = "rows"
@@ -166,8 +169,8 @@ def pass_lengths(graph: onnx.GraphProto, mask: str) -> None:
     for node in graph.node:
         if node.op_type == "GroupQueryAttention":
             node.input[5], node.input[6] = LAST, LENGTH
-    for name in (LAST, LENGTH):
-        graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT32, [1]))
+    for name, shape in ((LAST, ["texts"]), (LENGTH, [1])):
+        graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT32, shape))
     drop_unread(graph, mask)
 
 
@@ -242,3 +245,87 @@ def open_session(
 
 CHUNK = 256
 """Tokens per call of a longer sequence: bounds the activations, and is large enough for full speed."""
+
+
+class Call:
+    """The inputs and outputs of a run of m tokens, bound by address; of one text, or of several stacked ones.
+
+    Args:
+        session: Of a graph that `pass_lengths` and `slice_before_head` have changed.
+        layout: Of the directory.
+        cache: Key and value buffers (texts, kv_heads, positions, head_dim).
+        m: Tokens of each text.
+        shown: Further outputs.
+    """
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        layout: Layout,
+        cache: Sequence[NDArray[Any]],
+        m: int,
+        shown: Sequence[str] = (),
+    ) -> None:
+        self._session = session
+        self._layout = layout
+        self._binding = session.io_binding()
+        texts = len(cache[0])
+        self._tokens = np.zeros((texts, m), np.int64)
+        self._positions = np.zeros((texts, m), np.int64)
+        self._steps = np.arange(m)
+        self._first_row = np.zeros(1, np.int64)
+        self._last, self._length = np.zeros(texts, np.int32), np.zeros(1, np.int32)
+        self._results: tuple[NDArray[Any], NDArray[Any]] | None = None
+        wanted = {each.name for each in session.get_inputs()}
+        self.masked = layout.inputs["attention_mask"] in wanted
+        for name, array in (
+            (layout.inputs["input_ids"], self._tokens),
+            ("position_ids", self._positions),
+            (FIRST_ROW, self._first_row),
+            (LAST, self._last),
+            (LENGTH, self._length),
+        ):
+            if name in wanted:
+                self._bind(name, array)
+        for (past, present), buffer in zip(layout.cache_names, cache, strict=True):
+            self._bind(past, buffer)
+            self._output(present, buffer)
+        self.shown = [np.empty((1, m, layout.hidden), np.float32) for _ in shown]
+        for name, part in zip(shown, self.shown, strict=True):
+            self._output(name, part)
+
+    def _bind(self, name: str, array: NDArray[Any]) -> None:
+        self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def _output(self, name: str, array: NDArray[Any]) -> None:
+        self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def mask(self, ones: NDArray[np.int64]) -> None:
+        """Pass a mask (1, n) to a graph that still wants one."""
+        if self.masked:
+            self._bind(self._layout.inputs["attention_mask"], ones)
+
+    def results(self, logits: NDArray[np.float32], states: NDArray[np.float32]) -> None:
+        """Write logits (1, r, vocab) and states (1, r, width) of the last r tokens here from now on."""
+        if self._results is None or self._results[0] is not logits or self._results[1] is not states:
+            self._output(self._layout.outputs["logits"], logits)
+            self._output(STATES, states)
+            self._first_row[0] = self._tokens.shape[1] - logits.shape[1]
+            self._results = (logits, states)  # kept alive as long as they are bound
+
+    def run(self, tokens: Tokens | int, position: int) -> None:
+        """Run tokens (m,), or the only one."""
+        self._tokens[0] = tokens
+        np.add(self._steps, position, out=self._positions[0])
+        end = position + len(self._steps)
+        self._last[0] = end - 1
+        self._length[0] = end
+        self._session.run_with_iobinding(self._binding)
+
+    def run_stacked(self, tokens: Tokens, positions: NDArray[np.int64]) -> None:
+        """Run one token of each text (texts,), at its position."""
+        self._tokens[:, 0] = tokens
+        self._positions[:, 0] = positions
+        self._last[:] = positions
+        self._length[0] = positions.max() + 1
+        self._session.run_with_iobinding(self._binding)

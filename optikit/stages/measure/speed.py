@@ -305,12 +305,12 @@ def _start(arm: ArmOptions, options: Options, job: Job) -> Arm:
     return Arm(arm.name, log=job.scratch / f"{arm.name}.log", hang_s=options.hang_s)
 
 
-def _speculator(job: Job, arm: ArmOptions) -> Path:
+def speculator(job: Job, chosen: str) -> Path:
     """Return a directory with what a stage made and what was chosen of it, as they lie together in the output."""
     merged = job.scratch / "speculator"
     shutil.rmtree(merged, ignore_errors=True)
     merged.mkdir(parents=True)
-    for role in ("made", arm.speculator):
+    for role in ("made", chosen):
         if role in job.inputs:
             for path in job.inputs[role].iterdir():
                 if path.name != MANIFEST:
@@ -338,7 +338,7 @@ def _load(process: Arm, arm: ArmOptions, options: Options, job: Job) -> dict[str
         dtype=arm.dtype,
         threads=job.threads,
         max_tokens=options.prompt_tokens + options.new_tokens,
-        speculator=str(_speculator(job, arm)) if arm.speculator else None,
+        speculator=str(speculator(job, arm.speculator)) if arm.speculator else None,
         device=device_of(options, job.device),
         **_for_a_server(arm, options, job),
     )

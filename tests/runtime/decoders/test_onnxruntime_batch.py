@@ -32,12 +32,14 @@ def int4(tiny_onnx_int4):
 def test_ragged_windows_at_ragged_positions_roll_back_and_move(decoder):
     batch = decoder.batched(3)
     filled = [0, 0, 0]
-    for step, (lengths, back) in enumerate([((9, 3, 1), 0), ((4, 1, 7), 2), ((1, 3, 2), 0), ((8, 2, 9), 1)]):
+    for step, (lengths, back) in enumerate(
+        [((9, 3, 1), 0), ((1, 1, 1), 0), ((4, 1, 7), 2), ((1, 3, 2), 0), ((8, 2, 9), 1)]
+    ):
         starts = [max(0, each - back) for each in filled]
         windows = [
             Window(place, TEXTS[place][start : start + m], start, 1 + (m > 2))
             for place, (start, m) in enumerate(zip(starts, lengths, strict=True))
-            if (step, place) != (2, 1)  # one sits out
+            if (step, place) != (3, 1)  # one sits out
         ]
         found = batch.forward(windows)
         for i, each in enumerate(windows):
@@ -48,6 +50,10 @@ def test_ragged_windows_at_ragged_positions_roll_back_and_move(decoder):
                 np.testing.assert_allclose(batch.hidden(i, row), decoder.hidden(row), atol=3e-5)
     batch.move(2, 0)
     start = filled[2]
+    stacked = batch.forward([Window(0, TEXTS[2][start : start + 1], start, 1), Window(1, TEXTS[1][:1], 0, 1)])
+    np.testing.assert_allclose(stacked[0], decoder.forward(TEXTS[2][: start + 1], 0, 1), atol=3e-6)
+    np.testing.assert_allclose(stacked[1], decoder.forward(TEXTS[1][:1], 0, 1), atol=3e-6)
+    np.testing.assert_allclose(batch.hidden(1, 0), decoder.hidden(0), atol=3e-5)
     for again in (0, 0):
         found = batch.forward([Window(again, TEXTS[2][start : start + 4], start, 4)])[0]
         np.testing.assert_allclose(found, decoder.forward(TEXTS[2][: start + 4], 0, 4), atol=3e-6)
