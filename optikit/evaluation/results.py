@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 GateVerdict = Literal["pass", "fail", "inconclusive"]
 Verdict = Literal["pass", "fail", "inconclusive", "emitted"]
@@ -337,9 +337,9 @@ Kind = Literal["clients", "rate"]
 class Limits(_Frozen):
     """What a request must keep to be good, ms; null is no limit."""
 
-    ttft_ms: float | None = Field(default=None, ge=0)
-    tpot_ms: float | None = Field(default=None, ge=0)
-    e2e_ms: float | None = Field(default=None, ge=0)
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    e2e_ms: float | None = None
 
     @property
     def any(self) -> bool:

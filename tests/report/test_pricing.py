@@ -63,11 +63,11 @@ def test_every_load_has_its_price():
     one, eight = pricing.priced(served, hour).speed
     assert eight.usd_per_million_blended_tokens == pytest.approx(1.7361, abs=1e-4)
     assert one.usd_per_million_output_tokens == pytest.approx(10 / (40 * 3600) * 1e6)
-    cost = pricing.under_load(hour, served.speed, 8)
+    cost = pricing.under_load(hour, pricing.of_clients(None, served), 8)
     assert (cost.concurrency, cost.reason) == (8, "")
     assert cost.usd_per_million_blended_tokens == eight.usd_per_million_blended_tokens
-    assert "no load of 4 at a time was timed" in pricing.under_load(hour, served.speed, 4).reason
-    assert pricing.under_load(None, served.speed, 8, "why").reason == "why"
+    assert "no load of 4 at a time was timed" in pricing.under_load(hour, pricing.of_clients(None, served), 4).reason
+    assert pricing.under_load(None, pricing.of_clients(None, served), 8, "why").reason == "why"
     assert pricing.priced(served, None) is served
 
 
