@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from optikit import stages
+from optikit.evaluation.results import Limits
 from optikit.plan import check_gates
 from optikit.recipe import limits
 from optikit.recipe.schema import (
@@ -19,6 +20,7 @@ from optikit.recipe.schema import (
     Limit,
     PerplexityOptions,
     Recipe,
+    ServingOptions,
     SpeedOptions,
     StageEntry,
     TaskOptions,
@@ -101,6 +103,7 @@ def recipe(gate, last="compile", **evaluate):
 def test_every_metric_is_measurable_in_some_recipe_and_not_in_an_empty_one(name):
     tasks = (TaskOptions(name="t", text="t"),)
     everything = {"perplexity": PerplexityOptions(text="t"), "speed": SpeedOptions(), "tasks": tasks}
+    everything["serving"] = ServingOptions(limits=Limits(ttft_ms=200))
     assert check_gates.unmeasurable(recipe(name, **everything)) == []
     (problem,) = check_gates.unmeasurable(recipe(name, last="", **everything))
     assert problem.loc == ("gates", name)
@@ -114,6 +117,9 @@ def test_a_gate_on_a_part_left_out_names_the_part():
     (problem,) = check_gates.unmeasurable(recipe("tpot_ms_p50", last="quantize", speed=SpeedOptions(prompts="p")))
     assert "compiled" in problem.message
     assert check_gates.unmeasurable(recipe("size_ratio", last="quantize")) == []
+    without = recipe("serving_good_rate", speed=SpeedOptions(prompts="p"), serving=ServingOptions())
+    (problem,) = check_gates.unmeasurable(without)
+    assert "and there are none" in problem.message
 
 
 def test_the_verbs_that_gates_know_exist():
