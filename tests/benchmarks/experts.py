@@ -43,9 +43,10 @@ STAGES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "magnitude": ("prune", "magnitude", {}),
 }
 ONE = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 from optikit import stages
+from optikit.process import memory
 from optikit.stage import Calibration, Job
 verb, method, options, source, work, text = sys.argv[1:]
 stage, work = stages.load(verb, method), Path(work)
@@ -54,7 +55,7 @@ job = Job(source=Path(source), dest=work / "model", scratch=work / "scratch",
           calibration=Calibration(text=Path(text), samples=8, length=128))
 start = time.monotonic()
 facts = stage.run(stage.Options(**json.loads(options)), job)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak = memory.peak_mib()  # getrusage's would be that of the process which built the model
 few = len(facts.get("experts_with_too_few_tokens", ()))
 print(json.dumps({"peak_mib": peak, "seconds": time.monotonic() - start, "few": few}))
 """

@@ -24,9 +24,9 @@ from record import commit
 
 from optikit import host
 
-BEGINS = "import json, resource, sys, time; from pathlib import Path; start = time.monotonic(); facts = {}\n"
+BEGINS = "import json, sys, time; from pathlib import Path; start = time.monotonic(); facts = {}\n"
 ENDS = (
-    "\npeak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+    "\nfrom optikit.process.memory import peak_mib\npeak = peak_mib()\n"
     "print(json.dumps({'seconds': time.monotonic() - start, 'peak_mib': peak, 'facts': facts}))\n"
 )
 OURS = (
