@@ -9,6 +9,7 @@ from torch import Tensor
 from optikit.calibration.method import DataFreeMethod
 from optikit.calibration.resume import ResumeState
 from optikit.calibration.source_model import Linear, Linears, SourceModel
+from optikit.process.allocator import one_arena, return_memory
 from optikit.stage import Job
 
 COMMIT_BYTES = 1 << 28
@@ -22,10 +23,12 @@ def walk(
 
     What is committed together is a block, or of a large one as many linears as fit into `COMMIT_BYTES`.
     """
+    one_arena(bounded=job.max_memory_bytes is not None)
     units = [unit for block in range(source.layers) for unit in _units(source, block, ignore)]
     for index, linears in enumerate(units[state.done :], state.done):
         # Handed on at once: a name for them would keep them in memory while the next are made.
         state.commit(_changed(job, source, method, linears), [linear.name for linear in linears], {}, "")
+        return_memory()  # strips leave holes between what they become
         job.progress(index + 1, len(units), "block" if len(units) == source.layers else "part of a block")
 
 
