@@ -46,6 +46,8 @@ class Request:
     targets: Path | None = None
     junit: Path | None = None
     update_lock: bool = False
+    base: Path | None = None
+    """Where the recipe's relative paths start; None is its own directory."""
     settings: Settings = field(default_factory=Settings)
 
 
@@ -62,7 +64,8 @@ def run_recipe(request: Request) -> Report | None:
     frozen = frozen_plan.read(request.recipe)
     if frozen is not None:
         request = _as_planned(request, frozen)
-    loaded = load(request.recipe, overrides=request.overrides, known_targets=targets.names(request.targets))
+    known = targets.names(request.targets)
+    loaded = load(request.recipe, overrides=request.overrides, known_targets=known, base=request.base)
     if frozen is not None:
         frozen_plan.require_recipe(frozen, loaded)
     resume, waiting = request.settings.resume, request.settings.lock_timeout
@@ -108,9 +111,9 @@ def run_recipe(request: Request) -> Report | None:
 
 def _as_planned(request: Request, frozen: Frozen) -> Request:
     """Return a request for a plan's file as one for its recipe, with what it was planned with."""
-    if request.overrides or request.targets:
+    if request.overrides or request.targets or request.base:
         fix = f"plan again: `optikit plan {frozen.recipe} --set … --out {frozen.path}`"
-        raise UsageError("--set and --targets are part of a plan; they can't be given when it is run", fix=fix)
+        raise UsageError("--set, --targets and --base are part of a plan; they can't be given when it is run", fix=fix)
     planned = frozen.device if request.device == "auto" else request.device
     return replace(request, recipe=frozen.recipe, overrides=frozen.overrides, targets=frozen.targets, device=planned)
 
@@ -133,7 +136,7 @@ def _require_lock(plan: Plan, request: Request) -> None:
     """
     if request.update_lock:
         return
-    for directory in (request.recipe.parent, request.out):
+    for directory in (request.base or request.recipe.parent, request.out):
         check_lock(read_lock(directory / LOCK), plan.sources)
 
 

@@ -15,6 +15,7 @@ from optikit.errors import Exit, OptikitError
 VERBS = {
     "run": "Make the artifact of a recipe, measure it, report on it.",
     "plan": "Check a recipe; print its steps and what they will take.",
+    "sweep": "Run variants of a recipe, here or on a Ray cluster, and compare them.",
     "recommend": "Rank the stacks that are legal on a target.",
     "init": "Write a commented recipe to start from.",
     "schema": "Print the JSON Schema of recipes.",

@@ -53,6 +53,9 @@ def run(
     lock_timeout: Annotated[
         float | None, typer.Option(help="Seconds to wait for another run of the same step; none waits on.")
     ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Where the recipe's relative paths start; its own directory without it.")
+    ] = None,
 ) -> None:
     """Run a recipe: make the artifact, measure it, write both and the report to DIR.
 
@@ -72,6 +75,7 @@ def run(
             targets=targets,
             junit=junit,
             update_lock=update_lock,
+            base=base,
             settings=Settings(until=until, lock_timeout=lock_timeout, offline=offline, resume=resume, ranks=ranks),
         )
     )

@@ -59,7 +59,7 @@ class Execution:
     statuses: Mapping[str, Status]
 
 
-class _Signals:
+class Signals:
     """Turns SIGINT and SIGTERM into errors that unwind the loop, so that a child is always stopped on the way out."""
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ def execute(
     statuses: dict[str, Status] = {}
     steps = until(plan.order, settings.until)
     progress.plan([step.name for step in steps])
-    with _Signals():
+    with Signals():
         for step in steps:
             progress.start(step.name)
             try:

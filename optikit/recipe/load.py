@@ -50,19 +50,26 @@ class LoadedRecipe:
     base: Path
 
 
-def load(path: Path, *, overrides: Sequence[str] = (), known_targets: Collection[str] | None = None) -> LoadedRecipe:
+def load(
+    path: Path,
+    *,
+    overrides: Sequence[str] = (),
+    known_targets: Collection[str] | None = None,
+    base: Path | None = None,
+) -> LoadedRecipe:
     """Read a recipe file.
 
     Args:
         path: The file.
         overrides: `--set` arguments: `stages[1].quantize.bits=8`.
         known_targets: Names that the recipe's target may have; None leaves that to whoever needs the target.
+        base: Where relative paths in the recipe start; None is the file's directory.
 
     Raises:
         InputMissingError: If the file can't be read.
         RecipeError: With every problem found, each with its mark.
     """
-    return loads(read(path), path, overrides=overrides, known_targets=known_targets)
+    return loads(read(path), path, overrides=overrides, known_targets=known_targets, base=base)
 
 
 def read(path: Path) -> bytes:
@@ -79,18 +86,60 @@ def read(path: Path) -> bytes:
 
 
 def loads(
-    text: str | bytes, path: Path, *, overrides: Sequence[str] = (), known_targets: Collection[str] | None = None
+    text: str | bytes,
+    path: Path,
+    *,
+    overrides: Sequence[str] = (),
+    known_targets: Collection[str] | None = None,
+    base: Path | None = None,
 ) -> LoadedRecipe:
     """Read a recipe from its text; `path` is its name in messages, and its directory is where relative paths start.
 
     Raises:
         RecipeError: With every problem found, each with its mark.
     """
+    root, problems = tree(text, path, overrides)
+    varying = root.child("sweep")
+    if varying is not None:
+        message, fix = "this recipe describes many runs", "use `optikit sweep`, or leave `sweep` out"
+        problems += (Problem(code="sweep-section", message=message, fix=fix, mark=varying.key),)
+    found = resolved(root, problems, path, known_targets=known_targets, base=base or path.parent)
+    return replace(found, text=text if isinstance(text, str) else text.decode())
+
+
+def tree(text: str | bytes, path: Path, overrides: Sequence[str]) -> tuple[Node, tuple[Problem, ...]]:
+    """Return a recipe merged over what it extends, with `--set` applied, and what was wrong with that.
+
+    Raises:
+        RecipeError: There is no tree.
+    """
     root, problems = _merged(text, path)
     if root is None:
-        raise _error(path, problems)
+        raise error(path, problems)
     root, found = set_.apply(root, overrides)
-    problems += found
+    return root, problems + found
+
+
+def resolved(
+    root: Node,
+    problems: tuple[Problem, ...],
+    path: Path,
+    *,
+    base: Path,
+    known_targets: Collection[str] | None = None,
+) -> LoadedRecipe:
+    """Return the recipe of a tree, variables replaced and checked; its text is empty.
+
+    Args:
+        root: The tree.
+        problems: What is wrong with it already.
+        path: Its name in messages.
+        base: Where relative paths start.
+        known_targets: Names that its target may have; None is any.
+
+    Raises:
+        RecipeError: With every problem found, each with its mark.
+    """
     root, found = variables.substitute(root)
     problems += found
     problems += _unknown_target(root.child("target"), known_targets)
@@ -99,15 +148,8 @@ def loads(
     places = {problem.mark for problem in problems}
     problems += tuple(problem for problem in found if problem.mark not in places)
     if recipe is None or problems:
-        raise _error(path, problems)
-    return LoadedRecipe(
-        recipe=recipe,
-        path=path,
-        text=text if isinstance(text, str) else text.decode(),
-        marks=Marks(root),
-        written=plain(root),
-        base=path.parent,
-    )
+        raise error(path, problems)
+    return LoadedRecipe(recipe=recipe, path=path, text="", marks=Marks(root), written=plain(root), base=base)
 
 
 def _unknown_target(named: Node | None, known: Collection[str] | None) -> tuple[Problem, ...]:
@@ -126,7 +168,8 @@ def _target_hint(written: str, name: str) -> Hint:
     return Hint(edit="write", text=name, told=f"write target: {name} instead of {written}", lost=lost)
 
 
-def _error(path: Path, problems: Iterable[Problem]) -> RecipeError:
+def error(path: Path, problems: Iterable[Problem]) -> RecipeError:
+    """Return the error that tells all problems, in the order of the file."""
     ordered = sorted(problems, key=_position)
     count = "1 problem" if len(ordered) == 1 else f"{len(ordered)} problems"
     return RecipeError(f"{path.name} has {count}", problems=ordered, fix="correct the recipe, or what --set changes")
@@ -161,8 +204,8 @@ def _merged(text: str | bytes, path: Path) -> tuple[Node | None, tuple[Problem, 
             return _without_extends(reduce(_over, reversed(chain))), tuple(problems)
         try:
             path, text = _base(named, path, seen)
-        except RecipeError as error:
-            return None, (*problems, *error.problems)
+        except RecipeError as bad:
+            return None, (*problems, *bad.problems)
         seen.append(Path(os.path.realpath(path)))
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from optikit import records, stages
 from optikit.deploy.servers import SERVERS, Server, Shared
 from optikit.evaluation.results import Limits
+from optikit.recipe.sweep_section import Sweep
 from optikit.stage import Stage, StageOptions
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -346,6 +347,8 @@ class Recipe(_Frozen):
     """What the machine that serves it costs."""
     gates: Mapping[str, Gate] = Field(default_factory=dict)
     """Limits by metric name; a failed gate ends the run with exit code 10."""
+    sweep: Sweep | None = None
+    """What `optikit sweep` varies; other verbs refuse a recipe that has it."""
     max_memory: str = ""
     """Bound on every step's memory, e.g. `2GiB`; empty is no bound."""
     timeout: float | None = Field(default=None, gt=0)

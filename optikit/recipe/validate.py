@@ -55,6 +55,14 @@ def check(root: Node) -> tuple[Recipe | None, tuple[Problem, ...]]:
     return recipe.model_copy(update={"stages": entries, "serve": serve}), ()
 
 
+def section(root: Node, model: type[_Model], name: str) -> tuple[_Model | None, tuple[Problem, ...]]:
+    """Return one section of a recipe, checked; where it isn't written, its defaults."""
+    problems: list[Problem] = []
+    written = root.child(name)
+    found = _validated(model, plain(written) if written else {}, Marks(root), (name,), problems)
+    return found, tuple(problems)
+
+
 def _validated(
     model: type[_Model], data: dict[str, Any], marks: Marks, at: Loc, problems: list[Problem]
 ) -> _Model | None:

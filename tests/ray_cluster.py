@@ -1,0 +1,116 @@
+"""A real Ray cluster on this machine: a head and a worker, each with its own folders and view of the store."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1", "OPTIKIT_PROGRESS": "json"}
+OBJECT_STORE_BYTES = 100 * 2**20
+
+
+@dataclass
+class Node:
+    """One node: `ray start --block`, and all that it started."""
+
+    name: str
+    home: Path
+    process: subprocess.Popen[bytes]
+
+    def processes(self) -> list[psutil.Process]:
+        """Return all its processes that live."""
+        with suppress(psutil.NoSuchProcess):
+            root = psutil.Process(self.process.pid)
+            return [root, *root.children(recursive=True)]
+        return []
+
+    def runs(self) -> list[str]:
+        """Return the recipes that it runs."""
+        found = []
+        for process in self.processes():
+            with suppress(psutil.Error):
+                words = process.cmdline()
+                if "optikit" in words and "run" in words:
+                    found.append(words[words.index("run") + 1])
+        return found
+
+    def kill(self) -> list[str]:
+        """Kill everything of it at once, as when a machine loses its power; return what was killed."""
+        doomed = self.processes()
+        told = []
+        for process in doomed:
+            with suppress(psutil.Error):
+                process.suspend()  # so that none of them sees another die
+        for process in doomed:
+            with suppress(psutil.Error):
+                told.append(f"{process.pid} {' '.join(process.cmdline())[:90]}")
+                process.kill()
+        self.process.wait()
+        return told
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@contextmanager
+def two_nodes(work: Path, store: Path, *, cpus: int = 1) -> Iterator[tuple[str, Node, Node]]:
+    """Start two nodes; yield the cluster's address, the head and the worker.
+
+    Args:
+        work: A short path: Ray puts sockets below it.
+        store: What both views lead to.
+        cpus: Of each node.
+    """
+    store.mkdir(mode=0o700, parents=True, exist_ok=True)
+    address = f"127.0.0.1:{free_port()}"
+    nodes: list[Node] = []
+    try:
+        nodes.append(_start(work, store, "a", cpus, ["--head", f"--port={address.rpartition(':')[2]}"]))
+        _wait(address, 1)
+        nodes.append(_start(work, store, "b", cpus, [f"--address={address}"]))
+        _wait(address, 2)
+        yield address, nodes[0], nodes[1]
+    finally:
+        for node in reversed(nodes):
+            node.kill()
+
+
+def _start(work: Path, store: Path, name: str, cpus: int, how: list[str]) -> Node:
+    home = work / f"view-{name}"
+    home.symlink_to(store, target_is_directory=True)
+    command = [str(Path(sys.executable).with_name("ray")), "start", *how, f"--num-cpus={cpus}", "--block"]
+    command += [f"--temp-dir={work / name}", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
+    command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--include-dashboard=false"]
+    environ = os.environ | QUIET | {"OPTIKIT_HOME": str(home)}
+    with (work / f"{name}.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)
+    return Node(name=name, home=home, process=process)
+
+
+def _wait(address: str, count: int, seconds: float = 90) -> None:
+    """Wait until so many nodes belong to a cluster, asked in a process of its own."""
+    program = (
+        f"import ray; ray.init({address!r}, log_to_driver=False, logging_level='ERROR', configure_logging=False); "
+        "print(sum(node['Alive'] for node in ray.nodes()))"
+    )
+    deadline = time.monotonic() + seconds
+    told = ""
+    while time.monotonic() < deadline:
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        told = done.stdout + done.stderr
+        if done.stdout.strip() == str(count):
+            return
+        time.sleep(0.5)
+    raise TimeoutError(f"no {count} nodes at {address}: {told[-800:]}")
