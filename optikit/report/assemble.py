@@ -518,7 +518,7 @@ def weight_bytes(artifact: Artifact) -> int:
 
 
 def _recipe(plan: Plan) -> dict[str, Any]:
-    written = plan.recipe.model_dump(mode="json", exclude={"stages"})
+    written = plan.recipe.model_dump(mode="json", exclude={"stages", "sweep"})
     return written | {"stages": [as_written(entry) for entry in plan.recipe.stages]}
 
 
