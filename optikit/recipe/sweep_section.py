@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -121,9 +122,9 @@ def axes(root: Node, varied: Sequence[str]) -> tuple[tuple[Axis, ...], tuple[Pro
     section = root.child(KEY)
     written = section.child("vary") if section else None
     for text, values in (written.value if written and isinstance(written.value, dict) else {}).items():
-        _add(found, problems, lambda text=text, values=values: _of_file(text, values))
+        _add(found, problems, partial(_of_file, text, values))
     for number, argument in enumerate(varied, start=1):
-        _add(found, problems, lambda number=number, argument=argument: _of_option(argument, number))
+        _add(found, problems, partial(_of_option, argument, number))
     return tuple(found.values()), tuple(problems)
 
 

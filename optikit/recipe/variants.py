@@ -7,7 +7,7 @@ import json
 import random
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -83,16 +83,13 @@ class Varied:
         """Return the variant of a combination."""
         chosen = [(axis, axis.values[index]) for axis, index in zip(self.axes, choice, strict=True)]
         root, problems = put(self.root, chosen)
-        known = {
-            "name": self.name(choice),
-            "values": {axis.text: axis.plain[index] for axis, index in zip(self.axes, choice, strict=True)},
-            "choice": choice,
-        }
+        values = {axis.text: axis.plain[index] for axis, index in zip(self.axes, choice, strict=True)}
+        known = Variant(name=self.name(choice), values=values, choice=choice)
         try:
             loaded = load.resolved(root, problems, self.path, base=self.base, known_targets=self.known_targets)
         except RecipeError as error:
-            return Variant(**known, problems=error.problems)
-        return Variant(**known, loaded=loaded)
+            return replace(known, problems=error.problems)
+        return replace(known, loaded=loaded)
 
     def name(self, choice: Choice) -> str:
         """Return the name of a combination: what varies, with its values; only words that differ are in it."""

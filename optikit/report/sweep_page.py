@@ -78,8 +78,12 @@ def _status(result: VariantResult) -> str:
 
 def terminal(sweep: Sweep) -> str:
     """Return what a terminal shows: at most 80 columns, names shortened where they have to be."""
-    rows = [HEADER] + [
-        (str(number), text.clean(result.name), *_figures(result), _status(result)) for number, result in numbered(sweep)
+    rows: list[tuple[str, ...]] = [
+        HEADER,
+        *(
+            (str(number), text.clean(result.name), *_figures(result), _status(result))
+            for number, result in numbered(sweep)
+        ),
     ]
     rows = _without_empty(rows)
     at = rows[0].index("Variant")
