@@ -105,10 +105,10 @@ def sweep(request: Request) -> Sweep:
     budget = parse_budget(varied.section.budget)
     if budget.usd is not None and request.usd_per_hour is None:
         raise UsageError("a budget in $ needs the price of a node", fix="add --usd-per-hour 3.06, or give a time: 2h")
-    with _directory(request.out), make_progress(request.progress) as progress, Signals():
+    with _directory(request.out), make_progress(request.progress) as progress:
         store = Store.default(warn=progress.note)
         driver = Driver(request=request, varied=varied, store=store, note=progress.note)
-        with driver.shared():
+        with Signals(), driver.shared():  # after Ray, which takes signals for itself when it starts
             try:
                 driver.run()
             except BaseException as error:

@@ -80,22 +80,25 @@ class Planner:
             choices: Their combinations.
             rung: See `Unit`.
             share: Of the windows, where it is a cheap measurement.
+
+        Raises:
+            OptikitError: None of them can run; the first one's reason.
         """
-        units, results, errors = [], [], []
+        units: list[Unit] = []
+        results: list[VariantResult] = []
+        errors: list[OptikitError] = []
         for variant in map(self.varied.variant, choices):
             result = VariantResult(name=variant.name, values=dict(variant.values), status="waiting")
             try:
                 unit = self._unit(variant, rung, share)
-            except RecipeError as error:
+            except OptikitError as error:  # also a model that isn't there: the others go on
                 errors.append(error)
                 results.append(result.model_copy(update={"status": "refused", "reason": _reason(error)}))
                 continue
             units.append(unit)
             results.append(result.model_copy(update={"estimate_seconds": sum(unit.seconds.values())}))
         if errors and not units:
-            raise RecipeError(
-                f"none of {len(errors)} variants can work; the first: {errors[0].message}", problems=errors[0].problems
-            )
+            raise _none(errors)
         shared = Counter(unit.keys[0] for unit in units if unit.keys)
         by_name = {unit.variant: shared[unit.keys[0]] - 1 for unit in units if unit.keys}
         return units, [result.model_copy(update={"shared_with": by_name.get(result.name, 0)}) for result in results]
@@ -143,6 +146,15 @@ def cheap(written: Mapping[str, Any], share: float) -> dict[str, Any]:
 def _head(variant: Variant) -> str:
     values = ", ".join(f"{path}={value}" for path, value in variant.values.items())
     return f"# A variant made by `optikit sweep`: {' '.join(values.split())}\n"
+
+
+def _none(errors: Sequence[OptikitError]) -> OptikitError:
+    """Return the error for variants of which none can run: the first one's."""
+    first = errors[0]
+    if not isinstance(first, RecipeError):
+        return first
+    message = f"none of {len(errors)} variants can work; the first: {first.message}"
+    return RecipeError(message, problems=first.problems, fix=first.fix)
 
 
 def _reason(error: OptikitError) -> str:

@@ -47,8 +47,8 @@ class OnRay:
             fix = "start one with `ray start --head`, or use --address local"
             raise UnavailableError(f"no Ray cluster at {address!r}: {error}", fix=fix) from None
         self._alive = [node for node in ray.nodes() if node["Alive"]]
-        smallest = min(int(node["Resources"].get("CPU", 0)) for node in self._alive)
-        self._cpus, self._gpus = cpus or max(1, smallest), gpus
+        counts = [int(node["Resources"].get("CPU", 0)) for node in self._alive]
+        self._cpus, self._gpus = cpus or min((count for count in counts if count), default=1), gpus
         self._memory = max(int(node["Resources"].get("memory", 0)) for node in self._alive)
         self._running: dict[Any, Task] = {}
         self._begun: dict[str, float] = {}
