@@ -214,32 +214,36 @@ class Driver:
             seen = self._seen(wanted)
 
     def _round(self, wanted: Round) -> None:
-        if wanted.rung == FULL and any(result.rung for result in self.results.values()):
+        """Plan the variants of a round, and run those that have no result yet."""
+        if wanted.rung == FULL:
             self._drop(wanted)
         units, results = self.planner.units(wanted.choices, wanted.rung, wanted.share)
         for result in results:
             self._know(result, wanted.rung)
         waiting = [unit for unit in units if not self._is_done(unit)]
         self.note(f"{len(units)} of {len(results)} variants can run, {len(units) - len(waiting)} are done")
-        for result in results:
-            if result.status == "refused":
-                self.note(f"{result.name} is refused: {result.reason}")
+        refused = [result for result in results if result.status == "refused"]
+        for result in refused:
+            self.note(f"{result.name} is refused: {result.reason}")
         self._write()
+        self._run(waiting)
+
+    def _run(self, waiting: list[Unit]) -> None:
+        """Keep the runner busy until nothing waits or runs, or the budget is spent."""
         running: dict[str, Unit] = {}
         while (waiting or running) and not self._is_over():
-            while len(running) < self.runner.slots and (unit := self._next(waiting, running)):
+            while unit := self._next(waiting, running):
                 waiting.remove(unit)
                 running[unit.name] = unit
                 self._start(unit)
             for outcome in self.runner.ended(POLL_SECONDS):
                 self._take(running.pop(outcome.name), outcome, waiting)
-        if running or waiting:
-            self._stop(running, waiting)
+        self._stop(running, waiting)
 
     def _drop(self, wanted: Round) -> None:
         kept = {self.varied.name(choice) for choice in wanted.choices}
         for name, result in self.results.items():
-            if name not in kept and result.status == "done":
+            if name not in kept and result.status == "done" and result.rung:
                 reason = f"not among the better third of cheap measurement {result.rung}"
                 self.results[name] = result.model_copy(update={"status": "dropped", "reason": reason})
 
@@ -248,12 +252,17 @@ class Driver:
         earlier = {each.name: each for each in self._before.variants} if self._before else {}
         before = self.results.get(result.name) or earlier.get(result.name)
         if before is not None:
-            kept = {"seconds": before.seconds, "attempts": before.attempts, "steps": before.steps, "node": before.node}
-            result = result.model_copy(update=kept)
-        self.results[result.name] = result.model_copy(update={"rung": rung + 1 if rung != FULL else result.rung})
+            names = ("seconds", "attempts", "steps", "node", "rung")
+            result = result.model_copy(update={name: getattr(before, name) for name in names})
+        self.results[result.name] = result if rung == FULL else result.model_copy(update={"rung": rung + 1})
 
     def _next(self, waiting: Sequence[Unit], running: Mapping[str, Unit]) -> Unit | None:
-        """Return what to start next: what most others wait for, of what needn't wait for what is being made."""
+        """Return what to start next: what most others wait for, of what needn't wait for what is being made.
+
+        None where nothing can start now.
+        """
+        if len(running) >= self.runner.slots:
+            return None
         claimed = {key for unit in running.values() for key in self._missing(unit)}
         wanted: dict[str, int] = {}
         for unit in waiting:
@@ -367,6 +376,8 @@ class Driver:
             raise child_runs.stopped()
 
     def _stop(self, running: Mapping[str, Unit], waiting: Sequence[Unit]) -> None:
+        if not (running or waiting):
+            return
         for outcome in self.runner.stop():
             if outcome.name in running:
                 self._take(running[outcome.name], outcome, [])

@@ -53,9 +53,7 @@ def run(
     lock_timeout: Annotated[
         float | None, typer.Option(help="Seconds to wait for another run of the same step; none waits on.")
     ] = None,
-    base: Annotated[
-        Path | None, typer.Option(help="Where the recipe's relative paths start; its own directory without it.")
-    ] = None,
+    base: Annotated[Path | None, typer.Option(help="Where relative paths start, if not at the recipe.")] = None,
 ) -> None:
     """Run a recipe: make the artifact, measure it, write both and the report to DIR.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -63,17 +63,15 @@ def sweep(
     """
     from optikit.app.sweep import Request
     from optikit.app.sweep import sweep as run
-    from optikit.report import sweep_page
-    from optikit.text import dump_json
 
-    asked: dict[str, Any] = {"search": search.value if search else None, "samples": samples, "seed": seed}
+    asked = {"search": search and search.value, "samples": samples, "seed": seed, "budget": _budget(budget)}
     found = run(
         Request(
             recipe=recipe,
             out=out,
             varied=tuple(vary or ()),
             overrides=tuple(set_ or ()),
-            changed={name: value for name, value in {**asked, "budget": _budget(budget)}.items() if value is not None},
+            changed={name: value for name, value in asked.items() if value is not None},
             address=address,
             cpus=cpus,
             gpus=gpus,
@@ -84,11 +82,18 @@ def sweep(
             progress=progress.value,
         )
     )
+    _tell(found, out, json=json, silent=progress == ProgressMode.NONE)
+    raise typer.Exit(code_of(found))
+
+
+def _tell(found: Sweep, out: Path, *, json: bool, silent: bool) -> None:
+    from optikit.report import sweep_page
+    from optikit.text import dump_json
+
     if json:
         typer.echo(dump_json(found.model_dump(mode="json"), indent=1))
-    elif progress != ProgressMode.NONE:
+    elif not silent:
         typer.echo(f"{sweep_page.terminal(found)}\n\n{out / 'sweep.html'}")
-    raise typer.Exit(code_of(found))
 
 
 def _budget(text: str | None) -> str | None:

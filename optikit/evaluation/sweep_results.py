@@ -156,23 +156,26 @@ def front(found: Mapping[str, Figures], compared: Callable[[str, str], Outcomes]
 
 def _dominates(found: Mapping[str, Figures], one: str, other: str, compared: Callable[[str, str], Outcomes]) -> bool:
     """Return whether `one` is nowhere worse than `other`, and measurably better somewhere."""
-    gains = []
-    for objective in OBJECTIVES:
-        mine, its = getattr(found[one], objective.field), getattr(found[other], objective.field)
-        if mine is None and its is None:
-            continue
-        if mine is None or its is None:
-            return False  # nobody knows
-        if mine != its:
-            if (mine > its) != objective.higher:
-                return False
-            gains.append(objective)
+    gains = _gains(found[one], found[other])
     if not gains:
         return False
     outcomes = compared(other, one)
-    if any(outcomes.get(each.measured) == "not compared" for each in OBJECTIVES if each.measured):
+    if "not compared" in [outcomes.get(each.measured) for each in OBJECTIVES if each.measured]:
         return False
     return any(not each.measured or outcomes.get(each.measured) == "better" for each in gains)
+
+
+def _gains(one: Figures, other: Figures) -> list[Objective]:
+    """Return in what the first is better; nothing where it is worse in anything, or where nobody knows."""
+    gains = []
+    for objective in OBJECTIVES:
+        mine, its = getattr(one, objective.field), getattr(other, objective.field)
+        if mine == its:
+            continue
+        if mine is None or its is None or (mine > its) != objective.higher:
+            return []
+        gains.append(objective)
+    return gains
 
 
 def ranks(names: Sequence[str], dominated: Mapping[str, tuple[str, ...]]) -> dict[str, int]:
