@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -77,8 +76,8 @@ def two_nodes(work: Path, store: Path, *, cpus: int = 1) -> Iterator[tuple[str, 
     address = f"127.0.0.1:{free_port()}"
     nodes: list[Node] = []
     try:
-        nodes.append(_start(work, store, "a", cpus, ["--head", f"--port={address.rpartition(':')[2]}"]))
-        _wait(address, 1)
+        nodes.append(_start(work, store, "a", cpus, _head(address)))
+        _wait(address, 1)  # or the worker gives up
         nodes.append(_start(work, store, "b", cpus, [f"--address={address}"]))
         _wait(address, 2)
         yield address, nodes[0], nodes[1]
@@ -92,25 +91,39 @@ def _start(work: Path, store: Path, name: str, cpus: int, how: list[str]) -> Nod
     home.symlink_to(store, target_is_directory=True)
     command = [str(Path(sys.executable).with_name("ray")), "start", *how, f"--num-cpus={cpus}", "--block"]
     command += [f"--temp-dir={work / name}", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
-    command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--include-dashboard=false"]
+    command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
     environ = os.environ | QUIET | {"OPTIKIT_HOME": str(home)}
     with (work / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)
     return Node(name=name, home=home, process=process)
 
 
-def _wait(address: str, count: int, seconds: float = 90) -> None:
-    """Wait until so many nodes belong to a cluster, asked in a process of its own."""
-    program = (
-        f"import ray; ray.init({address!r}, log_to_driver=False, logging_level='ERROR', configure_logging=False); "
-        "print(sum(node['Alive'] for node in ray.nodes()))"
-    )
-    deadline = time.monotonic() + seconds
-    told = ""
-    while time.monotonic() < deadline:
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-        told = done.stdout + done.stderr
-        if done.stdout.strip() == str(count):
-            return
+def _head(address: str) -> list[str]:
+    return ["--head", f"--port={address.rpartition(':')[2]}", "--include-dashboard=false"]
+
+
+WAIT = """
+import sys, time
+import ray
+address, count, deadline = sys.argv[1], int(sys.argv[2]), time.monotonic() + float(sys.argv[3])
+while True:
+    try:
+        ray.init(address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+        break
+    except Exception:
+        if time.monotonic() > deadline:
+            raise
         time.sleep(0.5)
-    raise TimeoutError(f"no {count} nodes at {address}: {told[-800:]}")
+while sum(node["Alive"] for node in ray.nodes()) != count:
+    if time.monotonic() > deadline:
+        sys.exit(f"not {count} nodes: {ray.nodes()}")
+    time.sleep(0.2)
+"""
+
+
+def _wait(address: str, count: int, seconds: float = 120) -> None:
+    """Wait until so many nodes belong to a cluster, asked in a process of its own."""
+    command = [sys.executable, "-c", WAIT, address, str(count), str(seconds)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise TimeoutError(done.stderr[-800:])
