@@ -1,4 +1,4 @@
-"""A sweep of 12 recipes that share 2 prefixes: alone, in turn, on two Ray nodes, and with one of them killed.
+"""A sweep of 12 recipes that share 2 prefixes: separately, on two Ray nodes, and with one of them killed.
 
     python tests/benchmarks/sweep_nodes.py --work /tmp/w --write examples/sweep
 
@@ -118,11 +118,14 @@ class Swept:
         """Return the sha256 of every file that a recipe decides to the byte."""
         found = {}
         for seal in sorted(self.out.glob("variants/*/out/artifact.json")):
-            files = json.loads(seal.read_text(encoding="utf-8"))["files"]
-            for name, record in files.items():
-                if name.startswith(COMPARED):
-                    found[f"{seal.parent.parent.name}/{name}"] = record["sha256"]
+            found |= digests_of(seal, seal.parent.parent.name)
         return found
+
+
+def digests_of(seal: Path, variant: str) -> dict[str, str]:
+    """Return the sha256 of the files of an output that its recipe decides to the byte."""
+    files = json.loads(seal.read_text(encoding="utf-8"))["files"]
+    return {f"{variant}/{name}": each["sha256"] for name, each in files.items() if name.startswith(COMPARED)}
 
 
 def start(recipe: Path, out: Path, home: Path, *options: str) -> subprocess.Popen[str]:
@@ -191,66 +194,74 @@ def kill_within_a_walk(worker: Node, out: Path, process: subprocess.Popen[str], 
     return []
 
 
-def separately(swept: Swept, recipe: Path, work: Path) -> dict[str, float]:
-    """Run each variant by itself, in a store of its own; return the seconds of each."""
+@dataclass(frozen=True)
+class Alone:
+    """A variant that was run by itself: how long it took, and what it made."""
+
+    seconds: float
+    digests: dict[str, str]
+
+
+def separately(swept: Swept, recipe: Path, work: Path) -> dict[str, Alone]:
+    """Run each variant by itself, each in a new store, as without a sweep; return them by name."""
     found = {}
     for path in sorted(swept.out.glob("variants/*/recipe.yaml")):
-        home, began = work / "store-alone", time.monotonic()
+        name, home, out, began = path.parent.name, work / "store-alone", work / "alone", time.monotonic()
         shutil.rmtree(home, ignore_errors=True)
         command = [sys.executable, "-m", "optikit", "run", str(path), "--base", str(recipe.parent)]
-        command += ["--out", str(work / "alone"), "--progress", "none"]
+        command += ["--out", str(out), "--progress", "none"]
         subprocess.run(command, check=True, env=os.environ | {"OPTIKIT_HOME": str(home)}, stdout=subprocess.DEVNULL)
-        found[path.parent.name] = time.monotonic() - began
-        shutil.rmtree(work / "alone")
+        found[name] = Alone(seconds=time.monotonic() - began, digests=digests_of(out / "artifact.json", name))
+        shutil.rmtree(out)
     return found
 
 
-def page(turn: Swept, nodes: Swept, killed: Swept, alone: dict[str, float], recipe: Path) -> str:
+def page(nodes: Swept, killed: Swept, alone: dict[str, Alone], recipe: Path) -> str:
     """Return the record as Markdown."""
     from optikit import host
 
-    machine, total = host.describe(), sum(alone.values())
-    ray = metadata.version("ray")
+    machine, total = host.describe(), sum(each.seconds for each in alone.values())
     date = datetime.now(UTC).strftime("%d %B %Y").lstrip("0")
     blocks = killed.blocks()
-    lost = [max(0, before - found) for _, before, found in blocks]
+    lost = max((max(0, before - found) for _, before, found in blocks), default=0)
     rows = [
-        ("separate runs, one after another, summed", total, "", ""),
-        ("`optikit sweep`, in turn, no Ray", turn.seconds, f"{turn.seconds / total:.2f}", _made(turn)),
+        ("12 separate runs, summed", total, "1", "–"),
         ("on two Ray nodes", nodes.seconds, f"{nodes.seconds / total:.2f}", _made(nodes)),
         ("on two Ray nodes, one killed", killed.seconds, f"{killed.seconds / total:.2f}", _made(killed)),
     ]
     table = [f"| {what} | {seconds:.1f} | {share} | {made} |" for what, seconds, share, made in rows]
-    files, once = len(turn.digests()), all(max(each.executed().values()) == 1 for each in (turn, nodes, killed))
-    same = turn.digests() == nodes.digests() == killed.digests()
+    expected = {name: digest for each in alone.values() for name, digest in each.digests.items()}
+    same = expected == nodes.digests() == killed.digests()
+    once = all(max(each.executed().values()) == 1 for each in (nodes, killed))
+    again = sum(count - 1 for count in _starts(killed).values())
     return "\n".join(
         [
             "# A sweep on two nodes, recorded",
             "",
-            f"`python tests/benchmarks/sweep_nodes.py`, commit {commit()}, {date}. {machine['cpu']}, ",
-            f"{machine['threads']} threads; Ray {ray}, two nodes of one processor each on this machine, folders and",
-            "views of the store of their own. [sweep.html](sweep.html) is what the sweep on two nodes wrote,",
-            "[kill.log](kill.log) what was killed and how it went on.",
+            f"`python tests/benchmarks/sweep_nodes.py`, commit {commit()}, {date}.",
+            f"{machine['cpu']}, {machine['threads']} threads; Ray {metadata.version('ray')}: 2 nodes of a processor",
+            "each on this machine, with folders and views of the store of their own. [sweep.html](sweep.html) is",
+            "what the sweep on two nodes wrote, [kill.log](kill.log) what was killed and how it went on.",
             "",
             f"```yaml\n{recipe.read_text(encoding='utf-8')}```",
             "",
             "```sh",
-            "ray start --head --port=PORT --num-cpus=1 --temp-dir=DIR-A     # OPTIKIT_HOME=VIEW-A",
-            "ray start --address=127.0.0.1:PORT --num-cpus=1 --temp-dir=DIR-B     # OPTIKIT_HOME=VIEW-B",
-            "optikit sweep recipe.yaml --address 127.0.0.1:PORT --cpus 1 --out sweep/",
+            "ray start --head --port=PORT --num-cpus=1 --temp-dir=DIR-A         # OPTIKIT_HOME=VIEW-A",
+            "ray start --address=HOST:PORT --num-cpus=1 --temp-dir=DIR-B        # OPTIKIT_HOME=VIEW-B",
+            "optikit sweep recipe.yaml --address HOST:PORT --cpus 1 --out sweep/",
             "```",
             "",
             "| 12 recipes, 2 prefixes | seconds | of the separate runs | steps made / distinct steps |",
             "|---|---:|---:|---:|",
             *table,
             "",
-            f"- Same sha256 of artifacts without Ray, with it, and with a node killed: {_yes(same)}, {files} files.",
+            f"- Same sha256 in separate runs, on nodes, with one killed: {_yes(same)}, {len(expected)} files.",
             f"- No step was made twice: {_yes(once)}.",
-            f"- Blocks of a walk lost by the kill: {max(lost, default=0)} ({_told(blocks)}).",
-            f"- Runs that a second node went on with: {sum(_starts(killed).values()) - len(_starts(killed))}.",
+            f"- Blocks of a walk lost by the kill: {lost} ({_told(blocks)}).",
+            f"- Runs that were begun again on the other node: {again}.",
             "",
-            "Interpreter and libraries take most of each process here, as the model is tiny; separate runs make each",
-            "prefix six times.",
+            "Separate runs have both processors and a new store each. Interpreter and libraries take most of each",
+            "process, as the model is tiny.",
             "",
         ]
     )
@@ -287,9 +298,8 @@ def main() -> None:
     recipe = prepare(work, layers=asked.layers, samples=asked.samples, windows=(32, 48, 64, 80, 96, 112))
     killed = on_nodes(recipe, work, "k", kill=True)
     nodes = on_nodes(recipe, work, "n")
-    turn = in_turn(recipe, work)
-    alone = separately(turn, recipe, work)
-    text = page(turn, nodes, killed, alone, recipe)
+    alone = separately(nodes, recipe, work)
+    text = page(nodes, killed, alone, recipe)
     print(text)
     if asked.write:
         asked.write.mkdir(parents=True, exist_ok=True)
