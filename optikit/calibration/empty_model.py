@@ -8,7 +8,7 @@ the sliding and the full layers of Gemma, and nothing here has to know that.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,16 @@ def _confirm_settings(source: SourceModel, config: Any) -> None:
     if unknown:
         message = f"config.json says {unknown[0]}, and transformers' {type(config).__name__} has no such setting"
         raise StageFailedError(message, fix=f"remove {unknown[0]}, if the model works without it")
+
+
+@contextmanager
+def silenced(experts: nn.Module) -> Iterator[None]:
+    """Let the routed experts of a block give zeros: their weights aren't there."""
+    experts.forward = lambda hidden, *_, **__: torch.zeros_like(hidden)
+    try:
+        yield
+    finally:
+        del experts.forward
 
 
 class EmptyModel:
@@ -255,9 +265,9 @@ class EmptyModel:
         return calls
 
     def _returns_tuple(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Run the first block to see whether blocks of this class return hidden states alone."""
-        block = self.fill_block(0)
-        with torch.no_grad():
+        """Run the first block, without its experts, to see whether blocks of this class return hidden states alone."""
+        block, routed = self.fill_block(0, experts=False), self._row.experts if self._source.is_sparse(0) else None
+        with torch.no_grad(), silenced(block.get_submodule(routed.module)) if routed else nullcontext():
             output = type(block).forward(block, hidden, *args, **kwargs)
         self.empty_block(0)
         return isinstance(output, tuple)

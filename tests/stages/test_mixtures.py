@@ -20,6 +20,7 @@ from torch import Tensor
 from optikit import stages, targets
 from optikit.algorithms.grid import Grid
 from optikit.calibration import blockwise, write_checkpoint
+from optikit.calibration.empty_model import EmptyModel
 from optikit.calibration.method import Group, Result, Walked
 from optikit.calibration.methods.pruning import Norms
 from optikit.calibration.source_model import SourceModel
@@ -193,6 +194,26 @@ def test_the_walk_goes_on_with_what_transformers_computes(name, mixture, prose, 
     }
     blocks = len({linear.partition(".experts.")[0] for linear in rows if ".experts." in linear})
     assert len(experts) == blocks  # all experts of a block share one statistic
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_walk_begins_without_reading_an_expert(name, mixture, monkeypatch):
+    """A block of all its experts is what a walk's memory has no room for."""
+    source = SourceModel(Checkpoint(mixture(name)))
+    read = SourceModel.weight
+    seen: list[str] = []
+    monkeypatch.setattr(SourceModel, "read", _listed(SourceModel.read, seen))
+    monkeypatch.setattr(SourceModel, "weight", lambda *given: seen.append(given[1].name) or read(*given))
+    model = EmptyModel(source, dtype=torch.float32, device="cpu")
+    with model.stem_filled():
+        calls = model.record(torch.arange(3, 35)[None])
+    assert len(calls) == source.layers
+    assert seen
+    assert not [each for each in seen if ".experts." in each]
+
+
+def _listed(read: Any, seen: list[str]) -> Any:
+    return lambda source, name: seen.append(name) or read(source, name)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
