@@ -4,8 +4,8 @@
     python tests/benchmarks/estimates.py out/ other/out/   # other runs, printed only
 
 The recipe of each report is planned again, so that what is judged are the estimates of today. A step counts once,
-however many runs found it in their store: the newest measurement of what has the same key today. Where a recipe can't
-be planned here (a hub is asked for), the estimates of then stand. Sizes are those of everything that a step wrote.
+however many runs found it in their store: the newest measurement of what has the same key today. A run whose recipe
+can't be planned here (a hub is asked for) is left out. Sizes are those of everything that a step wrote.
 Measured steps are left out of the size column: what they keep is not shipped.
 """
 
@@ -36,8 +36,15 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "examples" / "estimates.md"
 RECORDED = ("*/report.json", "estimates/*/report.json")
 """Below examples/: runs that are examples themselves, and runs that were only made to see what steps take."""
-RENAMED = {"judged": "eval_prompts", "most_tokens": "max_tokens"}
+RENAMED = {
+    "judged": "eval_prompts",
+    "judged_part": "eval_part",
+    "remember": "datastore_answers",
+    "most_tokens": "max_tokens",
+}
 """Keys of recorded recipes → what recipes call them today."""
+ADDED: Mapping[str, Mapping[str, Any]] = {"speed": {"precision": 0}, "onnxruntime": {"verify": "own"}}
+"""Options that there are since, by section or engine, with the value that does what was done before."""
 MIB = 2**20
 CLOSE = {"time": 0.30, "memory": 0.15, "size": 0.02}
 """How far an actual figure may be from its estimate to count as close."""
@@ -67,6 +74,8 @@ def rows(name: str, report: Report, planned: Mapping[str, Step]) -> Iterator[Row
         if step.status == "emitted":
             continue
         today = planned.get(step.name)
+        if planned and today is None:
+            continue
         yield Row(
             run=name,
             step=wording.step_label(step),
@@ -90,7 +99,7 @@ def replanned(place: Path) -> dict[str, Step]:
         try:
             plan = make_plan(load(path), Store.default(), weights=False, digests=False)
         except OptikitError as error:
-            print(f"estimates of then: {error}", file=sys.stderr)
+            print(f"left out: {place.name}: {error}", file=sys.stderr)
             return {}
     return {step.name: step for step in (*plan.steps, *plan.measures)}
 
@@ -99,6 +108,8 @@ def _said(value: Any) -> Any:
     """Return a recorded recipe in today's words, without what it left open."""
     if isinstance(value, Mapping):
         kept = {name: _said(each) for name, each in value.items() if each not in (None, "", [], {})}
+        kept |= {name: {**ADDED[name], **each} for name, each in kept.items() if name in ADDED}
+        kept = {**ADDED.get(kept.get("engine", ""), {}), **kept}
         return {RENAMED.get(name, name): each for name, each in kept.items()}
     return [_said(each) for each in value] if isinstance(value, list) else value
 
@@ -180,7 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     recorded = (path.parent for pattern in RECORDED for path in (ROOT / "examples").glob(pattern))
     places = given.runs or sorted(recorded)
-    found = newest(row for place in places for row in rows(place.name, write.load(place), replanned(place)))
+    plans = {place: replanned(place) for place in places}
+    found = newest(row for place, steps in plans.items() if steps for row in rows(place.name, write.load(place), steps))
     if not found:
         print("no steps were found", file=sys.stderr)
         return 1

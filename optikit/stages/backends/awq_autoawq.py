@@ -87,8 +87,8 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     search = 40.0 * facts.linear_elements * min(512, calibration_tokens) if options.clip else 0.0
     written = after(options, facts).weight_bytes
     return Estimate(
-        seconds=30 + passes / 1.5e11 + search / 2e9,
-        peak_bytes=1_200_000_000 + 2 * facts.weight_bytes + 60 * calibration_tokens * facts.hidden,
+        seconds=30 + passes / 2.2e11 + search / 3e9,
+        peak_bytes=600_000_000 + 2 * facts.weight_bytes + 60 * calibration_tokens * facts.hidden,
         disk_bytes=3 * written,
     )
 

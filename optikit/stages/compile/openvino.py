@@ -67,7 +67,7 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     held = 10 * facts.parameters
     written = after(options, facts).weight_bytes
     return Estimate(
-        seconds=30 + facts.parameters / 1e7 + fitted, peak_bytes=650_000_000 + held, disk_bytes=written + 8_000_000
+        seconds=45 + facts.parameters / 1e7 + fitted, peak_bytes=650_000_000 + held, disk_bytes=written + 8_000_000
     )
 
 

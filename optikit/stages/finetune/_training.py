@@ -109,7 +109,7 @@ def estimate_training(
     activations = 40 * 4 * MOST_TOKENS * facts.hidden * facts.layers
     work = 2.0 * passes * (facts.linear_elements + facts.vocab * facts.hidden) * options.trained_tokens(tokens)
     return Estimate(
-        seconds=20 + work / 2e11,
+        seconds=20 + work / 1.45e11,
         peak_bytes=700_000_000 + held_bytes + trained * (4 + moments) + logits + activations,
         disk_bytes=directory_bytes(facts.weight_bytes, facts.vocab),
         scratch_bytes=facts.weight_bytes + trained * (4 + moments),

@@ -57,8 +57,8 @@ fits = no_objection
 NLL, TOP1, LOGITS, DIVERGENCE, ABOUT = "nll.npy", "top1.npy", "logits.f16", "divergence.npy", "about.json"
 HOPELESS_NATS = 100.0
 """A uniform guess over a vocabulary of 50,000 costs 10.8 nats; ten times that is no language model."""
-FLOPS = 150e9
-"""Floating-point operations per second of two CPU cores, as runtimes reach them."""
+FLOPS, TORCH_FLOPS = 150e9, 120e9
+"""Floating-point operations per second of two CPU cores, as compiled runtimes and transformers reach them."""
 ATTENTION_FLOPS = 90e9
 """The same for products of queries, keys and values."""
 SECONDS_PER_LOGIT = 2e-8
@@ -104,7 +104,7 @@ def _estimate(options: Options, facts: ModelFacts, calibration_tokens: int = 0) 
     compiled = options.runtime != "transformers"
     whole = Estimate(
         seconds=(3 if compiled else 7)
-        + 2 * facts.parameters * tokens / FLOPS
+        + 2 * facts.parameters * tokens / (FLOPS if compiled else TORCH_FLOPS)
         + attended / ATTENTION_FLOPS
         + logits * SECONDS_PER_LOGIT,
         peak_bytes=whole_bytes(facts, options.runtime, options.window),

@@ -96,7 +96,7 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     """Estimate: every token reads all weights once, four times over."""
     tokens = (4 * options.prompts + options.datastore_answers) * options.new_tokens
     return Estimate(
-        seconds=30 + tokens * facts.first_bytes / 10e9,
+        seconds=30 + tokens * facts.first_bytes / 9e9,
         peak_bytes=int(1.3 * facts.weight_bytes) + 900 * 2**20,
         disk_bytes=10_000,
     )

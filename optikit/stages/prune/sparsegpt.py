@@ -63,7 +63,7 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
         calibration_tokens,
         passes=times,
         grams=times,
-        seconds_per_weight=5e-7,
+        seconds_per_weight=7e-7,
         written_bytes=facts.weight_bytes,
         held=_blockwise_cost.PAIRED if options.correct else _blockwise_cost.GRAM,
     )

@@ -74,7 +74,7 @@ def after(options: Options, facts: ModelFacts) -> ModelFacts:
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
     """Estimate a walk with Gram matrices, and the search of scales through them."""
     times = 2 if options.correct else 1
-    searched = 4e-11 * options.steps * facts.hidden  # every candidate's error is a product with a Gram matrix
+    searched = 1e-10 * options.steps * facts.hidden  # every candidate's error is a product with a Gram matrix
     written = after(options, facts).weight_bytes
     return _blockwise_cost.estimate(
         facts,

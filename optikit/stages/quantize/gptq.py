@@ -68,7 +68,7 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
         calibration_tokens,
         passes=times,
         grams=times,
-        seconds_per_weight=2e-7,
+        seconds_per_weight=5e-7,
         written_bytes=written,
         held=_blockwise_cost.PAIRED if options.correct else _blockwise_cost.GRAM,
     )

@@ -154,7 +154,7 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     head = facts.hidden * (options.layers * facts.hidden + seen + options.drafted(facts.vocab))
     trained = 6 * options.heads * head * options.trained_tokens()
     return Estimate(
-        seconds=20 + options.tokens * facts.parameters / 4e10 + trained / 1e11,
+        seconds=20 + options.tokens * facts.parameters / 2.9e10 + trained / 7e10,
         peak_bytes=900_000_000 + 4 * facts.parameters + 2 * options.tokens * facts.hidden,
         disk_bytes=2 * options.tokens * facts.hidden + _table_bytes(options, facts) + _layout_bytes(options, facts),
     )
