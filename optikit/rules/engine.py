@@ -16,12 +16,14 @@ from typing import Any, Literal, get_args
 
 from optikit.problems import Level, Loc, Problem
 from optikit.rules import stack as view
-from optikit.rules.conditions import Condition, fields, holds, lookup, parse
+from optikit.rules.conditions import All, Condition, Question, fields, holds, lookup, parse
 from optikit.rules.stack import Scope, Stack
 from optikit.rules.vocabulary import unknown
 
 _PLACES = re.compile(r"\{([\w.-]+)\}")
 Range = Literal["pair", "stage", "stack"]
+SAME = ("target.device", "serve.engine")
+"""Words that most rules ask for and that are the same for all of a stack: what they rule out isn't asked further."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,18 @@ class Rule:
         if roots & {"first", "second"}:
             return "pair"
         return "stage" if "stage" in roots else "stack"
+
+    @cached_property
+    def wanted(self) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+        """What has to be said by words of `SAME`, of whatever the rule is asked, if it is to hold."""
+        parts = self.when.parts if isinstance(self.when, All) else (self.when,)
+        asked = (part for part in parts if isinstance(part, Question) and part.path in SAME)
+        operands = ((each.path, each.operator, each.operand) for each in asked if each.operator in ("is", "in"))
+        return tuple(
+            (path, tuple(operand) if operator == "in" else (operand,))
+            for path, operator, operand in operands
+            if not str(operand).startswith("$")
+        )
 
 
 def _rule(row: Mapping[str, Any]) -> Rule:
@@ -104,7 +118,10 @@ def check(stack: Stack) -> Iterator[Problem]:
         "stack": lambda _: iter([({}, ())]),
     }
     subjects = {name: [({**common, **own}, loc) for own, loc in items(stack)] for name, items in ranges.items()}
+    said = {path: lookup(common, path) for path in SAME}
     for rule in rules().values():
+        if any(said[path] not in values for path, values in rule.wanted):
+            continue
         for scope, loc in subjects[rule.range]:
             if holds(rule.when, scope) is True:
                 yield _problem(rule, scope, _place(rule, loc, stack))

@@ -175,7 +175,9 @@ def page(found: Sequence[Row]) -> str:
         "",
         "Written by `python tests/benchmarks/estimates.py` from every recorded report: for each step what",
         "`optikit plan` expects of it today, what the newest run that made it took, and the ratio. A step that several",
-        "runs share counts once.",
+        "runs share counts once. The constants in the estimates were fitted to most of these runs: the page says how",
+        "well such laws can do, not how well they do elsewhere. Some runs had other work beside them, and some steps",
+        "(acquire gguf, prune depth and magnitude, quantize int8 and nf4) take less memory since they were recorded.",
         "",
         *(f"- {line[0].upper()}{line[1:]}." for line in summary(found)),
         "",
@@ -200,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join([*table(found), "", *summary(found)]))
     else:
         PAGE.write_text(page(found), encoding="utf-8")
-        print(f"{PAGE}: {len(found)} steps of {len(places)} runs")
+        print(f"{PAGE}: {len(found)} steps of {sum(map(bool, plans.values()))} runs")
     return 0
 
 

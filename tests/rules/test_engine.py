@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from optikit.rules import Placed, Stack, check, rules
+from optikit.rules import stack as view
+from optikit.rules.conditions import holds
 from optikit.rules.engine import _rule, fill
 from optikit.targets import rows
 
@@ -120,3 +122,12 @@ def test_repairs_name_verbs_and_lists_of_options():
         for verb, values in rule.repair.items():
             assert verb in VERBS
             assert values
+
+
+def test_what_the_device_and_the_engine_rule_out_does_not_hold():
+    """`check` asks a rule no further where they do; every rule asked of every stack finds the same."""
+    for name in list(stacks.CASES)[::5]:
+        stack = stacks.stack({key: value for key, value in stacks.CASES[name].items() if key != "near"})
+        common = view.common(stack)
+        whole = (rule for rule in rules().values() if rule.range == "stack" and holds(rule.when, common) is True)
+        assert {rule.id for rule in whole} <= {problem.code for problem in check(stack)}
