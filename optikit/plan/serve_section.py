@@ -105,13 +105,20 @@ def _degree(entry: ServeEntry, target: Target, final: ModelFacts | None) -> dict
 
 def served(plan: Plan) -> dict[str, Any]:
     """Return how the artifact is served, in the words of rules: as the compile stage says, or the first server."""
-    compiled = next((step.options for step in reversed(plan.steps) if step.verb == "compile"), None)
-    if compiled is not None:
-        return dict(compiled.model_dump())
+    for step in (step for step in reversed(plan.steps) if step.verb == "compile"):
+        return {**_alone(step.method, plan.target), **step.options.model_dump()}
     for entry in plan.recipe.serve[:1]:
         final = plan.steps[-1].after if plan.steps else plan.facts
-        return {**_degree(entry, plan.target, final), **entry.words}
+        return {**_alone(entry.server, plan.target), **_degree(entry, plan.target, final), **entry.words}
     return {}
+
+
+ONE_GPU = frozenset({"onnxruntime", "optikit", "tensorrt", "transformers"})
+"""Engines and servers that compute on one GPU, however many there are."""
+
+
+def _alone(name: str, target: Target) -> dict[str, int]:
+    return {"tensor_parallel": 1} if name in ONE_GPU and target.device == "cuda" else {}
 
 
 def _engines(recipe: Recipe) -> tuple[str, ...]:

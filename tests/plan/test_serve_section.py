@@ -134,3 +134,5 @@ def test_floors_are_those_of_the_part_that_serves(tmp_path):
     assert "serving on 2 of 4 GPUs of g6.12xlarge, batch 4" in render(plan, store)
     whole, store = planned(tmp_path / "whole", ["vllm"], target="g6.12xlarge")
     assert "serving on g6.12xlarge, batch 1" in render(whole, store)
+    one, store = planned(tmp_path / "one", ["transformers"], target="g6.12xlarge")
+    assert "serving on 1 of 4 GPUs of g6.12xlarge" in render(one, store)
