@@ -5,6 +5,7 @@ set -eu
 cd "$(dirname "$0")"
 [ ! -f env/bin/activate ] || . env/bin/activate
 python3 check.py packages 2> /dev/null || {
+  python3 check.py before
   python=python3
   for each in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do
     if "$each" check.py python 2> /dev/null; then python=$each; break; fi

@@ -5,6 +5,7 @@ Copied into the folder as check.py:
     python3 check.py                   is everything here: files, Python, packages, devices, memory, disk?
     python3 check.py packages          are the packages here? (run.sh asks before it installs them)
     python3 check.py python            does this Python run it?
+    python3 check.py before            are files, devices, memory and disk here? (asked before anything is installed)
     python3 check.py record [SECONDS]  write result.json: what smoke.log decoded, where, and with which versions
 
 Exit codes: 0 all is here; 69 something isn't, each thing told with what to do; 76 a file was changed.
@@ -97,14 +98,18 @@ def devices() -> list[str]:
     return sorted(str(path) for path in place.parent.glob(place.name))
 
 
-def lacking() -> Iterator[str]:
-    """Yield what this machine lacks."""
-    want = wanted()
+def uninstalled() -> Iterator[str]:
+    """Yield what has to be installed."""
     yield from python()
     yield from packages()
-    for tool in want["tools"]:
+    for tool in wanted()["tools"]:
         if not any(map(shutil.which, tool.split("|"))):
             yield f"{tool.replace('|', ' or ')} can't be found on PATH: install it, or activate its environment"
+
+
+def lacking() -> Iterator[str]:
+    """Yield what this machine lacks, whatever is installed."""
+    want = wanted()
     found = len(devices())
     if found < want["device_count"]:
         yield f"{found} of {want['device_count']} {want['devices']} are here: this folder is for {want['target']}"
@@ -126,7 +131,7 @@ def tell(problems: list[str], code: int) -> None:
 def check() -> None:
     """Check everything."""
     tell(list(changed()), CHANGED)
-    tell(list(lacking()), MISSING)
+    tell([*uninstalled(), *lacking()], MISSING)
     sys.stdout.write(
         f"check: files, Python, packages, {len(devices())} devices, memory and disk are as they should be\n"
     )
@@ -180,6 +185,9 @@ def main(verb: str = "check", *arguments: str) -> None:
         tell(list(packages()), MISSING)
     elif verb == "python":
         tell(list(python()), MISSING)
+    elif verb == "before":
+        tell(list(changed()), CHANGED)
+        tell(list(lacking()), MISSING)
     elif verb == "record":
         record(*arguments)
     else:

@@ -69,6 +69,7 @@ ENVIRONMENT = (
     ACTIVATE
     + """\
 python3 check.py packages 2> /dev/null || {
+  python3 check.py before
   python=python3
   for each in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do
     if "$each" check.py python 2> /dev/null; then python=$each; break; fi

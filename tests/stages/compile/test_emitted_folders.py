@@ -97,6 +97,15 @@ class TestCheck:
         code, said = check(copy, "python")
         assert (code, "not 3.4 to 3.4: use another python3" in said) == (69, True)
 
+    def test_a_machine_without_the_device_is_refused_before_anything_is_installed(self, folder, tmp_path):
+        copy = tmp_path / "x"
+        shutil.copytree(folder, copy)
+        code, said = check(copy, "before")
+        assert (code, ": this folder is for " in said, "pip install" in said) == (69, True, False)
+        if folder.name == "neuron":
+            code, said = run(["sh", "run.sh"], copy)
+            assert (code, ": this folder is for " in said, (copy / "env").exists()) == (69, True, False)
+
     def test_either_of_two_packages_will_do(self, folder, tmp_path):
         copy = tmp_path / "x"
         shutil.copytree(folder, copy)
