@@ -19,7 +19,7 @@ from math import log
 from pathlib import Path
 from typing import Any
 
-from optikit.app import stacks
+from optikit.app import presets, stacks
 from optikit.app.stacks import Goal, Judged, Shape, Stages
 from optikit.models import adapter
 from optikit.models.facts import ModelFacts
@@ -144,7 +144,7 @@ def candidates(
     Raises:
         InputMissingError: One of them has no report.
     """
-    rows = (*(row for directory in reports for row in measured(directory)), *evidence())
+    rows = (*(row for directory in reports for row in measured(directory)), *presets.evidence(), *evidence())
     length = min(length or 2048, facts.max_positions or 2048)
     found = stacks.search(facts, target, goal=goal, batch=batch, length=length)
     best = sorted((one for one in found if one.legal and one.fits), key=lambda one: one.seconds_per_token)

@@ -15,34 +15,48 @@ def init(
     model: Annotated[
         str | None, typer.Option(help="Directory, hf:ORG/NAME@REVISION or pypi:NAME==VERSION#file; else a small one.")
     ] = None,
-    target: Annotated[str, typer.Option(help="Where it will run; `optikit targets` lists them.")] = "cpu",
+    target: Annotated[
+        str | None, typer.Option(help="Where it will run; `optikit targets` lists them; else the preset's, or cpu.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(metavar="NAME", help="Start from a stack of `optikit presets`.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")] = False,
 ) -> None:
     """Write a commented recipe, and beside it the JSON Schema that an editor checks it with."""
     import json
 
-    from optikit import targets
     from optikit.errors import UsageError
-    from optikit.problems import did_you_mean
     from optikit.recipe.jsonschema import export
-    from optikit.recipe.starter import MODEL, starter
 
-    row = targets.find(target)
-    if row is None:
-        raise UsageError(f"unknown target {target!r}", fix=did_you_mean(target, targets.names()))
     if path.suffix not in {".yaml", ".yml"} or not str(path).isprintable():
         raise UsageError(f"{str(path)!r} is no name for a recipe", fix="end it in .yaml")
     if model is not None and not (model and model.isprintable()):
         raise UsageError(f"{model!r} is no model source", fix="name a directory, or leave --model out")
     if model and (Path(model) / "config.json").is_file():
         _require_usable(Path(model))
-    text = starter(path, row, model=_from(path.parent, model) if model else MODEL, schema=SCHEMA)
+    text = _text(path, _from(path.parent, model) if model else None, target, preset)
     beside = path.with_name(SCHEMA)
     if not force:
         _refuse_overwriting(path, beside)
     _write(beside, json.dumps(export(), indent=2, ensure_ascii=False) + "\n")
     _write(path, text)
     typer.echo(f"wrote {path} and {beside}; next: optikit plan {path}", err=True)
+
+
+def _text(path: Path, model: str | None, target: str | None, preset: str | None) -> str:
+    """Return the recipe: of a preset, or for a target."""
+    from optikit import targets
+    from optikit.app import presets
+    from optikit.errors import UsageError
+    from optikit.problems import did_you_mean
+    from optikit.recipe.starter import MODEL, starter
+
+    if target is not None and targets.find(target) is None:
+        raise UsageError(f"unknown target {target!r}", fix=did_you_mean(target, targets.names()))
+    if preset is not None:
+        return presets.recipe(presets.find(preset), path, model=model, target=target, schema=SCHEMA)
+    row = targets.find(target or "cpu")
+    assert row is not None  # noqa: S101 - cpu is a row, and others were looked up
+    return starter(path, row, model=model or MODEL, schema=SCHEMA)
 
 
 def _require_usable(model: Path) -> None:
@@ -54,7 +68,7 @@ def _require_usable(model: Path) -> None:
     from optikit.models import intake, reader
 
     intake.admit(model)
-    reader.read(model)
+    reader.read(model, promised=True)
 
 
 def _from(directory: Path, model: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from optikit.recipe.load import loads
@@ -122,6 +123,53 @@ def starter(path: Path, target: Target, *, model: str = MODEL, schema: str = "re
     else:
         parts = (head, _QUANTIZE.format(prose=PROSE), _EVALUATE, _GATES)
     text = "".join(parts)
+    loads(text, path)
+    return text
+
+
+def preset(
+    path: Path,
+    *,
+    about: Sequence[str],
+    model: str,
+    target: str,
+    stages: Sequence[str],
+    serve: Sequence[str],
+    calibrated: bool,
+    schema: str = "",
+) -> str:
+    """Return the recipe of a preset.
+
+    Args:
+        path: Where it will be written; named in its comments.
+        about: Lines that say what it is for.
+        model: Model source.
+        target: Row of targets.
+        stages: Stages as YAML, `verb: {…}` each.
+        serve: Servers.
+        calibrated: The stages read calibration text.
+        schema: Path of the JSON Schema, from the recipe; "" leaves it out.
+
+    Raises:
+        RecipeError: If the model source can't be written in a recipe.
+    """
+    has_runtime = target == "cpu"
+    heads = [f"# yaml-language-server: $schema={schema}"] if schema else []
+    heads += [f"# {line}" for line in about]
+    heads += ["#", f"# Run:  optikit run {shlex.quote(str(path))} --out out/", ""]
+    heads += [f"model: {_quoted(model)}", f"target: {target}", ""]
+    if calibrated:
+        heads += [_QUANTIZE.format(prose=PROSE).partition("\nstages:")[0]]
+    heads += ["stages:", *(f"  - {stage}" for stage in stages), ""]
+    if serve:
+        heads += [f"serve: [{', '.join(serve)}]", ""]
+    text = "\n".join(heads)
+    if has_runtime:
+        text += (_EVALUATE + _SPEED + _GATES + _SPEED_GATE).lstrip("\n")
+        if not calibrated:
+            text = text.replace("*prose", PROSE).replace("*markup", '["<doc", "</doc"]')
+    else:
+        text += "# Measured where it runs: optikit eval URL\n"
     loads(text, path)
     return text
 
