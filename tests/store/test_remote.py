@@ -122,7 +122,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     subprocess.run([sys.executable, "-m", "venv", place], check=True)
     python = place / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "-q", "s3fs", "moto[s3,server]"], check=True)
-    ours = next(Path(each) for each in sys.path if each.endswith("site-packages"))
+    ours = "\n".join(each for each in sys.path if each.endswith("site-packages"))
     packages = next((place / "lib").glob("python3*")) / "site-packages"
     (packages / "ours.pth").write_text(f"{Path(__file__).parents[2]}\n{ours}\n")
     port = free_port()

@@ -10,7 +10,7 @@ import shlex
 from optikit.deploy.jobs import Job
 
 SUMMARY = "Slurm: a batch script that requeues itself"
-CHECKED = "`bash -n`, and run here with a stand-in for optikit and scontrol; directives held to a list of the options"
+CHECKED = "directives parsed by `sbatch --test-only` of Slurm 22.05; run here with stand-ins for optikit and scontrol"
 GRACE_SECONDS = 180
 """Between Slurm's signal and the end of the time."""
 

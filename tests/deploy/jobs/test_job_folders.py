@@ -163,6 +163,49 @@ def test_the_batch_script_is_one(target: str, tmp_path: Path) -> None:
     assert before.startswith("#!/bin/bash")
 
 
+PACKAGES = ("slurm-client", "slurm-wlm-basic-plugins", "libmunge2", "liblua5.3-0")
+CONFIGURATION = """ClusterName=x
+SlurmctldHost=localhost
+SlurmctldPort=9
+PluginDir={plugins}
+AuthType=auth/none
+CredType=cred/none
+SelectType=select/cons_tres
+GresTypes=gpu
+MessageTimeout=2
+NodeName=localhost CPUs=2
+PartitionName=d Nodes=ALL Default=YES
+"""
+NOBODY = "Unable to contact slurm controller"
+"""What sbatch says last, once it has parsed a script and nobody is there to take it."""
+
+
+@pytest.mark.slow
+def test_slurms_own_sbatch_parses_the_directives(tmp_path: Path) -> None:
+    """Debian's slurm-client, unpacked, not installed: it parses a script before it looks for a controller."""
+    subprocess.run(["apt-get", "download", "-qq", *PACKAGES], cwd=tmp_path, check=True)
+    for package in tmp_path.glob("*.deb"):
+        subprocess.run(["dpkg", "-x", package, tmp_path / "x"], check=True)
+    libraries = next((tmp_path / "x" / "usr" / "lib").glob("*-linux-gnu"))
+    (tmp_path / "slurm.conf").write_text(CONFIGURATION.format(plugins=libraries / "slurm-wlm"))
+    environment = os.environ | {
+        "SLURM_CONF": str(tmp_path / "slurm.conf"),
+        "LD_LIBRARY_PATH": f"{libraries / 'slurm-wlm'}:{libraries}",
+    }
+
+    def parse(script: str) -> str:
+        (tmp_path / "job.sh").write_text(script)
+        command = [tmp_path / "x" / "usr" / "bin" / "sbatch", "--test-only", tmp_path / "job.sh"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stderr
+
+    for target in ("cpu", "h100", "ml.g5.12xlarge"):
+        assert NOBODY in parse(slurm.files(made(target))["job.sh"])
+    script = slurm.files(made())["job.sh"]
+    for right, wrong in (("--requeue", "--nonsense"), ("B:TERM@", "B:NONSENSE@"), ("--mem=9216M", "--mem=lots")):
+        assert right in script
+        assert NOBODY not in parse(script.replace(right, wrong)), wrong
+
+
 OPTIKIT = """#!/bin/sh
 echo "$@" >> "$OPTIKIT_HOME/ran"
 trap 'echo stopped >> "$OPTIKIT_HOME/ran"; exit 143' TERM
