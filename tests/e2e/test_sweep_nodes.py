@@ -23,12 +23,12 @@ def work() -> Iterator[Path]:
 
 
 def test_a_killed_node_loses_nothing_and_no_step_is_made_twice(work: Path) -> None:
-    recipe = sweep_nodes.prepare(work, layers=6, samples=32, windows=(32, 64))
+    recipe = sweep_nodes.prepare(work, layers=6, samples=32, windows=(32,))
     killed = sweep_nodes.on_nodes(recipe, work, "k", kill=True)
     assert killed.killed, killed.log
     assert killed.code == 0, killed.log
     assert {each["status"] for each in killed.result["variants"]} == {"done"}
-    assert len(killed.result["variants"]) == 4
+    assert len(killed.result["variants"]) == 2
     assert max(killed.executed().values()) == 1
     blocks = killed.blocks()
     assert blocks, "a walk was cut short"
@@ -37,5 +37,5 @@ def test_a_killed_node_loses_nothing_and_no_step_is_made_twice(work: Path) -> No
     alone = sweep_nodes.in_turn(recipe, work)
     assert alone.code == 0, alone.log
     assert alone.digests() == killed.digests()
-    assert len(alone.digests()) >= 4 * 3
+    assert len(alone.digests()) >= 2 * 3
     assert alone.executed().keys() == killed.executed().keys()
