@@ -96,9 +96,9 @@ class Swept:
         return found
 
     def blocks(self) -> list[tuple[str, int, int]]:
-        """Return for each step that was cut short and begun again: name, blocks done before, blocks found done.
+        """Return for each step that was cut short and begun again: name, blocks told before, blocks found done.
 
-        A walk tells how many blocks are done: what the second process tells first is what it found, or one more.
+        A walk tells the number of a block when it has done it: the second process found one less than its first.
         """
         found = []
         last: dict[tuple[str, str], int] = {}
@@ -109,7 +109,7 @@ class Swept:
                 fresh.add(step)
             elif event["event"] == "update" and event["what"] == "block":
                 if step in fresh and step in last:
-                    found.append((f"{variant}: {event['name']}", last[step], event["done"]))
+                    found.append((f"{variant}: {event['name']}", last[step], event["done"] - 1))
                 fresh.discard(step)
                 last[step] = event["done"]
         return found
@@ -277,7 +277,7 @@ def _yes(value: bool) -> str:
 
 
 def _told(blocks: list[tuple[str, int, int]]) -> str:
-    return "; ".join(f"{name}: {before} told before, {found} told first by the next" for name, before, found in blocks)
+    return "; ".join(f"{name}: {before} told before, {found} found by the next" for name, before, found in blocks)
 
 
 def _starts(swept: Swept) -> Counter[str]:
