@@ -13,7 +13,12 @@ from pathlib import Path
 
 import psutil
 
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1", "OPTIKIT_PROGRESS": "json"}
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "OPTIKIT_PROGRESS": "json",
+}
 OBJECT_STORE_BYTES = 100 * 2**20
 
 
