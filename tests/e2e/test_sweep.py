@@ -83,7 +83,9 @@ def test_a_killed_sweep_goes_on_and_its_report_says_what_nothing_dominates(cli: 
     ]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_a_signal_ends_it_with_a_report(cli: Cli, recipe: Path, number: signal.Signals, code: int) -> None:
     out = cli.cwd / "swept"
     process = cli.start("sweep", recipe, "--out", out, "--progress", "plain")
@@ -116,6 +118,7 @@ def test_what_can_be_known_before_is_refused_before(cli: Cli, recipe: Path) -> N
     assert os.listdir(cli.cwd / "sub") == []  # noqa: PTH208
 
 
+@pytest.mark.slow
 def test_halving_runs_the_better_third_in_full(cli: Cli, recipe: Path) -> None:
     out = cli.cwd / "swept"
     vary = ["--vary", "stages[0].quantize.group_size=32,64", "--vary", "seed=1,2,3"]
