@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,8 +12,11 @@ from hypothesis import strategies as st
 
 from optikit.cli.sweep import code_of
 from optikit.errors import Exit
-from optikit.evaluation.sweep_results import Figures, Status, Sweep, VariantResult
-from optikit.report import sweep_page
+from optikit.evaluation.sweep_results import Figures, Status, Sweep, VariantResult, figures, front
+from optikit.report import compare, sweep_page
+from optikit.report.write import load
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def swept(*variants: VariantResult, ended: str = "") -> Sweep:
@@ -110,6 +114,19 @@ def test_the_page_draws_what_is_dominated_in_grey_and_runs_nothing() -> None:
 def test_a_hostile_name_is_read_and_not_run() -> None:
     page = sweep_page.render_html(swept(GOOD.model_copy(update={"name": "<script>alert(1)</script>"}), SMALL))
     assert "<script" not in page
+
+
+def test_the_front_of_recorded_runs_is_what_their_reports_say() -> None:
+    names = ("gptq-cpu", "awq-cpu", "gptqmodel-gptq-cpu", "depth-cpu", "int8-llm-cpu")
+    reports = {name: load(EXAMPLES / f"smollm2-135m-{name}") for name in names}
+
+    def compared(one: str, other: str) -> dict[str, str]:
+        runs = [compare.Run(name=name, report=reports[name]) for name in (one, other)]
+        return {line.key: line.outcome for line in compare.compare(*runs).lines}
+
+    dominated = front({name: figures(report) for name, report in reports.items()}, compared)
+    assert [name for name in names if not dominated[name]] == ["gptq-cpu", "awq-cpu", "int8-llm-cpu"]
+    assert dominated["gptqmodel-gptq-cpu"] == ("awq-cpu",), "the same size and speed, other weights"
 
 
 @pytest.mark.parametrize(
