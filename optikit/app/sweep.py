@@ -269,11 +269,12 @@ class Driver:
             for key in self._missing(unit):
                 wanted[key] = wanted.get(key, 0) + 1
         ready = [unit for unit in waiting if not (set(self._missing(unit)[:1]) & claimed)]
-        return max(
-            ready,
-            key=lambda unit: sum(unit.seconds[key] * wanted[key] for key in self._missing(unit)),
-            default=None,
-        )
+
+        def worth(unit: Unit) -> tuple[bool, float]:
+            begun = self.results[unit.variant].attempts > 0  # what was stopped is nearer to a result
+            return begun, sum(unit.seconds[key] * wanted[key] for key in self._missing(unit))
+
+        return max(ready, key=worth, default=None)
 
     def _missing(self, unit: Unit) -> list[str]:
         """Return the keys of the steps that nobody made yet."""
