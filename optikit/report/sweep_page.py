@@ -42,8 +42,9 @@ def numbered(sweep: Sweep) -> list[tuple[int, VariantResult]]:
 def headline(sweep: Sweep) -> str:
     """Say in one sentence what came out."""
     done = [result for result in sweep.variants if result.status == "done"]
+    ended = f"; {sweep.ended}" if sweep.ended else ""
     if not done:
-        return f"None of {text.plural(len(sweep.variants), 'variant')} has a result"
+        return text.clean(f"None of {text.plural(len(sweep.variants), 'variant')} has a result{ended}")
     kept = f"{len(sweep.front)} of {text.plural(len(done), 'measured variant')} on the front"
     fastest = max(
         (r for r in done if r.on_front and r.figures.decode_tokens_per_s is not None),
@@ -51,7 +52,7 @@ def headline(sweep: Sweep) -> str:
         default=None,
     )
     speed = f"; fastest is {fastest.name}" if fastest and len(sweep.front) > 1 else ""
-    return text.clean(f"{kept}{speed}" + (f"; {sweep.ended}" if sweep.ended else ""))
+    return text.clean(f"{kept}{speed}{ended}")
 
 
 def _figures(result: VariantResult) -> tuple[str, str, str, str]:

@@ -74,6 +74,12 @@ def test_the_table_has_the_front_first_and_says_why_others_have_no_figures() -> 
     assert lines[-1] == "4: recipe.yaml:7:1: bits can't be 5"
 
 
+def test_a_sweep_without_a_result_says_why() -> None:
+    assert sweep_page.headline(swept(REFUSED, ended="the budget of 1s is spent")) == (
+        "None of 1 variant has a result; the budget of 1s is spent"
+    )
+
+
 @given(st.lists(st.text(min_size=1, max_size=120), min_size=1, max_size=5, unique=True), st.text(max_size=200))
 def test_the_table_fits_80_columns(names: list[str], reason: str) -> None:
     variants = [GOOD.model_copy(update={"name": name}) for name in names]
