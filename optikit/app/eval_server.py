@@ -67,6 +67,7 @@ def measure(request: Request) -> Report:
 
     started = time.monotonic()
     require_no_seal(request.out)
+    _hour(request.cost)  # a wrong name is told before the server is asked
     wanted = Client(request.url, timeout_s=request.timeout_s, key=read_key(request.key_from))
     texts = _texts(request)
     with wanted as client, make_progress(request.progress) as progress:
@@ -195,6 +196,7 @@ def _report(
         recipe={
             "model": url,
             "evaluate": request.wanted.model_dump(mode="json"),
+            "cost": request.cost.model_dump(mode="json"),
             "gates": {name: gate.model_dump(mode="json") for name, gate in request.gates.items()},
         },
         model={"name": model, "source": url},

@@ -9,7 +9,7 @@ import pytest
 
 from optikit.app import eval_server
 from optikit.errors import InputMissingError, StageTimeoutError, UnavailableError, UsageError
-from optikit.recipe.schema import Evaluate, Gate
+from optikit.recipe.schema import Evaluate, Gate, Price
 from optikit.report import write
 from optikit.runtime.completions_client import Client
 from tests.completions_server import Model, serving
@@ -34,8 +34,9 @@ def ask(url, out, prose, **changed):
 
 def test_a_server_is_measured_by_concurrency_and_by_its_own_log_probabilities(model, prose, tmp_path):
     gates = {"ttft_ms_p50": Gate(max=1e6), "perplexity_ratio": Gate(max=2)}
+    cost = Price(usd_per_hour=10, source="invoice", discount=0.25, concurrency=2)
     with serving(model) as server:
-        report = ask(server.url, tmp_path / "out", prose, gates=gates)
+        report = ask(server.url, tmp_path / "out", prose, gates=gates, cost=cost)
     assert report.served is not None
     assert (report.served.model, report.served.tokens_counted_by) == ("tiny", "the server")
     assert report.served.end_of_text_ignored
@@ -46,6 +47,12 @@ def test_a_server_is_measured_by_concurrency_and_by_its_own_log_probabilities(mo
         assert row.tpot_ms_p50 > 0
         assert row.ttft_ms_p95 is None
         assert row.output_tokens_per_s == pytest.approx(6 * row.requests_per_s)
+        hour = 7.5 / 3600 * 1e6
+        assert row.usd_per_million_output_tokens == pytest.approx(hour / row.output_tokens_per_s)
+        assert row.usd_per_million_blended_tokens == pytest.approx(hour / (row.concurrency / row.tpot_ms_p50 * 4e3))
+    priced = report.result.cost
+    assert (priced.concurrency, priced.price_source, priced.reason) == (2, "invoice", "")
+    assert priced.usd_per_million_output_tokens == report.served.speed[1].usd_per_million_output_tokens
     text = prose.read_text(encoding="utf-8")
     nll = [-each for start in range(0, 192, 64) for each in model.echo(text[start : start + 64])["token_logprobs"][1:]]
     perplexity = report.result.quality.perplexity
@@ -68,6 +75,7 @@ def test_a_server_that_knows_only_the_standard_is_timed_and_its_quality_has_a_re
         report = ask(server.url, tmp_path / "out", prose)
     assert report.served is not None
     assert not report.served.end_of_text_ignored
+    assert report.result.cost.reason == eval_server.UNPRICED
     assert report.result.quality.perplexity is None
     assert report.result.quality.reason == eval_server.NEEDS_LOGPROBS
     assert eval_server.NEEDS_LOGPROBS in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
@@ -88,6 +96,11 @@ def test_what_a_server_does_wrong_is_said(model, prose, tmp_path, fault, error, 
         ask(server.url, tmp_path / "out", prose, timeout_s=0.5 if fault == "hang" else 20)
     assert caught.value.fix
     assert not (tmp_path / "out").exists()
+
+
+def test_a_price_that_nobody_knows_is_told_before_the_server_is_asked(prose, tmp_path):
+    with pytest.raises(UsageError, match="no instance 'c7i-xlrage' with a price"):
+        ask("http://127.0.0.1:9", tmp_path / "out", prose, cost=Price(instance="c7i-xlrage"))
 
 
 def test_nobody_there(prose, tmp_path):
