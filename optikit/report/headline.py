@@ -97,6 +97,9 @@ def _further(report: Report) -> Iterator[str]:
     if report.speculation:
         yield from _drafting(report.speculation)
     yield from _apart(report)
+    if report.loaded:
+        best = max(report.loaded.rows, key=lambda row: row.output_tokens_per_s)
+        yield f"up to {text.per_second(best.output_tokens_per_s)} behind {report.loaded.server}"
     if not measured_only(report):
         yield from _missing(report)
 

@@ -75,7 +75,11 @@ def compared(report: Report) -> str:
         return f"Measured as it is: {_described(report.result)}."
     if report.baseline.speed or report.baseline.quality or report.result.speed or report.result.quality:
         return f"Baseline: {_described(report.baseline)}. Result: {_described(report.result)}."
-    return "Only sizes are known; nothing was run."
+    return (
+        "Only sizes are known, and the result under load."
+        if report.loaded
+        else "Only sizes are known; nothing was run."
+    )
 
 
 def _described(measurement: Measurement) -> str:

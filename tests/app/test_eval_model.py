@@ -93,20 +93,26 @@ def test_two_directories_are_measured_and_compared(tiny_llama, tiny_gptq, prose,
 
 def test_options_say_what_to_measure_or_a_recipe_does(tmp_path, prose, tiny_llama):
     given = {"text": str(prose), "prompts": None, "tasks": ["a=a.jsonl"], "new_tokens": 8}
-    asked, gates, _ = cli._wanted(None, **given)
-    assert (asked.perplexity.text, asked.speed.new_tokens, asked.tasks[0].name, gates) == (str(prose), 8, "a", {})
+    asked = cli._asked(None, **given)["wanted"]
+    assert (asked.perplexity.text, asked.speed.new_tokens, asked.tasks[0].name) == (str(prose), 8, "a")
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
-        f"model: {tiny_llama}\nevaluate: {{perplexity: {{text: {prose}}}}}\ngates: {{size_ratio: {{max: 1}}}}"
+        f"model: {tiny_llama}\nevaluate: {{perplexity: {{text: {prose}}}}}\ngates: {{size_ratio: {{max: 1}}}}\n"
+        "cost: {usd_per_hour: 2}\n"
     )
-    asked, gates, base = cli._wanted(recipe, text=None, prompts=None, tasks=[], new_tokens=8)
-    assert (asked.speed, list(gates), base) == (None, ["size_ratio"], tmp_path)
+    found = cli._asked(recipe, text=None, prompts=None, tasks=[], new_tokens=8)
+    assert (found["wanted"].speed, list(found["gates"]), found["base"]) == (None, ["size_ratio"], tmp_path)
+    assert found["cost"].usd_per_hour == 2
+    assert cli._priced(usd_per_hour=None, instance=None, discount=None) == {}
+    assert cli._priced(usd_per_hour=3.0, discount=0.5)["cost"].discount == 0.5
+    with pytest.raises(UsageError, match="--usd-per-hour"):
+        cli._priced(usd_per_hour=0.0)
     with pytest.raises(UsageError, match="--recipe says all"):
-        cli._wanted(recipe, **given)
+        cli._asked(recipe, **given)
     with pytest.raises(UsageError, match="names no file"):
-        cli._wanted(None, **given | {"tasks": ["a.jsonl"]})
+        cli._asked(None, **given | {"tasks": ["a.jsonl"]})
     with pytest.raises(UsageError, match="can't measure that"):
-        cli._wanted(None, **given | {"tasks": ["A B=a.jsonl"]})
+        cli._asked(None, **given | {"tasks": ["A B=a.jsonl"]})
     with pytest.raises(UsageError, match="nothing to measure"):
         eval_model.measure(
             eval_model.Request(subject=tiny_llama, out=tmp_path / "o", wanted=Evaluate(), progress="none")
