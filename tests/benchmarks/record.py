@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def machine(report: dict[str, Any]) -> str:
 
 def readme(name: str, report: dict[str, Any], settings: list[str], seconds: float) -> str:
     """Return the README of a recorded run."""
-    overrides = "".join(f" --set {setting}" for setting in settings)
+    overrides = "".join(f" --set {shlex.quote(setting)}" for setting in settings)
     date = datetime.now(UTC).strftime("%d %B %Y").lstrip("0")
     return (
         f"# {name}, recorded\n\n"
