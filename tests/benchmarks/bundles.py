@@ -60,6 +60,12 @@ CASES = (
         ({"compile": {"engine": "neuron", "backend": "optimum-neuron", "tensor_parallel": 1}},),
         ("optimum-neuron",),
     ),
+    Case(
+        "smollm2-vllm-neuron",
+        "trn2.48xlarge",
+        ({"compile": {"engine": "neuron", "backend": "vllm-neuron", "tensor_parallel": 1}},),
+        ("vllm-neuron",),
+    ),
     Case("smollm2-openvino", "cpu", ({"compile": {"engine": "openvino"}},), ("openvino",)),
 )
 

@@ -1,0 +1,11 @@
+#!/bin/sh
+# Wait until the server is ready, then ask for a few tokens. sh check.sh [URL] [SECONDS]: exit code 0 if they come.
+set -eu
+url=${1:-http://127.0.0.1:8000}
+end=$(( $(date +%s) + ${2:-1200} ))
+until curl -fsS -o /dev/null "$url/v2/health/ready" 2> /dev/null; do
+  if [ "$(date +%s)" -ge "$end" ]; then echo "$url/v2/health/ready doesn't answer" >&2; exit 1; fi
+  sleep 2
+done
+curl -fsS "$url/v2/models/smollm2-gpu/generate" -H 'Content-Type: application/json' -d '{"text_input": "The capital of France is", "parameters": {"stream": false, "temperature": 0, "max_tokens": 8}}'
+echo
