@@ -107,17 +107,49 @@ class Arm:
         self.process.wait()
 
 
-def bandwidth() -> float:
-    """Return bytes per second of one thread that sums 256 MiB, the best of ten."""
+def bandwidth(threads: int) -> float:
+    """Return bytes per second of threads that sum 256 MiB each, the best of ten."""
+    from concurrent.futures import ThreadPoolExecutor
+
     import numpy as np
 
-    data = np.ones(1 << 25, np.float64)
+    data = [np.ones(1 << 25, np.float64) for _ in range(threads)]
     best = float("inf")
-    for _ in range(10):
-        start = time.perf_counter()
-        data.sum()
-        best = min(best, time.perf_counter() - start)
-    return data.nbytes / best
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(10):
+            start = time.perf_counter()
+            list(pool.map(np.sum, data))
+            best = min(best, time.perf_counter() - start)
+    return sum(each.nbytes for each in data) / best
+
+
+def draw(figures: dict[str, Any], floor_ms: float, path: Path) -> None:
+    """Write the curves of all paths as a picture that stands alone, with the floor."""
+    import re
+
+    import optikit.report
+    from optikit.report.load_curves import Curve, curves
+
+    lines = [
+        Curve(name=name, points=tuple((m, by[m]["ms"], tuple(by[m]["ci95"])) for m in WINDOWS))
+        for name, by in figures.items()
+    ]
+    lines.append(Curve(name="bandwidth floor", points=tuple((m, floor_ms, None) for m in WINDOWS)))
+    about = f"Milliseconds of a forward pass of m tokens behind {CONTEXT}, and what reading the weights once takes."
+    drawn = curves(lines, ident="paths", title="T(m)", across="tokens m", up="ms", description=about)
+    sheet = (Path(optikit.report.__file__).parent / "style.css").read_text(encoding="utf-8")
+    colors = dict(reversed(re.findall(r"--([a-z-]+): (#[0-9a-f]+)", sheet)))  # the first of each: the light ones
+    rules = "\n".join(re.findall(r"^svg .*$", sheet, re.MULTILINE)).replace("svg.chart", "svg")
+    rules = re.sub(r"var\(--([a-z-]+)\)", lambda found: colors[found[1]], rules)
+    style = (
+        f'<style>svg text {{ font-family: sans-serif }}\n{rules}</style><rect width="100%" height="100%" fill="#fff"/>'
+    )
+    text = (
+        str(drawn)
+        .replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+        .replace("<title", style + "<title", 1)
+    )
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def measure(paths: list[Arm], rounds: int) -> dict[str, dict[int, list[tuple[float, float]]]]:
@@ -168,6 +200,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--svg", type=Path)
     given = parser.parse_args()
     paths = []
     for each in given.path:
@@ -180,7 +213,12 @@ def main() -> None:
             path.close()
     table, figures = told(found, "own")
     print(table)
-    print(f"bandwidth of one thread: {bandwidth() / 1e9:.1f} GB/s")
+    speed = bandwidth(given.threads)
+    read = sum(each.stat().st_size for each in Path(given.path[0].partition("=")[2]).glob("model.onnx*"))
+    floor_ms = 1000 * read / speed
+    print(f"bandwidth of {given.threads} threads: {speed / 1e9:.1f} GB/s; {read / 1e6:.1f} MB take {floor_ms:.2f} ms")
+    if given.svg:
+        draw({name: by for name, by in figures.items() if name != "reference_ms"}, floor_ms, given.svg)
     if given.json:
         given.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
 
