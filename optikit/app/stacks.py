@@ -127,8 +127,9 @@ class End:
     def degrees(self, facts: ModelFacts, target: Target) -> Iterator[tuple[int, int]]:
         """Yield (tensor, pipeline) degrees to try."""
         if self.engine == "neuron":
-            older = (degree for degree in target.older_tensor_parallel if facts.heads % degree == 0)
-            yield from ((degree, 1) for degree in dict.fromkeys((*neuron.degrees(target), *older)))
+            yield from (
+                (degree, 1) for degree in dict.fromkeys((*neuron.degrees(target), *target.older_tensor_parallel))
+            )
         elif target.device == "cuda" and self.engine in SHARED_OUT:
             for tensor, pipeline in parallel.rows()[self.engine].degrees(facts, target.count):
                 if pipeline == 1 or not self.compiled:
@@ -314,10 +315,14 @@ def _shapes(facts: ModelFacts, end: End, target: Target, batches: tuple[int, ...
 
 
 def _order(stored: ModelFacts, target: Target) -> Any:
-    """Return the key that puts shapes in order: least time per token; of equals the fewest groups, then devices."""
+    """Return the key that puts shapes in order: least time per token; of equals the fewest groups, then devices.
 
-    def key(shape: Shape) -> tuple[float, int, int]:
-        return per_token(stored, target, shape), shape.pipeline, shape.devices
+    Degrees that only older texts allow come after all others.
+    """
+    older = set(target.older_tensor_parallel) - set(target.tensor_parallel)
+
+    def key(shape: Shape) -> tuple[bool, float, int, int]:
+        return shape.tensor in older, per_token(stored, target, shape), shape.pipeline, shape.devices
 
     return key
 
