@@ -156,7 +156,7 @@ def preset(
     has_runtime = target == "cpu"
     heads = [f"# yaml-language-server: $schema={schema}"] if schema else []
     heads += [f"# {line}" for line in about]
-    heads += ["#", f"# Run:  optikit run {shlex.quote(str(path))} --out out/", ""]
+    heads += ["#", f"# Run:       optikit run {shlex.quote(str(path))} --out out/", ""]
     heads += [f"model: {_quoted(model)}", f"target: {target}", ""]
     if calibrated:
         heads += [_QUANTIZE.format(prose=PROSE).partition("\nstages:")[0]]

@@ -245,6 +245,13 @@ WORD = "\0"
 CALLS: Mapping[str, Sequence[Sequence[str]]] = {
     "run": [[WORD, "--out", "o"], ["r.yaml", "--out", "o", "--until", WORD], ["r.yaml", "--out", "o", "--set", WORD]],
     "plan": [[WORD], [WORD, "--json"], ["r.yaml", "--set", f"model={WORD}"], ["r.yaml", "--out", WORD]],
+    "sweep": [
+        [WORD, "--out", "o"],
+        ["r.yaml", "--out", "o", "--vary", WORD],
+        ["r.yaml", "--out", "o", "--budget", WORD],
+    ],
+    "submit": [[WORD, "--to", "k8s", "--out", "o"], ["r.yaml", "--to", WORD, "--out", "o"]],
+    "presets": [[WORD], [WORD, "--json"]],
     "recommend": [[WORD], ["m", "--target", WORD], ["m", "--report", WORD], ["m", "--targets", WORD]],
     "init": [[WORD], ["s.yaml", "--target", WORD], ["s.yaml", "--force", "--model", WORD]],
     "schema": [[WORD]],

@@ -137,13 +137,13 @@ GOLDEN: dict[str, tuple[str, tuple[str, ...], str]] = {
         recipe.yaml:2:1: error: unknown key 'x' [unknown-key]
           2 | x: &x {a: 1}
             | ^
-            = fix: choose from model, target, seed, calibration, stages, serve, evaluate, gates, max_memory, timeout
+            = fix: choose from model, target, seed, calibration, stages, serve, evaluate, cost, gates, sweep, max_memory, timeout
 
         recipe.yaml:4:3: error: merge keys ('<<') are not part of YAML 1.2 [merge-key]
           4 |   <<: *x
             |   ^^
             = fix: use `extends: base.yaml`, or write the keys out
-        """,
+        """,  # noqa: E501 - as it is told
     ),
     "tab": (
         "model: ./m\ngates:\n\tsize_ratio: {max: 1}\n",

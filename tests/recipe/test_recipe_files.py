@@ -21,7 +21,8 @@ RECIPES = sorted((ROOT / "recipes").rglob("*.y*ml"))
 
 def test_there_are_recipes() -> None:
     assert {"quickstart.yaml", "smollm2-135m-gptq-cpu.yaml"} <= {path.name for path in RECIPES}
-    assert all(path.parent.name == "recipes" for path in RECIPES), "flat: a file name is a public name"
+    assert {path.parent.name for path in RECIPES} == {"recipes", "presets"}
+    assert len({path.name for path in RECIPES}) == len(RECIPES), "a file name is a public name"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -33,12 +34,13 @@ def test_shipped_recipe(path: Path) -> None:
     Draft7Validator(export()).validate(plain(written))
     header = re.match("(?:#.*\n)+", loaded.text)
     assert header, "begins with a comment"
-    assert f"# Run:       optikit run recipes/{path.name} --out out/\n" in header[0]
-    override = re.search(
-        rf"^# Override:  optikit run recipes/{path.name} --out out/ --set (\S+)$", header[0], re.MULTILINE
-    )
+    command = rf"optikit run {path.relative_to(ROOT)} --out out/(\w+/)?"
+    assert re.search(rf"^# Run:       {command}$", header[0], re.MULTILINE)
+    override = re.search(rf"^# Override:  {command} --set (?P<setting>\S+)$", header[0], re.MULTILINE)
+    if path.parent.name == "presets":
+        return  # written by a command
     assert override
-    assert load(path, overrides=[override[1]]).recipe != loaded.recipe
+    assert load(path, overrides=[override["setting"]]).recipe != loaded.recipe
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
