@@ -60,6 +60,7 @@ def test_the_second_device_refuses_what_cuda_does():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_the_essential_parts_find_the_same_there(tmp_path):
     assert compared(tmp_path, list(ESSENTIAL)) == dict.fromkeys(ESSENTIAL, "")
 

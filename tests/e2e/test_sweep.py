@@ -45,6 +45,7 @@ def made(result: dict[str, Any]) -> Counter[str]:
     return Counter(step["key"] for step in steps if step["status"] == "executed")
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_its_report_says_what_nothing_dominates(cli: Cli, recipe: Path) -> None:
     out = cli.cwd / "swept"
     process = cli.start("sweep", recipe, "--out", out, "--progress", "plain")

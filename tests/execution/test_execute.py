@@ -67,6 +67,7 @@ def test_a_step_is_done_once_and_found_again(planned, store):
     }
 
 
+@pytest.mark.slow
 def test_a_step_that_the_second_store_has_is_fetched_and_one_that_was_run_is_put_there(
     planned, store, tmp_path, monkeypatch
 ):
