@@ -94,7 +94,7 @@ def threshold(scores: Callable[[], Iterable[Tensor]], sparsity: float) -> tuple[
         return 0.0, 0
     high, count = _place(upper, count)
     lower = sum(torch.bincount(bits[bits >> 16 == high] & 0xFFFF, minlength=1 << 16) for bits in map(_bits, scores()))
-    assert isinstance(lower, Tensor)  # noqa: S101
+    assert isinstance(lower, Tensor)  # noqa: S101 - as above
     low, count = _place(lower, count)
     return float(torch.tensor((high << 16) | low, dtype=torch.int32).view(torch.float32)), count
 

@@ -25,6 +25,9 @@ GROWTH = 1.4
 SPENT_LAST = 2 / 3
 """Share of the error that is kept for the last look: who goes to the end pays little for having looked before."""
 
+SLOW = 2.0
+"""Times the fastest arm's time per token, from which on an arm's answers are cut short."""
+
 
 class Look(NamedTuple):
     """Number of samples at which an interval is taken, and its level of confidence."""

@@ -14,12 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from optikit.evaluation import looks
-from optikit.evaluation.looks import Look
+from optikit.evaluation.looks import SLOW, Look
 from optikit.evaluation.speed import Trace
 from optikit.evaluation.statistics import paired_ratio
 
-SLOW = 2.0
-"""Times the fastest arm's time per token, from which on an arm's answers are cut short."""
 TOKEN_ERROR = 0.02
 """Standard error of the time per token of a short answer, as a share: rounds differ by more than that."""
 FEWEST_TOKENS = 9

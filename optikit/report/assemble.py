@@ -5,7 +5,6 @@ Light: numpy is imported only where kept log-likelihoods of two steps are compar
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +18,6 @@ from optikit.evaluation.cost import Hour
 from optikit.evaluation.results import (
     Cost,
     GateResult,
-    Interval,
     Loaded,
     Measurement,
     OtherBaseline,
@@ -34,12 +32,11 @@ from optikit.evaluation.results import (
     Timing,
 )
 from optikit.models import gguf_parts
-from optikit.plan import check_gates
 from optikit.plan.measurements import SCORING
 from optikit.plan.model import BASELINE
 from optikit.recipe import limits
 from optikit.recipe.schema import as_written
-from optikit.report import caveats, load_values, pricing, speculation_table
+from optikit.report import caveats, gate_values, pricing, speculation_table
 from optikit.report import judge as judging
 from optikit.report.judge import Value
 from optikit.stage import VERIFIED
@@ -305,49 +302,13 @@ class _Run:
     @cached_property
     def values(self) -> Mapping[str, Value]:
         """What gates may limit, by metric name."""
-        missing = Value(reason=self.result.reason or "the result was not loaded")
-        return {**self._quality_values(), **self._speed_values(), **load_values.values(self.loaded, missing)} | {
-            "size_ratio": _ratio(self.result.size_bytes, self.baseline.size_bytes)
-        }
-
-    def _quality_values(self) -> dict[str, Value]:
-        missing = Value(reason=self.result.reason or "the result has no quality to compare")
-        found = dict.fromkeys(
-            (name for name, part in check_gates.NEEDS.items() if part in ("perplexity", "tasks")), missing
-        )
-        quality = self.result.quality
-        if quality is None:
-            return found
-        if quality.perplexity is not None:
-            ratio = quality.perplexity
-            reason = quality.reason if ratio.ratio is None else ""
-            found["perplexity_ratio"] = Value(value=ratio.ratio, ci95=ratio.ratio_ci95, reason=reason)
-        apart = quality.kl_divergence
-        found["kl_divergence_mean"] = (
-            Value(value=apart.mean, ci95=apart.mean_ci95) if apart else Value(reason=quality.reason)
-        )
-        reason = quality.reason if quality.top1_agreement is None else ""
-        found["top1_agreement"] = Value(value=quality.top1_agreement, ci95=quality.top1_agreement_ci95, reason=reason)
-        return found | dict(_task_values(quality))
-
-    def _speed_values(self) -> dict[str, Value]:
-        ratios = self.speedup(RESULT)
-        apart = ratios.repeating
-        repeats = f"all {apart.prompts} answers repeat themselves: give other prompts" if apart else ""
-        missing = Value(reason=self.result.reason or repeats or "the result was not timed")
-        found = {
-            f"{what}_speedup": Value(value=ratio.value, ci95=ratio.ci95) if ratio else missing
-            for what, ratio in (("decode", ratios.decode), ("prefill", ratios.prefill))
-        }
-        speed = self.result.speed
         intervals = self.timing.intervals.get(RESULT, {}) if self.timing else {}
-        for name in ("tpot_ms_p50", "ttft_ms_p50", "peak_memory_mib"):
-            found[name] = Value(value=getattr(speed, name), ci95=intervals.get(name)) if speed else missing
-        if speed is None:
-            return found | dict.fromkeys(("joules_per_output_token", check_gates.PRICE), missing)
-        found["joules_per_output_token"] = Value(value=speed.joules_per_output_token, reason=speed.energy_reason)
-        found[check_gates.PRICE] = _priced(self.result.cost, found["tpot_ms_p50"])
-        return found
+        return {
+            **gate_values.of_quality(self.result),
+            **gate_values.of_speed(self.result, self.speedup(RESULT), intervals),
+            **gate_values.of_loads(self.loaded, self.result.reason),
+            "size_ratio": gate_values.of_sizes(self.result.size_bytes, self.baseline.size_bytes),
+        }
 
     def step(self, step: Step, measurement: Measurement | None) -> StepReport:
         """Return one step's part of the report."""
@@ -386,7 +347,7 @@ class _Run:
             if ratio is not None:
                 own["perplexity_ratio"] = ratio
             own |= self._own_speed(step)
-            ratio_of_sizes = _ratio(self.measurement(step).size_bytes, before.size_bytes).value
+            ratio_of_sizes = gate_values.of_sizes(self.measurement(step).size_bytes, before.size_bytes).value
             yield own | {"size_ratio": ratio_of_sizes}
 
     def _own_drafts(self, step: Step) -> dict[str, Any]:
@@ -465,50 +426,6 @@ def _perplexity(measurement: Measurement) -> float | None:
 def _subject(step: Step) -> str:
     """Return the subject of what measures a step: the untouched model, unpacked or not, is the baseline."""
     return BASELINE if step.writes == "source" else step.name
-
-
-def _ratio(size: int | None, before: int | None) -> Value:
-    return Value(value=size / before) if size is not None and before else Value(reason="the size is not known")
-
-
-def _priced(found: Cost | None, tpot_ms: Value) -> Value:
-    """Return the price of output tokens; it grows with the time per token, and so does its interval."""
-    if found is None or found.usd_per_million_output_tokens is None:
-        return Value(reason=found.reason if found else "the result has no price")
-    price_now = found.usd_per_million_output_tokens
-    if tpot_ms.value is None or tpot_ms.ci95 is None or found.concurrency > 1:
-        return Value(value=price_now)
-    low, high = (price_now * end / tpot_ms.value for end in tpot_ms.ci95)
-    return Value(value=price_now, ci95=(low, high))
-
-
-def _task_values(quality: Quality) -> Iterator[tuple[str, Value]]:
-    """Yield what gates may limit of the tasks: means over tasks, which weigh the same."""
-    tasks = list(quality.tasks.values())
-    if not tasks:
-        return
-    yield "task_accuracy", _mean([(task.accuracy, task.accuracy_ci95) for task in tasks])
-    together = quality.tasks_verdict
-    if together is None:
-        return
-    yield "task_accuracy_change", Value(value=together.change, ci95=together.change_ci95)
-    yield "task_flip_rate", Value(value=sum(task.flip_rate or 0 for task in tasks) / len(tasks))
-    written = [
-        (task.output_length_ratio, task.output_length_ratio_ci95)
-        for task in tasks
-        if task.output_length_ratio is not None and task.output_length_ratio_ci95 is not None
-    ]
-    missing = Value(reason="no task has written answers")
-    yield "output_length_ratio", _mean(written) if written else missing
-
-
-def _mean(found: Sequence[tuple[float, Interval]]) -> Value:
-    """Return the mean of independent values: errors on each side are added in squares."""
-    count = len(found)
-    value = sum(each for each, _ in found) / count
-    below = math.hypot(*(each - ci95[0] for each, ci95 in found)) / count
-    above = math.hypot(*(ci95[1] - each for each, ci95 in found)) / count
-    return Value(value=value, ci95=(value - below, value + above))
 
 
 def weight_bytes(artifact: Artifact) -> int:

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from optikit.errors import StageFailedError
 from optikit.evaluation import looks, texts
-from optikit.evaluation.looks import Look
+from optikit.evaluation.looks import SLOW, Look
 from optikit.evaluation.results import Machine, Ratios, Repeating, Speed, Timing
 from optikit.evaluation.speed_client import Arm
 from optikit.evaluation.speed_schedule import (
@@ -112,8 +112,6 @@ COMPILED = {"onnxruntime", "openvino", "llama-cpp"}
 """Runtimes that compute on the processor, whatever the step's device: who is compared with them has to, too."""
 PREFILL_FLOPS = 60e9
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-SLOW = 2.0
-"""`speed_stopping.SLOW`; written out, because that module loads numpy."""
 USUAL_TOKENS = 16
 """That a slow arm writes, whose pace scatters by 8 %."""
 

@@ -15,8 +15,7 @@ from optikit.evaluation.cost import Hour
 from optikit.evaluation.results import Limits, Loaded
 from optikit.plan import Plan, make_plan
 from optikit.recipe.load import load
-from optikit.report import load_table, load_values, pricing
-from optikit.report.judge import Value
+from optikit.report import gate_values, load_table, pricing
 from optikit.stage import Job
 from optikit.stages.measure import serving
 from optikit.store.store import Store
@@ -94,7 +93,7 @@ def test_a_real_server_under_two_loads(tiny_onnx: Path, tmp_path: Path) -> None:
     assert row.usd_per_million_blended_tokens == pytest.approx(10 / (2 / row.tpot_ms_p50 * 3.6) / 4)
     cost = pricing.under_load(Hour(usd=10), pricing.of_clients(priced, None), 2)
     assert cost.usd_per_million_output_tokens == row.usd_per_million_output_tokens
-    values = load_values.values(priced, Value())
+    values = gate_values.of_loads(priced, "")
     assert values["serving_tokens_per_s"].value == max(each.output_tokens_per_s for each in found.rows)
     assert values["serving_tpot_ms_p50"].value == row.tpot_ms_p50
     assert (values["serving_good_rate"].value, values["serving_error_rate"].value) == (1, 0)

@@ -11,7 +11,6 @@ import pytest
 from pydantic import ValidationError
 
 from optikit.errors import InputMissingError, StageFailedError
-from optikit.evaluation import speed_stopping
 from optikit.evaluation.results import Machine, Speed
 from optikit.evaluation.speed import Trace
 from optikit.evaluation.speed_schedule import AGAIN, REPEATING, Rounds, Sample, conduct, schedule, select, sort_prompts
@@ -294,7 +293,3 @@ def test_an_arm_that_speculates_writes_whole_answers():
     listed = [ARMS[0], ARMS[1] | {"speculator": "made"}]
     options = speed.Options(arms=listed, new_tokens=48)
     assert speed._rounds(options, 0).plain == {"baseline"}
-
-
-def test_the_estimate_knows_which_arms_are_slow():
-    assert speed.SLOW == speed_stopping.SLOW
