@@ -17,6 +17,8 @@ from optikit.models.facts import TensorFacts
 from optikit.models.traits import Storage
 
 FIX = "correct quantization_config, or get the checkpoint again"
+WORDS = "I32"
+"""Dtype of what codes are packed into, by safetensors."""
 _MODULE_CLASSES = frozenset({"Linear", "Embedding"})
 
 
@@ -40,6 +42,7 @@ def check(
     directory = _Directory(storage, found, where)
     for linear, (rows, columns) in wanted.items():
         if storage.packs(linear, found):
+            directory.check_words(linear)
             directory.check_codes(linear, rows, columns)
             directory.check_scales(linear, rows, columns)
         directory.check_kept(linear)
@@ -61,6 +64,16 @@ class _Directory:
 
     def told(self, what: str, fix: str = FIX) -> IntegrityError:
         return IntegrityError(f"{self.where}: {what}", fix=fix)
+
+    def check_words(self, linear: str) -> None:
+        """Hold codes and zero points to the words that they are packed into: bits of other numbers mean nothing."""
+        if self.storage.packed not in ("in", "out", "row"):
+            return
+        for suffix in (self.storage.codes, "qzeros"):
+            tensor = self.found.get(self.storage.tensor(linear, suffix))
+            if tensor is not None and tensor.dtype != WORDS:
+                message = f"{linear}.{suffix} is stored as {tensor.dtype}, and {self.promised} packs it into {WORDS}"
+                raise self.told(message, "quantize the model anew: no reader here or elsewhere takes these for codes")
 
     def check_codes(self, linear: str, rows: int, columns: int) -> None:
         storage, codes = self.storage, self.found.get(self.storage.tensor(linear, self.storage.codes))
@@ -115,6 +128,7 @@ def _sizes(storage: Storage, rows: int, columns: int) -> dict[str, int]:
     groups = -(-columns // storage.group_size) if storage.group_size else 0
     high, wide = storage.settings.get("weight_block_size") or (rows, columns)
     blocks = {"out_blocks": -(-rows // high), "in_blocks": -(-columns // wide)}
+    blocks["out_words"] = -(-rows * storage.bits // 32)
     return {"out": rows, "in": columns, "groups": groups, "row_groups": groups or 1, **blocks}
 
 

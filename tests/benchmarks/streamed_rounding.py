@@ -26,14 +26,21 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "examples" / "streamed_rounding.md"
 HIDDEN, INNER, HEADS, KEYS, VOCAB = 8192, 28672, 64, 8, 152064
 STAGES = {
-    "fp8-dynamic": "{method: fp8}",
-    "fp8-block": "{method: fp8, scheme: block}",
-    "fp4-nvfp4": "{method: fp4, mse: false}",
-    "fp4-mxfp4": "{method: fp4, scheme: mxfp4, mse: false}",
-    "rtn": "{method: rtn, group_size: 128, mse: false}",
-    "rtn-packed": "{method: rtn, group_size: 128, mse: false, format: pack-quantized}",
-    "cast": "{method: cast, dtype: float16}",
+    "fp8-dynamic": "quantize: {method: fp8}",
+    "fp8-block": "quantize: {method: fp8, scheme: block}",
+    "fp4-nvfp4": "quantize: {method: fp4, mse: false}",
+    "fp4-mxfp4": "quantize: {method: fp4, scheme: mxfp4, mse: false}",
+    "rtn": "quantize: {method: rtn, group_size: 128, mse: false}",
+    "rtn-packed": "quantize: {method: rtn, group_size: 128, mse: false, format: pack-quantized}",
+    "rtn-8": "quantize: {method: rtn, bits: 8, group_size: 128, mse: false}",
+    "rtn-searched": "quantize: {method: rtn, group_size: 128}",
+    "nf4": "quantize: {method: nf4}",
+    "llm-int8": "quantize: {method: int8, scheme: llm_int8}",
+    "cast": "quantize: {method: cast, dtype: float16}",
+    "magnitude": "prune: {method: magnitude}",
+    "magnitude-2-4": "prune: {method: magnitude, pattern: '2:4'}",
 }
+"""What reads no text: everything else looks at inputs, which takes blocks in float32 and matrices of widths squared."""
 CHUNK = 1 << 24
 
 
@@ -90,7 +97,7 @@ def write_model(directory: Path, layers: int) -> int:
 def run(name: str, work: Path) -> dict[str, float]:
     """Run one stage; return what its report says of it and what the plan expected."""
     recipe = work / f"{name}.yaml"
-    recipe.write_text(f"model: model\ntarget: h100\nstages:\n  - quantize: {STAGES[name]}\n")
+    recipe.write_text(f"model: model\ntarget: h100\nstages:\n  - {STAGES[name]}\n")
     environment = {**os.environ, "OPTIKIT_HOME": str(work / "home")}
     optikit = [sys.executable, "-m", "optikit"]
     planned = subprocess.run(

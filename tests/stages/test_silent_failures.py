@@ -5,7 +5,7 @@ all codes the same                              llm-compressor 1765: every packe
 the method did nothing                          llm-compressor 2855
 tensors of drafts and gates left out            Model-Optimizer 2427: 0 of 15 tensors, exit 0
 larger than what it was made from               auto-round 2293
-a kernel that is wrong, or none, for a legal file   onnxruntime 28551, 28528; vllm 55613, 37185
+a kernel that is wrong, slow, or none, for a legal file   onnxruntime 28551, 28528, 28552; vllm 55613, 37185
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from optikit.recipe.load import load
 from optikit.stage import Calibration, Job
 from optikit.stages.compile import _onnx_compare
 from optikit.store.store import Store
+from tests.conftest import round_to_gptq
 from tests.rules import stacks
 from tests.stages.test_mixtures import mixture  # noqa: F401 - a fixture
 
@@ -155,13 +156,16 @@ def test_an_engine_that_answers_with_zeros_is_no_result(tiny_gptq, tiny_onnx_int
 
 KERNELS: dict[str, tuple[dict[str, Any], str]] = {
     "a group of a whole row": ({"group_size": -1}, "group-has-no-kernel"),
+    "codes of 2 bits, whose kernel wants 128 outputs at a time": ({"bits": 2}, "bad-choice"),
+    "blocks of 128 outputs that a linear hasn't": ({"method": "fp8", "scheme": "block"}, "block-divides-width"),
 }
 
 
 @pytest.mark.parametrize("case", KERNELS)
 def test_a_file_without_a_kernel_is_refused_before_it_is_made(case, tiny_llama, prose, tmp_path):
     options, code = KERNELS[case]
-    stages_of = [{"quantize": {"method": "gptq", "group_size": 32, **options}}, {"compile": {"engine": "onnxruntime"}}]
+    named = options if "method" in options else {"method": "gptq", "group_size": 32, **options}
+    stages_of = [{"quantize": named}, {"compile": {"engine": "onnxruntime"}}]
     recipe = {"model": str(tiny_llama), "target": "cpu", "stages": stages_of}
     recipe["calibration"] = {"text": str(prose), "samples": 4, "length": 32}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
@@ -169,6 +173,30 @@ def test_a_file_without_a_kernel_is_refused_before_it_is_made(case, tiny_llama, 
         make_plan(load(tmp_path / "r.yaml"), Store(tmp_path / "home"))
     assert caught.value.code == 65
     assert code in {problem.code for problem in caught.value.problems}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "dtype", "shape"),
+    [("qzeros", torch.float16, (2, 64)), ("qzeros", torch.int32, (2, 64)), ("qweight", torch.uint8, (4, 64))],
+    ids=["zero points that are floats", "zero points that aren't packed", "codes that aren't packed"],
+)
+def test_a_file_whose_codes_no_reader_takes_is_refused_before_it_is_read(suffix, dtype, shape, tiny_llama, tmp_path):
+    """2 bits with a zero point of 1.5, as Quark has it, under the name of a format that has none such."""
+    source = round_to_gptq(tiny_llama, tmp_path / "model", bits=2)
+    make_plan(load(recipe_of(source, tmp_path)), Store(tmp_path / "home"))
+    tensors = load_file(source / "model.safetensors")
+    tensors[f"model.layers.0.self_attn.q_proj.{suffix}"] = torch.full(shape, 1.5).to(dtype)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(IntegrityError, match=rf"q_proj\.{suffix} (is stored as|has shape)") as caught:
+        make_plan(load(recipe_of(source, tmp_path)), Store(tmp_path / "home"))
+    assert caught.value.code == 76
+
+
+def recipe_of(model: Path, place: Path) -> Path:
+    path = place / "r.yaml"
+    stack = [{"compile": {"engine": "onnxruntime"}}]
+    path.write_text(yaml.safe_dump({"model": str(model), "target": "cpu", "stages": stack}))
+    return path
 
 
 def test_a_processor_without_the_kernel_is_told_before_a_server_ends_on_it():
