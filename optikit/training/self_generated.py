@@ -3,11 +3,12 @@
 Paper   Cai et al. 2024, arXiv:2401.10774, section 2.3.2 (self-distillation): a drafter has to predict the model's text,
         not the author's
 Cost    one decoding step per token and batch; 2 bytes per token and unit of width on disk
-Differs greedy, because greedy serving is what the drafts are for; the states are kept while writing, so that no second
-        pass over the text is needed
+Differs greedy, because greedy serving is what the drafts are for; where prompts are few, more answers to each are drawn
+        at a temperature, so that there is more to learn from; the states are kept while writing, so that no second pass
+        over the text is needed
 
 Every batch is written to a file when it is done; a killed run's successor goes on behind the last one. A batch depends
-on its prompts only.
+on its prompts, its number and the seed only.
 """
 
 from __future__ import annotations
@@ -31,6 +32,21 @@ ROOM = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How answers beside the greedy one are drawn.
+
+    Attributes:
+        answers: Texts per prompt. Those of one prompt follow each other, and the first of them is greedy.
+        temperature: Of the others.
+        seed: With the number of a batch it decides what is drawn.
+    """
+
+    answers: int = 1
+    temperature: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class GeneratedText:
     """Texts one after the other, each begun by the last token of its prompt.
 
@@ -40,12 +56,14 @@ class GeneratedText:
         wanted: (n,) bool: tokens that the model wrote.
         hidden: (n, width): the state, behind the final norm, at each token: what the next one was predicted from. Zero
             at the last token of a text, behind which nothing was predicted. Of width 0 where none were kept.
+        answers: Texts per prompt, the first of each greedy.
     """
 
     tokens: Tensor
     documents: Tensor
     wanted: Tensor
     hidden: Tensor
+    answers: int = 1
 
     @property
     def texts(self) -> int:
@@ -65,14 +83,19 @@ class GeneratedText:
             documents=self.documents[kept],
             wanted=self.wanted[kept],
             hidden=self.hidden[kept],
+            answers=self.answers,
         )
 
 
 def divide(text: GeneratedText, share: float) -> tuple[GeneratedText, GeneratedText]:
-    """Return (texts to learn from, texts to validate on): whole texts, every 1/share-th of them, at least one."""
+    """Return (texts to learn from, texts to validate on).
+
+    Every 1/share-th prompt is held back, at least one, with all its answers; the greedy ones validate.
+    """
     documents = torch.tensor(sorted(set(text.documents.tolist())))
-    held = documents[:: max(2, round(1 / share))]
-    return text.chosen(documents[~torch.isin(documents, held)]), text.chosen(held)
+    asked = documents // text.answers
+    held = torch.isin(asked, asked.unique()[:: max(2, round(1 / share))])
+    return text.chosen(documents[~held]), text.chosen(documents[held & (documents % text.answers == 0)])
 
 
 def write(  # noqa: PLR0913 - how to write, each with a default
@@ -83,19 +106,21 @@ def write(  # noqa: PLR0913 - how to write, each with a default
     ends: frozenset[int],
     folder: Path,
     states: bool = True,
+    drawing: Drawing = Drawing(),
     most: tuple[int, int] = (BATCH, ROOM),
     observe: Callable[[int, int], None] = lambda _done, _total: None,
     note: Callable[[str], None] = lambda _: None,
 ) -> GeneratedText:
-    """Let a model continue prompts greedily.
+    """Let a model continue prompts.
 
     Args:
         model: A transformers decoder.
-        prompts: Token ids, each at least one.
+        prompts: Token ids, each at least one; a prompt with several answers as often.
         new_tokens: Most tokens to write per prompt.
         ends: Tokens that end a text; the one that does is part of it.
         folder: Where finished batches are kept.
         states: Keep what each token was predicted from.
+        drawing: How those that aren't greedy are drawn.
         most: Prompts at once, those of similar length together, and positions of the cache at once; a prompt that is
             longer is written alone.
         observe: Told (done, total) prompts.
@@ -110,12 +135,14 @@ def write(  # noqa: PLR0913 - how to write, each with a default
         path = folder / f"text-{number:05d}.safetensors"
         part = kept_tensors(path, note)
         if part is None:
-            part = _joined(indices, _continue(model, [prompts[i] for i in indices], new_tokens, ends))
+            picker = _Picker(drawing, indices, number)
+            part = _joined(indices, _continue(model, [prompts[i] for i in indices], new_tokens, ends, picker))
             part["hidden"] = part["hidden"] if states else part["hidden"][:, :0]
             keep_tensors(path, part)
         parts.append(part)
     observe(done, len(prompts))
-    return GeneratedText(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return GeneratedText(**joined, answers=drawing.answers)
 
 
 def _batches(lengths: Sequence[int], most: int, room: int) -> Iterator[list[int]]:
@@ -161,16 +188,35 @@ class _States:
         self._hook.remove()
 
 
+class _Picker:
+    """Chooses the next token of every row of a batch: the best, or one that is drawn."""
+
+    def __init__(self, drawing: Drawing, texts: Sequence[int], batch: int) -> None:
+        self._drawn = torch.tensor([index % drawing.answers != 0 for index in texts])
+        self._temperature = drawing.temperature
+        self._random = torch.Generator().manual_seed(drawing.seed * 1_000_003 + batch)
+
+    def pick(self, rows: Tensor, logits: Tensor) -> Tensor:
+        """Return (rows,) tokens, where the logits are, from (rows, vocab) logits of these rows."""
+        best = logits.argmax(-1)
+        drawn = self._drawn[rows]
+        if drawn.any():
+            there = drawn.to(logits.device)
+            odds = (logits[there].float() / self._temperature).softmax(-1).cpu()
+            best[there] = torch.multinomial(odds, 1, generator=self._random).flatten().to(logits.device)
+        return best
+
+
 @torch.inference_mode()
 def _continue(
-    model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, ends: frozenset[int]
+    model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, ends: frozenset[int], picker: _Picker
 ) -> list[tuple[int, list[int], Tensor]]:
     """Return (last token of the prompt, text, states (len(text), width)) of each prompt."""
     states = _States(model)
     texts: list[list[int]] = [[] for _ in prompts]
     seen: list[list[Tensor]] = [[] for _ in prompts]
     try:
-        for rows, tokens, hidden in _steps(model, prompts, new_tokens, ends, states):
+        for rows, tokens, hidden in _steps(model, prompts, new_tokens, ends, (states, picker)):
             for row, token, state in zip(rows, tokens, hidden, strict=True):
                 texts[row].append(token)
                 seen[row].append(state)
@@ -180,12 +226,17 @@ def _continue(
 
 
 def _steps(
-    model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, ends: frozenset[int], states: _States
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    ends: frozenset[int],
+    ways: tuple[_States, _Picker],
 ) -> Iterator[tuple[list[int], list[int], Tensor]]:
     """Yield (rows still writing, their next tokens, the states that predicted them), step by step.
 
     Prompts are padded on the left, where the mask hides it. A row whose text has ended leaves the batch.
     """
+    states, picker = ways
     longest = max(map(len, prompts))
     tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -197,7 +248,7 @@ def _steps(
     rows = torch.arange(len(prompts))
     for step in range(new_tokens):
         output = model(tokens, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1, **cached)
-        best = output.logits[:, -1].argmax(-1)
+        best = picker.pick(rows, output.logits[:, -1])
         yield rows.tolist(), best.tolist(), states.last
         kept = torch.nonzero(~torch.isin(best, ending)).flatten()
         if not len(kept) or step == new_tokens - 1:

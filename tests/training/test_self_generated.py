@@ -57,3 +57,52 @@ def test_a_text_does_not_depend_on_those_beside_it(tmp_path: Path) -> None:
     )
     assert torch.equal(again.hidden, together.hidden)
     assert len(notes) == 1
+
+
+def _tiny() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.5,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def test_the_first_answer_to_each_prompt_is_greedy_and_the_others_are_drawn_alike_again(tmp_path: Path) -> None:
+    model, answers = _tiny(), 4
+    prompts = [list(range(3, 3 + length)) for length in (2, 9, 5)]
+    asked = [prompt for prompt in prompts for _ in range(answers)]
+    drawing = self_generated.Drawing(answers=answers, temperature=1.5, seed=3)
+    greedy = self_generated.write(model, prompts, new_tokens=8, ends=frozenset(), folder=tmp_path / "greedy")
+    drawn = self_generated.write(
+        model, asked, new_tokens=8, ends=frozenset(), folder=tmp_path / "a", drawing=drawing, most=(5, 200)
+    )
+    again = self_generated.write(
+        model, asked, new_tokens=8, ends=frozenset(), folder=tmp_path / "b", drawing=drawing, most=(5, 200)
+    )
+    assert torch.equal(drawn.tokens, again.tokens)
+    texts = [tuple(drawn.tokens[drawn.documents == i].tolist()) for i in range(len(asked))]
+    plain = [tuple(greedy.tokens[greedy.documents == i].tolist()) for i in range(len(prompts))]
+    assert texts[::answers] == plain
+    assert len({text for index, text in enumerate(texts) if index % answers}) > len(prompts)
+    learning, held = self_generated.divide(drawn, 0.5)
+    assert set(held.documents.tolist()) == {0, 2 * answers}
+    assert set(learning.documents.tolist()) == set(range(answers, 2 * answers))
+
+
+def test_answers_are_drawn_as_often_as_the_model_says(tmp_path: Path) -> None:
+    model, answers, temperature = _tiny(), 4001, 0.8
+    drawing = self_generated.Drawing(answers=answers, temperature=temperature)
+    text = self_generated.write(
+        model, [[5]] * answers, new_tokens=1, ends=frozenset(), folder=tmp_path, drawing=drawing, most=(answers, 10**6)
+    )
+    first = text.tokens[text.wanted][1:]
+    odds = (model(torch.tensor([[5]])).logits[0, -1] / temperature).softmax(-1)
+    found = torch.bincount(first, minlength=32) / len(first)
+    uniform = torch.full((32,), 1 / 32)
+    assert (found - odds).abs().sum() / 2 < 0.04 < (found - uniform).abs().sum() / 2

@@ -12,7 +12,7 @@ from optikit.models import tokenizer
 if TYPE_CHECKING:
     from optikit.runtime.generate import TextGenerator
     from optikit.stage import Job
-    from optikit.stages.speculate._prompts import PromptOptions
+    from optikit.stages.speculate._prompts import PromptOptions, WritingOptions
     from optikit.training.self_generated import GeneratedText
 
 FEWEST = 4
@@ -20,9 +20,9 @@ FEWEST = 4
 
 
 def written(
-    options: PromptOptions, job: Job, tokens: int, *, states: bool = True
+    options: WritingOptions, job: Job, tokens: int, *, states: bool = True
 ) -> tuple[Any, list[list[int]], GeneratedText]:
-    """Return the model of `job.source`, prompts that nothing is evaluated on, and what it writes to them.
+    """Return the model of `job.source`, prompts that nothing is evaluated on, one per answer, and the answers.
 
     Args:
         options: Which prompts, and how.
@@ -51,7 +51,8 @@ def written(
     begun = time.monotonic()
 
     one_arena(bounded=True)  # a cache that grows token by token leaves holes of every size
-    used = fitting[: max(FEWEST, -(-tokens // options.new_tokens))]
+    asked = fitting[: max(FEWEST, -(-tokens // (options.new_tokens * options.answers)))]
+    used = [prompt for prompt in asked for _ in range(options.answers)]
     text = self_generated.write(
         decoder.model,
         used,
@@ -59,11 +60,14 @@ def written(
         ends=generator.ends,
         folder=job.scratch / "self-generated",
         states=states,
+        drawing=self_generated.Drawing(answers=options.answers, temperature=options.temperature, seed=job.seed),
         observe=observe,
         note=job.note,
     )
     rate = text.written / max(1e-3, time.monotonic() - begun)
-    job.note(f"the model wrote {text.written} tokens to {text.texts} prompts, {rate:.0f} per second")
+    job.note(
+        f"the model wrote {text.written} tokens in {text.texts} texts to {len(asked)} prompts, {rate:.0f} per second"
+    )
     return decoder.model, used, text
 
 

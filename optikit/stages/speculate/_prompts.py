@@ -49,6 +49,16 @@ class PromptOptions(StageOptions):
     engines round one token otherwise than several."""
 
 
+class WritingOptions(PromptOptions):
+    """Options of methods that learn from what the final weights write."""
+
+    answers: int = Field(default=1, ge=1, le=64)
+    """Answers to learn from per prompt: the first is greedy, as the drafts' use is, others are drawn. More where there
+    are few prompts, or short answers."""
+    temperature: float = Field(default=0.7, gt=0, le=2)
+    """Of the answers that are drawn."""
+
+
 def inputs(options: PromptOptions) -> Mapping[str, Input]:
     """Declare the prompts."""
     return {"prompts": Input(of="prompts", spec=options.prompts, option="prompts")}

@@ -28,7 +28,7 @@ from optikit.problems import Problem
 from optikit.stage import ANY, DENSE, MAIN, Estimate, Facts, Input, Job, directory_bytes
 from optikit.stages._budget import Budget, budget
 from optikit.stages.speculate import _prompts
-from optikit.stages.speculate._prompts import PromptOptions
+from optikit.stages.speculate._prompts import WritingOptions
 from optikit.targets import Target
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Make(BaseModel):
         return amount * (self.tokens if unit == "epochs" else BATCH * text_tokens)
 
 
-class Options(PromptOptions):
+class Options(WritingOptions):
     """Options of `speculate: {method: draft}`."""
 
     model: str = ""

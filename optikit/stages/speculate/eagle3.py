@@ -29,7 +29,7 @@ from optikit.problems import Problem
 from optikit.stage import ANY, MAIN, Estimate, Facts, Input, Job
 from optikit.stages._budget import Budget, Schedule, budget
 from optikit.stages.speculate import _prompts
-from optikit.stages.speculate._prompts import PromptOptions
+from optikit.stages.speculate._prompts import WritingOptions
 from optikit.targets import Target
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ TRAINING = ("depths", "draft_vocab", "tokens", "epochs", "steps", "unroll", "lea
 """Options that say how to train."""
 
 
-class Options(PromptOptions):
+class Options(WritingOptions):
     """Options of `speculate: {method: eagle3}`."""
 
     model: str = ""

@@ -31,7 +31,7 @@ from optikit.problems import Problem
 from optikit.stage import ANY, MAIN, Estimate, Facts, Input, Job, no_objection
 from optikit.stages._budget import Budget, Schedule, budget
 from optikit.stages.speculate import _prompts
-from optikit.stages.speculate._prompts import PromptOptions
+from optikit.stages.speculate._prompts import WritingOptions
 from optikit.targets import Target
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ PATIENCE = 2
 Layout = Literal["v1", "vllm", "nxdi"]
 
 
-class Options(PromptOptions):
+class Options(WritingOptions):
     """Options of `speculate: {method: medusa}`."""
 
     heads: int = Field(default=3, ge=1, le=8)
