@@ -94,7 +94,8 @@ def divide(text: GeneratedText, share: float) -> tuple[GeneratedText, GeneratedT
     """
     documents = torch.tensor(sorted(set(text.documents.tolist())))
     asked = documents // text.answers
-    held = torch.isin(asked, asked.unique()[:: max(2, round(1 / share))])
+    prompts = torch.tensor(sorted(set(asked.tolist())))
+    held = torch.isin(asked, prompts[:: max(2, round(1 / share))])
     return text.chosen(documents[~held]), text.chosen(documents[held & (documents % text.answers == 0)])
 
 
@@ -237,9 +238,11 @@ def _steps(
     Prompts are padded on the left, where the mask hides it. A row whose text has ended leaves the batch.
     """
     states, picker = ways
-    longest = max(map(len, prompts))
-    tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    places = torch.tensor([distinct.index(tuple(prompt)) for prompt in prompts])
+    longest = max(map(len, distinct))
+    tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in distinct])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in distinct])
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     ending = torch.tensor(sorted(ends), dtype=torch.int64)
     tokens, mask, positions, ending = (each.to(model.device) for each in (tokens, mask, positions, ending))
@@ -248,7 +251,13 @@ def _steps(
     rows = torch.arange(len(prompts))
     for step in range(new_tokens):
         output = model(tokens, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1, **cached)
-        best = picker.pick(rows, output.logits[:, -1])
+        logits = output.logits[:, -1]
+        if step == 0 and len(distinct) < len(prompts):  # a prompt is read once, whatever the number of its answers
+            states.last = states.last[places]
+            places = places.to(model.device)
+            cache.batch_select_indices(places)
+            logits, mask, positions = logits[places], mask[places], positions[places]
+        best = picker.pick(rows, logits)
         yield rows.tolist(), best.tolist(), states.last
         kept = torch.nonzero(~torch.isin(best, ending)).flatten()
         if not len(kept) or step == new_tokens - 1:
