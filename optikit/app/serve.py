@@ -37,6 +37,7 @@ class Settings:
         api_key: What clients have to send; "" lets everybody in.
         name: What the model is called; "" is the directory's name.
         most_bytes: Longest body of a request.
+        stream_interval_ms: Least time between two events of a stream but its first and its last.
         max_tokens: Longest text, prompt and answer together; None is the model's context.
         threads: CPU threads; None is all.
         device: Where a model for transformers computes.
@@ -51,6 +52,7 @@ class Settings:
     api_key: str = field(default="", repr=False)
     name: str = ""
     most_bytes: int = 2**20
+    stream_interval_ms: float = 20.0
     max_tokens: int | None = None
     threads: int | None = None
     device: str = "cpu"
@@ -76,12 +78,14 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> None:
     try:
         import uvicorn
 
+        from optikit.serving.guarded_http import GuardedProtocol
         from optikit.serving.scheduler import Scheduler
         from optikit.serving.service import Limits, Service
     except ModuleNotFoundError as error:
         raise UnavailableError(f"serving needs {error.name}", fix="pip install 'optikit[serve]'") from error
     _, place = door.enter(settings.directory)
-    limits = Limits(api_key=settings.api_key, most_bytes=settings.most_bytes)
+    interval_s = settings.stream_interval_ms / 1000
+    limits = Limits(api_key=settings.api_key, most_bytes=settings.most_bytes, interval_s=interval_s)
     with _bound(settings.host, settings.port) as listening:
         how: dict[str, Any] = {"threads": settings.threads, "max_tokens": settings.max_tokens}
         how["speculator"] = settings.speculator or "auto"
@@ -92,7 +96,8 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> None:
         with Scheduler(decoder, places=settings.batch, most_waiting=settings.queue) as scheduler:
             app = Service(scheduler, generator, name, limits).app()
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
-            server = _server(uvicorn, app, lambda: ready(f"http://{host}:{listening.getsockname()[1]}"))
+            url = f"http://{host}:{listening.getsockname()[1]}"
+            server = _server(uvicorn, app, GuardedProtocol, lambda: ready(url))
             server.run(sockets=[listening])
 
 
@@ -116,7 +121,7 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
         yield listening
 
 
-def _server(uvicorn: Any, app: Any, ready: Callable[[], None]) -> Any:
+def _server(uvicorn: Any, app: Any, protocol: type, ready: Callable[[], None]) -> Any:
     """Return a server that says when it answers, and that ends as asked by a signal, not by it."""
 
     class Server(uvicorn.Server):  # type: ignore[misc]  # the package is imported only where it is used
@@ -135,6 +140,7 @@ def _server(uvicorn: Any, app: Any, ready: Callable[[], None]) -> Any:
 
     config = uvicorn.Config(
         app,
+        http=protocol,
         log_level="error",
         access_log=False,
         lifespan="off",

@@ -25,6 +25,12 @@ def serve(
         str, typer.Option(help="What the model is called; by default as its directory.", show_default=False)
     ] = "",
     max_body: Annotated[int, typer.Option(min=1024, help="Longest body of a request, bytes.")] = 2**20,
+    stream_interval: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1000, help="Tokens that come within so many milliseconds are one event of a stream; 0: each is."
+        ),
+    ] = 20,
     max_length: Annotated[
         int | None,
         typer.Option(min=2, help="Longest text, prompt and answer; by default the context.", show_default=False),
@@ -52,6 +58,7 @@ def serve(
         api_key=api_key,
         name=name,
         most_bytes=max_body,
+        stream_interval_ms=stream_interval,
         max_tokens=max_length,
         threads=threads,
         device=device,

@@ -27,18 +27,6 @@ def failure(message: str, *, kind: str = "invalid_request_error", code: str | No
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
-def joined(pieces: Sequence[Piece]) -> Piece:
-    """Return all pieces of a choice as one."""
-    return Piece(
-        choice=pieces[0].choice,
-        text="".join(each.text for each in pieces),
-        tokens=tuple(token for each in pieces for token in each.tokens),
-        rated=tuple(rated for each in pieces for rated in each.rated),
-        prompt=tuple(rated for each in pieces for rated in each.prompt),
-        finish=pieces[-1].finish,
-    )
-
-
 class Shape:
     """One of the two APIs' way to say an answer.
 

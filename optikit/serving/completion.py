@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -67,6 +69,24 @@ class Piece:
     finish: Finish | None = None
     drafted: int = 0
     accepted: int = 0
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """Return pieces of one choice, at least one, as one."""
+    return Piece(
+        choice=pieces[0].choice,
+        text="".join(each.text for each in pieces),
+        tokens=tuple(token for each in pieces for token in each.tokens),
+        rated=tuple(rated for each in pieces for rated in each.rated),
+        prompt=tuple(rated for each in pieces for rated in each.prompt),
+        finish=pieces[-1].finish,
+        drafted=sum(each.drafted for each in pieces),
+        accepted=sum(each.accepted for each in pieces),
+    )
+
+
+Came = tuple[Told, tuple[Rated, ...]]
+"""What a choice is told, with the log-probabilities of new tokens."""
 
 
 class TextBuffer:
@@ -187,8 +207,17 @@ class _Choice:
         own = logprobs[np.arange(len(told.tokens)), told.tokens]
         return tuple(_rated(np.array(told.tokens), own, best, np.take_along_axis(logprobs, best, axis=1)))
 
-    def piece(self, told: Step | Scores, rated: tuple[Rated, ...]) -> Piece:
-        """Return what came as a piece of text."""
+    def piece(self, came: Sequence[Came]) -> Piece:
+        """Return what came as one piece of text.
+
+        Raises:
+            Exception: It is a failure.
+        """
+        return joined([self._piece(told, rated) for told, rated in came])
+
+    def _piece(self, told: Told, rated: tuple[Rated, ...]) -> Piece:
+        if isinstance(told, Exception):
+            raise told
         if isinstance(told, Scores):
             over: Finish | None = "length" if self._asked.new_tokens == 0 else None
             return Piece(choice=self._number, prompt=rated, finish=over)
@@ -230,6 +259,32 @@ def _acceptor(asked: Sampled, name: str) -> Acceptor:
     return acceptors.kept(name, sampling)
 
 
+class Bundle:
+    """What a choice is told, on its way from the scheduler's thread: together where it comes fast.
+
+    The first step goes at once; later ones wait for those that come within an interval, and go with the first one after
+    it. Waking the server for each token of a small model would take processor time from the next token.
+
+    Args:
+        send: Given what came, in order.
+        interval_s: Least time between two calls of it, s.
+    """
+
+    def __init__(self, send: Callable[[list[Came]], None], interval_s: float) -> None:
+        self._send, self._interval_s = send, interval_s
+        self._held: list[Came] = []
+        self._sent = -math.inf
+
+    def tell(self, told: Told, rated: tuple[Rated, ...]) -> None:
+        """Send what is told, or keep it for the next time."""
+        self._held.append((told, rated))
+        now = time.perf_counter()
+        if isinstance(told, Step) and not told.finish and now - self._sent < self._interval_s:
+            return
+        held, self._held, self._sent = self._held, [], now
+        self._send(held)
+
+
 async def write(
     scheduler: Scheduler,
     by: Tokenizer,
@@ -239,6 +294,7 @@ async def write(
     *,
     echo: bool = False,
     anew: bool = False,
+    interval_s: float = 0.0,
 ) -> AsyncGenerator[Piece]:
     """Yield the pieces of all choices of a request as they come; texts that nobody waits for any more are ended.
 
@@ -250,6 +306,7 @@ async def write(
         asked: What the client said.
         echo: The prompts' log-probabilities are wanted.
         anew: The answer is no continuation of the prompt's text, but a turn of its own.
+        interval_s: Least time between two pieces of a choice but its first and its last, s.
 
     Raises:
         UsageError: A prompt doesn't fit.
@@ -257,29 +314,29 @@ async def write(
         ValueError: The model's logits aren't numbers.
     """
     loop = asyncio.get_running_loop()
-    came: asyncio.Queue[tuple[int, Told, tuple[Rated, ...]]] = asyncio.Queue()
+    came: asyncio.Queue[tuple[int, list[Came]]] = asyncio.Queue()
     following = [tokens for tokens in prompts for _ in range(asked.n)]
     choices = [_Choice(i, tokens, asked, by, ends, anew=anew) for i, tokens in enumerate(following)]
 
-    def teller(number: int) -> Callable[[Told, tuple[Rated, ...]], None]:
-        def tell(told: Told, rated: tuple[Rated, ...]) -> None:
+    def sender(number: int) -> Callable[[list[Came]], None]:
+        def send(held: list[Came]) -> None:
             with suppress(RuntimeError):  # the server is gone
-                loop.call_soon_threadsafe(came.put_nowait, (number, told, rated))
+                loop.call_soon_threadsafe(came.put_nowait, (number, held))
 
-        return tell
+        return send
 
     numbers: list[int] = []
     try:
         for number, (choice, tokens) in enumerate(zip(choices, following, strict=True)):
             room = scheduler.target.max_tokens - len(tokens)
-            work = choice.work(room, teller(number), echo=echo, acceptor=scheduler.speculator.acceptor)
+            work = choice.work(
+                room, Bundle(sender(number), interval_s).tell, echo=echo, acceptor=scheduler.speculator.acceptor
+            )
             numbers.append(scheduler.submit(work))
         left = len(choices)
         while left:
-            number, told, rated = await came.get()
-            if isinstance(told, Exception):
-                raise told
-            piece = choices[number].piece(told, rated)
+            number, held = await came.get()
+            piece = choices[number].piece(held)
             left -= piece.finish is not None
             yield piece
     finally:

@@ -58,8 +58,9 @@ class Metrics:
     def count(self, piece: Piece) -> None:
         """Count what a piece brought."""
         self._written.inc(len(piece.tokens))
-        self._drafted.inc(piece.drafted)
-        self._accepted.inc(piece.accepted)
+        if piece.drafted:
+            self._drafted.inc(piece.drafted)
+            self._accepted.inc(piece.accepted)
 
     def observe(self, first_s: float, whole_s: float, tokens: int) -> None:
         """Count the times of a request that was answered."""

