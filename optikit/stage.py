@@ -15,10 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict
-
+from optikit.described import Described
 from optikit.errors import StageFailedError
 from optikit.models.facts import ModelFacts, Trait
 from optikit.problems import Problem
@@ -122,10 +121,8 @@ class Inputs(Mapping[str, Path]):
         return len(self._found)
 
 
-class StageOptions(BaseModel):
+class StageOptions(Described):
     """Options of one stage, as the author writes them: frozen, no unknown keys, every field described with its unit."""
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ PACKAGES = (
     "stage",  # the contract of stages: part of the ground, but it speaks of targets and models
     *("targets", "models", "algorithms"),
 )
-GROUND = ("progress", "records", "fileio", "host", "errors", "text", "problems")
+GROUND = ("described", "progress", "records", "fileio", "host", "errors", "text", "problems")
 ORDER = ("__main__", *PACKAGES, *GROUND, "")
 """Top first; nothing imports what stands before it. Last, the package's own `__init__`, which holds the version."""
 

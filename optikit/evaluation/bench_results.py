@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
+from optikit.described import Described
 from optikit.evaluation import statistics
 from optikit.evaluation.cost import Hour
 from optikit.evaluation.results import Interval, Kind, Limits, LoadRow
@@ -16,8 +17,8 @@ from optikit.evaluation.speed import tail
 from optikit.runtime.completions_client import Streamed
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+class _Frozen(Described):
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
 class Variant(_Frozen):

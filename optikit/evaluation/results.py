@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict, Field
+
+from optikit.described import Described
 
 GateVerdict = Literal["pass", "fail", "inconclusive"]
 Verdict = Literal["pass", "fail", "inconclusive", "emitted"]
@@ -18,8 +20,8 @@ Interval = tuple[float, float]
 """Lower and upper end of a 95 % confidence interval."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+class _Frozen(Described):
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
 class Perplexity(_Frozen):
@@ -119,7 +121,7 @@ class Quality(_Frozen):
     kl_divergence: Divergence | None = None
     top1_agreement: float | None = None
     top1_agreement_ci95: Interval | None = None
-    tasks: dict[str, TaskResult] = {}
+    tasks: dict[str, TaskResult] = Field(default_factory=dict)
     tasks_verdict: TasksVerdict | None = None
     reason: str = ""
     """Why a null above is null."""
@@ -270,8 +272,8 @@ class StepReport(_Frozen):
     estimate_peak_memory_mib: float
     estimate_disk_bytes: int | None = None
     """Null in reports of versions that didn't keep it."""
-    options: dict[str, Any] = {}
-    facts: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
+    facts: dict[str, Any] = Field(default_factory=dict)
     measurement: Measurement | None = None
 
 

@@ -11,16 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
+from optikit.described import Described
 from optikit.evaluation.results import Interval, Report, Verdict
 
 Status = Literal["refused", "waiting", "running", "done", "dropped", "failed", "stopped"]
 """`dropped`: measured cheaply, and not among the better ones; `stopped`: by a budget or a signal, goes on next time."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+class _Frozen(Described):
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
 class Figures(_Frozen):

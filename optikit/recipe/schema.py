@@ -10,10 +10,11 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from optikit import records, stages
 from optikit.deploy.servers import SERVERS, Server, Shared
+from optikit.described import Described
 from optikit.evaluation.results import Limits
 from optikit.recipe.sweep_section import Sweep
 from optikit.stage import Stage, StageOptions
@@ -21,8 +22,8 @@ from optikit.stage import Stage, StageOptions
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+class _Frozen(Described):
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
 class Text(_Frozen):

@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
+from optikit.described import Described
 from optikit.problems import Mark, Problem
 from optikit.recipe import overrides
 from optikit.recipe.node import Node, plain
@@ -33,10 +34,10 @@ OPTION = "--vary"
 Search = Literal["grid", "random", "halving", "optuna"]
 
 
-class Sweep(BaseModel):
+class Sweep(Described):
     """Variants of a recipe that `optikit sweep` makes and compares; no other verb takes a recipe with this section."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     vary: Mapping[str, tuple[Any, ...]] = {}
     """Values by path: {'stages[0].quantize.bits': [4, 8], model: [a, b]}; whole lists of stages by `stages`."""

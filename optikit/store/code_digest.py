@@ -14,7 +14,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 VOCABULARY = frozenset(
-    {"optikit", "optikit.errors", "optikit.problems", "optikit.host", "optikit.models.facts", "optikit.stages"}
+    {
+        "optikit",
+        "optikit.described",
+        "optikit.errors",
+        "optikit.problems",
+        "optikit.host",
+        "optikit.models.facts",
+        "optikit.stages",
+    }
     | {
         "optikit.stage",
         "optikit.targets",
@@ -34,10 +42,16 @@ IMPORT = re.compile(
 COMMENT = re.compile(r"#[^\n]*")
 
 
-def _path(module: str) -> Path | None:
-    base = ROOT.parent.joinpath(*module.split("."))
-    candidates = (base.with_suffix(".py"), base / "__init__.py")
-    return next((path for path in candidates if path.is_file()), None)
+def _source(module: str) -> bytes | None:
+    """Return what a module's file holds; None where there is no such module, as of a name that isn't one."""
+    base = f"{ROOT.parent}/{module.replace('.', '/')}"
+    for path in (f"{base}.py", f"{base}/__init__.py"):
+        try:
+            with open(path, "rb") as file:  # noqa: PTH123 - pathlib takes longer than the file
+                return file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+    return None
 
 
 @cache
@@ -54,24 +68,30 @@ def _imports(source: str) -> tuple[str, ...]:
 
 def closure(module: str) -> tuple[str, ...]:
     """Return a module and all modules of optikit that it reaches by imports, sorted."""
-    found: set[str] = set()
+    return tuple(sorted(_reached(module)))
+
+
+def _reached(module: str) -> dict[str, bytes]:
+    """Return the sources of a module and of all that it reaches, by name."""
+    found: dict[str, bytes] = {}
+    seen = set(VOCABULARY)
     waiting = [module]
     while waiting:
         name = waiting.pop()
-        path = _path(name) if name.startswith("optikit.") else None
-        if path is None or name in found or name in VOCABULARY:
+        if name in seen or not name.startswith("optikit."):
             continue
-        found.add(name)
-        waiting += _imports(path.read_text(encoding="utf-8"))
-    return tuple(sorted(found))
+        seen.add(name)
+        source = _source(name)
+        if source is not None:
+            found[name] = source
+            waiting += _imports(source.decode())
+    return found
 
 
 @cache
 def source_digest(module: str) -> str:
     """Return the sha256 of the source of a module's closure."""
     digest = hashlib.sha256()
-    for name in closure(module):
-        path = _path(name)
-        if path is not None:
-            digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for name, source in sorted(_reached(module).items()):
+        digest.update(name.encode() + b"\0" + source + b"\0")
     return digest.hexdigest()

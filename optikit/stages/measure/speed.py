@@ -25,8 +25,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from optikit.described import Described
 from optikit.errors import StageFailedError
 from optikit.evaluation import looks, texts
 from optikit.evaluation.looks import SLOW, Look
@@ -116,10 +117,8 @@ USUAL_TOKENS = 16
 """That a slow arm writes, whose pace scatters by 8 %."""
 
 
-class ArmOptions(BaseModel):
+class ArmOptions(Described):
     """One model to time."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     """Its name in the result; also the name of its log."""

@@ -17,8 +17,9 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from optikit.described import Described
 from optikit.errors import InputMissingError, StageFailedError
 from optikit.evaluation.task_items import Choice, Question, tokens_needed
 from optikit.evaluation.task_items import kind as kind_of
@@ -73,10 +74,8 @@ SHOWN = 240
 """Characters of a prompt or answer in an example."""
 
 
-class Task(BaseModel):
+class Task(Described):
     """One task."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     """Its name; its items are the input `task:NAME`."""

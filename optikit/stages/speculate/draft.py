@@ -19,8 +19,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
+from optikit.described import Described
 from optikit.errors import StageFailedError
 from optikit.models import architectures, tokenizer
 from optikit.models.facts import ModelFacts
@@ -62,10 +63,10 @@ WARMUP = 0.1
 """Share of the steps in which the learning rate rises."""
 
 
-class Make(BaseModel):
+class Make(Described):
     """How to make a draft of the model itself."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     layers: int = Field(default=6, ge=1, le=1000)
     """Blocks that the draft keeps: those that change most what passes through them."""
