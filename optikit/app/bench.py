@@ -22,7 +22,8 @@ from optikit.errors import UsageError
 from optikit.evaluation import bench_results, load_test
 from optikit.evaluation.bench_results import Bench, Reply, Sample, Variant
 from optikit.evaluation.cost import Hour
-from optikit.evaluation.results import Limits, LoadRow
+from optikit.evaluation.latency_limits import Limits
+from optikit.evaluation.results import LoadRow
 from optikit.progress import make as make_progress
 from optikit.runtime.completions_client import Client
 from optikit.serving import started

@@ -104,6 +104,7 @@ def main() -> None:
     from optikit.progress import Output
 
     _open_streams()
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "true")  # to find some, it reads what every package has installed
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr, expendable=True)
     try:
         app()

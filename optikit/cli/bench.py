@@ -48,7 +48,7 @@ def bench(
     from optikit.app.bench import Request
     from optikit.app.bench import bench as run
     from optikit.app.eval_server import read_key
-    from optikit.evaluation.results import Limits
+    from optikit.evaluation.latency_limits import Limits
     from optikit.report import bench_page
     from optikit.text import dump_json
 

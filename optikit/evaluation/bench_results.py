@@ -12,7 +12,8 @@ from pydantic import ConfigDict
 from optikit.described import Described
 from optikit.evaluation import statistics
 from optikit.evaluation.cost import Hour
-from optikit.evaluation.results import Interval, Kind, Limits, LoadRow
+from optikit.evaluation.latency_limits import Limits
+from optikit.evaluation.results import Interval, Kind, LoadRow
 from optikit.evaluation.speed import tail
 from optikit.runtime.completions_client import Streamed
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from optikit.described import Described
+from optikit.evaluation.latency_limits import Limits
 
 GateVerdict = Literal["pass", "fail", "inconclusive"]
 Verdict = Literal["pass", "fail", "inconclusive", "emitted"]
@@ -334,19 +335,6 @@ class ServedSpeed(_Frozen):
 
 Kind = Literal["clients", "rate"]
 """Closed loop of clients, or open loop of a request rate."""
-
-
-class Limits(_Frozen):
-    """What a request must keep to be good, ms; null is no limit."""
-
-    ttft_ms: float | None = None
-    tpot_ms: float | None = None
-    e2e_ms: float | None = None
-
-    @property
-    def any(self) -> bool:
-        """Whether there is one."""
-        return (self.ttft_ms, self.tpot_ms, self.e2e_ms) != (None, None, None)
 
 
 class LoadRow(_Frozen):

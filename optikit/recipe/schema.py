@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from optikit import records, stages
 from optikit.deploy.servers import SERVERS, Server, Shared
 from optikit.described import Described
-from optikit.evaluation.results import Limits
+from optikit.evaluation.latency_limits import Limits
 from optikit.recipe.sweep_section import Sweep
 from optikit.stage import Stage, StageOptions
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from optikit import text
-from optikit.evaluation.results import Limits, LoadRow, Report
+from optikit.evaluation.latency_limits import Limits
+from optikit.evaluation.results import LoadRow, Report
 from optikit.report import load_curves
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from optikit.errors import InputMissingError, UnavailableError, UsageError
 from optikit.evaluation import bench_results, load_test
 from optikit.evaluation.bench_results import Level, Reply
 from optikit.evaluation.cost import Hour
-from optikit.evaluation.results import Limits
+from optikit.evaluation.latency_limits import Limits
 from optikit.runtime.completions_client import Streamed
 from tests.completions_server import Model, serving
 

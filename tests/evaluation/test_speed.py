@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from optikit.evaluation.bench_results import Level, Reply, row
-from optikit.evaluation.results import Limits
+from optikit.evaluation.latency_limits import Limits
 from optikit.evaluation.speed import Trace, summarize, tail
 from optikit.runtime.completions_client import Streamed
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from optikit import stages
-from optikit.evaluation.results import Limits
+from optikit.evaluation.latency_limits import Limits
 from optikit.plan import check_gates
 from optikit.recipe import limits
 from optikit.recipe.schema import (

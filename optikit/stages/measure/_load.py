@@ -9,7 +9,7 @@ from pydantic import Field
 
 from optikit import records
 from optikit.evaluation import texts
-from optikit.evaluation.results import Limits, LoadRow
+from optikit.evaluation.latency_limits import Limits
 from optikit.models import tokenizer
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
@@ -18,6 +18,7 @@ from optikit.stages.measure import speed
 
 if TYPE_CHECKING:
     from optikit.evaluation.load_test import Asked
+    from optikit.evaluation.results import LoadRow
     from optikit.runtime.completions_client import Client
 
 SAMPLES = "samples.jsonl"

@@ -31,7 +31,6 @@ from optikit.described import Described
 from optikit.errors import StageFailedError
 from optikit.evaluation import looks, texts
 from optikit.evaluation.looks import SLOW, Look
-from optikit.evaluation.results import Machine, Ratios, Repeating, Speed, Timing
 from optikit.evaluation.speed_client import Arm
 from optikit.evaluation.speed_schedule import (
     AGAIN,
@@ -65,6 +64,7 @@ from optikit.stage import (
 from optikit.targets import Target
 
 if TYPE_CHECKING:
+    from optikit.evaluation.results import Machine, Ratios, Repeating, Speed, Timing
     from optikit.evaluation.speed import Summary
 
 SUMMARY = "TTFT, TPOT, prefill, decode and memory of result and baselines, in interleaved pairs"
@@ -219,7 +219,7 @@ def run(options: Options, job: Job) -> Facts:
         StageFailedError: An arm failed or returned fewer tokens than asked for.
         StageTimeoutError: An arm hung.
     """
-    from optikit.evaluation import energy, machine_state
+    from optikit.evaluation import energy, machine_state, results
 
     prompts = _prompts(options, job)
     before, ticks, meter = machine_state.state(), machine_state.cpu_times(), energy.find()
@@ -234,7 +234,7 @@ def run(options: Options, job: Job) -> Facts:
         samples = conduct(arms, prompts, rounds, job.progress, meter, found.repeating if found else ())
         peaks = {name: arm.ask("peak") for name, arm in arms.items()}
     steal = machine_state.steal_share(ticks, machine_state.cpu_times())
-    machine = Machine(before=before, after=machine_state.state(), steal_share=steal)
+    machine = results.Machine(before=before, after=machine_state.state(), steal_share=steal)
     write_samples(samples, job.dest / SAMPLES)
     counted = ", ".join(counter.name for counter in meter.counters)
     energies = {name: {"joules_per_output_token": joules_per_token(samples, name)} for name in arms}
@@ -354,7 +354,7 @@ def _timing(
     machine: Machine,
     prompts: int,
 ) -> Timing:
-    from optikit.evaluation import speed
+    from optikit.evaluation import results, speed
 
     traces = {arm.name: select(samples, arm.name, "measured") for arm in options.arms}
     summaries = {name: speed.summarize(each, seed=seed) for name, each in traces.items()}
@@ -371,7 +371,7 @@ def _timing(
         level = looks.level(_looks(options), min(len(traces[one]), len(traces[other])))
         return speed.compare(traces[one], traces[other], noise=noise, seed=seed, level=level)
 
-    return Timing(
+    return results.Timing(
         arms={name: _speed(summary, options, about[name] | seen(name)) for name, summary in summaries.items()},
         intervals={
             name: {"ttft_ms_p50": summary.ttft_ms_p50_ci95, "tpot_ms_p50": summary.tpot_ms_p50_ci95}
@@ -388,15 +388,17 @@ def _timing(
 
 def _repeating(found: Sorted, samples: Sequence[Sample], options: Options, seed: int) -> Repeating:
     """Return what is told apart: prompts whose answer repeats itself, and the result's speed-up on them."""
-    from optikit.evaluation import speed
+    from optikit.evaluation import results, speed
 
     first, last = options.arms[0].name, options.arms[-1].name
     traces = [select(samples, name, REPEATING) for name in (first, last)]
     decode = speed.compare(*traces, seed=seed)["decode"] if len(traces[0]) > 1 and first != last else None
-    return Repeating(prompts=found.seen, repeating=found.repeats, steady=len(found.steady), decode=decode)
+    return results.Repeating(prompts=found.seen, repeating=found.repeats, steady=len(found.steady), decode=decode)
 
 
 def _speed(summary: Summary, options: Options, about: Mapping[str, Any]) -> Speed:
+    from optikit.evaluation import results
+
     read_back = [
         "runtime",
         "dtype",
@@ -410,7 +412,7 @@ def _speed(summary: Summary, options: Options, about: Mapping[str, Any]) -> Spee
     ]
     read_back += ["joules_per_output_token", "energy_source", "energy_reason"]
     found = ("ttft_ms_p50", "ttft_ms_p95", "tpot_ms_p50", "tpot_ms_p95", "prefill_tokens_per_s", "decode_tokens_per_s")
-    return Speed(
+    return results.Speed(
         prompt_tokens=options.prompt_tokens,
         repetitions=summary.requests,
         **{name: about[name] for name in read_back},

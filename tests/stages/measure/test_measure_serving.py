@@ -12,7 +12,8 @@ import yaml
 from optikit import stages
 from optikit.errors import RecipeError
 from optikit.evaluation.cost import Hour
-from optikit.evaluation.results import Limits, Loaded
+from optikit.evaluation.latency_limits import Limits
+from optikit.evaluation.results import Loaded
 from optikit.plan import Plan, make_plan
 from optikit.recipe.load import load
 from optikit.report import gate_values, load_table, pricing
