@@ -40,6 +40,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "mlp_only_layers": [0],
     },
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16},
+    "qwen3_5_moe_text": {
+        "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        "linear_num_key_heads": 4, "linear_num_value_heads": 8,
+    },
     "glm4_moe": SHARED | {"head_dim": 16, "use_qk_norm": True},
     "deepseek_v2": SHARED | LATENT | {"q_lora_rank": None},
     "deepseek_v3": SHARED | LATENT | {"n_group": 1, "topk_group": 1},

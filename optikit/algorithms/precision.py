@@ -11,10 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from optikit import host
 
 BF16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+ROWS = 64
+"""Rows that products of any number of tokens are filled up to a multiple of: oneDNN compiles one for every shape that
+it sees, and keeps the last thousand, some of a hundred kilobytes. Experts have as many shapes as numbers of tokens."""
 
 
 def compute_dtype(device: str) -> torch.dtype:
@@ -37,3 +42,9 @@ def exact_products(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         cpu.fp32_precision, cuda.fp32_precision = before
+
+
+def filled_up(rows: Tensor) -> Tensor:
+    """Return rows (n, width) with rows of zeros after them, up to a multiple of `ROWS`."""
+    lacking = -len(rows) % ROWS
+    return functional.pad(rows, (0, 0, 0, lacking)) if lacking else rows

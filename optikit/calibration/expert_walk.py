@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from optikit.algorithms.precision import filled_up
 from optikit.calibration import distributed
 from optikit.calibration.forward_passes import ForwardPasses
 from optikit.calibration.gram import Gram
@@ -249,7 +250,7 @@ class ExpertWalk:
     def _inner(self, inputs: Tensor, weights: dict[int, Tensor]) -> Tensor:
         """Return what an expert's down projection is given, (tokens, width)."""
         biases = self._order([self._biases[GATE], self._biases[UP]]) if self._biases else None
-        joined = functional.linear(inputs.to(self.dtype), self._order([weights[GATE], weights[UP]]), biases)
+        joined = _product(inputs.to(self.dtype), self._order([weights[GATE], weights[UP]]), biases)
         if not hasattr(self.module, "_apply_gate"):  # of llama4's experts
             gate, up = joined.chunk(2, dim=-1)
             return torch.as_tensor(up * self.module.act_fn(gate))
@@ -268,8 +269,13 @@ class ExpertWalk:
             token, weight = choice.of(expert)
             if len(token):
                 inner = self._inner(stream.inputs(index, self.device)[token], weights)
-                given = functional.linear(inner, weights[DOWN], self._biases.get(DOWN))
+                given = _product(inner, weights[DOWN], self._biases.get(DOWN))
                 stream.outputs[index].index_add_(0, token, (given * weight).float())
+
+
+def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return what a linear gives for any number of tokens, (tokens, out)."""
+    return functional.linear(filled_up(inputs), weight, bias)[: len(inputs)]
 
 
 def _alike(group: Group) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optikit.algorithms.correction import factor, gains, move
-from optikit.algorithms.precision import exact_products
+from optikit.algorithms.precision import exact_products, filled_up
 from optikit.calibration import distributed
 from optikit.calibration.method import Batch, Group
 
@@ -46,9 +46,10 @@ class Gram:
             self._add(batch.inputs.float())
 
     def _add(self, wide: Tensor) -> None:
+        filled = filled_up(wide)
         for start in range(0, len(self._sum), STRIP):
-            strip = wide[:, start : start + STRIP]
-            self._sum[start : start + STRIP, start:].addmm_(strip.T, wide[:, start:])
+            strip = filled[:, start : start + STRIP]
+            self._sum[start : start + STRIP, start:].addmm_(strip.T, filled[:, start:])
         self.tokens += len(wide)
 
     def merge(self) -> None:

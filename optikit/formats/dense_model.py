@@ -48,11 +48,13 @@ def _alone(told: Mapping[str, Any], state: dict[str, Tensor]) -> dict[str, Tenso
     found = {name: state[stored] for name, stored in part.stored.items()}
     if row.experts is None or not row.experts.stacked:
         return found
-    sizes, weave = stacked.sizes_of(row, settings), stacked.weave(row.experts)
+    sizes, weave = stacked.sizes_of(row, settings), stacked.weave(row.experts, in_module=True)
     for block in row.experts.sparse(layers, settings):
         for whole in row.experts.stacked:
             name = f"{row.block(block)}.{whole}"
             if name not in found:
                 each = stacked.grouped(row, sizes, name)
                 found[name] = torch.stack([weave([found.pop(part) for part in names]) for names in each])
+            elif row.experts.turned:
+                found[name] = found[name].transpose(1, 2).contiguous()
     return found

@@ -25,5 +25,5 @@ def _as_causal(config: Any) -> Any:
     row = architectures.find(str(config.model_type))
     if row is None or not row.computed_as:
         return config
-    told = language_part.in_text(config.to_dict())
+    told = row.meant(language_part.in_text(config.to_dict()))
     return AutoConfig.for_model(row.computed_as, **{key: value for key, value in told.items() if key != "model_type"})

@@ -41,9 +41,9 @@ class Weave:
         return (whole.T if self.across and whole.dim() > 1 else whole).contiguous()
 
 
-def weave(experts: Experts) -> Weave:
-    """Return how a family holds the projections of an expert together."""
-    return Weave(experts.across, experts.interleaved)
+def weave(experts: Experts, *, in_module: bool = False) -> Weave:
+    """Return how a family's checkpoints, or transformers' module of it, hold the projections of an expert together."""
+    return Weave(experts.across != (in_module and experts.turned), experts.interleaved)
 
 
 def sizes_of(row: Architecture, settings: Mapping[str, Any]) -> dict[str, int]:

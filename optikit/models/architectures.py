@@ -40,7 +40,8 @@ class Experts:
         linears: Gate, up and down projection of an expert, as the checkpoint calls them.
         stacked: Where the checkpoint holds all experts in few tensors: that of gate and up, that of down, and where
             there are some those of their biases, in this order, relative to the block.
-        across: transformers' module, and what is stacked, has the weights as (in, out).
+        across: What is stacked has the weights as (in, out).
+        turned: transformers' module has them the other way round than the checkpoint; else both are alike.
         interleaved: The outputs of gate and up alternate there; else those of gate come first.
         scaled: The router scales what experts are given, and what they return is added up.
         router: Module that chooses experts, where it scales.
@@ -59,6 +60,7 @@ class Experts:
     linears: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     stacked: tuple[str, ...] = ()
     across: bool = False
+    turned: bool = False
     interleaved: bool = False
     scaled: bool = False
     router: str = ""
@@ -130,6 +132,7 @@ class Architecture:
         unread: Keys that sound as if they did and that transformers' class doesn't read.
         when: Values of config.json that choose this row among several of one `model_type`.
         defaults: What config.json means where it doesn't say.
+        inside: What a wrapper's `text_config` means besides where it doesn't say.
         aliases: Other name of a key of config.json → its name here.
         fixed: Figures of `ModelFacts` that are the same in all models of the row.
         stored_as: Module → what checkpoints may call it.
@@ -170,6 +173,7 @@ class Architecture:
     unread: tuple[str, ...] = ()
     when: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    inside: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, int] = field(default_factory=dict)
     stored_as: Mapping[str, str] = field(default_factory=dict)
@@ -258,8 +262,11 @@ def _same(found: Any, wanted: Any) -> bool:
 
 
 _LISTS = ("previous_ops", "residual_sources", "engines", "windowless", "leftovers", "settings", "unread", "wide")
-_MAPS = ("gguf_keys", "gguf_means", "requires", "when", "defaults", "aliases", "fixed", "stored_as", "block_names")
-_OWN = frozenset({"engines", "flat_in", "gguf", "gguf_as", "of", "when"})
+_MAPS = (
+    *("gguf_keys", "gguf_means", "requires", "when", "defaults", "inside", "aliases", "fixed", "stored_as"),
+    "block_names",
+)
+_OWN = frozenset({"engines", "flat_in", "gguf", "gguf_as", "inside", "of", "when"})
 """Columns that never come from the row that another is like: engines are proven for each."""
 
 
@@ -304,6 +311,12 @@ def find(model_type: str, config: Mapping[str, Any] = MappingProxyType({})) -> A
     """Return the architecture of a `model_type`, or None; of several rows the first that its config.json chooses."""
     fitting = [row for row in _rows().values() if row.model_type == model_type]
     return next((row for row in fitting if row.chosen_by(config)), fitting[0] if fitting else None)
+
+
+def inside(model_type: str) -> Mapping[str, Any]:
+    """Return what a wrapper's `text_config` means besides where it doesn't say, by the `model_type` that it names."""
+    row = find(model_type)
+    return row.inside if row else MappingProxyType({})
 
 
 def flat_inside(wrapper: str) -> str:

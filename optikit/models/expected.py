@@ -247,5 +247,5 @@ def _is_neutral(key: str, value: Any) -> bool:
     if key == "layer_types":
         return isinstance(value, list) and all(kind == "full_attention" for kind in value)
     if isinstance(value, int | float) and value == 1 and type(value) is not bool:
-        return bool(re.search(r"scal|multiplier|factor", key))
+        return bool(re.search(r"scal|multiplier|factor|pct$", key))
     return not value

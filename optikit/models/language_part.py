@@ -39,7 +39,7 @@ def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     inner = config.get("text_config")
     if isinstance(inner, dict):
         outside = {key: config[key] for key in ("tie_word_embeddings", "quantization_config") if key in config}
-        return in_text(inner | outside)
+        return in_text({**architectures.inside(str(inner.get("model_type"))), **inner, **outside})
     flat = architectures.flat_inside(str(config.get("model_type")))
     return in_text({**config, "model_type": flat}) if flat else config
 

@@ -254,6 +254,8 @@ def architecture_of(directory: Path, settings: Mapping[str, Any]) -> Architectur
         return found
     if settings is not told:
         return _architecture(settings, where)
+    if architectures.find(str(settings.get("model_type")), settings) is None and not headers.are_there(directory):
+        return _architecture(settings, where, why="its weights aren't there")
     return _architecture(settings, where, headers.read_directory(directory), quantization.scheme(settings, where))
 
 
@@ -262,10 +264,10 @@ def _architecture(
     where: Path,
     tensors: Mapping[str, TensorFacts] | None = None,
     scheme: Storage | None = None,
+    why: str = "",
 ) -> Architecture:
     model_type = settings.get("model_type")
     found = architectures.find(model_type, settings) if isinstance(model_type, str) else None
-    why = ""
     if found is None and tensors is not None and scheme is not None:
         found, why = generic.architecture(settings, tensors, scheme)
     if found is None:

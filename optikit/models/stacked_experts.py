@@ -50,10 +50,16 @@ class Part:
         return not self.across and self.rows[2] == 1
 
 
-def shapes(experts: Experts, count: int, wide: int, hidden: int) -> tuple[tuple[int, ...], ...]:
-    """Return the shapes of what holds gate and up, down, and where there are some their biases, of all experts."""
+def shapes(
+    experts: Experts, count: int, wide: int, hidden: int, *, in_module: bool = False
+) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of what holds gate and up, down, and where there are some their biases, of all experts.
+
+    They are those of a checkpoint, or of transformers' module.
+    """
     pairs = ((2 * wide, hidden), (hidden, wide))
-    whole = tuple((count, *(pair[::-1] if experts.across else pair)) for pair in pairs)
+    across = experts.across != (in_module and experts.turned)
+    whole = tuple((count, *(pair[::-1] if across else pair)) for pair in pairs)
     return (*whole, (count, 2 * wide), (count, hidden)) if experts.biased else whole
 
 

@@ -1,6 +1,7 @@
 """Families × techniques × engines: how far served logits are from transformers' own, in float32, with the same weights.
 
-    python tests/benchmarks/catalogue.py --work DIR [--only llama,gpt2]     writes examples/catalogue.md
+    python tests/benchmarks/catalogue.py --work DIR                writes examples/catalogue.md
+    python tests/benchmarks/catalogue.py --work DIR --add gpt_oss  brings rows into it, or in the place of theirs
 
 Every row of architectures.toml is built tiny and random by transformers' own classes and goes through each technique,
 and what is written through each engine. The reference is transformers' model in float32 with the written weights,
@@ -145,19 +146,50 @@ def unpacked_state(directory: Path, settings: Mapping[str, Any]) -> dict[str, to
                  if name.startswith(f"{linear}.") and name != f"{linear}.bias"}  # fmt: skip
         whole = unpacked(parts, settings, shape) if len(parts) > 1 else parts["weight"]
         named[f"{linear}.weight"] = whole.T if row.transposed and len(parts) > 1 else whole
-    if row.experts is not None and row.experts.stacked:
-        stack(named, facts)
+    stack(named, facts)
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in named.items()}
 
 
 def stack(named: dict[str, np.ndarray], facts: ModelFacts) -> None:
-    """Join experts as checkpoints of Granite's mixtures have them: gate above up, and down."""
+    """Join experts as checkpoints of granitemoe, gpt_oss and llama4_text have them; those of the others are alone."""
+    joined = JOINED.get(facts.model_type)
+    if joined is None:
+        return
+    base, whole, down, together = joined
     for block in range(facts.layers):
-        base = f"model.layers.{block}.block_sparse_moe"
-        parts = [[named.pop(f"{base}.experts.{expert}.{part}_proj.weight") for part in ("gate", "up", "down")]
-                 for expert in range(facts.experts)]  # fmt: skip
-        named[f"{base}.input_linear.weight"] = np.stack([np.concatenate(each[:2]) for each in parts])
-        named[f"{base}.output_linear.weight"] = np.stack([each[2] for each in parts])
+        prefix = f"model.layers.{block}.{base}"
+        for leaf, ends in (("weight", (whole, down)), ("bias", (f"{whole}_bias", f"{down}_bias"))):
+            names = [[f"{prefix}.experts.{expert}.{part}_proj.{leaf}" for part in ("gate", "up", "down")]
+                     for expert in range(facts.experts)]  # fmt: skip
+            parts = [[named.pop(name, None) for name in each] for each in names]
+            if parts[0][0] is None:
+                continue
+            named[f"{prefix}.{ends[0]}"] = np.stack([together(*each[:2]) for each in parts])
+            lying = facts.model_type != "granitemoe" and leaf == "weight"
+            named[f"{prefix}.{ends[1]}"] = np.stack([each[2].T if lying else each[2] for each in parts])
+
+
+def alternating(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """Return (in, 2 · out) of two (out, in), or (2 · out) of two (out), a column of each by turns."""
+    return np.stack([gate, up], axis=1).reshape(2 * len(gate), *gate.shape[1:]).T
+
+
+JOINED: Mapping[str, tuple[str, str, str, Callable[..., np.ndarray]]] = {
+    "granitemoe": (
+        "block_sparse_moe",
+        "input_linear.weight",
+        "output_linear.weight",
+        lambda gate, up: np.concatenate([gate, up]),
+    ),
+    "gpt_oss": ("mlp", "experts.gate_up_proj", "experts.down_proj", alternating),
+    "llama4_text": (
+        "feed_forward",
+        "experts.gate_up_proj",
+        "experts.down_proj",
+        lambda gate, up: np.concatenate([gate, up]).T,
+    ),
+}
+"""Where blocks have experts, what holds gate and up of all, what holds down, and how gate and up are joined."""
 
 
 def served(directory: Path) -> np.ndarray:
@@ -281,11 +313,51 @@ def moved(found: Mapping[str, Any]) -> str:
 Cells = Mapping[tuple[str, str], dict[str, Any]]
 
 
+def added(old: str, by: Cells) -> str:
+    """Return the page with rows of families that it hadn't, or with new ones in the place of theirs."""
+    families, sections = families_of(by), dict(section.split("\n", 1) for section in f"\n{old}".split("\n## "))
+    known = [family for family in families if family in architectures.known_to("onnxruntime")]
+    tables = {
+        "Served by transformers": table(by, families, ("dense", *STAGES), partial(served_by, "transformers")),
+        "Served by onnxruntime": table(by, known, ON_ENGINES, partial(served_by, "onnxruntime")),
+        "How far each technique moves the logits": table(by, families, tuple(STAGES), moved),
+    }
+    for heading, rows in tables.items():
+        sections[heading] = with_lines(sections[heading], rows[2:], "|")
+    refusals = [f"- {code}: {why}" for code, why in words(by).items()]
+    sections["Refusals and failures in words"] = with_lines(sections["Refusals and failures in words"], refusals, ":")
+    first, text = next(iter(sections.items()))
+    sections[first] = "\n".join((text.rstrip("\n"), *counts(by), ""))
+    told = "\n## ".join("\n".join(each) for each in sections.items()).removeprefix("\n")
+    refused = "".join(f", {family}" for family in families if family not in known and f", {family}" not in told)
+    marked = "Refused when planning, `unknown-architecture`: "
+    return (
+        "\n".join(
+            f"{line[:-1]}{refused}." if line.startswith(marked) else line for line in told.rstrip("\n").split("\n")
+        )
+        + "\n"
+    )
+
+
+def with_lines(section: str, lines: list[str], end: str) -> str:
+    """Return a section with lines more, or in the place of those that begin as they do, up to the second `end`."""
+    old = section.rstrip("\n").split("\n")
+    for line in lines:
+        start = line[: line.index(end, 1) + 1]
+        at = next((index for index, each in enumerate(old) if each.startswith(start)), len(old))
+        old[at : at + 1] = [line]
+    return "\n".join((*old, ""))
+
+
+def families_of(by: Cells) -> list[str]:
+    return list(dict.fromkeys(family for family, _ in by))
+
+
 def page(by: Cells) -> str:
     """Return the page: a table per engine, the words of refusals, and how far each technique moves the logits."""
-    families = list(dict.fromkeys(family for family, _ in by))
+    families = families_of(by)
     known = [family for family in families if family in architectures.known_to("onnxruntime")]
-    lines = [*head(by, families), "", "## Served by transformers", ""]
+    lines = [*HEAD, *counts(by), "", "## Served by transformers", ""]
     lines += table(by, families, ("dense", *STAGES), partial(served_by, "transformers"))
     lines += ["", "## Served by onnxruntime", ""]
     lines += table(by, known, ON_ENGINES, partial(served_by, "onnxruntime"))
@@ -308,8 +380,28 @@ def table(
     ]
 
 
-def head(by: Cells, families: list[str]) -> list[str]:
-    """Return what was done, where, and the figures of the whole."""
+HEAD = (
+    "# Families, techniques, engines",
+    "",
+    "Written by `python tests/benchmarks/catalogue.py --work DIR`: each family built tiny and random (two blocks,",
+    "hidden 64) by transformers' own classes, through each technique, and what was written served by each engine.",
+    "A cell is the largest difference of a logit over 48 tokens from transformers in float32 with the same",
+    "weights, unpacked by the benchmark's own code, in standard deviations of the logits. A word in a cell is the",
+    "code of what refuses it when planning; its words are below.",
+    "",
+    "`int8 w8a8` is served with inputs rounded to 8 bits, which its difference shows. In a mixture that rounding",
+    "may choose another expert: with random routers a logit is then another altogether. On onnxruntime packed",
+    "models have `accuracy_level: 1`, `head: float32` and `embedding: float32`, so that a cell shows arithmetic;",
+    "dense ones have defaults. The builder leaves Mistral's window of 32 tokens out, which planning says: its",
+    "cells are of 32 tokens. OpenVINO's exporter needs an environment that isn't built here. The reference attends",
+    "in eager mode, but for falcon-rw: there transformers 5.24 adds ALiBi twice, to the mask and to the products,",
+    "and logits are 7e-3 from those with `sdpa`, which adds it once. Language models that have no class of their own",
+    "(`computed_as` in architectures.toml) are tried inside their wrappers, by tests/stages/test_wrapped.py.",
+)
+
+
+def counts(by: Cells) -> list[str]:
+    """Return what was run, where, and the figures of the whole."""
     counted = [found["tensors"] for found in by.values() if "tensors" in found]
     total = sum(each["same"] + each["changed"] + each["replaced"] + sum(each["dropped"].values()) for each in counted)
     exact = [found for (_, name), found in by.items() if name != "int8 w8a8"]
@@ -320,30 +412,14 @@ def head(by: Cells, families: list[str]) -> list[str]:
     commits = ", ".join(f"{name} ({count})" for name, count in Counter(each["commit"] for each in cells).most_common())
     versions = host.versions(("torch", "transformers", "onnxruntime", "onnxruntime-genai"))
     return [
-        "# Families, techniques, engines",
         "",
-        "Written by `python tests/benchmarks/catalogue.py --work DIR`: each family built tiny and random (two blocks,",
-        "hidden 64) by transformers' own classes, through each technique, and what was written served by each engine.",
-        "A cell is the largest difference of a logit over 48 tokens from transformers in float32 with the same",
-        "weights, unpacked by the benchmark's own code, in standard deviations of the logits. A word in a cell is the",
-        "code of what refuses it when planning; its words are below.",
-        "",
-        "`int8 w8a8` is served with inputs rounded to 8 bits, which its difference shows. In a mixture that rounding",
-        "may choose another expert: with random routers a logit is then another altogether. On onnxruntime packed",
-        "models have `accuracy_level: 1`, `head: float32` and `embedding: float32`, so that a cell shows arithmetic;",
-        "dense ones have defaults. The builder leaves Mistral's window of 32 tokens out, which planning says: its",
-        "cells are of 32 tokens. OpenVINO's exporter needs an environment that isn't built here. The reference attends",
-        "in eager mode, but for falcon-rw: there transformers 5.24 adds ALiBi twice, to the mask and to the products,",
-        "and logits are 7e-3 from those with `sdpa`, which adds it once.",
-        "",
+        f"{len(families_of(by))} rows, {len(cells)} cells, {len(counted)} models written, {total} tensors accounted",
+        f"for: none lost or strange. {failed} cells failed. Largest difference of what transformers serves, but for",
+        f"`int8 w8a8`: {told(largest)}; of {len(graphs)} graphs on onnxruntime: {told(max(graphs, default=0.0))}.",
         f"Commits of the cells, where one may be as it was before a rebase: {commits}.",
         f"{host.cpu_model()}, one thread; Python {platform.python_version()}, "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + ".",
-        "",
-        f"{len(families)} rows, {len(cells)} cells, {len(counted)} models written, {total} tensors accounted for: none",
-        f"lost or strange. {failed} cells failed. Largest difference of what transformers serves, but for `int8 w8a8`:",
-        f"{told(largest)}; of {len(graphs)} graphs on onnxruntime: {told(max(graphs, default=0.0))}.",
     ]
 
 
@@ -386,12 +462,13 @@ def main() -> None:
     """Fill the matrix and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--add", default="", help="families, with commas between")
     arguments = parser.parse_args()
-    families = arguments.only.split(",") if arguments.only else [*CONFIGS, *mixtures.FAMILIES]
+    families = arguments.add.split(",") if arguments.add else [*CONFIGS, *mixtures.FAMILIES]
     torch.set_num_threads(1)
     found = {(family, name): each for family, name, each in cells(arguments.work, families)}
-    PAGE.write_text(page(found), encoding="utf-8")
+    old = PAGE.read_text(encoding="utf-8") if arguments.add else ""
+    PAGE.write_text(added(old, found) if arguments.add else page(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

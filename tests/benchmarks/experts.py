@@ -31,11 +31,16 @@ from tests.conftest import byte_tokenizer  # noqa: E402
 from tests.mixtures import losses, save  # noqa: E402
 
 EXPERTS = (4, 64)
-HIDDEN, WIDTH, BLOCKS = 512, 1024, 2
+HIDDEN, WIDTH, BLOCKS = 256, 512, 2
 STAGES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gptq": ("quantize", "gptq", {"group_size": 64}),
     "gptq, routed": ("quantize", "gptq", {"group_size": 64, "experts": "routed"}),
+    "awq": ("quantize", "awq", {"group_size": 64, "steps": 4}),
+    "int8 w8a16": ("quantize", "int8", {"group_size": 64}),
+    "int8 w8a8": ("quantize", "int8", {"scheme": "w8a8"}),
+    "fp8 static": ("quantize", "fp8", {"scheme": "static"}),
     "wanda": ("prune", "wanda", {}),
+    "sparsegpt": ("prune", "sparsegpt", {}),
     "rtn": ("quantize", "rtn", {"group_size": 64, "mse": False}),
     "fp8": ("quantize", "fp8", {"mse": False}),
     "nf4": ("quantize", "nf4", {}),

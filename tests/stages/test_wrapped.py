@@ -72,6 +72,26 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         },
         "image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6,
     },
+    "qwen3_vl_moe": {
+        "text_config": TEXT | QWEN | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        "vision_config": {
+            "depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64,
+            "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+        },
+        "image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6,
+    },
+    "qwen3_5_moe": {
+        "text_config": TEXT | {
+            "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16, "linear_num_key_heads": 4, "linear_num_value_heads": 8, "num_experts": 4,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+        },
+        "vision_config": {
+            "depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64,
+            "num_position_embeddings": 16,
+        },
+        "image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6,
+    },
     "qwen3_5": {
         "text_config": TEXT | {
             "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 16,
