@@ -92,6 +92,7 @@ class SourceModel:
         self._sparse = row.experts.sparse(self.layers, self.config) if row.experts else frozenset[int]()
         self._part = language_part.find(row, told, checkpoint, self.layers)
         self._stored = dict(self._part.stored)
+        self._wholes: dict[str, tuple[int, ...]] = {}
         self.carried = self._part.carried
         self.checkpoint = self._apart(checkpoint)
         self.own_head = f"{row.head}.weight" in self._stored
@@ -109,6 +110,8 @@ class SourceModel:
             return checkpoint
         seen = copy.copy(checkpoint)
         own = {name: checkpoint.entries[stored] for name, stored in self._part.stored.items()}
+        inside = {name: stacked_experts.inside_block(self.row, name) for name in own}
+        self._wholes = {name: own[name].shape for name in own if inside[name] in experts.stacked}
         found = stacked.apart(self.row, self.config, own)
         self._stored = {name: self._part.stored.get(name, self._part.place(name)) for name in found}
         seen.entries = {name: checkpoint.entries[name] for name in self.carried}
@@ -121,17 +124,14 @@ class SourceModel:
         found = dict(entries)
         if experts is None or not experts.stacked:
             return found
-        sizes, weave = stacked.sizes_of(self.row, self.config), stacked.weave(experts)
-        figures = (sizes["experts"], sizes["expert_width"], sizes["hidden"])
-        wholes = dict(zip(experts.stacked, stacked_experts.shapes(experts, *figures), strict=True))
-        for block in sorted(self._sparse):
-            for inside, shape in wholes.items():
-                whole = f"{self.row.block(block)}.{inside}"
-                each = [
-                    made_of([found.pop(self._stored[name]) for name in names], shape[1:], weave)
-                    for names in stacked.grouped(self.row, sizes, whole)
-                ]
-                found[self._part.place(whole)] = joined(each, shape)
+        sizes = stacked.sizes_of(self.row, self.config)
+        for whole, shape in self._wholes.items():
+            weave = stacked.weave(experts, turned=stacked_experts.is_turned(self.row, sizes, whole, shape))
+            each = [
+                made_of([found.pop(self._stored[name]) for name in names], shape[1:], weave)
+                for names in stacked.grouped(self.row, sizes, whole)
+            ]
+            found[self._part.place(whole)] = joined(each, shape)
         return found
 
     def tensor_name(self, name: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from optikit.formats import language_config, load_state, stacked
-from optikit.models import architectures, language_part
+from optikit.models import architectures, language_part, stacked_experts
 
 
 def load(directory: Path, dtype: torch.dtype | str, **options: Any) -> tuple[Any, set[str], set[str]]:
@@ -48,13 +48,13 @@ def _alone(told: Mapping[str, Any], state: dict[str, Tensor]) -> dict[str, Tenso
     found = {name: state[stored] for name, stored in part.stored.items()}
     if row.experts is None or not row.experts.stacked:
         return found
-    sizes, weave = stacked.sizes_of(row, settings), stacked.weave(row.experts, in_module=True)
+    sizes, weave = stacked.sizes_of(row, settings), stacked.weave(row.experts)
     for block in row.experts.sparse(layers, settings):
         for whole in row.experts.stacked:
             name = f"{row.block(block)}.{whole}"
             if name not in found:
                 each = stacked.grouped(row, sizes, name)
                 found[name] = torch.stack([weave([found.pop(part) for part in names]) for names in each])
-            elif row.experts.turned:
+            elif stacked_experts.is_turned(row, sizes, name, tuple(found[name].shape)):
                 found[name] = found[name].transpose(1, 2).contiguous()
     return found

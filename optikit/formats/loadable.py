@@ -53,7 +53,7 @@ def _as_modules(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
             wide = shape[0] if inside.endswith(f".{experts.linears[0]}.weight") else wide
         else:
             found[block + row.module_name(inside)] = shape
-    wholes = stacked_experts.shapes(experts, facts.experts, wide, facts.hidden, in_module=True)
+    wholes = stacked_experts.shapes(experts, facts.experts, wide, facts.hidden)
     leaves = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")[: len(wholes)]
     for block in sparse:
         found |= {f"{block}{experts.module}.{leaf}": shape for leaf, shape in zip(leaves, wholes, strict=True)}

@@ -41,9 +41,9 @@ class Weave:
         return (whole.T if self.across and whole.dim() > 1 else whole).contiguous()
 
 
-def weave(experts: Experts, *, in_module: bool = False) -> Weave:
-    """Return how a family's checkpoints, or transformers' module of it, hold the projections of an expert together."""
-    return Weave(experts.across != (in_module and experts.turned), experts.interleaved)
+def weave(experts: Experts, *, turned: bool = False) -> Weave:
+    """Return how a family holds the projections of an expert together; `turned` where a file has them otherwise."""
+    return Weave(experts.across != turned, experts.interleaved)
 
 
 def sizes_of(row: Architecture, settings: Mapping[str, Any]) -> dict[str, int]:
@@ -70,7 +70,8 @@ def apart(row: Architecture, settings: Mapping[str, Any], entries: Mapping[str, 
     for name, entry in entries.items():
         if stacked_experts.inside_block(row, name) in experts.stacked:
             del found[name]
-            found |= {part.name: _entry(entry, part) for part in stacked_experts.parts(row, sizes, name)}
+            turned = stacked_experts.is_turned(row, sizes, name, entry.shape)
+            found |= {part.name: _entry(entry, part) for part in stacked_experts.parts(row, sizes, name, turned=turned)}
     return found
 
 

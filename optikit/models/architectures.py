@@ -40,8 +40,8 @@ class Experts:
         linears: Gate, up and down projection of an expert, as the checkpoint calls them.
         stacked: Where the checkpoint holds all experts in few tensors: that of gate and up, that of down, and where
             there are some those of their biases, in this order, relative to the block.
-        across: What is stacked has the weights as (in, out).
-        turned: transformers' module has them the other way round than the checkpoint; else both are alike.
+        across: transformers' module, and what is stacked, has the weights as (in, out).
+        either: What is stacked may lie the other way round than in transformers' module.
         interleaved: The outputs of gate and up alternate there; else those of gate come first.
         scaled: The router scales what experts are given, and what they return is added up.
         router: Module that chooses experts, where it scales.
@@ -60,7 +60,7 @@ class Experts:
     linears: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     stacked: tuple[str, ...] = ()
     across: bool = False
-    turned: bool = False
+    either: bool = False
     interleaved: bool = False
     scaled: bool = False
     router: str = ""

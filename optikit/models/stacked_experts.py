@@ -51,16 +51,31 @@ class Part:
 
 
 def shapes(
-    experts: Experts, count: int, wide: int, hidden: int, *, in_module: bool = False
+    experts: Experts, count: int, wide: int, hidden: int, *, turned: bool = False
 ) -> tuple[tuple[int, ...], ...]:
     """Return the shapes of what holds gate and up, down, and where there are some their biases, of all experts.
 
-    They are those of a checkpoint, or of transformers' module.
+    `turned` are those of a checkpoint that has the weights the other way round than transformers' module.
     """
     pairs = ((2 * wide, hidden), (hidden, wide))
-    across = experts.across != (in_module and experts.turned)
-    whole = tuple((count, *(pair[::-1] if across else pair)) for pair in pairs)
+    whole = tuple((count, *(pair[::-1] if experts.across != turned else pair)) for pair in pairs)
     return (*whole, (count, 2 * wide), (count, hidden)) if experts.biased else whole
+
+
+def is_turned(architecture: Architecture, sizes: Mapping[str, int], name: str, shape: tuple[int, ...]) -> bool:
+    """Return whether a stacked tensor of a family that has them either way lies the other way round than its module's.
+
+    Of a square one that can't be told: transformers, too, takes it as it lies.
+    """
+    experts = architecture.experts
+    if experts is None or not experts.either:
+        return False
+    which, figures = experts.stacked.index(inside_block(architecture, name)), _figures(sizes)
+    return shape != shapes(experts, *figures)[which] and shape == shapes(experts, *figures, turned=True)[which]
+
+
+def _figures(sizes: Mapping[str, int]) -> tuple[int, int, int]:
+    return sizes["experts"], sizes["expert_width"], sizes["hidden"]
 
 
 def apart(
@@ -80,20 +95,21 @@ def apart(
     experts = architecture.experts
     if experts is None or not experts.stacked:
         return dict(tensors)
-    all_shapes = shapes(experts, sizes["experts"], sizes["expert_width"], sizes["hidden"])
-    wanted = dict(zip(experts.stacked, all_shapes, strict=True))
+    wanted = dict(zip(experts.stacked, shapes(experts, *_figures(sizes)), strict=True))
     found = {}
     for name, tensor in tensors.items():
         inside = inside_block(architecture, name)
         if inside not in wanted:
             found[name] = tensor
             continue
-        if tensor.shape != wanted[inside]:
+        turned = is_turned(architecture, sizes, name, tensor.shape)
+        if tensor.shape != wanted[inside] and not turned:
             across = " lies across: it" if tensor.shape == (tensor.shape[0], *wanted[inside][:0:-1]) else ""
             message = f"{where}: {name}{across} has shape {tensor.shape}, and {wanted[inside]} is promised"
             raise IntegrityError(message, fix=FIX)
         found |= {
-            part.name: TensorFacts(dtype=tensor.dtype, shape=part.shape) for part in parts(architecture, sizes, name)
+            part.name: TensorFacts(dtype=tensor.dtype, shape=part.shape)
+            for part in parts(architecture, sizes, name, turned=turned)
         }
     return found
 
@@ -104,21 +120,22 @@ def inside_block(architecture: Architecture, name: str) -> str:
     return rest.partition(".")[2] if rest != name else ""
 
 
-def parts(architecture: Architecture, sizes: Mapping[str, int], name: str) -> Iterator[Part]:
+def parts(architecture: Architecture, sizes: Mapping[str, int], name: str, *, turned: bool = False) -> Iterator[Part]:
     """Yield the projections inside a stacked tensor, expert by expert.
 
     Args:
         architecture: A family with stacked experts.
         sizes: Figures, with those of experts.
         name: The stacked tensor, in the language model on its own.
+        turned: It lies the other way round than transformers' module has it.
     """
     experts = architecture.experts
     if experts is None:
         return
     inside = inside_block(architecture, name)
     block, which = name.removesuffix(inside), experts.stacked.index(inside)
-    _, *run = shapes(experts, sizes["experts"], sizes["expert_width"], sizes["hidden"])[which]
-    leaf, across = ("weight", experts.across) if which < 2 else ("bias", False)
+    _, *run = shapes(experts, *_figures(sizes), turned=turned)[which]
+    leaf, across = ("weight", experts.across != turned) if which < 2 else ("bias", False)
     held = (0, 1) if which % 2 == 0 else (2,)
     outputs, size = run[-1 if across else 0], 1
     for side in run:

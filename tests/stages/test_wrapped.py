@@ -73,7 +73,7 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6,
     },
     "qwen3_vl_moe": {
-        "text_config": TEXT | QWEN | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        "text_config": TEXT | QWEN | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96},
         "vision_config": {
             "depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64,
             "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
@@ -200,6 +200,26 @@ def test_a_wrapper_is_neither_trained_nor_taken_apart(wrapped):
         stage = stages.load(verb, method)
         problems = {problem.code for problem in stage.check(stage.Options(), facts, targets.find("cpu"))}
         assert "wrapped-model" in problems
+
+
+def test_experts_that_lie_across_as_they_were_published_are_the_same(wrapped, prose, tmp_path):
+    source = wrapped("qwen3_vl_moe")
+    for name in ("published", "model", "other", "scratch", "other-scratch"):
+        (tmp_path / name).mkdir()
+    published = tmp_path / "published"
+    for path in source.iterdir():
+        (published / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    turned = {key: t.transpose(1, 2).contiguous() if ".mlp.experts." in key else t for key, t in tensors.items()}
+    assert sum(turned[key].shape != tensors[key].shape for key in tensors) == 4
+    save_file(turned, published / "model.safetensors", {"format": "pt"})
+    stage, text = stages.load("prune", "wanda"), Calibration(text=prose, samples=3, length=40)
+    for each, dest in ((source, "model"), (published, "other")):
+        scratch = tmp_path / ("scratch" if dest == "model" else "other-scratch")
+        job = Job(source=each, dest=tmp_path / dest, scratch=scratch, calibration=text)
+        census.take(each, tmp_path / dest, stage.CHANGES, stage.run(stage.Options(), job))
+    one, other = (load_file(tmp_path / dest / "model.safetensors") for dest in ("model", "other"))
+    assert all(torch.equal(one[key], t.transpose(1, 2) if ".mlp.experts." in key else t) for key, t in other.items())
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
