@@ -132,11 +132,21 @@ def _pair(source: Path, dest: Path, changes: Changes, found: Mapping[str, Any]) 
 
 
 def _entries(directory: Path, facts: ModelFacts) -> dict[str, Entry]:
+    """Return the tensors of a directory, each of stacked experts on its own, under names that go with the facts'."""
     entries, row = Checkpoint(directory).entries, facts.architecture
     if row is None:
         return entries
-    named = {full: entries[stored] for stored, full in row.full_names(list(entries)).items()}
-    return stacked.apart(row, language_part.settings_of(facts.config), named)
+    settings, part = (
+        language_part.settings_of(facts.config),
+        language_part.find(row, facts.config, entries, facts.layers),
+    )
+    if not part.wrapped:
+        return stacked.apart(
+            row, settings, {full: entries[name] for name, full in row.full_names(list(entries)).items()}
+        )
+    own = stacked.apart(row, settings, {name: entries[stored] for name, stored in part.stored.items()})
+    language = {part.stored.get(name, part.told(name)): entry for name, entry in own.items()}
+    return {name: entries[name] for name in part.carried} | language
 
 
 def _renumbered(entries: Mapping[str, Entry], row: Architecture, kept: list[int]) -> dict[str, Entry]:

@@ -222,6 +222,15 @@ def test_experts_that_lie_across_as_they_were_published_are_the_same(wrapped, pr
     assert all(torch.equal(one[key], t.transpose(1, 2) if ".mlp.experts." in key else t) for key, t in other.items())
 
 
+@pytest.mark.parametrize("name", ["llama4", "qwen3_5_moe"])
+def test_experts_of_a_wrapper_are_pruned_where_they_lie(name, wrapped, tmp_path):
+    source, stage = wrapped(name), stages.load("prune", "magnitude")
+    (tmp_path / "model").mkdir()
+    found = stage.run(stage.Options(), Job(source=source, dest=tmp_path / "model", scratch=tmp_path / "scratch"))
+    assert census.take(source, tmp_path / "model", stage.CHANGES, found).changed >= found["linears_pruned"] / 2
+    loadable.require(tmp_path / "model")
+
+
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
 def test_a_wrapper_as_it_was_published_is_the_same_model(name, wrapped, tmp_path):
     """One config.json for all of it, names without a language model, sections of the rotary embedding as a type."""
