@@ -143,7 +143,8 @@ def _server(item: Node, at: Loc) -> tuple[str, dict[str, Any]]:
     data = plain(item)
     if isinstance(data, dict):
         if "server" not in data:
-            fix = f"write `server: NAME` in it; choose from {', '.join(SERVERS)}"
+            named = next((key for key in data if key in SERVERS), "NAME")  # as a stage names its verb
+            fix = f"write `server: {named}` in it; choose from {', '.join(SERVERS)}"
             raise _Bad("missing-key", "an entry of serve has no 'server'", fix, at)
         name, at = data.pop("server"), (*at, "server")
     else:

@@ -102,7 +102,9 @@ def _check_cores(options: Options, target: Target) -> Iterator[Problem]:
     last = options.first_core + options.tensor_parallel
     if options.first_core and target.cores is not None and last > target.cores:
         message = f"cores {core_set(options)} were asked for, and {target.name} has {target.cores}"
-        yield Problem(code="no-such-cores", message=message, fix="lower first_core", loc=("first_core",))
+        most = target.cores - options.tensor_parallel
+        fix = f"lower first_core to {most} or less" if most >= 0 else "lower tensor_parallel"
+        yield Problem(code="no-such-cores", message=message, fix=fix, loc=("first_core",))
 
 
 def _check_speculation(options: Options, facts: ModelFacts) -> Iterator[Problem]:
@@ -164,9 +166,12 @@ def _check_sampling(options: Options, kind: Kind) -> Iterator[Problem]:
 
 def placed(options: Options, target: Target, models: Sequence[ModelFacts], medusa_heads: int) -> list[str]:
     """Say what lies on which cores, what padding costs, and at which degrees it would fit."""
-    fit = fitting(target, models, shapes(options), medusa_heads=medusa_heads)
+    found = placement(options, models[0], models[1:], medusa_heads)
+    fit = {*fitting(target, models, shapes(options), medusa_heads=medusa_heads)}
+    if found.fits(target):
+        fit.add(found.degree)  # which only older texts may allow
     names = ("model", *("draft" for _ in models[1:]))
-    return told(placement(options, models[0], models[1:], medusa_heads), target, models, names, fit)
+    return told(found, target, models, names, sorted(fit))
 
 
 def estimate(options: Options, facts: ModelFacts, target: Target, calibration_tokens: int) -> Estimate:
