@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from optikit.models.reader import read
 from optikit.stage import Estimate, Job
 
 if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
     from optikit.evaluation.streamed import Streamed
     from optikit.runtime.decoder import Decoder
 
@@ -82,3 +85,9 @@ def opened(
 
     given: dict[str, Any] = {"dtype": dtype, "threads": job.threads, "max_tokens": max_tokens}
     return load(job.source, runtime=runtime, device=job.device, **given)
+
+
+def is_streamed(model: Decoder | Streamed) -> TypeIs[Streamed]:
+    """Return whether a model is read block by block, without the libraries of that where none is."""
+    streamed = sys.modules.get("optikit.evaluation.streamed")
+    return streamed is not None and isinstance(model, streamed.Streamed)

@@ -26,7 +26,7 @@ from optikit.evaluation.windows import Cut, CutOptions, cut
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import ANY, MAIN, PLANNED, Estimate, Facts, Input, Job, no_objection
-from optikit.stages.measure._streaming import opened, streaming, whole_bytes
+from optikit.stages.measure._streaming import is_streamed, opened, streaming, whole_bytes
 from optikit.targets import Target
 
 if TYPE_CHECKING:
@@ -186,9 +186,8 @@ def _score(options: Options, job: Job, model: Decoder | Streamed, windows: Seque
 
 def _reading(model: Decoder | Streamed, windows: Sequence[Window], job: Job) -> AbstractContextManager[Reading]:
     from optikit.evaluation.scoring import cached
-    from optikit.evaluation.streamed import Streamed
 
-    if isinstance(model, Streamed):
+    if is_streamed(model):
         return model.reading(windows, job.scratch, progress=job.progress, note=job.note)
     return nullcontext(cached(model, windows))
 

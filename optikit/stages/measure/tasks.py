@@ -28,7 +28,7 @@ from optikit.models import tokenizer
 from optikit.models.facts import ModelFacts
 from optikit.problems import Problem
 from optikit.stage import ANY, MAIN, PLANNED, Estimate, Facts, Input, Job, StageOptions, no_objection
-from optikit.stages.measure._streaming import opened, streaming, whole_bytes
+from optikit.stages.measure._streaming import is_streamed, opened, streaming, whole_bytes
 from optikit.targets import Target
 
 if TYPE_CHECKING:
@@ -260,11 +260,10 @@ def _answered(
     options: Options, model: Decoder | Streamed, by: _Tokenizer, asked: dict[str, Sequence[Item]], job: Job
 ) -> dict[str, list[Chosen | Answered]]:
     """Return what the model makes of every item, by task."""
-    from optikit.evaluation.streamed import Streamed
     from optikit.runtime.generate import end_tokens
 
     ends = end_tokens(by.directory)
-    if isinstance(model, Streamed):
+    if is_streamed(model):
         return _chosen_by_block(model, by, asked, by.start_token(ends), job)
     total = sum(len(items) for items in asked.values())
     answers: dict[str, list[Chosen | Answered]] = {}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -167,3 +169,22 @@ def test_the_estimate_counts_the_kept_logits(facts, target):
     options = quality.Options(window=512, windows=16, keep_logits=True)
     assert quality.estimate(options, facts, target, 0).disk_bytes == 2 * 512 * 16 * 260
     assert quality.after(options, facts) is facts
+
+
+COMPILED = """
+import sys
+from pathlib import Path
+from optikit.stage import Job
+from optikit.stages.measure import quality
+
+source, text, dest = map(Path, sys.argv[1:])
+found = Job(source=source, dest=dest, scratch=dest, inputs={"text": text, "tokenizer": source}, threads=1)
+quality.run(quality.Options(runtime="onnxruntime", window=24, windows=3), found)
+print(*sorted({"torch", "transformers"} & set(sys.modules)))
+"""
+
+
+def test_a_compiled_graph_is_scored_without_torch(tiny_onnx, prose, tmp_path):
+    given = [sys.executable, "-c", COMPILED, str(tiny_onnx), str(prose), str(tmp_path)]
+    ran = subprocess.run(given, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == []
