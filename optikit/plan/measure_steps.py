@@ -178,7 +178,7 @@ def _speed(
     # What the stage made and what was chosen of it, as they lie together in the output.
     options = {"arms": arms, "chain": chain, **wanted.model_dump(exclude={"prompts"})}
     found = {role: Found(key=key) for role, key in inputs.items()} | _chosen(choices)
-    return speed_step(context, options, result.key, found)
+    return speed_step(context, options, result.key, found, result=result.after)
 
 
 def _own_arms(

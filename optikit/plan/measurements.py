@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from optikit import stages
@@ -115,15 +115,34 @@ def _baseline(reference: Step | None) -> dict[str, Found]:
 
 
 def speed_step(
-    context: Context, options: Mapping[str, Any], source: str, found: Mapping[str, Found], method: str = "speed"
+    context: Context,
+    options: Mapping[str, Any],
+    source: str,
+    found: Mapping[str, Found],
+    method: str = "speed",
+    result: ModelFacts | None = None,
 ) -> Step:
-    """Return the step that times models in turns on the recipe's prompts."""
+    """Return the step that times models in turns on the recipe's prompts.
+
+    Args:
+        context: The recipe, resolved.
+        options: Of the step.
+        source: Key of the model that it reads.
+        found: What was found for its inputs, by role.
+        method: `speed` or `served_speed`.
+        result: Facts of what is timed beside the original; it may be larger in memory, as a float32 graph is.
+    """
     wanted = context.recipe.evaluate.speed
     prompts = context.texts["prompts" if wanted and wanted.prompts else "perplexity"]
-    return context.step(
+    step = context.step(
         SPEED,
         ("measure", method),
         measuring(method, options),
         on=(source, context.facts),
         found={**found, "prompts": given(prompts)},
     )
+    if result is None:
+        return step
+    other = stages.load("measure", method).estimate(step.options, result, context.target, 0)
+    peak = max(step.estimate.peak_bytes, other.peak_bytes)
+    return replace(step, estimate=replace(step.estimate, peak_bytes=peak))

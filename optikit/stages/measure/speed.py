@@ -186,7 +186,8 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     usual = [prefill + _usual_tokens(options, pace, min(paces)) * pace for pace in paces]
     rounds = _looks(options)[len(_looks(options)) // 2].samples
     runs = options.warmup - 1 + rounds
-    peaks = [int(1.1 * size) + each.overhead for size, each in zip(sizes, costs, strict=True)]
+    mapped = [_mapped_bytes(arm, facts) for arm in options.arms]
+    peaks = [int(1.1 * size) + more + each.overhead for size, more, each in zip(sizes, mapped, costs, strict=True)]
     seen = SEEN_PER_ROUND * options.repetitions * whole[-1] if any(arm.speculator for arm in options.arms) else 0
     served = [peak for peak, arm in zip(peaks, options.arms, strict=True) if arm.runtime == "vllm"]
     return Estimate(
@@ -200,6 +201,12 @@ def _usual_tokens(options: Options, pace: float, fastest: float) -> int:
     """Return how many tokens an arm writes on a quiet machine, from its and the fastest arm's seconds per token."""
     cut = options.precision and pace >= SLOW * fastest
     return min(options.new_tokens, USUAL_TOKENS) if cut else options.new_tokens
+
+
+def _mapped_bytes(arm: ArmOptions, facts: ModelFacts) -> int:
+    """Return what of a file transformers maps while it converts the weights: its pages count until all are."""
+    converted = arm.runtime == "transformers" and arm.dtype == "float32" and facts.dtype != "F32"
+    return facts.weight_bytes if converted and "dense" in facts.traits else 0
 
 
 def _weight_bytes(arm: ArmOptions, facts: ModelFacts) -> int:
