@@ -186,13 +186,10 @@ def estimate(options: Options, facts: ModelFacts, target: Target, calibration_to
     usual = [prefill + _usual_tokens(options, pace, min(paces)) * pace for pace in paces]
     rounds = _looks(options)[len(_looks(options)) // 2].samples
     runs = options.warmup - 1 + rounds
-    mapped = [_mapped_bytes(arm, facts) for arm in options.arms]
-    peaks = [int(1.1 * size) + more + each.overhead for size, more, each in zip(sizes, mapped, costs, strict=True)]
     seen = SEEN_PER_ROUND * options.repetitions * whole[-1] if any(arm.speculator for arm in options.arms) else 0
-    served = [peak for peak, arm in zip(peaks, options.arms, strict=True) if arm.runtime == "vllm"]
     return Estimate(
         seconds=sum(each.start_s for each in costs) + sum(whole) + runs * sum(usual) + rounds * usual[0] + seen,
-        peak_bytes=max(sum(served), *peaks),
+        peak_bytes=_peak_bytes(options, facts),
         disk_bytes=(options.warmup + options.repetitions) * len(sizes) * options.new_tokens * 20,
     )
 
@@ -201,6 +198,16 @@ def _usual_tokens(options: Options, pace: float, fastest: float) -> int:
     """Return how many tokens an arm writes on a quiet machine, from its and the fastest arm's seconds per token."""
     cut = options.precision and pace >= SLOW * fastest
     return min(options.new_tokens, USUAL_TOKENS) if cut else options.new_tokens
+
+
+def _peak_bytes(options: Options, facts: ModelFacts) -> int:
+    """Return the memory of the arm that takes most, or of all servers: they run at once."""
+    peaks = [
+        int(1.1 * _weight_bytes(arm, facts)) + _mapped_bytes(arm, facts) + COSTS[arm.runtime].overhead
+        for arm in options.arms
+    ]
+    served = [peak for peak, arm in zip(peaks, options.arms, strict=True) if arm.runtime == "vllm"]
+    return max(sum(served), *peaks)
 
 
 def _mapped_bytes(arm: ArmOptions, facts: ModelFacts) -> int:
