@@ -89,7 +89,7 @@ class BatchDecoder(Protocol):
             windows: At least one, at most one of each place.
 
         Returns:
-            Of each window its logits, (rows, vocab) float32.
+            Of each window its logits, (rows, vocab) float32; the next call may overwrite them.
         """
         ...
 

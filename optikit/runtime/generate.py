@@ -72,6 +72,7 @@ class TextGenerator:
         self.tokenizer = tokenizer.load(directory)
         self._configured = tokenizer.configured(directory)
         self.ends = _end_tokens(directory, self._configured)
+        self._opening = tokenizer.opening(self.tokenizer)
 
     def encode(self, prompt: str, *, chat: bool | str) -> Tokens:
         """Return the tokens of a prompt that the model is to go on from.
@@ -87,7 +88,9 @@ class TextGenerator:
         template = self._template(chat) if chat else ""
         text = self._turn(prompt, template) if template else prompt
         self._require_sensible(text)
-        tokens = tokenizer.encode(self.tokenizer, text, opened=not template)
+        tokens = tokenizer.encode(self.tokenizer, text, opened=False)
+        if not template:
+            tokens = [*self._opening, *tokens]
         if not tokens:
             raise UsageError("the prompt is empty", fix="give some text")
         return np.array(tokens, np.int64)

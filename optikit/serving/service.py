@@ -256,7 +256,8 @@ class _Events(StreamingResponse):
         async def patiently(message: Any) -> None:
             async with asyncio.timeout(SEND_SECONDS):
                 await send(message)
-            await asyncio.sleep(0)  # pieces that lie ready would else be written to a connection that is gone
+            if message["type"] == "http.response.body":
+                await asyncio.sleep(0)  # pieces that lie ready would else be written to a connection that is gone
 
         try:
             await super().stream_response(patiently)

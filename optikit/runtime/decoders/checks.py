@@ -36,7 +36,7 @@ def check_call(
         raise UsageError(
             f"position {position} isn't within the {filled} tokens of the cache", fix="run what comes before it first"
         )
-    low, high = int(tokens.min()), int(tokens.max())
+    low, high = (int(tokens[0]),) * 2 if tokens.size == 1 else (int(tokens.min()), int(tokens.max()))
     if low < 0 or high >= vocab:
         raise UsageError(
             f"token {low if low < 0 else high} is outside the vocabulary of {vocab}",

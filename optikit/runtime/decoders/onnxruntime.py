@@ -210,6 +210,19 @@ class OnnxDecoder:
             self._features = features[0] if len(features) == 1 else np.concatenate(features)
         return logits
 
+    def step(self, token: int, position: int) -> Logits:
+        """Run a token; return its logits (1, vocab), which the next run overwrites.
+
+        `forward` returns arrays of its own and binds them anew, which takes longer than all else in Python here.
+        Nothing is checked.
+        """
+        shown = self._run(token, position, self._last_row, self._last_state)
+        self._states = self._last_state.copy()
+        if shown:
+            self._features = np.concatenate(shown, axis=2)[0]
+        row: Logits = self._last_row[0]
+        return row
+
     def hidden(self, row: int) -> NDArray[np.float32]:
         """Return what the output head read for a row of the last `forward`; see `decoding_loop.HiddenDecoder`."""
         state: NDArray[np.float32] = self._states[0, row]

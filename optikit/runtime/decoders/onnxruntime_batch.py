@@ -78,6 +78,10 @@ class OneText(Protocol):
         """Run tokens; see `decoder.Decoder.forward`."""
         ...
 
+    def step(self, token: int, position: int) -> Logits:
+        """Run a token; return its logits (1, vocab), which the next run overwrites."""
+        ...
+
 
 def _of(name: str, text: int) -> str:
     return f"{name}/text_{text}"
@@ -253,6 +257,25 @@ class EndToEnd:
                     self._output(_of(present, text), buffer)
 
 
+class _Stacked:
+    """A call of some texts of one token each, with the arrays that its results are written to every time.
+
+    New arrays of this size are new pages every time, and binding them takes as long as the rest of the call in Python.
+    """
+
+    def __init__(self, call: Call, layout: Layout, count: int) -> None:
+        self._call = call
+        self._logits = np.empty((count, 1, layout.vocab), np.float32)
+        self.states = np.empty((count, 1, layout.hidden), np.float32)
+        call.results(self._logits, self.states)
+
+    def run(self, tokens: Sequence[int], positions: Sequence[int]) -> Logits:
+        """Run a token of each text; return the logits (texts, vocab), which the next run overwrites."""
+        self._call.run_stacked(np.array(tokens), np.array(positions))
+        logits: Logits = self._logits[:, 0]
+        return logits
+
+
 class OnnxBatch:
     """Caches for several texts; see `decoder.BatchDecoder`.
 
@@ -281,7 +304,7 @@ class OnnxBatch:
             raise UsageError(f"a batch of {self.places} texts holds none", fix="use 1 or more")
         self.max_tokens, self.vocab = alone[0].max_tokens, layout.vocab
         self._layout, self._alone, self._cache, self._stacking = layout, list(alone), cache, stacking
-        self._stacked: dict[int, Call] = {}
+        self._stacked: dict[int, _Stacked] = {}
         self._stacks = layout.inputs["attention_mask"] not in {each.name for each in stacking.get_inputs()}
         self._end_to_end: EndToEnd | None = None
         if not self._stacks:
@@ -315,7 +338,10 @@ class OnnxBatch:
     def _run_alone(self, window: Window) -> Logits:
         """Run a text without others; return its logits (rows, vocab)."""
         decoder = self._alone[window.place]
-        logits = decoder.forward(window.tokens, window.position, window.rows)
+        if len(window.tokens) == 1:
+            logits = decoder.step(int(window.tokens[0]), window.position)
+        else:
+            logits = decoder.forward(window.tokens, window.position, window.rows)
         self._states, self._first_rows = decoder.states[0], np.zeros(1, np.int64)
         return logits
 
@@ -323,15 +349,12 @@ class OnnxBatch:
         """Run a token of each text: attention takes several texts where each brings one."""
         count = len(windows)
         if count not in self._stacked:
-            self._stacked[count] = Call(self._stacking, self._layout, [part[:count] for part in self._cache], 1)
-        call = self._stacked[count]
-        logits = np.empty((count, 1, self.vocab), np.float32)
-        states = np.empty((count, 1, self._layout.hidden), np.float32)
-        call.results(logits, states)
-        call.run_stacked(np.array([each.tokens[0] for each in windows]), np.array([each.position for each in windows]))
-        self._states = states[:, 0]
-        found: Logits = logits[:, 0]
-        return found
+            cache = [part[:count] for part in self._cache]
+            self._stacked[count] = _Stacked(Call(self._stacking, self._layout, cache, 1), self._layout, count)
+        stacked = self._stacked[count]
+        logits = stacked.run([int(each.tokens[0]) for each in windows], [each.position for each in windows])
+        self._states = stacked.states[:, 0].copy()
+        return logits
 
     def _run_beginning(self, window: Window) -> Window:
         """Run a long window but for its last chunk, whose logits alone are wanted; return what is left."""
