@@ -56,6 +56,19 @@ async def _send(streams: Streams, data: bytes) -> str:
     return await _status(streams[0])
 
 
+async def _pour(streams: Streams, part: bytes) -> str:
+    """Send the same again and again until there is an answer; return its status."""
+    answer = asyncio.ensure_future(_status(streams[0]))
+    try:
+        while not answer.done():
+            streams[1].write(part)
+            await streams[1].drain()
+            await asyncio.sleep(0)
+    except ConnectionError:
+        pass  # the answer may lie there nevertheless
+    return await answer
+
+
 async def garbage(streams: Streams, random: Random) -> str:
     """Bytes that are no HTTP."""
     return await _send(streams, random.randbytes(random.randrange(1, 5000)) + b"\r\n\r\n")
@@ -78,23 +91,13 @@ async def long_body(streams: Streams, random: Random) -> str:
 async def endless_chunks(streams: Streams, _: Random) -> str:
     """Chunks without an announced length, until it is enough."""
     streams[1].write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
-    answer = asyncio.ensure_future(_status(streams[0]))
-    while not answer.done():
-        streams[1].write(b"10000\r\n" + b" " * 65536 + b"\r\n")
-        await streams[1].drain()
-        await asyncio.sleep(0)
-    return await answer
+    return await _pour(streams, b"10000\r\n" + b" " * 65536 + b"\r\n")
 
 
 async def endless_head(streams: Streams, _: Random) -> str:
     """A header that doesn't end."""
     streams[1].write(b"GET /health HTTP/1.1\r\nX: ")
-    answer = asyncio.ensure_future(_status(streams[0]))
-    while not answer.done():
-        streams[1].write(b"a" * 65536)
-        await streams[1].drain()
-        await asyncio.sleep(0)
-    return await answer
+    return await _pour(streams, b"a" * 65536)
 
 
 async def silent(streams: Streams, random: Random) -> str:
