@@ -209,10 +209,10 @@ def main() -> None:
 
 PAGE = """# A day of requests against one server
 
-`python tests/benchmarks/soak.py DIR {settings}`, commit {commit}, {date}, {cpu}, {threads} threads: {seconds:.0f} s,
-{rate:.0f} requests per second. A model of random weights behind `optikit serve`; {prompts} prompts with {distinct}
-different answers of {tokens} tokens, each answer compared with what is decoded alone. Every 50th request is a stream
-that its client leaves, every 500th is no JSON.
+`python tests/benchmarks/soak.py DIR {settings}`, commit {commit}, {date},
+{cpu}, {threads} threads: {seconds:.0f} s, {rate:.0f} requests per second. A model of random
+weights behind `optikit serve`; {prompts} prompts with {distinct} different answers of {tokens} tokens, each answer
+compared with what is decoded alone. Every 50th request is a stream that its client leaves, every 500th is no JSON.
 
 | what | requests |
 |:--|--:|
