@@ -32,6 +32,7 @@ ALIASES: Mapping[str, str] = MappingProxyType(
 _NUMBERED = re.compile(r"(.+?)\.(\d+)\.(.+)")
 _LEFT_OVER = ("rotary_emb.inv_freq", "attn.masked_bias")
 _NO_LINEAR = re.compile(r"embed|norm|conv|relative|bias_table|(?:^|\.)(wte|wpe)(?:\.|$)")
+_ROUTED = re.compile(r"expert|sparse_moe|\.moe\.|\brouter\b")
 _MOST_SOURCE = 2**20
 HEAD = "lm_head"
 """What most of transformers' classes call the output head."""
@@ -94,7 +95,7 @@ def unsuitable(config: Mapping[str, Any], tensors: Mapping[str, TensorFacts]) ->
         return "it has an encoder"
     if isinstance(config.get("text_config"), dict):
         return "its language part lies in text_config"
-    if any("expert" in name for name in tensors):
+    if any(_ROUTED.search(name) for name in tensors):
         return "it is a mixture of experts"
     named = config.get("architectures")
     found = str(named[0]) if isinstance(named, list) and named else ""

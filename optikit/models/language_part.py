@@ -19,7 +19,7 @@ from optikit.models.architectures import Architecture
 
 PREFIXES = (
     *("model.language_model.model.", "model.language_model.", "language_model.model.", "language_model."),
-    "model.",
+    *("model.text_model.", "model."),
 )
 """What stands for the first part of a language model's names in a wrapper."""
 HEADS = ("language_model.", "model.language_model.", "")

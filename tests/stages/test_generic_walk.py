@@ -16,6 +16,8 @@ from optikit.calibration.source_model import SourceModel
 from optikit.errors import RecipeError, StageFailedError
 from optikit.formats.checkpoint import Checkpoint
 from optikit.models import architectures
+from optikit.models.facts import TensorFacts
+from optikit.models.generic import unsuitable
 from optikit.models.reader import read
 from optikit.plan import make_plan
 from optikit.recipe.load import load
@@ -158,3 +160,20 @@ def test_a_linear_that_headers_hide_fails(unknown: Path, prose: Path, tmp_path: 
     save_file(tensors, lacking / "model.safetensors", {"format": "pt"})
     with pytest.raises(StageFailedError, match=gone.removesuffix(".weight")):
         run(lacking, tmp_path, prose, "rtn")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.block_sparse_moe.input_linear.weight",
+        "model.layers.0.mlp.experts.0.up_proj.weight",
+        "model.layers.1.feed_forward.router.weight",
+        "model.layers.0.moe.gate.weight",
+    ],
+)
+def test_a_mixture_without_a_row_is_no_list_of_linears(name: str) -> None:
+    config = {"model_type": "apertus", "architectures": ["ApertusForCausalLM"]}
+    assert unsuitable(config, {name: TensorFacts(dtype="BF16", shape=(64, 64))}) == "it is a mixture of experts"
+    assert not unsuitable(
+        config, {"model.layers.0.shared_mlp.input_linear.weight": TensorFacts(dtype="BF16", shape=(64, 64))}
+    )

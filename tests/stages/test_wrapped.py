@@ -40,6 +40,11 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "vision_config": SIGHT | {"model_type": "clip_vision_model", "patch_size": 14, "projection_dim": 32},
         "image_token_index": 3,
     },
+    "idefics3": {
+        "text_config": TEXT | {"model_type": "llama"},
+        "vision_config": SIGHT | {"model_type": "idefics3_vision", "patch_size": 14},
+        "image_token_id": 3,
+    },
     "llama4": {
         "text_config": TEXT | {
             "model_type": "llama4_text", "intermediate_size": 32, "intermediate_size_mlp": 96, "num_local_experts": 4,
