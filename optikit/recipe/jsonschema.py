@@ -38,7 +38,8 @@ def export() -> Schema:
         "extends": {
             "type": "string",
             "minLength": 1,
-            "description": "Recipe to start from, relative to this file: mappings merge, anything else replaces.",
+            "description": "Recipe to start from, relative to this file: mappings merge, null takes one out, "
+            "anything else replaces.",
         },
         "vars": {
             "type": "object",
@@ -51,6 +52,8 @@ def export() -> Schema:
         "serve": {"type": "array", "items": server, "description": recipe["properties"]["serve"]["description"]},
         "gates": {**recipe["properties"]["gates"], "properties": _gates(), "additionalProperties": False},
     }
+    for name in ("evaluate", "cost", "gates"):
+        properties[name] = _or_null(properties[name])
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "optikit recipe",
@@ -73,7 +76,14 @@ _VARIABLE: Schema = {
 
 def _gates() -> Schema:
     reference = [{"$ref": "#/definitions/Gate"}]
-    return {name: {"allOf": reference, "description": meaning} for name, meaning in GATE_METRICS.items()}
+    return {name: _or_null({"allOf": reference, "description": meaning}) for name, meaning in GATE_METRICS.items()}
+
+
+def _or_null(schema: Schema) -> Schema:
+    """Allow null, which takes out what an extended recipe has there."""
+    if schema.get("type") == "object":
+        return {**schema, "type": ["object", "null"]}
+    return {"anyOf": [schema, {"type": "null"}], "description": schema.get("description", "")}
 
 
 def _server() -> tuple[Schema, dict[str, Schema]]:

@@ -19,7 +19,7 @@ from optikit.fileio import read_regular
 from optikit.problems import Hint, Mark, Problem, nearest
 from optikit.recipe import overrides as set_
 from optikit.recipe import variables
-from optikit.recipe.node import Marks, Node, plain
+from optikit.recipe.node import Marks, Node, plain, removes
 from optikit.recipe.schema import Recipe
 from optikit.recipe.validate import check
 from optikit.recipe.validation_messages import shown
@@ -280,11 +280,12 @@ def _no_recipe(named: Node) -> Problem:
 
 
 def _over(base: Node, recipe: Node) -> Node:
-    """Return `recipe` laid over `base`: mappings merge key by key, anything else replaces."""
+    """Return `recipe` laid over `base`: mappings merge key by key, null takes one or a list out, all else replaces."""
     if not (isinstance(base.value, dict) and isinstance(recipe.value, dict)):
         return recipe
     merged = {key: _over(base.value[key], child) if key in base.value else child for key, child in recipe.value.items()}
-    return replace(recipe, value=base.value | merged)
+    gone = {key for key, child in merged.items() if key in base.value and removes(child, base.value[key])}
+    return replace(recipe, value={key: child for key, child in (base.value | merged).items() if key not in gone})
 
 
 def _without_extends(root: Node) -> Node:

@@ -53,6 +53,11 @@ def plain(node: Node) -> Any:
     return node.value
 
 
+def removes(over: Node, base: Node) -> bool:
+    """Say whether null stands where a mapping or a list was: it takes that out. A scalar's null is a value."""
+    return over.value is None and isinstance(base.value, dict | tuple)
+
+
 @dataclass(frozen=True)
 class Marks:
     """The places of a recipe's values, by path."""

@@ -1,6 +1,7 @@
 """`--set stages[1].quantize.bits=8`: change one value of a recipe from the command line.
 
-The value is read as in the file (`8` is a number, `[1, 2]` a list, `"8"` text) and checked by the same schema. Its mark
+The value is read as in the file (`8` is a number, `[1, 2]` a list, `"8"` text) and checked by the same schema; `null`
+takes a mapping or a list out, but no stage: the number of a later one would change. Its mark
 is `--set:N:COLUMN`, N counting the overrides, so that an error points into what was typed.
 """
 
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from optikit.problems import Mark, Problem, did_you_mean
-from optikit.recipe.node import Node
+from optikit.recipe.node import Node, removes
 from optikit.recipe.yaml12 import compose, resolve
 
 FILE = "--set"
@@ -136,7 +137,14 @@ def _put(node: Node | None, parts: tuple[Part, ...], done: tuple[str | int, ...]
     entries = _entries(node, part, done, rest)
     changed = replace(_put(entries.get(part.name), rest, (*done, part.name), value), key=part.mark)
     made = node or Node(value={}, mark=part.mark)
-    return replace(made, value={**entries, part.name: changed})
+    written = {**entries, part.name: changed}
+    if not rest and part.name in entries and removes(value, entries[part.name]) and not _in_a_stage(done):
+        del written[part.name]
+    return replace(made, value=written)
+
+
+def _in_a_stage(path: tuple[str | int, ...]) -> bool:
+    return len(path) == 2 and path[0] == "stages"
 
 
 def _items(node: Node | None, part: Part, done: tuple[str | int, ...]) -> tuple[Node, ...]:
@@ -160,8 +168,7 @@ def _entries(node: Node | None, part: Part, done: tuple[str | int, ...], rest: t
         raise BadOverrideError(f"{_written(done)} is a list", fix, part.mark)
     if not isinstance(node.value, dict):
         raise BadOverrideError(f"{_written(done)} is a value without keys", f"set {_written(done)} itself", part.mark)
-    in_a_stage = len(done) == 2 and done[0] == "stages"
-    if in_a_stage and part.name not in node.value:
+    if _in_a_stage(done) and part.name not in node.value:
         # Elsewhere a new key is checked by the schema; here it would give the stage a second verb.
         raise BadOverrideError(
             f"{_written(done)} has no {part.name!r}", did_you_mean(str(part.name), node.value), part.mark

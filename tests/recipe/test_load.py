@@ -145,6 +145,19 @@ def test_extends_can_take_a_part_out(tmp_path: Path, family: Path) -> None:
     assert load(family).recipe.calibration is None
 
 
+def test_null_takes_out_what_the_base_has_there(family: Path) -> None:
+    family.write_text("extends: bases/root.yaml\nevaluate: ~\ngates: {perplexity_ratio: ~}\n")
+    assert load(family).written.keys() == {"model", "target", "calibration", "stages", "gates"}
+    assert load(family).written["gates"] == {}
+    overridden = load(family, overrides=["gates=~", "calibration.part=null"]).written
+    assert "gates" not in overridden
+    assert "part" not in overridden["calibration"]
+    for alone in ("model: m\nevaluate: ~\n", "model: m\ngates: {perplexity_ratio: ~}\n"):
+        assert codes(alone) == ["wrong-type"]
+    with pytest.raises(RecipeError):  # a stage's number is its name
+        load(family, overrides=["stages[0].quantize=null"])
+
+
 def test_extends_must_be_a_name(tmp_path: Path) -> None:
     for value in ("3", "[a.yaml]", "''", "~"):
         assert codes(f"extends: {value}\nmodel: m\n") == ["bad-extends"]
@@ -228,7 +241,6 @@ def test_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("model=pypi:x==1#f*&!", ("model",), "pypi:x==1#f*&!"),
         ("vars.g=128", ("stages", 0, "quantize", "group_size"), 128),
         ("model=${name}/x", ("model",), "wiki/x"),
-        ("calibration=~", ("calibration",), None),
     ],
 )
 def test_set(override: str, loc: tuple[str | int, ...], value: object) -> None:
