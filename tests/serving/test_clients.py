@@ -76,15 +76,22 @@ def test_langchains_client(server, plain, tmp_path):
 
 def test_guidellm(open_server, chatting, tmp_path):
     """GuideLLM counts what it got; it has to be what it asked for, at the concurrency that it held."""
-    programs = environment(tmp_path, "guidellm", f"torch=={version('torch')}")  # the one for CPUs
-    command = [str(programs / "guidellm"), "benchmark", "run", "--target", open_server.url.removesuffix("/v1")]
-    command += ["--profile", "concurrent", "--rate", str(AT_ONCE), "--max-requests", str(REQUESTS)]
-    command += ["--data", f"prompt_tokens=24,output_tokens={TOKENS}", "--processor", str(chatting)]
-    command += ["--request-type", "text_completions", "--output-dir", str(tmp_path), "--outputs", "json"]
-    variables = os.environ | {"HF_HUB_OFFLINE": "1", "GUIDELLM__MP_CONTEXT_TYPE": "spawn"}
+    programs = environment(tmp_path, "guidellm>=0.8", f"torch=={version('torch')}")  # the one for CPUs
+    target = f"kind=openai_http,target={open_server.url.removesuffix('/v1')},request_format=/v1/completions"
+    out = tmp_path / "result.json"
+    command = [str(programs / "guidellm"), "run", "--backend", target, "--output", f"kind=json,path={out}"]
+    command += [
+        "--profile",
+        f"kind=concurrent,streams={AT_ONCE}",
+        "--constraint",
+        f"kind=max_requests,count={REQUESTS}",
+    ]
+    command += ["--data", f"kind=synthetic_text,prompt_tokens=24,output_tokens={TOKENS}", "--disable-progress"]
+    command += ["--tokenizer", f"kind=huggingface_auto,model={chatting}"]
+    variables = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    (found,) = json.loads((tmp_path / "benchmarks.json").read_text())["benchmarks"]
+    (found,) = json.loads(out.read_text())["benchmarks"]
     told = found["metrics"]["request_totals"]
     assert (told["successful"], told["errored"]) == (REQUESTS, 0)
     assert found["metrics"]["output_token_count"]["successful"]["mean"] == TOKENS
