@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optikit.app.recommend import Candidate, recipe, runs_here
-from optikit.errors import OptikitError
+from optikit.errors import InterruptError, OptikitError, TerminatedError
 from optikit.targets import Target
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ def measure(
         path = where / "recipe.yaml"
         path.write_text(recipe(one, path, target, model=model, most_loss=most_loss, text=text), encoding="utf-8")
         found.append(_run(one, where))
+        if found[-1].report is None:
+            note(f"{one.name} failed: {found[-1].failure}")
     return sorted(found, key=lambda one: (one.report is None, not one.passed, -one.tokens_per_s))
 
 
@@ -92,6 +94,8 @@ def _run(one: Candidate, where: Path) -> Seen:
 
     try:
         report = run_recipe(Request(recipe=where / "recipe.yaml", out=where / "out"))
+    except (InterruptError, TerminatedError):
+        raise  # who stops one stops all of them
     except OptikitError as error:
         return Seen(candidate=one, directory=where, failure=str(error).splitlines()[0])
     return Seen(candidate=one, directory=where, report=report)

@@ -10,9 +10,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from optikit.app import measure_best
 from optikit.app.recommend import candidates, evidence, facts_of, measured, reasons, recipe, within
 from optikit.cli.recommend import recommend
-from optikit.errors import RecipeError, UsageError
+from optikit.errors import InterruptError, OptikitError, RecipeError, TerminatedError, UsageError
 from optikit.stages import VERBS
 from optikit.store.sources import resolve_model
 from optikit.store.store import Store
@@ -194,3 +195,21 @@ def test_nothing_works_is_an_error(tiny_llama, tmp_path, monkeypatch):
     extra.write_text('[dust]\ndevice = "cpu"\nmemory_gib = 0.00001\nengines = ["onnxruntime"]\n')
     result = CliRunner().invoke(app, [str(tiny_llama), "--target", "dust", "--targets", str(extra)])
     assert isinstance(result.exception, RecipeError)
+
+
+@pytest.mark.parametrize(("error", "tried"), [(InterruptError, 1), (TerminatedError, 1), (OptikitError, 2)])
+def test_who_stops_one_run_stops_all(error, tried, tmp_path, monkeypatch):
+    notes = []
+
+    def fail(request):
+        raise error(f"{request.recipe.parent.name} ended")
+
+    monkeypatch.setattr("optikit.app.run.run_recipe", fail)
+    best = within(candidates(MODEL, CPU), None)
+    given = {"target": CPU, "model": "m", "most_loss": None, "text": None, "note": notes.append}
+    if error is OptikitError:
+        assert [one.failure for one in measure_best.measure(best, 2, tmp_path, **given)] == ["1 ended", "2 ended"]
+    else:
+        with pytest.raises(error):
+            measure_best.measure(best, 2, tmp_path, **given)
+    assert sum(note.startswith("measuring") for note in notes) == tried
