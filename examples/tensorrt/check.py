@@ -89,7 +89,8 @@ def packages() -> Iterator[str]:
         if not version:
             yield f"{name} isn't installed: pip install -r requirements.txt"
         elif not re.fullmatch(pattern, version):
-            yield f"{name} {version} is installed, not {pattern!r}: pip install -r requirements.txt"
+            plain = pattern.replace("\\", "").replace("..*", ".*")  # a regular expression, as pip writes versions
+            yield f"{name} {version} is installed, not {plain}: pip install -r requirements.txt"
 
 
 def devices() -> list[str]:

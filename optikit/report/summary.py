@@ -77,12 +77,20 @@ def _files(out: Path) -> Iterator[list[Styled]]:
 
 
 def following(out: Path) -> Iterator[str]:
-    """Yield the commands that serve, compare and publish what was made; none where there is nothing to serve."""
+    """Yield the commands that serve, compare and publish what was made; none where there is nothing to serve.
+
+    What was emitted is finished on its device before it is served or compared.
+    """
     if not (out / "artifact.json").is_file() or not any((out / name).is_dir() for name in ("model", "compiled")):
         return
     place = shlex.quote(str(out))
-    yield f"optikit serve {place}"
-    yield f"optikit bench {place} URL --prompts FILE.jsonl --out bench/"
+    unfinished = [run for run in sorted(out.glob("compiled/*/run.sh")) if not (run.parent / "result.json").is_file()]
+    yield from (
+        f"sh {shlex.quote(str(run))}  # on the device; then this command again, with --resume" for run in unfinished
+    )
+    if not unfinished:
+        yield f"optikit serve {place}"
+        yield f"optikit bench {place} URL --prompts FILE.jsonl --out bench/"
     yield f"optikit publish {place} hf:ORG/NAME --dry-run"
 
 

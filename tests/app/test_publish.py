@@ -176,3 +176,10 @@ def test_a_run_ends_with_what_to_do_next(output, tmp_path):
     ]
     assert run(*shlex.split(steps[2])[1:]).exit_code == 0
     assert list(following(tmp_path)) == []
+    emitted = output / "compiled" / "neuron" / "run.sh"
+    emitted.parent.mkdir(parents=True)
+    emitted.write_text("exit 0\n")
+    first, _ = following(output)
+    assert shlex.split(first, comments=True) == ["sh", str(emitted)]
+    (emitted.parent / "result.json").write_text("{}")
+    assert len(list(following(output))) == 3
