@@ -242,6 +242,8 @@ def _require_ours(out: Path, place: Path, *, resume: bool = False) -> None:
         raise CannotCreateError(message, fix="run with --resume to read it into the report")
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        if all(name.startswith("compiled/") for name in others):
+            fix = "what a device made here would be lost: put its result.json into a copy without the rest of it"
         raise CannotCreateError(f"{out} holds what optikit didn't write: {others[0]}{more}", fix=fix)
 
 

@@ -169,6 +169,20 @@ def test_what_is_not_ours_is_left_alone(made: Made, tmp_path: Path, name: str) -
     assert _looks(out) == before
 
 
+def test_what_a_device_left_in_an_emitted_folder_is_left_alone_and_told_apart(made: Made, tmp_path: Path) -> None:
+    made.write(tmp_path / "out")
+    left = tmp_path / "out" / "compiled" / "neuron"
+    left.mkdir(parents=True)
+    (left / "smoke.log").write_text("Paris")
+    with pytest.raises(CannotCreateError, match="compiled/neuron/smoke.log") as refused:
+        output_dir.require_writable(tmp_path / "out", resume=True)
+    assert "result.json" in refused.value.fix
+    (tmp_path / "out" / "compiled" / "neuron" / "smoke.log").rename(tmp_path / "out" / "smoke.log")
+    with pytest.raises(CannotCreateError) as refused:
+        output_dir.require_writable(tmp_path / "out", resume=True)
+    assert "move away what is yours" in refused.value.fix
+
+
 def _looks(directory: Path) -> dict[Path, tuple[int, int, int, int]]:
     """Return what a write would change of every file; reading changes its time of access."""
     found = ((path, path.lstat()) for path in directory.rglob("*"))
