@@ -174,7 +174,7 @@ def test_what_a_device_left_in_an_emitted_folder_is_left_alone_and_told_apart(ma
     left = tmp_path / "out" / "compiled" / "neuron"
     left.mkdir(parents=True)
     (left / "smoke.log").write_text("Paris")
-    with pytest.raises(CannotCreateError, match="compiled/neuron/smoke.log") as refused:
+    with pytest.raises(CannotCreateError, match=r"compiled/neuron/smoke\.log") as refused:
         output_dir.require_writable(tmp_path / "out", resume=True)
     assert "result.json" in refused.value.fix
     (tmp_path / "out" / "compiled" / "neuron" / "smoke.log").rename(tmp_path / "out" / "smoke.log")
