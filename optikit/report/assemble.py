@@ -152,7 +152,14 @@ class _Run:
         """The last artifact."""
         stages = [step for step in self.plan.steps if step.writes in ("model", "engine")]
         stages = [step for step in stages if not self.emitted(step)]
-        return self.measurement(stages[-1], last=True) if stages else self.baseline
+        if not stages:
+            return self.baseline
+        found = self.measurement(stages[-1], last=True)
+        if found.size_bytes is not None:
+            return found
+        models = [self.measurement(step) for step in stages if step.writes == "model"]
+        loaded = models[-1] if models else self.baseline  # the weights that a folder for a device loads
+        return found.model_copy(update={"size_bytes": loaded.size_bytes})
 
     @property
     def known(self) -> bool:
