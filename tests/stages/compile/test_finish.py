@@ -73,6 +73,8 @@ def test_emitted_here_finished_there_and_kept(optikit, tmp_path):
     assert step["status"] == "emitted"  # it wasn't asked for
     step, _ = optikit("--resume")
     assert step["status"] == "executed"
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["result"]["size_bytes"] == report["baseline"]["size_bytes"] > 0  # of the weights that it loads
     made = tmp_path / "out" / "compiled" / "neuron" / step["facts"]["compiled"]
     assert "--sequence_length 256" in (made / "arguments").read_text()
     assert json.loads((made / "result.json").read_text())["key"] == step["facts"]["key"]
