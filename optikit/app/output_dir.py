@@ -237,14 +237,19 @@ def _require_ours(out: Path, place: Path, *, resume: bool = False) -> None:
         others = [name for name in verify.strangers(place) if not (resume and RETURNED.fullmatch(name))]
     except RefusedError as error:
         raise CannotCreateError(f"{out} holds what optikit didn't write: {error.message}", fix=fix) from error
-    if others and RETURNED.fullmatch(others[0]):
+    if others:
+        _refuse(out, others, fix)
+
+
+def _refuse(out: Path, others: Sequence[str], fix: str) -> None:
+    """Refuse a directory for the files in it that aren't ours; what a device made is no rubbish."""
+    if RETURNED.fullmatch(others[0]):
         message = f"{out} holds {others[0]}, which came back from a device and isn't read yet"
         raise CannotCreateError(message, fix="run with --resume to read it into the report")
-    if others:
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        if all(name.startswith("compiled/") for name in others):
-            fix = "what a device made here would be lost: put its result.json into a copy without the rest of it"
-        raise CannotCreateError(f"{out} holds what optikit didn't write: {others[0]}{more}", fix=fix)
+    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+    if all(name.startswith("compiled/") for name in others):
+        fix = "what a device made here would be lost: put its result.json into a copy without the rest of it"
+    raise CannotCreateError(f"{out} holds what optikit didn't write: {others[0]}{more}", fix=fix)
 
 
 # ------------------------------------------------------------------ what is shipped
