@@ -23,6 +23,8 @@ alone, too; its sums are whole numbers, so no row of it depends on m.
 from __future__ import annotations
 
 import copy
+import math
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +59,24 @@ KEPT_CALLS = 16
 """Calls of up to this many tokens stay bound; a longer one is bound anew, which costs a thousandth of its run."""
 CACHE_BYTES = 4 << 30
 """Default bound on the address space of the cache; pages are taken only as they are filled."""
+
+
+def _zeros(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    return np.zeros(shape, np.float32)
+
+
+def paged_zeros(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return zeros that take memory as they are written, page by page.
+
+    numpy asks for huge pages: a head's part of a cache of 8192 positions is one, so that the first token of each text
+    would take the memory of all that it could ever have: 3 GiB for eight texts of SmolLM2-135M.
+    """
+    size = math.prod(shape) * np.dtype(np.float32).itemsize
+    if not size or not hasattr(mmap, "MADV_NOHUGEPAGE"):
+        return _zeros(shape)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(pages, np.float32).reshape(shape)
 
 
 class OnnxDecoder:
@@ -149,7 +169,8 @@ class OnnxDecoder:
 
     def _buffers(self, texts: int) -> list[NDArray[np.float32]]:
         shape = (texts, self._layout.kv_heads, max(self.max_tokens, self._layout.window), self._layout.head_dim)
-        return [np.zeros(shape, np.float32) for _ in self._layout.cache_names]
+        make = paged_zeros if texts > 1 else _zeros
+        return [make(shape) for _ in self._layout.cache_names]
 
     def _begin_cache(self, cache: Sequence[NDArray[np.float32]] | None = None) -> None:
         self._cache = self._buffers(1) if cache is None else list(cache)

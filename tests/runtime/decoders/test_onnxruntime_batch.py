@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import psutil
 import pytest
 
 from optikit import runtime
 from optikit.errors import UsageError
 from optikit.runtime.decoder import Window
 from optikit.runtime.decoders import onnxruntime_batch
+from optikit.runtime.decoders.onnxruntime import paged_zeros
 from optikit.runtime.speculation.acceptors import Greedy, SampleMatch, Sampling
 from optikit.runtime.speculation.batch_loop import generate_batch
 from optikit.runtime.speculation.decoding_loop import Request, generate
@@ -127,3 +129,12 @@ def test_a_mask_that_others_read_is_refused(tiny_onnx, decoder):
         onnxruntime_batch.attend_apart(model.graph, decoder._layout, 2)
     with pytest.raises(UsageError, match="a batch of 0 texts holds none"):
         decoder.batched(0)
+
+
+def test_a_cache_takes_memory_only_where_it_is_written():
+    process = psutil.Process()
+    before = process.memory_info().rss
+    cache = paged_zeros((32, 2**19))
+    cache[:, 0] = 1  # a number in every huge page
+    assert process.memory_info().rss - before < cache.nbytes / 8
+    assert cache.sum() == 32
