@@ -3,6 +3,7 @@
 downloads/files/SHA256/NAME   one file, under its own name (tools look at the suffix)
 downloads/texts/SHA256.txt    a text cut to what a recipe names
 downloads/index/KEY.json      which file a source stood for
+downloads/views/KEY/          see `plain_view`
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def entries(store: Store) -> tuple[Entry, ...]:
     """Return every artifact and download, the one used longest ago first."""
     keys = store.keys()
     found = [("artifact", key, store.artifact_path(key)) for key in keys]
-    found += [("download", digest, path) for digest, path in _downloads(store)]
+    found += [("download", digest, path) for digest, path in (*_downloads(store), *_views(store))]
     rows = [_entry(kind, name, path) for kind, name, path in found]
     return tuple(sorted((row for row in rows if row is not None), key=lambda row: (row.used, row.name)))
 
@@ -117,6 +117,12 @@ def gc(store: Store, keep: set[str], max_bytes: int | None = None, *, dry_run: b
     removed += [entry for entry in _rubbish(store) if _remove(store, entry.path, dry_run=dry_run)]
     freed = sum(entry.size_bytes for entry in removed)
     return Collected(removed=tuple(removed), in_use=tuple(used), freed_bytes=freed, kept_bytes=left)
+
+
+def _views(store: Store) -> Iterator[tuple[str, Path]]:
+    parent = store.root / "downloads" / "views"
+    if parent.is_dir():
+        yield from ((path.name, path) for path in sorted(parent.iterdir()) if is_key(path.name))
 
 
 def _downloads(store: Store) -> Iterator[tuple[str, Path]]:

@@ -20,7 +20,7 @@ from optikit import records
 from optikit.errors import InputMissingError, IntegrityError, RecipeError, RefusedError
 from optikit.fileio import file_sha256
 from optikit.models import adapter, gguf_parts, headers, intake, strict_json
-from optikit.store import downloads, files, hub, pypi
+from optikit.store import downloads, files, hub, plain_view, pypi
 from optikit.store.keys import cache_key
 from optikit.store.store import directory_digest
 
@@ -370,12 +370,13 @@ def _directory(
     if not (path / "config.json").is_file():
         raise InputMissingError(f"{spec} has no config.json", fix="name a directory that transformers can load")
     names = intake.model_files(path)
+    view = plain_view.of(path, names, store)
     return ModelSource(
         spec=spec,
         kind=kind,
         format="safetensors",
-        path=path,
-        digest=_digest(store, path, names, digests=digests),
+        path=view,
+        digest=_digest(store, view, names, digests=digests),
         resolved=resolved,
         names=names,
         absent="" if headers.are_there(path) else "there is only a config.json",
@@ -392,8 +393,9 @@ def _hub_model(spec: str, store: Store, *, offline: bool, note: Note, weights: b
     resolved = f"{wanted}@{found.commit}{'#' + found.file if found.file else ''}"
     if found.digests:
         names = intake.model_files(found.path)
-        digest = directory_digest({name: found.digests[name] for name in names})
-        told: dict[str, Any] = {"path": found.path, "digest": digest, "resolved": resolved, "names": names}
+        view = plain_view.of(found.path, names, store)
+        digest = directory_digest(plain_view.digests(view, found.path, {name: found.digests[name] for name in names}))
+        told: dict[str, Any] = {"path": view, "digest": digest, "resolved": resolved, "names": names}
         return ModelSource(spec=spec, kind="hf", format="safetensors", absent="only headers were fetched", **told)
     if not found.file:
         return _directory(spec, "hf", found.path, store, resolved, digests=digests)
