@@ -66,9 +66,12 @@ def _require_usable(model: Path) -> None:
         OptikitError: As `optikit plan` would say.
     """
     from optikit.models import intake, reader
+    from optikit.store import plain_view
+    from optikit.store.store import Store
 
-    intake.admit(model)
-    reader.read(model, promised=True)
+    seen = plain_view.of(model, intake.model_files(model), Store.default())
+    intake.admit(seen)
+    reader.read(seen, promised=True)
 
 
 def _from(directory: Path, model: str) -> str:

@@ -6,9 +6,10 @@ those of a hub's cache are followed, from a snapshot to its blobs.
 
 Keys that are refused, and why: `auto_map`, `trust_remote_code`, `model_file` and `custom_generate` name Python to
 import (CVE-2026-5843 for `model_file`), and a recipe's model is seen without its `auto_map` (`store.plain_view`);
-`_attn_implementation_internal` did so in transformers before 5.3 (CVE-2026-4372); an attention implementation that isn't a plain word, and `kernel_config`, are fetched from the hub as
-kernels; a tokenizer or processor named inside `quantization_config` is fetched from another repository, code and all
-(optimum-intel issue 1510); `custom_ops_library` is a shared library that onnxruntime would load.
+`_attn_implementation_internal` did so in transformers before 5.3 (CVE-2026-4372); an attention implementation that
+isn't a plain word, and `kernel_config`, are fetched from the hub as kernels; a tokenizer or processor named inside
+`quantization_config` is fetched from another repository, code and all (optimum-intel issue 1510);
+`custom_ops_library` is a shared library that onnxruntime would load.
 """
 
 from __future__ import annotations
