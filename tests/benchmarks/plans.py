@@ -63,9 +63,9 @@ TOKENIZER = {
 """One for all: a token per word. No plan here depends on more than how many there are, and that it is the same."""
 
 
-def write_models(directory: Path) -> None:
+def write_models(directory: Path, shapes: Mapping[str, dict[str, Any]] = SHAPES) -> None:
     """Write every shape into `directory`, and texts beside them."""
-    for name, shape in SHAPES.items():
+    for name, shape in shapes.items():
         place = directory / name
         place.mkdir(parents=True, exist_ok=True)
         config = LLAMA | {"tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2} | shape
