@@ -225,8 +225,8 @@ def test_a_row_with_gate_and_up_swapped_is_noticed(name, mixture, prose, tmp_pat
     monkeypatch.setattr(architectures, "find", lambda *_: wrong)
     parts = stacked_experts.parts
 
-    def exchanged(*args: Any) -> Any:
-        for part in parts(*args):
+    def exchanged(*args: Any, **named: Any) -> Any:
+        for part in parts(*args, **named):
             projection = part.name.split(".")[-2]
             yield replace(part, name=part.name.replace(projection, {gate: up, up: gate}.get(projection, projection)))
 

@@ -129,7 +129,7 @@ def test_an_interrupted_run_leaves_no_server_behind(tmp_path, stop):
         while not (tmp_path / "smoke.log").exists():
             time.sleep(0.01)
         os.killpg(started.pid, stop) if stop == signal.SIGINT else started.send_signal(stop)
-        assert started.wait(timeout=30) == 128 + stop
+        assert started.wait(timeout=120) == 128 + stop
     for _ in range(3000):
         if not Path(f"/proc/{server}/cmdline").exists() or not Path(f"/proc/{server}/cmdline").read_text():
             return
