@@ -144,8 +144,8 @@ def start(recipe: Path, out: Path, home: Path, *options: str) -> subprocess.Pope
     ]
     environ = os.environ | {"OPTIKIT_HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
     out.parent.mkdir(parents=True, exist_ok=True)
-    log = out.with_suffix(".log").open("w", encoding="utf-8")
-    return subprocess.Popen(command, env=environ, stdout=log, stderr=subprocess.STDOUT, text=True, cwd=out.parent)
+    with out.with_suffix(".log").open("w", encoding="utf-8") as log:
+        return subprocess.Popen(command, env=environ, stdout=log, stderr=subprocess.STDOUT, text=True, cwd=out.parent)
 
 
 def finish(process: subprocess.Popen[str], out: Path, began: float) -> Swept:
