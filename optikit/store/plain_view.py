@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optikit.fileio import file_sha256
-from optikit.models import intake, strict_json
+from optikit.models import headers, intake, strict_json
 from optikit.store import files
 from optikit.store.keys import cache_key
 
@@ -46,7 +46,7 @@ def of(directory: Path, names: Sequence[str], store: Store) -> Path:
     key = cache_key(view=[[name, *_stamp(directory / name)] for name in names], of=str(directory.absolute()))
     place = store.root / "downloads" / "views" / key
     while not (store.hold(place) and place.is_dir()):
-        _write(directory, names, changed, place)
+        _publish(_made(directory, names, changed, store.staging(key)), place)
     with suppress(OSError):
         os.utime(place)  # last use, for the garbage collection
     return place
@@ -56,11 +56,15 @@ def digests(view: Path, directory: Path, known: Mapping[str, str]) -> dict[str, 
     """Return the sha256 of a view's files from those of the directory that it is a view of."""
     if view == directory:
         return dict(known)
-    return {name: file_sha256(view / name) if name.endswith(".json") else digest for name, digest in known.items()}
+    return {name: file_sha256(view / name) if _has_settings(name) else digest for name, digest in known.items()}
+
+
+def _has_settings(name: str) -> bool:
+    return name.endswith("config.json")
 
 
 def _settings(directory: Path, names: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
-    chosen = [name for name in names if name.endswith("config.json") and not intake.VOCABULARIES.fullmatch(name)]
+    chosen = filter(_has_settings, names)
     return [(name, strict_json.read_object(directory / name, most_bytes=intake.MOST_SETTINGS)) for name in chosen]
 
 
@@ -81,17 +85,21 @@ def _stamp(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _write(directory: Path, names: Sequence[str], changed: Mapping[str, Any], place: Path) -> None:
-    place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    made = place.with_name(f"{place.name}.{os.getpid()}")
-    files.remove_tree(made)
-    made.mkdir(mode=0o700)
-    for name in names:
-        (made / name).parent.mkdir(mode=0o700, exist_ok=True)
-        if name in changed:
-            (made / name).write_text(json.dumps(changed[name], indent=1) + "\n", encoding="utf-8")
-        else:
-            _link((directory / name).resolve(), made / name)
+def _made(directory: Path, names: Sequence[str], changed: Mapping[str, Any], dest: Path) -> Path:
+    """Write a view into an empty directory, and return that; of headers alone it says that they are."""
+    marks = [headers.HOLLOW] if (directory / headers.HOLLOW).is_file() else []
+    with files.disk_errors(dest, f"store {dest.parent.parent}"):
+        for name in (*names, *marks):
+            (dest / name).parent.mkdir(mode=0o700, exist_ok=True)
+            if name in changed:
+                (dest / name).write_text(json.dumps(changed[name], indent=1) + "\n", encoding="utf-8")
+            else:
+                _link((directory / name).resolve(), dest / name)
+    return dest
+
+
+def _publish(made: Path, place: Path) -> None:
+    place.parent.mkdir(mode=0o700, exist_ok=True)
     try:
         made.rename(place)
     except OSError:  # another process was first

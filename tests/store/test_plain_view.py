@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from optikit.errors import RefusedError
-from optikit.models import intake
+from optikit.models import headers, intake
 from optikit.store import maintenance, plain_view
 from optikit.store.sources import resolve_model
 from optikit.store.store import Store, directory_digest
@@ -62,6 +62,12 @@ def test_digests_of_a_view_are_those_of_its_files(published: Path, store: Store)
     known = {name: store.digest_file(published / name) for name in names}
     assert directory_digest(plain_view.digests(view, published, known)) == resolved(published, store).digest
     assert plain_view.digests(published, published, known) == known
+
+
+def test_a_view_of_headers_says_that_they_are(published: Path, store: Store) -> None:
+    (published / headers.HOLLOW).write_text("{}")
+    assert (resolved(published, store).path / headers.HOLLOW).is_file()
+    assert list((store.root / "tmp").iterdir()) == []
 
 
 def test_a_model_that_names_none_is_read_where_it_lies(tiny_llama: Path, store: Store) -> None:
